@@ -1,0 +1,132 @@
+"""Every exception of the package, each knowing its exit code and building its message from facts.
+
+WnsurgeryError
+├── SelectionError (ValueError)          2  a selection or option that fits nothing in the model
+├── NonFiniteWeightError (ValueError)    3  a weight to convert holds NaN or infinity
+├── PairError (ValueError)               3  (g, v) orphaned, swapped, misshapen, or mixed with something else
+├── InputError (ValueError)              3  a file that is damaged, unsupported or ambiguous
+│   └── InputMissingError (FileNotFoundError)
+├── ExportError (RuntimeError)           3  the exporter could not turn the module into a graph
+├── UnsafeFileError (ValueError)         4  the file would have to run code, or leaves its directory
+├── OutputError (OSError)                5  the output could not be written; the old one is intact
+│   └── OutputExistsError (FileExistsError)
+├── ProviderError (RuntimeError)         6  the device or execution provider asked for is not there
+├── MissingPackageError (ImportError)    6  an optional package is not installed
+└── VerificationError (AssertionError)   7  two artefacts differ
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from os import PathLike
+
+__all__ = [
+    "ExportError",
+    "InputError",
+    "InputMissingError",
+    "MissingPackageError",
+    "NonFiniteWeightError",
+    "OutputError",
+    "OutputExistsError",
+    "PairError",
+    "ProviderError",
+    "SelectionError",
+    "UnsafeFileError",
+    "VerificationError",
+    "WnsurgeryError",
+]
+
+
+class WnsurgeryError(Exception):
+    """Base of every error raised on purpose; `exit_code` is what the command ends with, `hint` what to do."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
+
+
+class SelectionError(WnsurgeryError, ValueError):
+    """A selection or option that fits nothing in the model."""
+
+    exit_code = 2
+
+    @classmethod
+    def no_match(cls, option: str, wanted: str, names: Iterable[str]) -> SelectionError:
+        """`include`/`exclude`/`dim` named something that is not there: list the nearest names that are."""
+        known = list(names)
+        near = get_close_matches(wanted.strip("*."), known, n=5, cutoff=0.4) or known[:5]
+        shown = ", ".join(near) if near else "none: the model has no tensors of 2 or more dimensions"
+        return cls(f"{option}={wanted!r} matches no weight of the model", hint=f"near names: {shown}")
+
+
+class NonFiniteWeightError(WnsurgeryError, ValueError):
+    """A weight to convert holds NaN or infinity, which weight norm would spread over the whole row."""
+
+    exit_code = 3
+
+
+class PairError(WnsurgeryError, ValueError):
+    """A (g, v) pair that is orphaned, swapped, misshapen or mixed with something else."""
+
+    exit_code = 3
+
+
+class InputError(WnsurgeryError, ValueError):
+    """An input file that is damaged, unsupported or ambiguous."""
+
+    exit_code = 3
+
+    @classmethod
+    def of(cls, path: str | PathLike[str], reason: str, hint: str | None = None) -> InputError:
+        return cls(f"{path}: {reason}", hint=hint)
+
+
+class InputMissingError(InputError, FileNotFoundError):
+    """The input path does not exist."""
+
+
+class ExportError(WnsurgeryError, RuntimeError):
+    """The exporter could not turn the module into an ONNX graph."""
+
+    exit_code = 3
+
+
+class UnsafeFileError(WnsurgeryError, ValueError):
+    """Refused: reading the file would run code from it, or leave its directory."""
+
+    exit_code = 4
+
+
+class OutputError(WnsurgeryError, OSError):
+    """The output could not be written; what stood there before is intact."""
+
+    exit_code = 5
+
+
+class OutputExistsError(OutputError, FileExistsError):
+    """The output is already there and overwriting was not asked for."""
+
+
+class ProviderError(WnsurgeryError, RuntimeError):
+    """The device or onnxruntime execution provider asked for is not available."""
+
+    exit_code = 6
+
+
+class MissingPackageError(WnsurgeryError, ImportError):
+    """An optional package is needed and not installed."""
+
+    exit_code = 6
+
+
+class VerificationError(WnsurgeryError, AssertionError):
+    """Two artefacts that should agree do not."""
+
+    exit_code = 7

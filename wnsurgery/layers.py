@@ -1,0 +1,148 @@
+"""The table: layer type -> its weights, their kept axes, its bias and the axis of its output channels.
+
+What the package knows about a kind of layer stands in one row here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from wnsurgery.errors import SelectionError
+from wnsurgery.reparam import Axes
+
+__all__ = ["KeptAxes", "Layer", "layer_of", "register_layer"]
+
+KeptAxes = int | tuple[int, ...] | Axes | Callable[[nn.Module], Axes]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One row: which parameters of a layer are weights, and how its output is laid out.
+
+    Attributes:
+        parameters: parameter name (or glob) -> kept axes, or a function of the module.
+        bias: name of the parameter that adds to each output channel, if there is one.
+        output_axis: axis of the output that indexes channels, negative; None where the output is not
+            one linear map of the input (recurrent, attention, lookup), so data cannot set g.
+        by_default: whether a weight is converted when nobody asks for it by name.
+        note: why data cannot set g, or why the row is off by default; read by people.
+    """
+
+    parameters: Mapping[str, KeptAxes]
+    bias: str | None = None
+    output_axis: int | None = None
+    by_default: bool = True
+    note: str = ""
+
+    def axes(self, module: nn.Module, parameter: str) -> Axes | None:
+        """Kept axes of a parameter of a module of this type, None where it is not a weight."""
+        for name, kept in self.parameters.items():
+            if fnmatchcase(parameter, name):
+                if isinstance(kept, Axes):
+                    return kept
+                if callable(kept):
+                    return kept(module)
+                return Axes((kept,) if isinstance(kept, int) else tuple(kept))
+        return None
+
+
+def _transposed(module: nn.Module) -> Axes:
+    """Weight (in, out/groups, k...): one output channel is (group, axis-1 index)."""
+    groups = getattr(module, "groups", 1)
+    return Axes((1,), groups=groups if isinstance(groups, int) else 1)
+
+
+_RECURRENT = Layer(
+    {"weight_ih*": 0, "weight_hh*": 0, "weight_hr*": 0},
+    note="recurrent: its pre-activations feed back, so one pass over data cannot set them",
+)
+_EXPERTS_OUT_IN = Layer(
+    {"gate_up_proj": (0, 1), "gate_proj": (0, 1), "up_proj": (0, 1), "down_proj": (0, 1)},
+    note="experts: only some rows see a given batch",
+)
+_EXPERTS_IN_OUT = Layer({"gate_up_proj": (0, 2), "down_proj": (0, 2)}, note="experts: only some rows see a given batch")
+_LOOKUP = Layer({"weight": 0}, by_default=False, note="a lookup table; name it in `include` to convert it")
+
+_by_type: dict[type, Layer] = {
+    nn.Linear: Layer({"weight": 0}, bias="bias", output_axis=-1),
+    nn.Bilinear: Layer({"weight": 0}, bias="bias", output_axis=-1),
+    nn.Conv1d: Layer({"weight": 0}, bias="bias", output_axis=-2),
+    nn.Conv2d: Layer({"weight": 0}, bias="bias", output_axis=-3),
+    nn.Conv3d: Layer({"weight": 0}, bias="bias", output_axis=-4),
+    nn.ConvTranspose1d: Layer({"weight": _transposed}, bias="bias", output_axis=-2),
+    nn.ConvTranspose2d: Layer({"weight": _transposed}, bias="bias", output_axis=-3),
+    nn.ConvTranspose3d: Layer({"weight": _transposed}, bias="bias", output_axis=-4),
+    nn.Embedding: _LOOKUP,
+    nn.EmbeddingBag: _LOOKUP,
+    nn.RNNBase: _RECURRENT,
+    nn.RNNCellBase: _RECURRENT,
+    nn.MultiheadAttention: Layer(
+        {"in_proj_weight": 0, "q_proj_weight": 0, "k_proj_weight": 0, "v_proj_weight": 0},
+        note="attention: its packed projections are not the output of a module",
+    ),
+}
+
+# Dotted class names, exact or glob: the packages they live in are never imported.
+_by_name: dict[str, Layer] = {
+    "transformers.pytorch_utils.Conv1D": Layer({"weight": 1}, bias="bias", output_axis=-1),
+    "transformers.models.aria.modeling_aria.AriaExperts": _EXPERTS_IN_OUT,
+    "transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts": _EXPERTS_IN_OUT,
+    "transformers.models.openai_privacy_filter.*Experts": _EXPERTS_IN_OUT,
+    "transformers.models.llama4.modeling_llama4.Llama4TextExperts": _EXPERTS_IN_OUT,
+    "transformers.models.*.modeling_*Experts": _EXPERTS_OUT_IN,
+}
+
+
+def register_layer(
+    layer: type | str,
+    parameters: Mapping[str, KeptAxes] | None = None,
+    *,
+    bias: str | None = None,
+    output_axis: int | None = None,
+    by_default: bool = True,
+) -> None:
+    """Teach the package a layer of your own; replaces the row of the same name if there is one.
+
+    >>> class Scale(nn.Module): ...
+    >>> register_layer(Scale, {"kernel": 1}, bias="shift", output_axis=-1)
+    >>> register_layer("mypackage.layers.Experts", {"w1": (0, 1), "w2": (0, 1)})
+
+    Args:
+        layer: class (subclasses included), or its dotted name, which may hold `*`, so that the package it
+            lives in need not be imported.
+        parameters: parameter name or glob -> kept axis or axes; default `{"weight": 0}`.
+        bias: parameter added to each output channel, used by data-dependent initialisation.
+        output_axis: axis of the module's output that indexes channels; None keeps the layer out of
+            data-dependent initialisation.
+        by_default: False converts it only when `include` asks for it.
+
+    Raises SelectionError for an empty table of parameters, TypeError for a layer that is neither.
+    """
+    row = Layer(dict({"weight": 0} if parameters is None else parameters), bias, output_axis, by_default)
+    if not row.parameters:
+        raise SelectionError("register_layer needs at least one parameter name")
+    if isinstance(layer, str):
+        _by_name[layer] = row
+    elif isinstance(layer, type) and issubclass(layer, nn.Module):
+        _by_type[layer] = row
+    else:
+        raise TypeError(f"register_layer takes a module class or a dotted name, not {layer!r}")
+
+
+def layer_of(module: nn.Module) -> Layer | None:
+    """The row of a module: of its class or the nearest base class that has one, by type or dotted name."""
+    for cls in type(module).__mro__:
+        if cls in (nn.Module, torch.jit.ScriptModule):
+            break
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        row = _by_type.get(cls) or _by_name.get(name)
+        if row is None:
+            row = next((r for pattern, r in _by_name.items() if fnmatchcase(name, pattern)), None)
+        if row is not None:
+            return row
+    return None

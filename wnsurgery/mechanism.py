@@ -1,0 +1,306 @@
+"""How a weight under weight norm lives on its module: torch's `parametrize`, mended where it is broken.
+
+`install` registers through `torch.nn.utils.parametrize`, so state-dict keys, `module.weight` and
+`remove_parametrizations` are torch's. What differs from torch's own: a converted module can be pickled,
+saved whole and deep-copied, and copies are independent; `reset_parameters()` and in-place writes into
+`module.weight` (as `torch.nn.init` does) reach g and v; state dicts of all three layouts load.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
+
+from wnsurgery.errors import PairError
+from wnsurgery.reparam import WeightNorm
+
+__all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_parameter"]
+
+_ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
+
+
+class WeightNormList(ParametrizationList):
+    """`module.parametrizations.weight` of a converted module: original0 is g, original1 is v."""
+
+    def forward(self) -> Tensor:
+        rule: Any = self._modules["0"]
+        g, v = self._pair()
+        if "1" in self._modules or _is_watched(g, v):
+            return super().forward()
+        self.absorb()
+        w: Tensor = rule(g, v)
+        if not (w.is_inference() or g.is_inference() or v.is_inference()):
+            alias = w.detach()
+            self.__dict__["_handed_out"] = (alias, alias._version, g, g._version, v, v._version)
+        return w
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        g: Tensor | None = self._parameters.get("original0")
+        v: Tensor | None = self._parameters.get("original1")
+        if g is None or v is None:  # functional_call and replicas put plain tensors in their place
+            g, v = self.__dict__.get("original0", g), self.__dict__.get("original1", v)
+        assert g is not None and v is not None
+        return g, v
+
+    def absorb(self) -> None:
+        """Let an in-place write into the weight handed out last reach g and v.
+
+        `nn.init.zeros_(module.weight)` writes into a computed tensor. Its version counter tells; the write is
+        taken over before anything else reads the pair, unless g or v themselves changed in between.
+        """
+        handed = self.__dict__.pop("_handed_out", None)
+        if handed is None:
+            return
+        alias, version, g, g_version, v, v_version = handed
+        now_g, now_v = self._pair()
+        written = alias._version != version
+        unchanged = g is now_g and v is now_v and (g._version, v._version) == (g_version, v_version)
+        if written and unchanged:
+            self._store(alias)
+
+    def right_inverse(self, value: Tensor) -> None:
+        """`module.weight = tensor`: decompose the tensor into g and v, in place."""
+        if "1" in self._modules:
+            super().right_inverse(value)
+            return
+        v = self._pair()[1]
+        if value.shape != v.shape:
+            raise PairError(f"a weight of shape {tuple(value.shape)} does not fit {tuple(v.shape)}")
+        self._store(value)
+
+    def _store(self, value: Tensor) -> None:
+        rule: Any = self._modules["0"]
+        g, v = self._pair()
+        with torch.no_grad():
+            new_g, new_v = rule.right_inverse(value.detach().to(v.dtype))
+            g.copy_(new_g)
+            v.copy_(new_v)
+        self.__dict__.pop("_handed_out", None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("original0", "original1"):
+            self.absorb()
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.absorb()
+        return self.__dict__.copy()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.absorb()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.absorb()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def _is_watched(g: Tensor, v: Tensor) -> bool:
+    """Whether tracing or a function transform is on: then nothing may be remembered between accesses."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or g.is_meta
+        or v.is_meta
+        or type(v.data) is not Tensor
+    )
+
+
+# On and off ----------------------------------------------------------------------------------------------
+
+
+def install(
+    module: nn.Module,
+    name: str,
+    rule: WeightNorm,
+    pair: tuple[Tensor, Tensor] | None,
+    shared: WeightNormList | None,
+) -> WeightNormList:
+    """Put `module.name` under weight norm with the given (g, v), or under the same list as another owner."""
+    order = tuple(module._parameters)
+    old = module._parameters[name]
+    if shared is None:
+        assert pair is not None and old is not None
+        entry = _new_list(rule, pair, old)
+    else:
+        entry = shared
+    del module._parameters[name]
+    if not parametrize.is_parametrized(module):
+        parametrize._inject_new_class(module)
+        module.parametrizations = nn.ModuleDict()
+    _mend(type(module))
+    parametrize._inject_property(module, name)
+    table = _table(module)
+    table[name] = entry
+    table.training = module.training
+    table.__dict__.setdefault(_ORDER, order)
+    return entry
+
+
+def _new_list(rule: WeightNorm, pair: tuple[Tensor, Tensor], old: Tensor) -> WeightNormList:
+    """A WeightNormList that holds exactly this pair, with the old parameter's attributes on v."""
+    entry = WeightNormList.__new__(WeightNormList)
+    nn.ModuleList.__init__(entry, [rule])
+    entry.unsafe, entry.is_tensor, entry.ntensors = True, False, 2
+    for key, tensor in zip(("original0", "original1"), pair, strict=True):
+        entry.register_parameter(key, nn.Parameter(tensor, requires_grad=old.requires_grad))
+    entry._parameters["original1"].__dict__.update(old.__dict__)
+    return entry
+
+
+def restore_parameter(module: nn.Module, name: str, weight: nn.Parameter) -> None:
+    """Make `module.name` the plain parameter `weight` again and take every trace of parametrization away."""
+    table = _table(module)
+    order: tuple[str, ...] = table.__dict__.get(_ORDER, ())
+    delattr(type(module), name)
+    del table[name]
+    module._parameters[name] = weight
+    if not len(table):
+        del module._modules["parametrizations"]
+        module.__class__ = type(module).__bases__[0]
+    reorder_parameters(module, order)
+
+
+def _table(module: nn.Module) -> Any:
+    """The ModuleDict of a parametrized module."""
+    return module._modules["parametrizations"]
+
+
+def reorder_parameters(module: nn.Module, order: tuple[str, ...]) -> None:
+    """Put the parameters a module had before surgery back in their order, others after them."""
+    place = {name: index for index, name in enumerate(order)}
+    entries = sorted(module._parameters.items(), key=lambda item: place.get(item[0], len(place)))
+    module._parameters.clear()
+    module._parameters.update(entries)
+
+
+# The host's class ----------------------------------------------------------------------------------------
+
+
+def _mend(cls: Any) -> None:
+    """Give a class made by `parametrize` what torch's lacks: pickling, copying, all layouts, resetting."""
+    for name in ("__getstate__", "__deepcopy__"):
+        if name in cls.__dict__:
+            delattr(cls, name)
+    base: type = cls.__bases__[0]
+    cls.__reduce_ex__ = _reduce_ex
+    cls._load_from_state_dict = _load_any_layout
+    for name in ("reset_parameters", "_reset_parameters"):
+        if callable(getattr(base, name, None)):
+            setattr(cls, name, _plain_method(base, name))
+
+
+def _plain_method(base: type, name: str) -> Any:
+    method = getattr(base, name)
+
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _as_plain(self):
+            return method(self, *args, **kwargs)
+
+    wrapper.__name__, wrapper.__doc__ = name, method.__doc__
+    return wrapper
+
+
+@contextmanager
+def _as_plain(module: nn.Module) -> Iterator[None]:
+    """The module as it was before conversion, for methods that write into its parameters; then take them over."""
+    cls, table = type(module), _table(module)
+    lists = {n: e for n, e in table._modules.items() if isinstance(e, WeightNormList)}
+    if len(lists) != len(table._modules):
+        yield  # another parametrization sits beside ours: its weights cannot be laid open
+        return
+    kept = dict(module._parameters)
+    weights = {n: nn.Parameter(e().detach(), requires_grad=e._pair()[1].requires_grad) for n, e in lists.items()}
+    before = {n: w._version for n, w in weights.items()}
+    module.__class__ = cls.__bases__[0]
+    del module._modules["parametrizations"]
+    module._parameters.update(weights)
+    reorder_parameters(module, table.__dict__.get(_ORDER, ()))
+    try:
+        yield
+        for name, entry in lists.items():
+            held = module._parameters[name]
+            if held is not None and (held is not weights[name] or held._version != before[name]):
+                entry.right_inverse(held)
+    finally:
+        module._parameters.clear()
+        module._parameters.update(kept)
+        module._modules["parametrizations"] = table
+        module.__class__ = cls
+
+
+def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
+    """Pickle as (base class, names, state): the generated class itself never enters the file."""
+    base: Any = type(self).__bases__[0]
+    names = tuple(_table(self)._modules)
+    function, arguments, *rest = base.__reduce_ex__(self, max(int(protocol), 2))
+    state = rest[0] if rest else None
+    if isinstance(state, dict) and isinstance(state.get("_flat_weights"), list):
+        # RNNs keep computed weights in a list; they are computed anew at the next forward
+        flat = zip(state["_flat_weights_names"], state["_flat_weights"], strict=True)
+        rest[0] = {**state, "_flat_weights": [torch.empty(0) if n in names else w for n, w in flat]}
+    if function.__name__ == "__newobj__" and function.__module__ == copyreg.__name__:
+        return (rebuild_parametrized, (base, names, *arguments[1:]), *rest)
+    return (_rebuild_by, (function, arguments, names), *rest)
+
+
+def rebuild_parametrized(base: type, names: tuple[str, ...], *arguments: Any) -> nn.Module:
+    """Unpickling and copying: an empty module of a fresh class over `base`, its state yet to be set."""
+    if not (isinstance(base, type) and issubclass(base, nn.Module)):
+        raise TypeError(f"{base!r} is not a module class")
+    return _give_class(base.__new__(base, *arguments), names)
+
+
+def _rebuild_by(function: Any, arguments: tuple[Any, ...], names: tuple[str, ...]) -> nn.Module:
+    module: nn.Module = function(*arguments)
+    for name in names:
+        module._parameters.pop(name, None)
+    return _give_class(module, names)
+
+
+def _give_class(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    parametrize._inject_new_class(module)
+    cls = type(module)
+    _mend(cls)
+    for name in names:
+        parametrize._inject_property(module, name)
+    allowed = torch.serialization.get_safe_globals()
+    if rebuild_parametrized in allowed:
+        # a reader that executes nothing only sets the state of classes it was told of
+        torch.serialization.add_safe_globals([(cls, f"{__name__}.{cls.__name__}.{id(cls)}")])
+    return module
+
+
+def _load_any_layout(
+    self: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any
+) -> None:
+    """Accept `weight_g`/`weight_v` and plain `weight` keys where the pair's own keys are missing."""
+    base: Any = type(self).__bases__[0]
+    table = _table(self)
+    for name, entry in table._modules.items():
+        if isinstance(entry, WeightNormList):
+            _to_own_layout(state_dict, f"{prefix}{name}", f"{prefix}parametrizations.{name}.original", entry)
+    base._load_from_state_dict(self, state_dict, prefix, metadata, *rest)
+
+
+def _to_own_layout(state_dict: dict[str, Any], plain: str, own: str, entry: WeightNormList) -> None:
+    if f"{own}0" in state_dict or f"{own}1" in state_dict:
+        return
+    for mine, theirs in ((f"{own}0", f"{plain}_g"), (f"{own}1", f"{plain}_v")):
+        if theirs in state_dict:
+            state_dict[mine] = state_dict.pop(theirs)
+    if plain in state_dict and f"{own}0" not in state_dict:
+        weight, (g, v) = state_dict.pop(plain), entry._pair()
+        if isinstance(weight, Tensor) and weight.shape == v.shape and not weight.is_meta:
+            rule: Any = entry._modules["0"]
+            state_dict[f"{own}0"], state_dict[f"{own}1"] = rule.right_inverse(weight.detach())
+        else:  # let torch name the shape that does not fit
+            state_dict[f"{own}0"], state_dict[f"{own}1"] = g, weight

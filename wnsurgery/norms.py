@@ -1,0 +1,187 @@
+"""The factor g / ||v|| for every row of a weight, accurate to half a unit in the last place at any magnitude.
+
+Three rules make conversion exact and folding accurate:
+
+* norms of 16- and 32-bit weights are taken in float64, norms of float64 weights in pairs of float64, so
+  that neither the number of threads nor the device decides a bit of the result;
+* where g is the stored value of ||v||, the factor is exactly one, so v is returned bit for bit;
+* factors outside the range of the weight's type stay finite, and a row of zeros gets the factor zero.
+
+A *row* is one kept index of the weight; "small" tensors below have one element per row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["RowScale", "magnitude_of_norm", "norm", "row_scale", "sum_squares", "wide_dtype"]
+
+_BLOCK = 1 << 18  # elements widened at a time: 2 MiB of float64, about one core's cache
+
+
+class RowScale(NamedTuple):
+    """w = v * factor * shift^2, row by row. `shift` is a power of two, one unless g/||v|| leaves float64."""
+
+    factor: Tensor
+    shift: Tensor | None
+
+
+def wide_dtype(v: Tensor) -> torch.dtype:
+    """The type norms are computed in: float64, or float32 on devices without it."""
+    return torch.float32 if v.device.type == "mps" else torch.float64
+
+
+def sum_squares(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
+    """Sum of squares over `dims` (kept as size 1), in the wide type.
+
+    `blocked` widens a cache-sized block at a time, which is several times faster on a CPU; tracing and
+    function transforms need the plain expression.
+    """
+    wide = wide_dtype(v)
+    if not dims:
+        return v.to(wide).square()
+    if not blocked or v.numel() <= _BLOCK or v.device.type != "cpu":
+        return v.to(wide).square().sum(tuple(dims), keepdim=True)
+    out = torch.zeros([1 if d in dims else s for d, s in enumerate(v.shape)], dtype=wide, device=v.device)
+    step = max(1, _BLOCK * v.shape[0] // v.numel())
+    for start in range(0, v.shape[0], step):
+        part = v[start : start + step].to(wide).square_().sum(tuple(dims), keepdim=True)
+        if 0 in dims:
+            out += part
+        else:
+            out[start : start + step] = part
+    return out
+
+
+def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
+    """||v|| over `dims`, kept as size 1, in the wide type; float64 rows of any magnitude stay in range."""
+    if v.dtype != torch.float64:
+        return sum_squares(v, dims, blocked=blocked).sqrt()
+    rows = _Float64Rows(v, dims)
+    return (rows.high + rows.low) * rows.unscale / rows.lift
+
+
+def magnitude_of_norm(norms: Tensor, magnitude: str, dtype: torch.dtype) -> Tensor:
+    """What is stored for a norm: the norm itself (saturating at the largest finite value), or its logarithm."""
+    stored = norms.log() if magnitude == "log" else norms
+    limit = torch.finfo(dtype).max
+    return stored.to(dtype).clamp(-limit, limit)
+
+
+def row_scale(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str, *, blocked: bool) -> RowScale:
+    """g / ||v|| per row, or e^g / ||v|| for a log-scale magnitude; `g` has the shape of the reduced v.
+
+    float64 weights get the correctly rounded quotient; others get it rounded to 24 bits, held in the
+    wide type so that no row overflows.
+    """
+    if v.dtype == torch.float64:
+        return _row_scale_float64(g, v, dims, magnitude)
+    wide = wide_dtype(v)
+    norms = norm(v, dims, blocked=blocked)
+    size = g.to(wide).exp() if magnitude == "log" else g.to(wide)
+    zero = norms == 0
+    quotient = size / torch.where(zero, torch.ones_like(norms), norms)
+    quotient = torch.where(zero, torch.zeros_like(quotient), quotient)
+    if wide == torch.float64:
+        narrow = quotient.abs().clamp(2.0**-120, 2.0**120) == quotient.abs()
+        quotient = torch.where(narrow, quotient.float().to(wide), quotient)
+    stored = torch.promote_types(g.dtype, torch.float32)
+    slack = 2.0**-40 if wide == torch.float64 else 2.0**-22
+    same = _is_stored_norm(g.to(stored), norms, slack, magnitude)
+    return RowScale(torch.where(same & ~zero, torch.ones_like(quotient), quotient), None)
+
+
+def _is_stored_norm(g: Tensor, norms: Tensor, slack: float, magnitude: str) -> Tensor:
+    """Whether g is what `magnitude_of_norm` stores for these norms, up to their own relative error."""
+    if magnitude == "log":
+        logs = norms.log()
+        spread = torch.clamp(logs.abs(), min=1.0) * (4 * torch.finfo(norms.dtype).eps)
+        return ((logs - spread).to(g.dtype) <= g) & (g <= (logs + spread).to(g.dtype))
+    limit = torch.finfo(g.dtype).max
+    low = (norms * (1 - slack)).to(g.dtype).clamp(max=limit)
+    high = (norms * (1 + slack)).to(g.dtype).clamp(max=limit)
+    return (low <= g) & (g <= high)
+
+
+# float64: norms in pairs ---------------------------------------------------------------------------------
+
+
+class _Float64Rows:
+    """||v|| of float64 rows as high + low, about 2^-64 accurate, of v scaled by a power of two per row.
+
+    ||v|| = (high + low) * unscale / lift. Each row is scaled so that its largest element lies in [1, 2).
+    The leading bits of every element are split off so that their squares add up without any rounding,
+    whatever the order (the idea of Ozaki's exact dot product); the rest is small enough to be rounded.
+    """
+
+    def __init__(self, v: Tensor, dims: Sequence[int]) -> None:
+        peak = v.abs().amax(tuple(dims), keepdim=True) if dims else v.abs()
+        self.lift = torch.where(peak < 2.0**-900, 2.0**100, 1.0).to(v.dtype)
+        exponent = _exponent(peak * self.lift)
+        self.unscale = _power_of_two(exponent)
+        self.exponent = exponent - torch.where(peak < 2.0**-900, 100, 0)
+        scaled = v * self.lift * _power_of_two(-exponent)
+        count = math.prod(v.shape[d] for d in dims)
+        bits = (49 - math.ceil(math.log2(max(count, 1)))) // 2
+        ridge = 1.5 * 2.0 ** (52 - bits)
+        lead = (scaled + ridge) - ridge
+        exact, rest = lead * lead, (scaled - lead) * (scaled + lead)
+        if dims:
+            exact, rest = exact.sum(tuple(dims), keepdim=True), rest.sum(tuple(dims), keepdim=True)
+        total = exact + rest
+        error = rest - (total - exact)
+        self.zero = total == 0
+        total = torch.where(self.zero, torch.ones_like(total), total)
+        root = total.sqrt()
+        self.low = (_minus_product(total, root, root) + error) / (2 * root)
+        self.high = torch.where(self.zero, torch.zeros_like(root), root)
+
+
+def _row_scale_float64(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str) -> RowScale:
+    rows = _Float64Rows(v, dims)
+    size = g.to(v.dtype).exp() if magnitude == "log" else g.to(v.dtype)
+    root = torch.where(rows.zero, torch.ones_like(rows.high), rows.high)
+    exponent = _exponent(size)
+    scaled = size * _power_of_two(-exponent)
+    quotient = scaled / root
+    quotient = quotient + (_minus_product(scaled, quotient, root) - quotient * rows.low) / root
+    same = _is_stored_norm_float64(g.to(v.dtype), rows, magnitude)
+    shift = torch.where(same, torch.zeros_like(exponent), exponent - rows.exponent)
+    half = torch.div(shift - shift.clamp(-900, 900), 2, rounding_mode="trunc")
+    half = torch.where(rows.zero, torch.zeros_like(half), half)
+    factor = torch.where(same, torch.ones_like(quotient), quotient * _power_of_two(shift - 2 * half))
+    factor = torch.where(rows.zero, torch.zeros_like(factor), factor)
+    return RowScale(factor, _power_of_two(half))
+
+
+def _is_stored_norm_float64(g: Tensor, rows: _Float64Rows, magnitude: str) -> Tensor:
+    if magnitude == "log":
+        return _is_stored_norm(g, (rows.high + rows.low) * rows.unscale / rows.lift, 0.0, magnitude)
+    limit = torch.finfo(g.dtype).max
+    slack = rows.high * 2.0**-62
+    low = ((rows.high + (rows.low - slack)) * rows.unscale / rows.lift).clamp(max=limit)
+    high = ((rows.high + (rows.low + slack)) * rows.unscale / rows.lift).clamp(max=limit)
+    return (low <= g) & (g <= high)
+
+
+def _minus_product(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """c - a * b without the rounding of the product, for a * b close to c and all within float32's range."""
+    a_high, b_high = a.float().to(a.dtype), b.float().to(b.dtype)
+    a_low, b_low = a - a_high, b - b_high
+    return ((c - a_high * b_high) - a_high * b_low - a_low * b_high) - a_low * b_low
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """floor(log2 |x|) of normal float64 numbers, clamped to [-1000, 1022]; -1000 for zero and subnormals."""
+    bits = x.detach().abs().contiguous().view(torch.int64)
+    return ((bits >> 52) - 1023).clamp(-1000, 1022)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent, exactly, for integers in [-1022, 1023]."""
+    return ((exponent + 1023) << 52).view(torch.float64)

@@ -1,0 +1,353 @@
+"""Select weights and group ties: the plan, an immutable list of what would change and what would not, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from wnsurgery.errors import PairError, SelectionError
+from wnsurgery.layers import Layer, layer_of
+from wnsurgery.reparam import Axes
+from wnsurgery.walk import Slot, slots
+
+__all__ = ["Dim", "Pattern", "Plan", "Site", "Skipped", "matches", "patterns", "plan_weight_norm"]
+
+Pattern = str | type | Callable[[nn.Module, str], bool] | Sequence[Any]
+Dim = str | int | tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight to convert: a tensor with its kept axes and all the modules that own it."""
+
+    slot: Slot
+    axes: Axes
+    ties: tuple[Slot, ...] = ()
+
+    @property
+    def fqn(self) -> str:
+        return self.slot.fqn
+
+    @property
+    def owners(self) -> tuple[Slot, ...]:
+        """Every (module, parameter) the tensor is registered at, the first in walking order first."""
+        return (self.slot, *self.ties)
+
+    @property
+    def weight(self) -> Tensor:
+        assert self.slot.tensor is not None
+        return self.slot.tensor
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One tensor that is left alone, and why."""
+
+    name: str
+    shape: tuple[int, ...] | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion would do; prints as a table.
+
+    Attributes:
+        sites: the weights to convert.
+        skipped: every other tensor of the model, with the reason; vectors and scalars included.
+    """
+
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+def plan_weight_norm(
+    model: nn.Module,
+    *,
+    include: Pattern | None = None,
+    exclude: Pattern | None = None,
+    dim: Dim | Mapping[str, Dim] = "auto",
+) -> Plan:
+    """What `apply_weight_norm` would change, without changing it; look before you cut.
+
+    >>> plan = plan_weight_norm(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm((2, 2))))
+    >>> [(site.fqn, site.axes.kept) for site in plan.sites], plan.skipped[-1].reason
+    ([('0.weight', (0,))], 'LayerNorm: not in the layer table; register_layer adds it')
+
+    Args:
+        model: any module tree.
+        include, exclude: what to convert, what not: a layer type, a glob on qualified names, a pattern after
+            "re:", a predicate `(module, name) -> bool`, or a sequence of these. A name or type that stands for
+            a container takes everything under it; names are tried with and without the parameter
+            ("encoder.0" and "encoder.0.weight"). Without `include`, everything in the layer table but lookup
+            tables; a lookup table tied to a converted weight goes with it.
+        dim: the axis or axes kept, as in torch's `weight_norm`: "auto" (one magnitude per output channel),
+            an int, a tuple, None (one magnitude per tensor), or a mapping from patterns to these.
+
+    Returns a Plan: `sites` and `skipped`, each tensor of the model in one of them.
+
+    Raises SelectionError when a pattern, or the whole selection, matches nothing.
+    """
+    found = slots(model)
+    choose = _Selection(found, include, exclude, dim)
+    sites: list[Site] = []
+    skipped: list[Skipped] = []
+    for group in _tie_groups(found):
+        verdict = choose.verdict(group)
+        if isinstance(verdict, Axes):
+            sites.append(Site(group[0], verdict, tuple(group[1:])))
+        else:
+            skipped += [Skipped(s.fqn, s.shape, verdict) for s in group]
+    plan = Plan(tuple(sites), tuple(skipped))
+    if not sites and not any(s.form in ("ours", "torch", "legacy") for s in found):
+        raise SelectionError("no weight of the model can be weight-normalized", hint=_why_nothing(plan))
+    return plan
+
+
+def _why_nothing(plan: Plan) -> str:
+    large = [s for s in plan.skipped if s.shape is None or len(s.shape) > 1]
+    if not large:
+        return "it has no tensor of 2 or more dimensions"
+    return "; ".join(f"{s.name}: {s.reason}" for s in large[:3])
+
+
+def _tie_groups(found: list[Slot]) -> Iterator[list[Slot]]:
+    """Slots that hold one and the same tensor, together, in walking order."""
+    groups: dict[int, list[Slot]] = {}
+    for slot in found:
+        groups.setdefault(id(slot if slot.tensor is None else slot.tensor), []).append(slot)
+    yield from groups.values()
+
+
+class _Selection:
+    """The caller's wishes, checked against the names there are."""
+
+    def __init__(
+        self,
+        found: list[Slot],
+        include: Pattern | None,
+        exclude: Pattern | None,
+        dim: Dim | Mapping[str, Dim],
+    ) -> None:
+        self.include = None if include is None else patterns(include)
+        self.exclude = patterns(exclude)
+        self.dim = dim
+        self.shared_memory = _shared_memory(found)
+        weights = [s for s in found if s.form != "buffer"]
+        names = [s.fqn for s in weights if s.shape is None or len(s.shape) > 1]
+        wishes = [("include", p) for p in self.include or ()] + [("exclude", p) for p in self.exclude]
+        if isinstance(dim, Mapping):
+            wishes += [("dim", p) for p in dim]
+        for option, pattern in wishes:
+            if not any(matches(pattern, s) for s in weights):
+                shown = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
+                raise SelectionError.no_match(option, shown, names)
+
+    def verdict(self, group: list[Slot]) -> Axes | str:
+        """The kept axes of a tensor to convert, or the reason why it is left alone."""
+        slot = group[0]
+        reason = _refusal(slot)
+        if reason:
+            return reason
+        rows = [(s, layer_of(s.module)) for s in group]
+        known = [(s, row, axes) for s, row in rows if row and (axes := row.axes(s.module, s.parameter))]
+        if not known:
+            return _not_in_table(slot, rows[0][1])
+        for pattern in self.exclude:
+            for s in group:
+                if matches(pattern, s):
+                    return "excluded" if s is slot else f"tied to {s.fqn}, which is excluded"
+        reason = self._not_wanted(group, known) or _module_refusal(group) or self._overlap(slot)
+        if reason:
+            return reason
+        wishes = {self._axes(s, own) for s, _, own in known}
+        if len(wishes) > 1:
+            return f"tied under different kept axes: {', '.join(s.fqn for s in group)}"
+        return wishes.pop()
+
+    def _not_wanted(self, group: list[Slot], known: list[tuple[Slot, Layer, Axes]]) -> str:
+        if self.include is not None:
+            wanted = any(matches(p, s) for p in self.include for s in group)
+            return "" if wanted else "not included"
+        row = known[0][1]
+        return "" if any(r.by_default for _, r, _ in known) else f"{_type_name(known[0][0].module)}: {row.note}"
+
+    def _overlap(self, slot: Slot) -> str:
+        others = [n for n in self.shared_memory.get(id(slot.tensor), ()) if n != slot.fqn]
+        return f"shares memory with {others[0]} without being the same Parameter" if others else ""
+
+    def _axes(self, slot: Slot, own: Axes) -> Axes:
+        wish: Any = self.dim
+        if isinstance(wish, Mapping):
+            wish = next((d for p, d in wish.items() if matches(p, slot)), "auto")
+        if wish == "auto":
+            return own.check(slot.shape or ())
+        if not (wish is None or isinstance(wish, int | tuple)):
+            raise SelectionError(f'dim must be "auto", an int, a tuple, None or a mapping, not {wish!r}')
+        kept = () if wish is None else wish if isinstance(wish, tuple) else (wish,)
+        try:
+            return Axes(kept).check(slot.shape or ())
+        except PairError as error:
+            raise SelectionError(f"{slot.fqn}: {error.message}") from error
+
+
+def patterns(pattern: Pattern | None) -> list[Any]:
+    """A selection as a flat list of types, strings and predicates."""
+    if pattern is None:
+        return []
+    if isinstance(pattern, str | type) or callable(pattern):
+        return [pattern]
+    if not isinstance(pattern, Iterable):
+        raise SelectionError(f"a selection is a type, a string, a predicate or a sequence of these, not {pattern!r}")
+    return [p for entry in pattern for p in patterns(entry)]
+
+
+def matches(pattern: Any, slot: Slot) -> bool:
+    """Whether a type, glob, `re:` pattern or predicate speaks of a tensor, its module or a container of it."""
+    if isinstance(pattern, type):
+        return any(isinstance(m, pattern) for _, m in slot.ancestors)
+    parts = [n.split(".") for n in slot.names]
+    width = slot.parameter.count(".") + 1
+    if not isinstance(pattern, str):
+        owners = [".".join(p[:-width]) for p in parts]
+        return any(bool(pattern(slot.module, n)) for n in (*slot.names, *owners))
+    prefixes = {".".join(p[:k]) for p in parts for k in range(1, len(p) + 1)}
+    if pattern.startswith("re:"):
+        try:
+            expression = re.compile(pattern[3:])
+        except re.error as error:
+            raise SelectionError(f"{pattern!r} is not a regular expression: {error}") from error
+        return any(expression.search(n) for n in slot.names)
+    return any(fnmatchcase(n, pattern) for n in prefixes)
+
+
+def _shared_memory(found: list[Slot]) -> dict[int, list[str]]:
+    """Names of distinct plain parameters that start at the same place in memory, by tensor identity."""
+    starts: dict[tuple[Any, int], dict[int, str]] = {}
+    for slot in found:
+        t = slot.tensor
+        if slot.form != "plain" or t is None or not slot.shape or type(t.data) is not Tensor:
+            continue
+        if t.layout == torch.strided and not t.is_meta and t.numel():
+            starts.setdefault((t.device, t.data_ptr()), {}).setdefault(id(t), slot.fqn)
+    return {key: list(same.values()) for same in starts.values() if len(same) > 1 for key in same}
+
+
+# Why not -------------------------------------------------------------------------------------------------
+
+
+_FORMS = {
+    "buffer": "a buffer, not a parameter",
+    "ours": "already weight-normalized",
+    "torch": "already under torch's weight norm; fold_weight_norm takes it out",
+    "legacy": "already under torch's legacy weight norm; fold_weight_norm takes it out",
+    "quantized": "quantized: its integers have no direction to train",
+}
+
+
+def _refusal(slot: Slot) -> str:
+    """Why a tensor cannot be converted for what it is, whatever module it is in; empty if it can."""
+    t = slot.tensor
+    if slot.form == "other":
+        entry = slot.module._modules["parametrizations"]._modules[slot.parameter]  # type: ignore[union-attr]
+        kinds = ", ".join(type(m).__name__ for m in entry._modules.values())  # type: ignore[union-attr]
+        return f"already parametrized by {kinds}"
+    if slot.form in _FORMS:
+        return _FORMS[slot.form]
+    if isinstance(slot.module, torch.jit.ScriptModule):
+        return "TorchScript: a compiled module cannot be changed"
+    if t is None or is_lazy(t):
+        return "lazy: not initialised yet; run one forward pass first"
+    if t.ndim < 2:
+        return "a vector or scalar, not a neuron's weight"
+    if t.is_complex():
+        return "complex: weight norm is defined for real weights"
+    if t.is_quantized:
+        return _FORMS["quantized"]
+    if not t.is_floating_point():
+        return f"{str(t.dtype).removeprefix('torch.')}: not a floating-point weight"
+    if t.layout != torch.strided:
+        return f"sparse ({str(t.layout).removeprefix('torch.')}): a norm would need its dense form"
+    if t.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        return f"{str(t.dtype).removeprefix('torch.')}: too narrow to hold a direction"
+    if type(t.data) is not Tensor:
+        return f"a tensor subclass ({type(t.data).__name__})"
+    return ""
+
+
+def _not_in_table(slot: Slot, row: Layer | None) -> str:
+    if slot.parameter.endswith("_orig"):
+        return "under a hook-based reparametrization (pruning or spectral norm)"
+    if row is None:
+        return f"{_type_name(slot.module)}: not in the layer table; register_layer adds it"
+    return f"{_type_name(slot.module)}.{slot.parameter}: not a weight in the layer table"
+
+
+def _module_refusal(group: list[Slot]) -> str:
+    """Why a module's way of using its weight rules weight norm out; empty if it does not."""
+    for slot in group:
+        module = slot.module
+        if getattr(module, "max_norm", None) is not None and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            return "max_norm rewrites the rows at every lookup"
+        if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            return "sparse=True: sparse gradients do not pass through a norm"
+        if any(
+            type(h).__name__ in ("SpectralNorm", "WeightNorm") and getattr(h, "name", None) == slot.parameter
+            for h in module._forward_pre_hooks.values()
+        ):
+            return "recomputed by a hook before every forward"
+    return ""
+
+
+def _type_name(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+# How it reads --------------------------------------------------------------------------------------------
+
+
+def _table(plan: Plan) -> str:
+    rows = [("weight", "layer", "shape", "kept", "magnitudes", "note")]
+    for site in plan.sites:
+        shape = tuple(site.weight.shape)
+        count = 1
+        for size in site.axes.magnitude_shape(shape):
+            count *= size
+        kept = "none" if not site.axes.kept else ",".join(map(str, site.axes.kept))
+        kept += f" in {site.axes.groups} groups" if site.axes.groups > 1 else ""
+        notes = [f"= {n}" for s in site.owners for n in s.names if n != site.fqn]
+        notes += [] if site.weight.requires_grad else ["frozen"]
+        rows.append((site.fqn, _type_name(site.slot.module), _shape(shape), kept, str(count), "; ".join(notes)))
+    left = [s for s in plan.skipped if s.shape is None or len(s.shape) > 1]
+    small = len(plan.skipped) - len(left)
+    total = sum(s.weight.numel() for s in plan.sites)
+    lines = (
+        [f"{len(plan.sites)} weights to convert ({total:,} elements)", *_columns(rows)]
+        if plan.sites
+        else ["0 weights to convert"]
+    )
+    if left:
+        lines += ["", f"{len(left)} tensors left alone"]
+        lines += _columns([("tensor", "shape", "reason"), *((s.name, _shape(s.shape), s.reason) for s in left)])
+    if small:
+        lines += ["", f"{small} vectors and scalars (biases, norms, counters) are never converted"]
+    return "\n".join(lines)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "?" if shape is None else "x".join(map(str, shape)) or "scalar"
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]

@@ -1,0 +1,135 @@
+"""Walk a module tree: every tensor with all its names and what it is right now.
+
+There is one walker, `slots`. The plan, folding and data-dependent initialisation all read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
+
+from wnsurgery.reparam import WeightNorm
+
+__all__ = ["Slot", "legacy_hooks", "slots"]
+
+_MAX_NAMES = 16  # names kept per shared module; deep diamonds of sharing have exponentially many
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of one module: where it is, under which names, and in what form.
+
+    Attributes:
+        module, parameter: the owner and the name the owner knows it by ("weight").
+        names: every qualified name, the first met in walking order first.
+        form: "plain", "buffer", "ours", "torch", "legacy" (weight norm of the three kinds), "other"
+            (another parametrization), "quantized".
+        tensor: the tensor itself ("plain", "buffer"), the direction v for the weight-norm forms.
+        magnitude: g for the weight-norm forms, else None.
+        ancestors: the modules from the root down to the owner, as (qualified name, module).
+    """
+
+    module: nn.Module = field(repr=False)
+    parameter: str
+    names: tuple[str, ...]
+    form: str
+    tensor: Tensor | None = field(repr=False)
+    magnitude: Tensor | None = field(repr=False)
+    ancestors: tuple[tuple[str, nn.Module], ...] = field(repr=False)
+
+    @property
+    def fqn(self) -> str:
+        """The qualified name of the tensor: `encoder.0.weight`."""
+        return self.names[0]
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The tensor's shape, None where it has none yet (lazy, quantized)."""
+        lazy = self.tensor is None or is_lazy(self.tensor)
+        return None if lazy or self.tensor is None else tuple(self.tensor.shape)
+
+
+def slots(model: nn.Module) -> list[Slot]:
+    """Every tensor of a module tree, each module once, with all its names, in the order of definition."""
+    found: list[Slot] = []
+    for module, names, ancestors in _modules(model):
+        for parameter, form, tensor, magnitude in _tensors(module):
+            fqns = tuple(f"{n}.{parameter}" if n else parameter for n in names)
+            found.append(Slot(module, parameter, fqns, form, tensor, magnitude, ancestors))
+    return found
+
+
+def _modules(
+    model: nn.Module,
+) -> Iterator[tuple[nn.Module, tuple[str, ...], tuple[tuple[str, nn.Module], ...]]]:
+    """Each module once, with all its names and its first chain of ancestors; parametrization machinery left out."""
+    names: dict[int, list[str]] = {}
+    first: dict[int, tuple[nn.Module, tuple[tuple[str, nn.Module], ...]]] = {}
+
+    def visit(module: nn.Module, name: str, path: tuple[tuple[str, nn.Module], ...]) -> None:
+        known = names.setdefault(id(module), [])
+        if any(m is module for _, m in path) or len(known) >= _MAX_NAMES:
+            return
+        known.append(name)
+        path = (*path, (name, module))
+        first.setdefault(id(module), (module, path))
+        for child_name, child in module._modules.items():
+            if child is not None and not (child_name == "parametrizations" and _is_parametrized(module)):
+                visit(child, f"{name}.{child_name}" if name else child_name, path)
+
+    visit(model, "", ())
+    for key, (module, path) in first.items():
+        yield module, tuple(names[key]), path
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    return isinstance(module._modules.get("parametrizations"), nn.ModuleDict)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor | None, Tensor | None]]:
+    """(parameter, form, tensor, magnitude) of everything a module holds itself."""
+    legacy = {hook.name for hook in legacy_hooks(module)}
+    parts = {f"{name}{end}" for name in legacy for end in ("_g", "_v")}
+    for name, parameter in module._parameters.items():
+        if parameter is not None and name not in parts:
+            yield name, "plain", parameter, None
+    for name in sorted(legacy):
+        yield name, "legacy", module._parameters[f"{name}_v"], module._parameters[f"{name}_g"]
+    if _is_parametrized(module):
+        for name, entry in module._modules["parametrizations"]._modules.items():  # type: ignore[union-attr]
+            if isinstance(entry, ParametrizationList):
+                yield name, *_parametrized(entry)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            yield name, "buffer", buffer, None
+    home = type(module).__module__
+    if home.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")) and callable(
+        getattr(module, "weight", None)
+    ):
+        yield "weight", "quantized", None, None
+
+
+def _parametrized(entry: ParametrizationList) -> tuple[str, Tensor | None, Tensor | None]:
+    head = entry._modules.get("0")
+    kind = {WeightNorm: "ours", TorchWeightNorm: "torch"}.get(type(head), "other")
+    if kind != "other" and "1" not in entry._modules:
+        return kind, entry._parameters.get("original1"), entry._parameters.get("original0")
+    held = {**entry._parameters, **entry._buffers}
+    return "other", held.get("original", held.get("original1")), None
+
+
+def legacy_hooks(module: nn.Module) -> list[Any]:
+    """The hooks of `torch.nn.utils.weight_norm`, or of a copy of it, that act on a module."""
+    return [
+        hook
+        for hook in module._forward_pre_hooks.values()
+        if type(hook).__name__ == "WeightNorm"
+        and hasattr(hook, "name")
+        and {f"{hook.name}_g", f"{hook.name}_v"} <= module._parameters.keys()
+    ]
