@@ -1,0 +1,71 @@
+"""Weight-normalization surgery on neural networks (Salimans & Kingma 2016, arXiv 1602.07868).
+
+    import wnsurgery as wn
+
+    model = wn.apply_weight_norm(model)      # w = g * v / ||v||, bit for bit the same function
+    wn.data_dependent_init(model, batch)     # the paper's initialisation
+    ...                                      # train
+    model = wn.fold_weight_norm(model)       # plain weights again
+    wn.export_onnx(model, inputs, "model.onnx")
+
+Names load on first use: `import wnsurgery` imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_NAMES = {
+    "Axes": "reparam",
+    "ExportError": "errors",
+    "InputError": "errors",
+    "InputMissingError": "errors",
+    "MissingPackageError": "errors",
+    "NonFiniteWeightError": "errors",
+    "OutputError": "errors",
+    "OutputExistsError": "errors",
+    "PairError": "errors",
+    "Plan": "plan",
+    "ProviderError": "errors",
+    "SelectionError": "errors",
+    "UnsafeFileError": "errors",
+    "VerificationError": "errors",
+    "WeightNorm": "reparam",
+    "WnsurgeryError": "errors",
+    "apply_weight_norm": "surgery",
+    "bench": "benchmark",
+    "compose": "reparam",
+    "convert_checkpoint": "files",
+    "data_dependent_init": "data_init",
+    "decompose": "reparam",
+    "export_onnx": "export",
+    "fold_checkpoint": "files",
+    "fold_onnx": "graph",
+    "fold_weight_norm": "surgery",
+    "inspect": "inspection",
+    "is_weight_normed": "surgery",
+    "load_model": "files",
+    "open_session": "parity",
+    "plan_weight_norm": "plan",
+    "register_layer": "layers",
+    "run_onnx": "parity",
+    "verify": "verification",
+}
+
+__all__ = ["__version__", *sorted(_NAMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_NAMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

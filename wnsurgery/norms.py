@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["RowScale", "magnitude_of_norm", "norm", "row_scale", "sum_squares", "wide_dtype"]
+__all__ = ["RowScale", "magnitude_of_norm", "norm", "plain_scale", "row_scale", "snapped_quotient", "wide_dtype"]
 
 _BLOCK = 1 << 18  # elements widened at a time: 2 MiB of float64, about one core's cache
 
@@ -36,34 +36,29 @@ def wide_dtype(v: Tensor) -> torch.dtype:
     return torch.float32 if v.device.type == "mps" else torch.float64
 
 
-def sum_squares(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
-    """Sum of squares over `dims` (kept as size 1), in the wide type.
+def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
+    """||v|| over `dims`, kept as size 1, in the wide type; float64 rows of any magnitude stay in range.
 
-    `blocked` widens a cache-sized block at a time, which is several times faster on a CPU; tracing and
+    `blocked` widens a cache-sized block of a large weight at a time, several times faster on a CPU; tracing and
     function transforms need the plain expression.
     """
+    if v.dtype == torch.float64:
+        rows = _Float64Rows(v, dims)
+        return (rows.high + rows.low) * rows.unscale / rows.lift
     wide = wide_dtype(v)
     if not dims:
-        return v.to(wide).square()
+        return v.to(wide).abs()
     if not blocked or v.numel() <= _BLOCK or v.device.type != "cpu":
-        return v.to(wide).square().sum(tuple(dims), keepdim=True)
-    out = torch.zeros([1 if d in dims else s for d, s in enumerate(v.shape)], dtype=wide, device=v.device)
+        return torch.linalg.vector_norm(v, 2, tuple(dims), keepdim=True, dtype=wide)
+    total = torch.zeros([1 if d in dims else s for d, s in enumerate(v.shape)], dtype=wide)
     step = max(1, _BLOCK * v.shape[0] // v.numel())
     for start in range(0, v.shape[0], step):
         part = v[start : start + step].to(wide).square_().sum(tuple(dims), keepdim=True)
         if 0 in dims:
-            out += part
+            total += part
         else:
-            out[start : start + step] = part
-    return out
-
-
-def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
-    """||v|| over `dims`, kept as size 1, in the wide type; float64 rows of any magnitude stay in range."""
-    if v.dtype != torch.float64:
-        return sum_squares(v, dims, blocked=blocked).sqrt()
-    rows = _Float64Rows(v, dims)
-    return (rows.high + rows.low) * rows.unscale / rows.lift
+            total[start : start + step] = part
+    return total.sqrt_()
 
 
 def magnitude_of_norm(norms: Tensor, magnitude: str, dtype: torch.dtype) -> Tensor:
@@ -83,6 +78,28 @@ def row_scale(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str, *, bloc
         return _row_scale_float64(g, v, dims, magnitude)
     wide = wide_dtype(v)
     norms = norm(v, dims, blocked=blocked)
+    return RowScale(snapped_quotient(g, norms, wide, magnitude), None)
+
+
+def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> Tensor | None:
+    """`row_scale` in float32 for norms already taken, in a few operations, where every row is an ordinary one.
+
+    None where some row needs the long way: its factor leaves float32, is zero or not finite, or is so close to one
+    that g may be the stored norm while other rows' are not. Looks at values: for eager mode on a CPU.
+    """
+    factor = torch.div(g.to(norms.dtype).exp() if magnitude == "log" else g, norms).float()
+    low, high = torch.aminmax(factor.abs())
+    if not (low.item() >= 2.0**-100 and high.item() <= 2.0**100):
+        return None
+    if (factor - 1).abs_().min().item() > (2.0**-12 if magnitude == "log" else 2.0**-21):
+        return factor
+    dtype = torch.promote_types(g.dtype, torch.float32)
+    untouched = torch.equal(magnitude_of_norm(norms, magnitude, dtype), g.to(dtype))
+    return torch.ones_like(factor) if untouched else None
+
+
+def snapped_quotient(g: Tensor, norms: Tensor, wide: torch.dtype, magnitude: str) -> Tensor:
+    """|w| / ||v|| rounded to 24 bits, zero for rows of zeros, exactly one where g is the stored norm."""
     size = g.to(wide).exp() if magnitude == "log" else g.to(wide)
     zero = norms == 0
     quotient = size / torch.where(zero, torch.ones_like(norms), norms)
@@ -93,7 +110,7 @@ def row_scale(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str, *, bloc
     stored = torch.promote_types(g.dtype, torch.float32)
     slack = 2.0**-40 if wide == torch.float64 else 2.0**-22
     same = _is_stored_norm(g.to(stored), norms, slack, magnitude)
-    return RowScale(torch.where(same & ~zero, torch.ones_like(quotient), quotient), None)
+    return torch.where(same & ~zero, torch.ones_like(quotient), quotient)
 
 
 def _is_stored_norm(g: Tensor, norms: Tensor, slack: float, magnitude: str) -> Tensor:

@@ -70,6 +70,22 @@ class Plan:
     def __str__(self) -> str:
         return _table(self)
 
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        sites = [
+            {
+                "name": site.fqn,
+                "layer": _type_name(site.slot.module),
+                "shape": tuple(site.weight.shape),
+                "kept": site.axes.kept,
+                "groups": site.axes.groups,
+                "also": [n for s in site.owners for n in s.names if n != site.fqn],
+                "frozen": not site.weight.requires_grad,
+            }
+            for site in self.sites
+        ]
+        return {"sites": sites, "skipped": self.skipped}
+
 
 def plan_weight_norm(
     model: nn.Module,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wnsurgery.errors import NonFiniteWeightError, PairError
-from wnsurgery.norms import RowScale, magnitude_of_norm, norm, row_scale, wide_dtype
+from wnsurgery.norms import RowScale, magnitude_of_norm, norm, plain_scale, row_scale, snapped_quotient, wide_dtype
 
 __all__ = ["Axes", "Magnitude", "WeightNorm", "compose", "decompose", "magnitude_dtype_for"]
 
@@ -236,16 +236,29 @@ class _Compose(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, v: Tensor, axes: Axes, magnitude: str) -> Tensor:
-        view, dims = axes.grouped(v), axes.reduced(v.ndim)
-        scale = row_scale(_per_row(g, v, axes), view, dims, magnitude, blocked=True)
-        ctx.save_for_backward(g, v)
+        view, dims, rows = axes.grouped(v), axes.reduced(v.ndim), _per_row(g, v, axes)
         ctx.axes, ctx.magnitude = axes, magnitude
+        if v.dtype == torch.float64:
+            ctx.save_for_backward(g, v, None)
+            return _apply_scale(v, row_scale(rows, view, dims, magnitude, blocked=True), axes)
+        norms = norm(view, dims, blocked=True)
+        factor = plain_scale(rows, norms, magnitude) if v.device.type == "cpu" and v.numel() else None
+        if factor is not None:
+            low, high = torch.aminmax(norms)
+            squarable = low.item() > 2.0**-50 and high.item() < 2.0**50
+            ctx.save_for_backward(g, v, norms if squarable else None)
+            return (v * axes.spread(factor, v)).to(v.dtype)
+        ctx.save_for_backward(g, v, None)
+        scale = RowScale(snapped_quotient(rows, norms, wide_dtype(v), magnitude), None)
         return _apply_scale(v, scale, axes)
 
     @staticmethod
     def backward(ctx: Any, grad_w: Tensor) -> tuple[Tensor | None, ...]:
-        g, v = ctx.saved_tensors
-        grad_g, grad_v = _gradients(grad_w, g, v, ctx.axes, ctx.magnitude)
+        g, v, norms = ctx.saved_tensors
+        if norms is None or torch.is_grad_enabled():
+            grad_g, grad_v = _gradients(grad_w, g, v, ctx.axes, ctx.magnitude)
+        else:
+            grad_g, grad_v = _plain_gradients(grad_w, g, v, norms.float(), ctx.axes, ctx.magnitude)
         want_g, want_v = ctx.needs_input_grad[:2]
         return grad_g if want_g else None, grad_v if want_v else None, None, None
 
@@ -263,6 +276,27 @@ def _apply_scale(v: Tensor, scale: RowScale, axes: Axes) -> Tensor:
     if v.device.type == "cpu" and torch.equal(narrow.to(factor.dtype), factor):
         return (v * narrow).to(v.dtype)
     return (v.to(factor.dtype) * factor).float().to(v.dtype)
+
+
+def _plain_gradients(
+    grad_w: Tensor, g: Tensor, v: Tensor, norms: Tensor, axes: Axes, magnitude: str
+) -> tuple[Tensor, Tensor]:
+    """The paper's equation 3 for ordinary rows, first order only, in as few passes as torch offers."""
+    rows = _per_row(g, v, axes)
+    size = rows.exp() if magnitude == "log" else rows
+    whole = axes.kept == (0,) and v.dtype == torch.float32 == size.dtype and v.is_contiguous()
+    if whole and v.ndim > 1:
+        grad_v, radial = torch.ops.aten._weight_norm_interface_backward(
+            grad_w.contiguous(), v, size.contiguous(), norms, 0
+        )
+    else:
+        view, upstream, dims = axes.grouped(v), axes.grouped(grad_w), axes.reduced(v.ndim)
+        product = upstream.float() * view
+        radial = (product.sum(dims, keepdim=True) if dims else product) / norms
+        grad_v = upstream * (size / norms).float()
+        grad_v = torch.addcmul(grad_v, view.float(), size * radial / norms.square(), value=-1).reshape(v.shape)
+    grad_g = radial * size if magnitude == "log" else radial
+    return grad_g.to(g.dtype).reshape(g.shape), grad_v.to(v.dtype)
 
 
 def _gradients(grad_w: Tensor, g: Tensor, v: Tensor, axes: Axes, magnitude: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,360 @@
+"""The command line: parse, one library call, show its report, exit with its code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from wnsurgery.errors import SelectionError, WnsurgeryError
+from wnsurgery.report import escape, say, show
+
+__all__ = ["cli", "main"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PROVIDERS = ("cpu", "cuda", "tensorrt", "coreml", "dml", "openvino", "auto")
+
+
+# Options that several commands share ---------------------------------------------------------------------
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+_common = _options(
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback when something fails."),
+)
+_writing = _options(
+    click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write; default: beside MODEL."),
+    click.option("--force", is_flag=True, help="Overwrite an existing output."),
+)
+_in_place = click.option("--in-place", is_flag=True, help="Let the output replace the input.")
+_loading = _options(
+    click.option("--arch", metavar="PACKAGE.MODULE:FACTORY", help="Callable that builds the model for a state dict."),
+    click.option("--trust-pickle", is_flag=True, help="Allow code inside MODEL to run while it is loaded."),
+)
+_selection = _options(
+    click.option(
+        "--include", multiple=True, metavar="PATTERN", help='Only these weights: a glob, or "re:..."; repeat.'
+    ),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help="Not these weights; repeat."),
+    click.option("--dim", "dims", multiple=True, metavar="[PATTERN=]AXES", help='Kept axes: 0, "0,2" or none; repeat.'),
+)
+_feeding = _options(
+    click.option(
+        "--input", "input_file", type=click.Path(path_type=Path), help="Inputs: .npz, .npy, .pt, .safetensors."
+    ),
+    click.option(
+        "--input-shape", multiple=True, metavar="1x3x32x32[:DTYPE]", help="Random input of this shape; repeat."
+    ),
+)
+_model = click.argument("model", type=click.Path(path_type=Path))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="wnsurgery", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Put a neural network into weight normalization, take it out, and ship it.
+
+    \b
+    Exit codes: 0 done; 1 a bug of ours; 2 usage; 3 input missing, damaged, unsupported or ambiguous; 4 refused as
+    unsafe; 5 output could not be written; 6 device, provider or package missing; 7 verification failed.
+    """
+
+
+@cli.command()
+@_model
+@_writing
+@_in_place
+@_loading
+@_selection
+@click.option(
+    "--init",
+    type=click.Choice(["preserve", "data"]),
+    default="preserve",
+    show_default=True,
+    help="Keep the function bit for bit, or set g and biases from --data.",
+)
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="One batch for --init data: .npz, .npy, .pt, .safetensors."
+)
+@click.option(
+    "--init-scale", type=float, default=1.0, show_default=True, help="Standard deviation --init data aims at."
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["parametrized", "legacy"]),
+    default="parametrized",
+    show_default=True,
+    help="Key names in a state dict.",
+)
+@click.option(
+    "--magnitude",
+    type=click.Choice(["linear", "log"]),
+    default="linear",
+    show_default=True,
+    help="Store g, or s with g = e^s.",
+)
+@click.option("--dry-run", is_flag=True, help="Show what would change and write nothing.")
+@_common
+def convert(model: Path, as_json: bool, **options: Any) -> None:
+    """Replace weights w of MODEL by (g, v) with w = g * v / ||v||.
+
+    MODEL is a state dict (.pt .pth .bin .ckpt .safetensors) or a whole module saved with torch.save.
+
+    \b
+    Examples:
+      wnsurgery convert model.pt
+      wnsurgery convert model.pt --init data --data batch.npz -o model.wn.pt
+      wnsurgery convert weights.safetensors --dim 'ups.*=1' --exclude '*embed*'
+    """
+    from wnsurgery.files import convert_checkpoint
+
+    output = options.pop("output") or _beside(model, "wn")
+    batch = options.pop("data")
+    if (options["init"] == "data") != (batch is not None):
+        raise SelectionError("--init data and --data FILE go together")
+    if batch is not None:
+        options["data"] = _read_inputs(batch)
+    options["include"], options["exclude"] = options["include"] or None, options["exclude"] or None
+    show(convert_checkpoint(model, output, dim=_parse_dims(options.pop("dims")), **options), as_json=as_json)
+
+
+@cli.command()
+@_model
+@_writing
+@_in_place
+@_loading
+@click.option("--dry-run", is_flag=True, help="Show what would change and write nothing.")
+@_common
+def fold(model: Path, as_json: bool, **options: Any) -> None:
+    """Fold every (g, v) of MODEL back into a plain weight g * v / ||v||.
+
+    MODEL is a state dict or whole module (.pt .pth .bin .ckpt .safetensors), or an ONNX graph (.onnx).
+
+    \b
+    Examples:
+      wnsurgery fold model.wn.pt -o model.pt
+      wnsurgery fold generator.safetensors
+      wnsurgery fold exported.onnx -o clean.onnx
+    """
+    output = options.pop("output") or _beside(model, "folded")
+    if model.suffix.lower() == ".onnx":
+        from wnsurgery.graph import fold_onnx
+
+        if options["in_place"] or options["dry_run"]:
+            raise SelectionError("--in-place and --dry-run do not apply to ONNX files")
+        show(fold_onnx(model, output, force=options["force"]), as_json=as_json)
+        return
+    from wnsurgery.files import fold_checkpoint
+
+    show(fold_checkpoint(model, output, **options), as_json=as_json)
+
+
+@cli.command()
+@_model
+@_writing
+@_loading
+@_feeding
+@click.option("--opset", type=int, help="ONNX opset; default: the exporter's.")
+@click.option("--dynamic", is_flag=True, help="Let the first axis of every input vary.")
+@_common
+def export(model: Path, as_json: bool, **options: Any) -> None:
+    """Fold MODEL, export it to ONNX, check the graph and compare it with onnxruntime.
+
+    \b
+    Examples:
+      wnsurgery export model.pt -o model.onnx --input-shape 1x3x32x32
+      wnsurgery export weights.pt --arch mypackage.nets:build --input batch.npz
+    """
+    from wnsurgery.export import export_onnx
+    from wnsurgery.files import load_model
+
+    output = options.pop("output") or model.with_suffix(".onnx")
+    inputs = _inputs(options.pop("input_file"), options.pop("input_shape"))
+    if inputs is None:
+        raise SelectionError("export needs inputs", hint="--input-shape 1x3x32x32 or --input FILE")
+    module = load_model(model, arch=options.pop("arch"), trust_pickle=options.pop("trust_pickle"))
+    show(export_onnx(module, inputs, output, **options), as_json=as_json)
+
+
+@cli.command()
+@_model
+@click.option("--input", "input_file", type=click.Path(path_type=Path), required=True, help="Inputs: .npz or .npy.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Outputs: .npz, or .npy for one.")
+@click.option("--provider", default="cpu", show_default=True, metavar="|".join(_PROVIDERS), help="Where to run.")
+@click.option("--force", is_flag=True, help="Overwrite an existing output.")
+@_common
+def run(model: Path, input_file: Path, output: Path, provider: str, force: bool, as_json: bool) -> None:
+    """Run an ONNX MODEL on the inputs of a file; fails if the provider is not the one onnxruntime took.
+
+    \b
+    Example:
+      wnsurgery run model.onnx --input x.npz -o y.npz --provider cpu
+    """
+    from wnsurgery.inout import read_arrays, write_arrays
+    from wnsurgery.parity import run_onnx
+
+    outputs = run_onnx(model, read_arrays(input_file), provider=provider)
+    write_arrays(output, outputs, force=force)
+    shapes = {escape(name): tuple(value.shape) for name, value in outputs.items()}
+    lines = [f"{name}: {shape}" for name, shape in shapes.items()]
+    show(shapes if as_json else "\n".join([f"wrote {output}", *lines]), as_json=as_json)
+
+
+@cli.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@_loading
+@_feeding
+@click.option("--rtol", type=float, help="Relative tolerance on outputs; default: by type.")
+@click.option("--atol", type=float, help="Absolute tolerance on outputs; default: by type.")
+@_common
+def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
+    """Compare two artefacts: weights in units in the last place, outputs in absolute and relative difference.
+
+    A and B are state dicts, whole modules or ONNX files. A converted one counts as the plain weights it stands
+    for. Exit code 7 if they differ.
+
+    \b
+    Examples:
+      wnsurgery verify model.pt model.wn.pt
+      wnsurgery verify model.pt model.onnx --input-shape 1x3x32x32
+    """
+    from wnsurgery.verification import verify as compare
+
+    inputs = _inputs(options.pop("input_file"), options.pop("input_shape"))
+    report = compare(a, b, inputs, **options)
+    show(report, as_json=as_json)
+    report.raise_for_status()
+
+
+@cli.command()
+@_model
+@_loading
+@_common
+def inspect(model: Path, as_json: bool, **options: Any) -> None:
+    """List the weights of MODEL: layout, shape, kept axes, g and ||v||, and what is not normalized and why.
+
+    \b
+    Example:
+      wnsurgery inspect generator.pth
+    """
+    from wnsurgery.inspection import inspect as look
+
+    show(look(model, **options), as_json=as_json)
+
+
+@cli.command()
+@_model
+@_loading
+@_feeding
+@click.option("--repeats", type=click.IntRange(min=3), default=20, show_default=True, help="Interleaved repeats.")
+@_common
+def bench(model: Path, as_json: bool, **options: Any) -> None:
+    """Time MODEL plain, under torch's weight norm and under ours: training step and evaluation.
+
+    \b
+    Example:
+      wnsurgery bench model.pt --input-shape 16x3x32x32
+    """
+    from wnsurgery.benchmark import bench as measure
+    from wnsurgery.files import load_model
+
+    inputs = _inputs(options.pop("input_file"), options.pop("input_shape"))
+    if inputs is None:
+        raise SelectionError("bench needs inputs", hint="--input-shape 16x3x32x32 or --input FILE")
+    module = load_model(model, arch=options.pop("arch"), trust_pickle=options.pop("trust_pickle"))
+    show(measure(module, inputs, **options), as_json=as_json)
+
+
+# Arguments -----------------------------------------------------------------------------------------------
+
+
+def _beside(model: Path, word: str) -> Path:
+    return model.with_name(f"{model.stem}.{word}{model.suffix}")
+
+
+def _parse_dims(dims: tuple[str, ...]) -> Any:
+    """`0`, `0,2`, `none` for all weights, or `PATTERN=AXES` for some."""
+    parsed: dict[str, Any] = {}
+    for text in dims:
+        pattern, _, axes = text.rpartition("=")
+        try:
+            kept = None if axes == "none" else tuple(int(a) for a in axes.split(","))
+        except ValueError:
+            raise click.BadParameter(f"{text!r} is not [PATTERN=]AXES, e.g. 'ups.*=1'", param_hint="--dim") from None
+        parsed[pattern or "*"] = kept[0] if kept and len(kept) == 1 else kept
+    return parsed or "auto"
+
+
+def _read_inputs(path: Path) -> Any:
+    from wnsurgery.inout import read_batch
+
+    return read_batch(path)
+
+
+def _inputs(file: Path | None, shapes: tuple[str, ...]) -> Any:
+    if file is not None and shapes:
+        raise click.UsageError("--input and --input-shape exclude each other")
+    if file is not None:
+        return _read_inputs(file)
+    if not shapes:
+        return None
+    from wnsurgery.inout import random_inputs
+
+    return random_inputs(shapes)
+
+
+# Errors and exit codes -----------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command and leave the process with its exit code."""
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(_run(arguments, debug))
+
+
+def _run(arguments: list[str] | None, debug: bool) -> int:  # noqa: PLR0911 - one return for each exit code
+    try:
+        cli.main(args=arguments, prog_name="wnsurgery", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        return _fail(error.format_message(), None, 2, debug)
+    except WnsurgeryError as error:
+        return _fail(error.message, error.hint, error.exit_code, debug)
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:  # noqa: BLE001 - the last line of defence says whose fault it is
+        message = f"internal error: {type(error).__name__}: {error}"
+        return _fail(message, "this is a bug of wnsurgery; run again with --debug and report it", 1, debug)
+    return 0
+
+
+def _fail(message: str, hint: str | None, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    say(f"wnsurgery: error: {escape(message)}")
+    if hint:
+        say(f"hint: {escape(hint)}")
+    return code

@@ -1,0 +1,117 @@
+"""Arrays in and out of files: batches for initialisation, inputs and outputs of exported models."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wnsurgery.errors import InputError, InputMissingError, OutputError, OutputExistsError, SelectionError
+
+__all__ = ["random_inputs", "read_arrays", "read_batch", "write_arrays"]
+
+Arrays = dict[str, Any] | list[Any]
+
+
+def read_arrays(path: str | os.PathLike[str]) -> Arrays:
+    """Named arrays of an .npz, or the one array of an .npy as a list.
+
+    Raises InputMissingError, or InputError for anything numpy cannot read without running code.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputMissingError(f"{path}: no such file")
+    if path.suffix.lower() not in (".npy", ".npz"):
+        raise InputError.of(path, "not an .npz or .npy file")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return [loaded]
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError.of(path, f"damaged or not numbers: {' '.join(str(error).split())}") from error
+
+
+def read_batch(path: str | os.PathLike[str]) -> Any:
+    """One batch for a model: a tensor, a tuple of tensors, or a mapping of keyword tensors.
+
+    .npy gives a tensor; .npz a tuple if its names are numpy's own (arr_0, arr_1, ...), a lone array a tensor, other
+    names keyword arguments; .pt and .safetensors what was saved in them, read without executing code.
+    """
+    path = Path(path)
+    if path.suffix.lower() in (".npy", ".npz"):
+        arrays = read_arrays(path)
+        if isinstance(arrays, Mapping):
+            tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
+            numbered = all(name == f"arr_{i}" for i, name in enumerate(tensors))
+            return _unwrap(tuple(tensors.values())) if numbered or len(tensors) == 1 else tensors
+        return torch.from_numpy(arrays[0])
+    from wnsurgery.files import load_object
+
+    return _unwrap(load_object(path))
+
+
+def _unwrap(batch: Any) -> Any:
+    batch = tuple(batch) if isinstance(batch, list) else batch
+    return batch[0] if isinstance(batch, tuple) and len(batch) == 1 else batch
+
+
+def random_inputs(shapes: Sequence[str], seed: int = 0) -> tuple[Tensor, ...]:
+    """Random tensors for shapes such as "1x3x32x32" or "4x16:int64" (integers are 0 or 1), from a generator of its own.
+
+    >>> [tuple(x.shape) for x in random_inputs(["2x3", "2:int64"])]
+    [(2, 3), (2,)]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for text in shapes:
+        sizes, _, kind = text.partition(":")
+        dtype = getattr(torch, kind or "float32", None)
+        if not isinstance(dtype, torch.dtype) or not all(s.isdigit() for s in sizes.split("x")):
+            raise SelectionError(f"{text!r} is not a shape such as 1x3x32x32 or 4x16:int64")
+        shape = [int(s) for s in sizes.split("x")]
+        if dtype.is_floating_point:
+            tensors.append(torch.randn(shape, generator=generator).to(dtype))
+        else:
+            tensors.append(torch.randint(0, 2, shape, generator=generator).to(dtype))
+    return tuple(tensors)
+
+
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any], *, force: bool = False) -> None:
+    """Write named arrays to an .npz, or a single one to an .npy; whole or not at all, by rename.
+
+    Raises OutputExistsError unless `force`, OutputError when it cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not force:
+        raise OutputExistsError(f"{path}: already exists", hint="--force overwrites it")
+    if path.suffix.lower() not in (".npy", ".npz") or (path.suffix.lower() == ".npy" and len(arrays) != 1):
+        raise SelectionError(f"{path}: outputs go to an .npz file, or to an .npy file if there is one")
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            if path.suffix.lower() == ".npy":
+                np.save(file, next(iter(arrays.values())), allow_pickle=False)
+            else:
+                np.savez(file, **{str(k): np.asarray(v) for k, v in arrays.items()})
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+        temporary = None
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

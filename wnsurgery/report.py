@@ -1,0 +1,52 @@
+"""What a person or a program reads: results as text or JSON on stdout, messages on stderr, file-borne strings escaped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["escape", "say", "show", "to_jsonable"]
+
+
+def escape(text: str) -> str:
+    """A string on one line, with control characters and terminal escapes made visible.
+
+    >>> escape("a\\x1b[31m\\nb")
+    'a\\\\x1b[31m\\\\nb'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str) -> None:
+    """A message for the person at the terminal, on stderr."""
+    print(text, file=sys.stderr)
+
+
+def show(result: Any, *, as_json: bool) -> None:
+    """A result on stdout: JSON on one line if asked for, else what `str(result)` prints."""
+    if as_json:
+        print(json.dumps(to_jsonable(result), ensure_ascii=True, allow_nan=False))
+        return
+    print("\n".join(escape(line) for line in str(result).split("\n")))
+
+
+def to_jsonable(value: Any) -> Any:
+    """Dataclasses, mappings, sequences and scalars as what `json` can write; NaN and infinities as strings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        custom = getattr(value, "to_json", None)
+        if callable(custom):
+            return to_jsonable(custom())
+        return {f.name: to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value) if f.repr}
+    if isinstance(value, Mapping):
+        return {str(k): to_jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_jsonable(v) for v in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return str(value)
