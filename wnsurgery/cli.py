@@ -330,7 +330,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(_run(arguments, debug))
 
 
-def _run(arguments: list[str] | None, debug: bool) -> int:  # noqa: PLR0911 - one return for each exit code
+def _run(arguments: list[str] | None, debug: bool) -> int:
     try:
         cli.main(args=arguments, prog_name="wnsurgery", standalone_mode=False)
         sys.stdout.flush()
@@ -345,7 +345,7 @@ def _run(arguments: list[str] | None, debug: bool) -> int:  # noqa: PLR0911 - on
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception as error:  # noqa: BLE001 - the last line of defence says whose fault it is
+    except Exception as error:
         message = f"internal error: {type(error).__name__}: {error}"
         return _fail(message, "this is a bug of wnsurgery; run again with --debug and report it", 1, debug)
     return 0

@@ -35,7 +35,19 @@ __all__ = [
     "UnsafeFileError",
     "VerificationError",
     "WnsurgeryError",
+    "printable",
 ]
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """A string that came from a file, made safe for a terminal: escapes spelled out, length bounded.
+
+    >>> printable("conv\\x1b[2J")
+    'conv\\\\x1b[2J'
+    """
+    start = str(text)[: limit + 1]
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in start)
+    return shown if len(shown) <= limit else f"{shown[:limit]}..."
 
 
 class WnsurgeryError(Exception):

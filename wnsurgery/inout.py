@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wnsurgery.errors import InputError, InputMissingError, OutputError, OutputExistsError, SelectionError
+from wnsurgery.errors import InputError, InputMissingError, SelectionError
+from wnsurgery.stores.commit import check_output, committed
 
 __all__ = ["random_inputs", "read_arrays", "read_batch", "write_arrays"]
 
@@ -90,28 +90,15 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any], *, for
 
     Raises OutputExistsError unless `force`, OutputError when it cannot be written.
     """
-    path = Path(path)
-    if path.exists() and not force:
-        raise OutputExistsError(f"{path}: already exists", hint="--force overwrites it")
-    if path.suffix.lower() not in (".npy", ".npz") or (path.suffix.lower() == ".npy" and len(arrays) != 1):
+    path = check_output(path, force=force)
+    single = path.suffix.lower() == ".npy"
+    if path.suffix.lower() not in (".npy", ".npz") or (single and len(arrays) != 1):
         raise SelectionError(f"{path}: outputs go to an .npz file, or to an .npy file if there is one")
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            if path.suffix.lower() == ".npy":
-                np.save(file, next(iter(arrays.values())), allow_pickle=False)
-            else:
-                np.savez(file, **{str(k): np.asarray(v) for k, v in arrays.items()})
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-        temporary = None
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    with committed(path, force=force) as file:
+        if single:
+            np.save(file, next(iter(arrays.values())), allow_pickle=False)
+        else:
+            with zipfile.ZipFile(file, "w") as archive:  # not np.savez: an output may be called "file"
+                for name, value in arrays.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                        np.lib.format.write_array(entry, np.asarray(value), allow_pickle=False)

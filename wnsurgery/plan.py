@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from wnsurgery.errors import PairError, SelectionError
 from wnsurgery.layers import Layer, layer_of
 from wnsurgery.reparam import Axes
+from wnsurgery.text import by, columns
 from wnsurgery.walk import Slot, slots
 
 __all__ = ["Dim", "Pattern", "Plan", "Site", "Skipped", "matches", "patterns", "plan_weight_norm"]
@@ -343,27 +344,18 @@ def _table(plan: Plan) -> str:
         kept += f" in {site.axes.groups} groups" if site.axes.groups > 1 else ""
         notes = [f"= {n}" for s in site.owners for n in s.names if n != site.fqn]
         notes += [] if site.weight.requires_grad else ["frozen"]
-        rows.append((site.fqn, _type_name(site.slot.module), _shape(shape), kept, str(count), "; ".join(notes)))
+        rows.append((site.fqn, _type_name(site.slot.module), by(shape), kept, str(count), "; ".join(notes)))
     left = [s for s in plan.skipped if s.shape is None or len(s.shape) > 1]
     small = len(plan.skipped) - len(left)
     total = sum(s.weight.numel() for s in plan.sites)
     lines = (
-        [f"{len(plan.sites)} weights to convert ({total:,} elements)", *_columns(rows)]
+        [f"{len(plan.sites)} weights to convert ({total:,} elements)", *columns(rows)]
         if plan.sites
         else ["0 weights to convert"]
     )
     if left:
         lines += ["", f"{len(left)} tensors left alone"]
-        lines += _columns([("tensor", "shape", "reason"), *((s.name, _shape(s.shape), s.reason) for s in left)])
+        lines += columns([("tensor", "shape", "reason"), *((s.name, by(s.shape), s.reason) for s in left)])
     if small:
         lines += ["", f"{small} vectors and scalars (biases, norms, counters) are never converted"]
     return "\n".join(lines)
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "?" if shape is None else "x".join(map(str, shape)) or "scalar"
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return ["  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]

@@ -1,4 +1,4 @@
-"""What a person or a program reads: results as text or JSON on stdout, messages on stderr, file-borne strings escaped."""
+"""What a person or a program reads: results as text or JSON, messages on stderr, strings from files escaped."""
 
 from __future__ import annotations
 

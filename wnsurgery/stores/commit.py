@@ -1,0 +1,141 @@
+"""Write a file all or nothing: a temporary beside it, flushed to the disk, then one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from wnsurgery.errors import InputError, OutputError, OutputExistsError
+
+__all__ = ["check_output", "committed"]
+
+
+def check_output(
+    output: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
+    *,
+    force: bool = False,
+    in_place: bool = False,
+) -> Path:
+    """Refuse an output that must not be written, before any work is done.
+
+    >>> check_output("folded.pt", "model.pt")
+    PosixPath('folded.pt')
+
+    Raises:
+        OutputExistsError: it exists and `force` is not given, or it is the input and `in_place` is not given.
+        OutputError: its directory is missing, or it is something else than a regular file.
+    """
+    path = Path(output)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise OutputError(f"{path}: the directory {path.parent} does not exist") from None
+        if path.is_symlink():
+            raise OutputError(f"{path}: a link that leads nowhere") from None
+        return path
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: {_reason(error)}") from error
+    if not stat.S_ISREG(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+        raise OutputError(f"{path}: {kind}; nothing was written")
+    if source is not None and _same_file(path, source):
+        if not in_place:
+            raise OutputExistsError(f"{path}: this is the input", hint="in_place=True (--in-place) replaces it")
+    elif not force:
+        raise OutputExistsError(f"{path}: already exists", hint="force=True (--force) replaces it")
+    return path
+
+
+@contextmanager
+def committed(output: str | os.PathLike[str], *, force: bool) -> Iterator[BinaryIO]:
+    """A file to write to that becomes `output` when the block ends well, and vanishes when it does not.
+
+    The mode follows the umask. Where `output` is a symbolic link, the link is replaced, not what it points to.
+    Without `force`, an output that appears while we write is left as it is.
+
+    >>> import tempfile, pathlib
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "x.bin"
+    >>> with committed(path, force=False) as file:
+    ...     _ = file.write(b"whole")
+    >>> path.read_bytes()
+    b'whole'
+
+    Raises:
+        OutputError: the file could not be written (no space, no permission, ...).
+        OutputExistsError: it exists and `force` is not given.
+    """
+    path = Path(output)
+    temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(6)}.tmp")
+    file = _create(temporary, path)
+    try:
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            _publish(temporary, path, force)
+        except InputError:  # some input errors are OSErrors too; they speak of another file
+            raise
+        except OutputError:
+            raise
+        except OSError as error:
+            raise OutputError(f"{path}: {_reason(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    _sync_directory(path.parent)
+
+
+def _create(temporary: Path, path: Path) -> BinaryIO:
+    try:
+        # not tempfile: its files are private (0600), and the kernel applies the umask here without a race
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    except OSError as error:
+        raise OutputError(f"{path}: {_reason(error)}") from error
+    return os.fdopen(handle, "wb", buffering=1 << 20)
+
+
+def _publish(temporary: Path, path: Path, force: bool) -> None:
+    if force:
+        temporary.replace(path)
+        return
+    try:
+        os.link(temporary, path)  # unlike a rename, fails where someone else was quicker
+    except FileExistsError:
+        raise OutputExistsError(f"{path}: already exists", hint="force=True (--force) replaces it") from None
+    except (OSError, NotImplementedError, AttributeError):
+        if path.exists():  # file systems without hard links
+            raise OutputExistsError(f"{path}: already exists", hint="force=True replaces it") from None
+        temporary.replace(path)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the rename itself survive a power cut, where the system lets a directory be flushed."""
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _same_file(path: Path, source: str | os.PathLike[str]) -> bool:
+    try:
+        return path.samefile(source)
+    except OSError:
+        return False
+
+
+def _reason(error: OSError | ValueError) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space left on the device"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,0 +1,179 @@
+"""`.safetensors`: eight bytes of length, a JSON table, the tensors end to end. Read and written here directly.
+
+The safetensors package writes its metadata in random order, with mode 0600, without fsync, and refuses shared tensors;
+written here, equal content is equal bytes. Layout: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from wnsurgery.errors import InputError, printable
+
+__all__ = ["DTYPES", "Entry", "read_header", "read_safetensors", "read_tensor", "write_safetensors"]
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: bytes `start` to `stop` of the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_safetensors(file: BinaryIO, path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """Every tensor of an open file, in the file's order, and its metadata.
+
+    Raises InputError when the header or the sizes are not exactly what the format asks for.
+    """
+    entries, metadata = read_header(file, path)
+    return {entry.name: read_tensor(file, entry, path) for entry in entries}, metadata
+
+
+def read_header(file: BinaryIO, path: Path) -> tuple[list[Entry], dict[str, str] | None]:
+    """The table of an open file: its tensors in the order of their bytes, and its metadata.
+
+    Raises InputError for a table that is no JSON, names a tensor twice, or whose sizes, gaps or overlaps do not
+    add up to the file's length.
+    """
+    size = file.seek(0, 2)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(_MAX_HEADER, size - 8):
+        raise InputError.of(path, "damaged or truncated: the safetensors header is longer than the file")
+    try:
+        table = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+        metadata = table.pop("__metadata__", None)
+        entries = [_entry(name, facts, 8 + length) for name, facts in table.items()]
+        _check_metadata(metadata)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError.of(path, f"damaged safetensors header ({printable(error)})") from error
+    entries.sort(key=lambda e: (e.start, e.stop))
+    _check_cover(entries, 8 + length, size, path)
+    return entries, metadata
+
+
+def read_tensor(file: BinaryIO, entry: Entry, path: Path) -> Tensor:
+    """One tensor of an open file."""
+    if entry.start == entry.stop:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+    file.seek(entry.start)
+    if file.readinto(data.numpy()) != len(data):  # type: ignore[attr-defined]
+        raise InputError.of(path, f"truncated: the bytes of {printable(entry.name)} end early")
+    return data.view(entry.dtype).reshape(entry.shape)
+
+
+def write_safetensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, file: BinaryIO, path: Path
+) -> None:
+    """Write tensors into an open file, widest types first (so that every tensor is aligned), then by name.
+
+    A tensor that stands under two names is written twice: the format has no sharing.
+
+    Raises InputError for a tensor the format cannot hold (sparse, quantized, complex128, ...).
+    """
+    order = sorted(tensors, key=lambda name: (-_checked(tensors[name], name, path).element_size(), name))
+    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for name in order:
+        tensor = tensors[name]
+        end = position + tensor.numel() * tensor.element_size()
+        shape = list(tensor.shape)
+        table[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [position, end]}
+        position = end
+    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    if len(header) > _MAX_HEADER:
+        raise InputError.of(path, "too many tensors for the safetensors header")
+    file.write(len(header).to_bytes(8, "little") + header)
+    for name in order:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            file.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+
+
+def _checked(tensor: Tensor, name: str, path: Path) -> Tensor:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in _NAMES:
+        kind = f"{tensor.dtype}".removeprefix("torch.")
+        kind = "meta" if tensor.is_meta else kind if tensor.layout == torch.strided else f"sparse {kind}"
+        raise InputError.of(
+            path, f"{printable(name)} ({kind}) does not fit into a .safetensors file", "write a .pt file instead"
+        )
+    return tensor
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name is there twice")
+    return table
+
+
+def _entry(name: str, facts: dict[str, Any], offset: int) -> Entry:
+    if set(facts) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name}: has {sorted(facts)}")
+    dtype = DTYPES.get(facts["dtype"])
+    if dtype is None:
+        raise ValueError(f"{name}: the type {facts['dtype']} is not supported")
+    shape, (start, stop) = facts["shape"], facts["data_offsets"]
+    if any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
+        raise ValueError(f"{name}: sizes are not natural numbers")
+    if len(shape) > 64 or any(n >= 1 << 63 for n in shape):
+        raise ValueError(f"{name}: impossible shape")
+    if stop - start != prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name}: {stop - start} bytes do not make a tensor of shape {tuple(shape)}")
+    return Entry(name, dtype, tuple(shape), offset + start, offset + stop)
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise ValueError("__metadata__ holds something else than strings")
+
+
+def _check_cover(entries: list[Entry], start: int, size: int, path: Path) -> None:
+    position = start
+    for entry in entries:
+        if entry.start != position:
+            fault = "overlaps the tensor before it" if entry.start < position else "leaves a gap before it"
+            raise InputError.of(path, f"damaged safetensors file: {printable(entry.name)} {fault}")
+        position = entry.stop
+    if position != size:
+        raise InputError.of(path, f"damaged or truncated: {size} bytes where the header asks for {position}")
