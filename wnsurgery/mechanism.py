@@ -32,8 +32,10 @@ class WeightNormList(ParametrizationList):
     def forward(self) -> Tensor:
         rule: Any = self._modules["0"]
         g, v = self._pair()
-        if "1" in self._modules or _is_watched(g, v):
+        if "1" in self._modules:  # something is stacked on top
             return super().forward()
+        if _is_watched(g, v):
+            return rule(g, v)  # type: ignore[no-any-return]
         self.absorb()
         w: Tensor = rule(g, v)
         if not (w.is_inference() or g.is_inference() or v.is_inference()):
@@ -85,7 +87,7 @@ class WeightNormList(ParametrizationList):
         self.__dict__.pop("_handed_out", None)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("original0", "original1"):
+        if name in ("original0", "original1") and not torch.compiler.is_compiling():
             self.absorb()
         return super().__getattr__(name)
 

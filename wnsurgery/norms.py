@@ -12,7 +12,6 @@ A *row* is one kept index of the weight; "small" tensors below have one element 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -49,7 +48,8 @@ def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
     if not dims:
         return v.to(wide).abs()
     if not blocked or v.numel() <= _BLOCK or v.device.type != "cpu":
-        return torch.linalg.vector_norm(v, 2, tuple(dims), keepdim=True, dtype=wide)
+        short: Tensor = torch.linalg.vector_norm(v, 2, tuple(dims), keepdim=True, dtype=wide)
+        return short
     total = torch.zeros([1 if d in dims else s for d, s in enumerate(v.shape)], dtype=wide)
     step = max(1, _BLOCK * v.shape[0] // v.numel())
     for start in range(0, v.shape[0], step):
@@ -143,8 +143,8 @@ class _Float64Rows:
         self.unscale = _power_of_two(exponent)
         self.exponent = exponent - torch.where(peak < 2.0**-900, 100, 0)
         scaled = v * self.lift * _power_of_two(-exponent)
-        count = math.prod(v.shape[d] for d in dims)
-        bits = (49 - math.ceil(math.log2(max(count, 1)))) // 2
+        count = max(1, v.numel() // max(1, peak.numel()))
+        bits = (49 - count.bit_length()) // 2
         ridge = 1.5 * 2.0 ** (52 - bits)
         lead = (scaled + ridge) - ridge
         exact, rest = lead * lead, (scaled - lead) * (scaled + lead)

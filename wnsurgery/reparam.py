@@ -7,6 +7,7 @@ Source: Salimans & Kingma 2016, "Weight Normalization", equations 2 and 3 (arXiv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -165,11 +166,16 @@ def compose(g: Tensor, v: Tensor, axes: Axes | None = None, *, magnitude: Magnit
     """
     if axes is None:
         axes = Axes.of_pair(g.shape, v.shape)
-    elif tuple(g.shape) != axes.magnitude_shape(v.shape) and g.numel() != 1:
+    elif torch._C._get_tracing_state() is None and not _fits(g, v, axes):
         raise PairError(f"a magnitude of shape {tuple(g.shape)} does not fit {axes} of {tuple(v.shape)}")
     if _needs_plain_operations(g, v):
         return _compose_traceable(g, v, axes, magnitude)
     return _Compose.apply(g, v, axes, magnitude)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _fits(g: Tensor, v: Tensor, axes: Axes) -> bool:
+    shape = axes.magnitude_shape(v.shape)
+    return tuple(g.shape) == shape or g.numel() == 1 == math.prod(shape)  # 0-d and (1, 1, ...) mean the same
 
 
 def _needs_plain_operations(g: Tensor, v: Tensor) -> bool:

@@ -1,0 +1,331 @@
+"""The command line: what it prints where, and the code it ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import wnsurgery as wn
+from wnsurgery.cli import cli, main
+
+COMMANDS = sorted(cli.commands)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        code = stop.value.code
+        return (0 if code is None else int(code)), out, err
+
+    return call
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2), nn.Flatten(), nn.LazyLinear(3))
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    """A whole-module file of torch.nn classes."""
+    model = net()
+    model(torch.zeros(1, 1, 8, 8))
+    torch.save(model, tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([c, "--help"] for c in COMMANDS)], ids=" ".join)
+def test_help_imports_no_torch(arguments: list[str]) -> None:
+    """`--help` of the program and of each command answers without importing anything heavy."""
+    code = (
+        "import sys\n"
+        "from wnsurgery.cli import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'numpy', 'onnx', 'onnxruntime', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: wnsurgery" in done.stdout
+
+
+def test_commands_are_the_documented_ones() -> None:
+    """The commands of the README are the commands there are."""
+    assert COMMANDS == ["bench", "convert", "export", "fold", "inspect", "run", "verify"]
+
+
+def test_convert_then_fold_restores_every_bit(run: Any, model_file: Path) -> None:
+    """A whole-module file goes through convert and fold and comes back with the same bits and classes."""
+    code, out, _ = run("convert", model_file)
+    assert code == 0
+    assert "0.weight" in out
+    converted = model_file.with_name("model.wn.pt")
+    assert wn.is_weight_normed(wn.load_model(converted))
+    assert run("fold", converted, "-o", model_file.with_name("back.pt"))[0] == 0
+    before, after = wn.load_model(model_file), wn.load_model(model_file.with_name("back.pt"))
+    assert [type(m) for m in after.modules()] == [type(m) for m in before.modules()]
+    pairs = zip(before.state_dict().items(), after.state_dict().items(), strict=True)
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def test_safetensors_without_code(run: Any, tmp_path: Path) -> None:
+    """A bare state dict converts by names, says what it assumed, and folds back to the same bits."""
+    tensors = {"up.weight": torch.randn(4, 6, 3), "up.bias": torch.randn(6), "fc.weight": torch.randn(5, 4)}
+    save_file(tensors, tmp_path / "w.safetensors")
+    code, out, _ = run("convert", tmp_path / "w.safetensors", "--dim", "up.*=1", "-o", tmp_path / "c.safetensors")
+    assert code == 0
+    assert "assum" in out.lower()
+    converted = load_file(tmp_path / "c.safetensors")
+    assert converted["up.parametrizations.weight.original0"].shape == (1, 6, 1)
+    assert converted["fc.parametrizations.weight.original0"].shape == (5, 1)
+    assert run("fold", tmp_path / "c.safetensors", "-o", tmp_path / "b.safetensors")[0] == 0
+    back = load_file(tmp_path / "b.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[k], tensors[k]) for k in tensors)
+
+
+def test_convert_with_data(run: Any, model_file: Path) -> None:
+    """`--init data` sets g and biases so that the first layer's output has deviation 1 on that batch."""
+    batch = torch.randn(64, 1, 8, 8) * 3 + 2
+    np.save(model_file.with_name("batch.npy"), batch.numpy())
+    out_file = model_file.with_name("init.pt")
+    arguments = ("--init", "data", "--data", model_file.with_name("batch.npy"), "-o", out_file)
+    assert run("convert", model_file, *arguments)[0] == 0
+    with torch.no_grad():
+        first = wn.load_model(out_file)[0](batch)  # type: ignore[index]
+    assert torch.allclose(first.std((0, 2, 3), unbiased=False), torch.ones(4), atol=1e-3)
+    code, _, err = run("convert", model_file, "--init", "data", "--force")
+    assert code == 2
+    assert "--data" in err
+
+
+def test_json_is_json(run: Any, model_file: Path) -> None:
+    """With `--json`, stdout is one JSON document and nothing else."""
+    for arguments in (("convert", model_file), ("inspect", model_file.with_name("model.wn.pt"))):
+        code, out, _ = run(*arguments, "--json")
+        assert code == 0
+        assert json.loads(out)
+
+
+def test_dry_run_writes_nothing(run: Any, model_file: Path) -> None:
+    """`--dry-run` shows the plan and leaves the directory as it was."""
+    before = sorted(model_file.parent.iterdir())
+    code, out, _ = run("convert", model_file, "--dry-run")
+    assert code == 0
+    assert "0.weight" in out
+    assert sorted(model_file.parent.iterdir()) == before
+
+
+def test_existing_output_is_kept(run: Any, model_file: Path) -> None:
+    """Without --force an existing output is refused with exit 5 and keeps its bytes."""
+    target = model_file.with_name("out.pt")
+    target.write_bytes(b"precious")
+    code, out, err = run("convert", model_file, "-o", target)
+    assert (code, out) == (5, "")
+    assert err.startswith("wnsurgery: error: ")
+    assert target.read_bytes() == b"precious"
+    assert run("convert", model_file, "-o", target, "--force")[0] == 0
+
+
+def test_output_over_input_needs_in_place(run: Any, model_file: Path) -> None:
+    """The input is overwritten only with --in-place, even with --force."""
+    before = model_file.read_bytes()
+    assert run("convert", model_file, "-o", model_file, "--force")[0] == 5
+    assert model_file.read_bytes() == before
+    assert run("convert", model_file, "-o", model_file, "--in-place")[0] == 0
+    assert wn.is_weight_normed(wn.load_model(model_file))
+
+
+class _Hostile:
+    """Writes a file when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("command", ["convert", "fold", "inspect", "bench", "export"])
+def test_hostile_pickle_is_refused(run: Any, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pickle that would run code ends every command with exit 4, and none of it runs, whatever the environment."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({"w": torch.ones(2, 2), "x": _Hostile(tmp_path / "owned")}, tmp_path / "bad.pt")
+    extra = ["--input-shape", "1x2"] if command in ("bench", "export") else []
+    code, out, err = run(command, tmp_path / "bad.pt", *extra)
+    assert (code, out) == (4, "")
+    assert len(err.splitlines()) <= 2
+    assert "Traceback" not in err
+    assert not (tmp_path / "owned").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.pt"]
+
+
+def test_bare_pickle_is_refused(run: Any, tmp_path: Path) -> None:
+    """A plain pickle that is no checkpoint is refused before anything of it runs."""
+    (tmp_path / "bad.pt").write_bytes(pickle.dumps(_Hostile(tmp_path / "owned")))
+    assert run("fold", tmp_path / "bad.pt")[0] in (3, 4)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
+def test_truncated_file(run: Any, model_file: Path, keep: float) -> None:
+    """A file cut off anywhere is exit 3 with a message of one line and a hint at most, and no output."""
+    data = model_file.read_bytes()
+    cut = model_file.with_name("cut.pt")
+    cut.write_bytes(data[: int(keep if keep >= 1 or keep == 0 else keep * len(data))])
+    code, out, err = run("fold", cut)
+    assert (code, out) == (3, "")
+    assert len(err.splitlines()) <= 2
+    assert not model_file.with_name("cut.folded.pt").exists()
+
+
+def test_missing_input(run: Any, tmp_path: Path) -> None:
+    """A missing input is exit 3 for every command that reads one, and names the path."""
+    for arguments in (
+        ("fold", "no.pt"),
+        ("fold", "no.onnx"),
+        ("inspect", "no.safetensors"),
+        ("verify", "no.pt", "no.pt"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 3, arguments
+        assert "no." in err
+
+
+def test_usage_errors(run: Any, model_file: Path) -> None:
+    """Wrong options, patterns that match nothing and bad axes are exit 2."""
+    for arguments in (
+        ("convert",),
+        ("convert", model_file, "--nope"),
+        ("convert", model_file, "--include", "9.weight"),
+        ("convert", model_file, "--dim", "0.weight=x"),
+        ("convert", model_file, "--dim", "0.weight=7"),
+        ("nonsense",),
+        ("export", model_file),
+        ("export", model_file, "--input-shape", "1xbx3"),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, ""), (arguments, code, err)
+        assert err.startswith("wnsurgery: error: ")
+
+
+def test_selection_reaches_the_library(run: Any, model_file: Path) -> None:
+    """--include and --exclude pick weights by glob and regular expression."""
+    assert run("convert", model_file, "--include", "re:^(0|2)", "--exclude", "2.*")[0] == 0
+    converted = wn.load_model(model_file.with_name("model.wn.pt"))
+    assert [w.name for w in wn.inspect(converted).weights] == ["0.weight"]
+
+
+def test_export_run_verify(run: Any, model_file: Path, tmp_path: Path) -> None:
+    """A converted file exports, runs in onnxruntime, and verifies against the plain file."""
+    assert run("convert", model_file)[0] == 0
+    converted, graph = model_file.with_name("model.wn.pt"), tmp_path / "model.onnx"
+    assert run("export", converted, "-o", graph, "--input-shape", "2x1x8x8")[0] == 0
+    x = np.random.default_rng(0).standard_normal((2, 1, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x)
+    code, _, err = run("run", graph, "--input", tmp_path / "x.npz", "-o", tmp_path / "y.npz")
+    assert code == 0, err
+    (y,) = np.load(tmp_path / "y.npz").values()
+    with torch.no_grad():
+        expected = wn.load_model(model_file)(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    assert run("verify", model_file, converted)[0] == 0
+    assert run("verify", model_file, graph, "--input-shape", "2x1x8x8")[0] == 0
+
+
+def test_verify_fails_with_7(run: Any, tmp_path: Path) -> None:
+    """One wrong weight bit makes `verify` end with exit 7, the report still on stdout."""
+    w = torch.randn(3, 4)
+    other = w.clone()
+    other.view(torch.int32)[1, 2] += 1
+    torch.save({"weight": w}, tmp_path / "a.pt")
+    torch.save({"weight": other}, tmp_path / "b.pt")
+    code, out, err = run("verify", tmp_path / "a.pt", tmp_path / "b.pt")
+    assert code == 7
+    assert "weight" in out
+    assert err.startswith("wnsurgery: error: ")
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt", "dml", "coreml", "openvino"])
+def test_missing_provider(run: Any, model_file: Path, tmp_path: Path, provider: str) -> None:
+    """A provider that is not there is exit 6, never a run on the CPU."""
+    import onnxruntime
+
+    if any(provider in p.lower() for p in onnxruntime.get_available_providers()):
+        pytest.skip(f"{provider} is available here")
+    graph = tmp_path / "m.onnx"
+    assert run("export", model_file, "-o", graph, "--input-shape", "1x1x8x8")[0] == 0
+    np.save(tmp_path / "x.npy", np.zeros((1, 1, 8, 8), np.float32))
+    arguments = ("--input", tmp_path / "x.npy", "-o", tmp_path / "y.npz", "--provider", provider)
+    code, _, err = run("run", graph, *arguments)
+    assert code == 6
+    assert provider in err.lower()
+    assert not (tmp_path / "y.npz").exists()
+
+
+def test_terminal_escapes_from_a_file_are_shown_not_sent(run: Any, tmp_path: Path) -> None:
+    """Control characters in names that come from a file never reach the terminal."""
+    torch.save({"a\x1b[31m.weight": torch.randn(2, 2), "b\nc.weight_g": torch.ones(2, 1)}, tmp_path / "x.pt")
+    for command in ("inspect", "convert", "fold"):
+        _, out, err = run(command, tmp_path / "x.pt")
+        assert "\x1b" not in out + err
+        assert "b\nc" not in out + err
+
+
+def test_internal_error_asks_for_a_report(run: Any, model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unforeseen exception is exit 1, one line, a request to report it; the traceback only with --debug."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("wnsurgery.files.fold_checkpoint", broken)
+    code, _, err = run("fold", model_file)
+    assert code == 1
+    assert "report" in err
+    assert "Traceback" not in err
+    assert "Traceback" in run("fold", model_file, "--debug")[2]
+
+
+def test_signals_and_closed_pipes() -> None:
+    """Interrupt is 130, a reader that is gone 141."""
+    code = (
+        "import wnsurgery.cli as c, wnsurgery.inspection as i\n"
+        "def look(*a, **k): raise {0}\n"
+        "i.inspect = look\n"
+        "c.main(['inspect', 'x.pt'])\n"
+    )
+    for error, expected in (("KeyboardInterrupt", 130), ("BrokenPipeError", 141)):
+        done = subprocess.run([sys.executable, "-c", code.format(error)], capture_output=True, check=False)
+        assert done.returncode == expected
+
+
+def test_module_entry_point() -> None:
+    """`python -m wnsurgery` is the command."""
+    done = subprocess.run([sys.executable, "-m", "wnsurgery", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, f"wnsurgery {wn.__version__}")
+
+
+def test_bench_prints_four_variants(run: Any, model_file: Path) -> None:
+    """`bench` times plain, torch's, ours and folded for training and evaluation."""
+    code, out, _ = run("bench", model_file, "--input-shape", "2x1x8x8", "--repeats", "3", "--json")
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert [r["variant"] for r in rows] == ["plain", "torch", "ours", "folded"] * 2
+    assert all(r["milliseconds"] > 0 for r in rows)

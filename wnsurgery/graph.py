@@ -1,0 +1,491 @@
+"""Find weight-norm arithmetic in an ONNX graph by what it computes, and replace it by folded initializers.
+
+Exporters spell g * v / ||v|| in many ways. So no spelling is looked for: every value that a graph computes from
+constants alone, through a norm, is evaluated and compared with g * v / ||v|| for the constants it is made of. Where it
+agrees, the pair is found, and `compose` gives the weight, as it does for modules and checkpoint files.
+
+    find_weight_norms("generator.onnx")                 # which weights, made of what
+    fold_onnx("generator.onnx", "generator.plain.onnx")
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from wnsurgery.errors import InputError, PairError, printable
+from wnsurgery.onnx_file import all_graphs, external_tensors, one_line, read_onnx, write_onnx
+from wnsurgery.onnx_values import Constants, Evaluated, Unknown, is_norm
+
+__all__ = ["Compose", "Found", "OnnxFoldReport", "find_weight_norms", "fold_model", "fold_onnx"]
+
+Array = np.ndarray[Any, Any]
+Path_ = str | os.PathLike[str]
+
+# (g, v, "linear" or "log") -> the plain weight, of v's type and shape; ValueError where they do not fit
+Compose = Callable[[Array, Array, str], Array]
+
+_FLOATS = (ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_LAYOUT = frozenset(("Cast", "CastLike", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
+_HALF = re.compile(r"(?:(?P<stem>.*)\.)?parametrizations\.(?P<new>[^.]+)\.original1|(?P<old>.+)_v", re.DOTALL)
+_TRIES = 6  # magnitudes worth trying for one direction, nearest in size first
+
+
+@dataclass(frozen=True)
+class Found:
+    """One weight that a graph computes as g * v / ||v||.
+
+    Attributes:
+        value: name of the computed weight in the graph.
+        g: name of the magnitude's initializer; None when the weight is v / ||v||.
+        v: name of the direction's initializer.
+        magnitude: "linear", or "log" when the initializer holds the logarithm of g.
+        nodes: the nodes that compute it and nothing else, which folding removes.
+        shape, dtype: of the weight.
+    """
+
+    value: str
+    g: str | None
+    v: str
+    magnitude: str
+    nodes: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class OnnxFoldReport:
+    """What `fold_onnx` did; prints as a table.
+
+    Attributes:
+        found: the weights that were folded.
+        left: (node, reason) for every norm that stays.
+        nodes_before, nodes_after: size of the graph, subgraphs included.
+        files: what was written, the graph first.
+    """
+
+    found: tuple[Found, ...]
+    left: tuple[tuple[str, str], ...]
+    nodes_before: int
+    nodes_after: int
+    files: tuple[Path, ...] = field(default=())
+
+    def __str__(self) -> str:
+        head = f"{len(self.found)} weights folded, {self.nodes_before} -> {self.nodes_after} nodes"
+        lines = [head if self.found else f"no weight norm found, {self.nodes_before} nodes kept"]
+        lines += [f"  {f.value}  {'x'.join(map(str, f.shape))}  from {f.g or 'no magnitude'}, {f.v}" for f in self.found]
+        lines += [f"  left: {name}: {reason}" for name, reason in self.left]
+        return "\n".join([*lines, *(f"wrote {path}" for path in self.files)])
+
+
+def find_weight_norms(model: Path_ | ir.Model, *, compose: Compose | None = None) -> list[Found]:
+    """Every weight that an ONNX graph computes as g * v / ||v|| from constants, whatever operations it uses.
+
+    >>> find_weight_norms("generator.onnx")[0].v  # doctest: +SKIP
+    'ups.0.weight_v'
+
+    Args:
+        model: path of an ONNX file, or an `onnx_ir.Model`, which is not changed.
+        compose: (g, v, magnitude) -> weight on numpy arrays; default: this package's `compose`.
+
+    Raises InputMissingError, InputError or UnsafeFileError for a file that cannot be read.
+    """
+    if not isinstance(model, ir.Model):
+        return list(_Matcher(_inlined(read_onnx(model)), compose, model).found)
+    if any(is_norm(node) for function in model.functions.values() for node in function):
+        model = ir.from_proto(ir.to_proto(model))
+    return list(_Matcher(_inlined(model), compose, "model").found)
+
+
+def fold_onnx(
+    src: Path_, dst: Path_, *, force: bool = False, in_place: bool = False, compose: Compose | None = None
+) -> OnnxFoldReport:
+    """Write a copy of an ONNX file with every g * v / ||v|| of constants replaced by the plain weight.
+
+    The weights are bit for bit those of `compose`, computed when they are written, one at a time. Names of inputs,
+    outputs and remaining nodes, opset and metadata stay; a weight made of `X.weight_g`, `X.weight_v` is called
+    `X.weight` if that name is free. A graph without weight norm is copied byte for byte (unless its weights live in
+    a second file, whose name must change).
+
+    >>> print(fold_onnx("generator.onnx", "generator.plain.onnx"))  # doctest: +SKIP
+    78 weights folded, 661 -> 427 nodes
+
+    Args:
+        src: ONNX file, weights inside or in files beside it.
+        dst: the output; with external weights, `dst.data` beside it is written too.
+        force: overwrite an existing output.
+        in_place: let the output be the input.
+        compose: (g, v, magnitude) -> weight on numpy arrays; default: this package's `compose`.
+
+    Raises:
+        InputMissingError, InputError: `src` or its weights are missing or damaged.
+        UnsafeFileError: its weights lie outside its directory.
+        OutputExistsError, OutputError: `dst` exists, or could not be written.
+    """
+    from wnsurgery.stores.commit import check_output, committed
+
+    check_output(dst, src, force=force, in_place=in_place)
+    model = read_onnx(src)
+    report = fold_model(model, compose=compose, name=src)
+    if report.found or next(external_tensors(model), None) is not None:
+        files = write_onnx(model, dst, force=force or in_place)
+    else:
+        content = Path(src).read_bytes()
+        with committed(dst, force=force or in_place) as file:
+            file.write(content)
+        files = (Path(dst),)
+    return OnnxFoldReport(report.found, report.left, report.nodes_before, report.nodes_after, files)
+
+
+def fold_model(model: ir.Model, *, compose: Compose | None = None, name: object = "model") -> OnnxFoldReport:
+    """`fold_onnx` on a model in memory, in place; `name` stands in error messages.
+
+    >>> fold_model(ir.load("generator.onnx")).nodes_after  # doctest: +SKIP
+    427
+    """
+    before = _count(model)
+    matcher = _Matcher(_inlined(model), compose, name)
+    for match in matcher.matches:
+        _replace(match, model, matcher)
+    for node in reversed(matcher.dead):
+        node.graph.remove(node, safe=True)  # type: ignore[union-attr]
+    for value in {v: None for match in matcher.matches for v in matcher.constants.cone(match.value)}:
+        _drop_unused(value, model)
+    return OnnxFoldReport(matcher.found, matcher.left(), before, _count(model))
+
+
+# Matching ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Match:
+    """A value of the graph and the constants it is made of."""
+
+    value: ir.Value
+    g: ir.Value | None
+    g_shape: tuple[int, ...]  # as the magnitude is broadcast against v
+    v: ir.Value
+    magnitude: str
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+
+    def pair(self, constants: Constants, memo: dict[ir.Value, Evaluated]) -> tuple[Array, Array]:
+        """g and v as `compose` takes them; raises Unknown where v is no tensor of the weight's type."""
+        v = _exactly(constants.evaluate(self.v, memo).array, self.dtype.numpy())
+        if v is None:
+            raise Unknown("the direction is finer than the weight")
+        if self.g is None:
+            return np.ones(self.g_shape, np.promote_types(v.dtype, np.float32)), v
+        g = constants.evaluate(self.g, memo).array.reshape(self.g_shape)
+        wide = np.float64 if self.dtype == ir.DataType.DOUBLE else np.float32
+        narrow = _exactly(g, np.dtype(wide))
+        return g if narrow is None else narrow, v
+
+
+class _Matcher:
+    """All the weight norms of one model."""
+
+    def __init__(self, model: ir.Model, compose: Compose | None, name: object) -> None:
+        self.model = model
+        self.constants = Constants(model)
+        self.compose = compose or _default_compose
+        self.name = name
+        self.matches = self._search()
+        self.dead = self._dead_nodes()
+        self.found = tuple(self._found(match) for match in self.matches)
+
+    def _search(self) -> list[_Match]:
+        """Walk up from every constant that something non-constant reads, and stop where a weight is found."""
+        matches: list[_Match] = []
+        seen: set[ir.Value] = set()
+        for root in self._frontier():
+            memo: dict[ir.Value, Evaluated] = {}
+            todo = [root]
+            while todo:
+                value = todo.pop()
+                if value in seen or value not in self.constants.normed:
+                    continue
+                seen.add(value)
+                match = self._match(value, memo)
+                if match is not None:
+                    matches.append(match)
+                else:
+                    todo.extend(v for v in value.producer().inputs if v is not None)  # type: ignore[union-attr]
+        return matches
+
+    def _frontier(self) -> list[ir.Value]:
+        """Constants behind a norm that a run-time operation, or the caller, reads."""
+        normed = self.constants.normed
+        return [
+            value
+            for value in normed
+            if value.is_graph_output() or any(out not in normed for node, _ in value.uses() for out in node.outputs)
+        ]
+
+    def _match(self, value: ir.Value, memo: dict[ir.Value, Evaluated]) -> _Match | None:
+        try:
+            weight = self.constants.evaluate(value, memo)
+        except Unknown:
+            return None
+        if weight.dtype not in _FLOATS or weight.array.ndim == 0 or weight.array.size == 0:
+            return None
+        sources = [v for v in self.constants.cone(value) if v not in self.constants.normed]
+        directions = [v for v in sources if self._is_direction(v, memo, weight)]
+        magnitudes = list(self._magnitudes(sources, memo, weight.array))
+        for v, (g, shape, magnitude) in product(directions, magnitudes):
+            match = _Match(value, g, shape, v, magnitude, weight.dtype, weight.array.shape)
+            if g is not v and self._agrees(match, memo, weight.array):
+                return match
+        return None
+
+    def _is_direction(self, value: ir.Value, memo: dict[ir.Value, Evaluated], weight: Evaluated) -> bool:
+        found = memo[value]
+        if found.array.shape != weight.array.shape or not found.dtype.is_floating_point():
+            return False
+        return _origin(value) is not None
+
+    def _magnitudes(
+        self, sources: list[ir.Value], memo: dict[ir.Value, Evaluated], weight: Array
+    ) -> Iterator[tuple[ir.Value | None, tuple[int, ...], str]]:
+        """Magnitudes that fit by shape and by size (the norms of the rows are |g|), best first."""
+        target = float(np.nansum(weight * weight))
+        ranked: list[tuple[float, int, tuple[ir.Value | None, tuple[int, ...], str]]] = []
+        for value in sources:
+            found = memo[value]
+            for shape in _readings(found.array.shape, weight.shape) if found.dtype.is_floating_point() else ():
+                distance = abs(float(np.sum(found.array * found.array)) - target)
+                log = _logarithm(value)
+                ranked.append((distance, len(ranked), (value, shape, "linear") if log is None else (log, shape, "log")))
+        for shape in _unit_shapes(weight.shape):
+            distance = abs(float(np.prod(shape, dtype=np.float64)) - target)
+            ranked.append((distance, len(ranked), (None, shape, "linear")))
+        for _, _, candidate in sorted(ranked, key=lambda entry: entry[:2])[:_TRIES]:
+            yield candidate
+
+    def _agrees(self, match: _Match, memo: dict[ir.Value, Evaluated], weight: Array) -> bool:
+        try:
+            g, v = match.pair(self.constants, memo)
+            expected = self.compose(g, v, match.magnitude).astype(np.float64)
+        except (Unknown, PairError, ValueError):
+            return False
+        eps = float(_finfo(match.dtype).eps)
+        slack = 64 if match.dtype == ir.DataType.DOUBLE else 4
+        close = np.abs(expected - weight) <= slack * (eps * np.abs(weight) + float(_finfo(match.dtype).smallest_subnormal))
+        # 0 / 0: the graph gives NaN for a row of zeros, where the folded weight is zero
+        nothing = np.isnan(weight) & (expected == 0)
+        return bool((close | nothing).all()) and not bool(nothing.all())
+
+    def weight(self, match: _Match) -> Array:
+        """The folded weight, of the graph's type, to the bit what `compose` gives."""
+        try:
+            g, v = match.pair(self.constants, {})
+            return self.compose(g, v, match.magnitude)
+        except (Unknown, PairError) as error:
+            raise InputError.of(str(self.name), one_line(error)) from error
+
+    def _dead_nodes(self) -> list[ir.Node]:
+        """Nodes that nothing needs once the matched values are initializers, in the graph's order."""
+        replaced = {match.value for match in self.matches}
+        dead: dict[ir.Node, None] = {}
+        for match in self.matches:
+            for value in reversed(self.constants.cone(match.value)):
+                node = value.producer()
+                if node is None or node in dead:
+                    continue
+                needed = not (value in replaced) and (
+                    value.is_graph_output() or any(user not in dead for user, _ in value.uses())
+                )
+                if not needed:
+                    dead[node] = None
+        # a node shared by two weights is dead only after the second: go over what was kept once more
+        for match in self.matches:
+            for value in reversed(self.constants.cone(match.value)):
+                node = value.producer()
+                if node is not None and node not in dead and not value.is_graph_output():
+                    if value not in replaced and all(user in dead for user, _ in value.uses()):
+                        dead[node] = None
+        return sorted(dead, key=_position(self.model))
+
+    def _found(self, match: _Match) -> Found:
+        cone = {v.producer() for v in self.constants.cone(match.value)}
+        nodes = tuple(_node_name(node) for node in self.dead if node in cone)
+        g = None if match.g is None else _origin(match.g) or match.g
+        v = _origin(match.v) or match.v
+        return Found(
+            printable(match.value.name),
+            None if g is None else printable(g.name),
+            printable(v.name),
+            match.magnitude,
+            nodes,
+            match.shape,
+            match.dtype.name.lower(),
+        )
+
+    def left(self) -> tuple[tuple[str, str], ...]:
+        """Every norm that stays in the graph, and why."""
+        dead = set(self.dead)
+        reasons = []
+        for node in self.constants.norms:
+            if node not in dead:
+                reasons.append((_node_name(node), self._why_left(node)))
+        for function in self.model.functions.values():
+            reasons += [
+                (_node_name(node), f"inside the function {printable(function.name)}, which is called with run-time values")
+                for node in function
+                if is_norm(node)
+            ]
+        return tuple(reasons)
+
+    def _why_left(self, node: ir.Node) -> str:
+        source = node.inputs[0]
+        if source is None or not self.constants.is_constant(source):
+            overridable = source is not None and source.const_value is not None
+            return "a caller may override its initializer" if overridable else "it normalises a run-time value"
+        if node.outputs[0] in self.constants.normed:
+            return "constant, but no part of g * v / ||v||"
+        return "constant, but not in a way that can be evaluated"
+
+
+def _origin(value: ir.Value) -> ir.Value | None:
+    """The initializer or Constant behind nothing but casts and changes of shape."""
+    node = value.producer()
+    while node is not None and node.op_type in _LAYOUT and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value if node is None or node.op_type == "Constant" else None
+
+
+def _logarithm(value: ir.Value) -> ir.Value | None:
+    node = value.producer()
+    return node.inputs[0] if node is not None and node.op_type == "Exp" else None
+
+
+def _readings(g: tuple[int, ...], v: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes under which a constant can be a magnitude of v: broadcast as ONNX does, or one row per group."""
+    padded = (1,) * (len(v) - len(g)) + g
+    if g == () or len(padded) == len(v) and all(a in (1, b) for a, b in zip(padded, v, strict=True)):
+        return [g if g == () else padded]
+    groups = len(g) == len(v) >= 3 and g[0] > 1 and g[1] == v[1] and set(g[2:]) == {1} and v[0] % g[0] == 0
+    return [g] if groups else []
+
+
+def _unit_shapes(v: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """Shapes of a magnitude of ones, for weights that are v / ||v||: one kept axis, one reduced axis, or none kept."""
+    shapes: set[tuple[int, ...]] = {()}
+    for axis in range(len(v)):
+        shapes.add(tuple(s if d == axis else 1 for d, s in enumerate(v)))
+        shapes.add(tuple(1 if d == axis else s for d, s in enumerate(v)))
+    return shapes
+
+
+def _exactly(array: Array, dtype: np.dtype[Any]) -> Array | None:
+    """float64 values in a narrower type, if they survive the trip."""
+    narrow = array.astype(dtype)
+    return narrow if np.array_equal(narrow.astype(np.float64), array, equal_nan=True) else None
+
+
+def _finfo(dtype: ir.DataType) -> Any:
+    import ml_dtypes
+
+    return ml_dtypes.finfo(dtype.numpy())
+
+
+def _default_compose(g: Array, v: Array, magnitude: str) -> Array:
+    """This package's `compose` on numpy arrays, bfloat16 included."""
+    import torch
+
+    from wnsurgery.reparam import compose
+
+    def tensor(array: Array) -> torch.Tensor:
+        array = np.require(array, requirements=["C", "W"])
+        if array.dtype.name == "bfloat16":
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    with torch.no_grad():
+        w = compose(tensor(g), tensor(v), magnitude="log" if magnitude == "log" else "linear")
+    if w.dtype == torch.bfloat16:
+        return w.contiguous().view(torch.int16).numpy().view(v.dtype)
+    return w.contiguous().numpy()
+
+
+# Changing the graph --------------------------------------------------------------------------------------
+
+
+def _inlined(model: ir.Model) -> ir.Model:
+    """Put the bodies of functions that take norms into the graph, where their inputs are known."""
+    from onnx_ir.passes.common import InlinePass
+
+    def takes_norms(function: ir.Function) -> bool:
+        return any(is_norm(node) for node in function)
+
+    if any(map(takes_norms, model.functions.values())):
+        InlinePass(criteria=takes_norms)(model)
+    return model
+
+
+def _replace(match: _Match, model: ir.Model, matcher: _Matcher) -> None:
+    """Let an initializer stand where the computed weight stood."""
+    old = match.value
+    graph = old.producer().graph  # type: ignore[union-attr]
+    name = _plain_name(match, model)
+    tensor = ir.LazyTensor(
+        lambda: ir.tensor(matcher.weight(match), name=name), match.dtype, ir.Shape(match.shape), name=name
+    )
+    new = ir.Value(name=name, type=ir.TensorType(match.dtype), shape=ir.Shape(match.shape), const_value=tensor)
+    new.metadata_props.update(old.metadata_props)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    old.name = f"{old.name}_unfolded"  # its node goes; meanwhile the name must be free
+    graph.register_initializer(new)  # type: ignore[union-attr]
+    if model.ir_version < 4:
+        graph.inputs.append(new)  # type: ignore[union-attr]
+
+
+def _plain_name(match: _Match, model: ir.Model) -> str:
+    """`X.weight` for a weight made of `X.weight_v` or `X.parametrizations.weight.original1`, if that is free."""
+    name = str(match.value.name)
+    half = _HALF.fullmatch(str((_origin(match.v) or match.v).name))
+    if match.value.is_graph_output() or half is None:
+        return name
+    plain = half["old"] or (f"{half['stem']}.{half['new']}" if half["stem"] else half["new"])
+    return name if plain in _names(model) else plain
+
+
+def _names(model: ir.Model) -> set[str]:
+    names: set[str] = set()
+    for graph in all_graphs(model):
+        values: Iterable[ir.Value] = (*graph.inputs, *getattr(graph, "initializers", {}).values())
+        names.update(str(v.name) for v in values)
+        names.update(str(v.name) for node in graph for v in node.outputs)
+    return names
+
+
+def _drop_unused(value: ir.Value, model: ir.Model) -> None:
+    """Remove an initializer that only the removed nodes read."""
+    if value.producer() is not None or value.uses() or value.is_graph_output() or not value.is_initializer():
+        return
+    graph = value.graph
+    del graph.initializers[str(value.name)]  # type: ignore[union-attr]
+    if model.ir_version < 4 and value.is_graph_input():
+        graph.inputs.remove(value)  # type: ignore[union-attr]
+
+
+def _count(model: ir.Model) -> int:
+    return sum(len(graph) for graph in all_graphs(model))
+
+
+def _node_name(node: ir.Node) -> str:
+    return printable(node.name or node.outputs[0].name or node.op_type)
+
+
+def _position(model: ir.Model) -> Callable[[ir.Node], int]:
+    place = {node: i for i, node in enumerate(n for graph in all_graphs(model) for n in graph)}
+    return lambda node: place[node]

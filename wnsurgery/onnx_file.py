@@ -1,0 +1,188 @@
+"""ONNX files in and out: read lazily and distrustfully, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+
+from wnsurgery.errors import InputError, InputMissingError, OutputError, UnsafeFileError, printable
+
+__all__ = ["all_graphs", "external_tensors", "one_line", "read_onnx", "write_onnx"]
+
+Path_ = str | os.PathLike[str]
+
+_EMBED_LIMIT = 1_900_000_000  # protobuf messages end at 2 GiB; weights beyond this go to a file of their own
+_SMALL = 256  # bytes; what is smaller stays in the graph, as in other exporters
+
+
+def read_onnx(path: Path_) -> ir.Model:
+    """Read an ONNX file; weights in external files are checked now and read when they are looked at.
+
+    >>> read_onnx("model.onnx").graph.inputs[0].name  # doctest: +SKIP
+    'input'
+
+    Raises:
+        InputMissingError: the file, or one with its weights, does not exist.
+        InputError: damaged, not ONNX, or its external weights do not fit their file.
+        UnsafeFileError: external weights outside the file's own directory.
+    """
+    path = Path(path)
+    _refuse_irregular(path, path)
+    try:
+        model = ir.load(path, format="protobuf")
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        # parsers raise errors of many unrelated classes; whatever they choke on is the file
+        raise InputError.of(path, f"damaged, or not an ONNX file: {one_line(error)}") from error
+    if not model.ir_version or not model.opset_imports:
+        raise InputError.of(path, "damaged, or not an ONNX file: it holds no graph")
+    base = path.parent.resolve()
+    for tensor in external_tensors(model):
+        tensor.base_dir = str(base)
+        _check_external(tensor, path, base)
+    return model
+
+
+def write_onnx(model: ir.Model, path: Path_, *, force: bool = False) -> tuple[Path, ...]:
+    """Write a model beside its final place, then rename; returns the files written, the graph first.
+
+    Weights stay in the file unless they were external before or are too big for one; then they all go to `NAME.data`
+    beside it, which is renamed first.
+
+    Raises:
+        OutputExistsError: the output exists and `force` is not given.
+        OutputError: it could not be written; what stood there is intact.
+    """
+    from wnsurgery.stores.commit import check_output
+
+    path = Path(path)
+    data = path.with_name(f"{path.name}.data")
+    external = _needs_external(model)
+    for output in (path, data) if external else (path,):
+        # external weights are still being read from the old file, so a rename over it is safe, a write is not
+        check_output(output, force=force)
+    work = path.with_name(f".{path.name[:64]}.{secrets.token_hex(6)}.tmp")
+    try:
+        work.mkdir()
+        ir.save(model, work / path.name, external_data=data.name if external else None, size_threshold_bytes=_SMALL)
+        names = [name for name in (data.name, path.name) if (work / name).exists()]
+        for name in names:
+            _flush(work / name)
+        _publish(work, path.parent, names)
+    except (OutputError, MemoryError):
+        raise
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror or one_line(error)}") from error
+    except ValueError as error:
+        raise InputError.of(path, f"cannot be written: {one_line(error)}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return tuple(path.with_name(name) for name in reversed(names))
+
+
+def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """Every tensor of a model, functions and subgraphs included, whose bytes live in another file."""
+    for graph in all_graphs(model):
+        for value in getattr(graph, "initializers", {}).values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.is_ref():
+                    continue
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                    yield attribute.value
+                if attribute.type == ir.AttributeType.TENSORS:
+                    yield from (t for t in attribute.value if isinstance(t, ir.ExternalTensor))
+
+
+def all_graphs(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:
+    """The main graph, every function body, and every subgraph under them."""
+    todo: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    while todo:
+        graph = todo.pop(0)
+        yield graph
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.is_ref():
+                    continue
+                if attribute.type == ir.AttributeType.GRAPH:
+                    todo.append(attribute.value)
+                elif attribute.type == ir.AttributeType.GRAPHS:
+                    todo.extend(attribute.value)
+
+
+def one_line(error: object, limit: int = 300) -> str:
+    """An error's message as one printable line."""
+    text = " ".join(str(error).split())
+    return printable(text, limit) or type(error).__name__
+
+
+def _refuse_irregular(path: Path, blame: Path) -> int:
+    """The size of a regular file; anything else is refused before something waits on it."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        where = "" if path == blame else f"its weights file {printable(path.name)} is missing: "
+        raise InputMissingError(f"{blame}: {where}no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError.of(blame, getattr(error, "strerror", None) or one_line(error)) from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file"
+        raise InputError.of(blame, kind if path == blame else f"its weights file {printable(path.name)} is {kind}")
+    return found.st_size
+
+
+def _check_external(tensor: ir.ExternalTensor, path: Path, base: Path) -> None:
+    name, place = printable(tensor.name or "?"), printable(str(tensor.location))
+    try:
+        target = Path(base, str(tensor.location)).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError.of(path, f"{name}: its weights file {place} cannot be found") from error
+    if not target.is_relative_to(base):
+        raise UnsafeFileError(f"{path}: {name}: its weights file {place} lies outside the model's directory")
+    size = _refuse_irregular(target, path)
+    offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
+    if offset < 0 or length < 0 or offset + length > size:
+        raise InputError.of(path, f"{name}: bytes {offset} to {offset + length} do not exist in {place} ({size} bytes)")
+    if length != tensor.nbytes:
+        raise InputError.of(path, f"{name}: {length} bytes in {place} where its shape needs {tensor.nbytes}")
+
+
+def _needs_external(model: ir.Model) -> bool:
+    if next(external_tensors(model), None) is not None:
+        return True
+    sizes = (v.const_value.nbytes for g in all_graphs(model) for v in getattr(g, "initializers", {}).values())
+    return sum(sizes) > _EMBED_LIMIT
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _publish(work: Path, directory: Path, names: list[str]) -> None:
+    """Rename into place, weights before the graph that points to them; undo the first if the second fails."""
+    done: list[str] = []
+    for name in names[:-1]:
+        with contextlib.suppress(OSError):
+            os.link(directory / name, work / f"{name}.old")
+        (work / name).replace(directory / name)
+        done.append(name)
+    try:
+        (work / names[-1]).replace(directory / names[-1])
+    except OSError:
+        for name in done:
+            if (work / f"{name}.old").exists():
+                (work / f"{name}.old").replace(directory / name)
+            else:
+                (directory / name).unlink()
+        raise

@@ -1,0 +1,408 @@
+"""What an ONNX graph computes from its constants alone, evaluated in float64.
+
+The graph's own types are followed, so that a value knows its type, but floating-point numbers are computed in
+float64 throughout: the question is what an expression *means*, not how a runtime would round it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from wnsurgery.onnx_file import all_graphs
+
+__all__ = ["Constants", "Evaluated", "Unknown", "is_norm"]
+
+Array = np.ndarray[Any, Any]
+
+_MAX_GROWTH = 1 << 28  # elements; a hostile Expand must not fill the memory
+
+
+class Unknown(Exception):  # noqa: N818 - not an error: an answer
+    """The value of an expression cannot be told; its text says why."""
+
+
+class Evaluated(NamedTuple):
+    """A constant: its value (floats as float64) and the type it has in the graph."""
+
+    array: Array
+    dtype: ir.DataType
+
+
+class Constants:
+    """Which values of a model are constant, which of those come out of a norm, and what they are.
+
+    A value is constant when it is an initializer that no caller can override, or comes out of known,
+    deterministic operations on such values.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self._overridable = model.ir_version >= 4  # before, every initializer had to be listed as an input
+        self._constant: set[ir.Value] = set()
+        self.normed: set[ir.Value] = set()
+        self.norms: list[ir.Node] = []
+        for node in _nodes(model.graph):
+            self._visit(node)
+
+    def is_constant(self, value: ir.Value) -> bool:
+        """Whether nothing a caller passes in can change this value."""
+        if value.producer() is not None:
+            return value in self._constant
+        return value.const_value is not None and not (self._overridable and value.is_graph_input())
+
+    def _visit(self, node: ir.Node) -> None:
+        inputs = [value for value in node.inputs if value is not None]
+        if is_norm(node):
+            self.norms.append(node)
+        if node.domain not in ("", "ai.onnx") or node.op_type not in _OPERATIONS or len(node.outputs) != 1:
+            return
+        if any(attribute.is_ref() for attribute in node.attributes.values()) or not all(map(self.is_constant, inputs)):
+            return
+        self._constant.add(node.outputs[0])
+        if is_norm(node) or any(value in self.normed for value in inputs):
+            self.normed.add(node.outputs[0])
+
+    def cone(self, value: ir.Value) -> list[ir.Value]:
+        """Every constant a constant is computed from, itself last, each after what it is computed from."""
+        order: list[ir.Value] = []
+        seen: set[ir.Value] = set()
+        todo: list[tuple[ir.Value, bool]] = [(value, False)]
+        while todo:
+            current, ready = todo.pop()
+            if ready:
+                order.append(current)
+            elif current not in seen:
+                seen.add(current)
+                todo.append((current, True))
+                producer = current.producer()
+                if producer is not None:
+                    todo.extend((v, False) for v in producer.inputs if v is not None and v not in seen)
+        return order
+
+    def evaluate(self, value: ir.Value, memo: dict[ir.Value, Evaluated]) -> Evaluated:
+        """The value of a constant; `memo` holds what was computed on the way.
+
+        Raises Unknown where an operation cannot be carried out.
+        """
+        for step in self.cone(value):
+            if step not in memo:
+                memo[step] = self._compute(step, memo)
+        return memo[value]
+
+    def _compute(self, value: ir.Value, memo: dict[ir.Value, Evaluated]) -> Evaluated:
+        node = value.producer()
+        if node is None:
+            return _of_tensor(value.const_value)
+        inputs = [None if v is None else memo[v] for v in node.inputs]
+        try:
+            with np.errstate(all="ignore"):
+                return _OPERATIONS[node.op_type](_Call(node, inputs))
+        except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+            raise Unknown(f"{node.op_type}: {error}") from error
+
+
+def is_norm(node: ir.Node) -> bool:
+    """Whether a node sums squares: the heart of every L2 norm.
+
+    Squares are told one step back: x * x, x ** 2, or |x| ** 2.
+    """
+    if node.domain not in ("", "ai.onnx"):
+        return False
+    if node.op_type in ("ReduceL2", "ReduceSumSquare", "LpNormalization"):
+        return True
+    source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    if node.op_type != "ReduceSum" or source is None:
+        return False
+    if source.op_type == "Mul":
+        return len(source.inputs) == 2 and source.inputs[0] is source.inputs[1]
+    return source.op_type == "Pow" and _is_two(source.inputs[1])
+
+
+def _is_two(value: ir.Value | None) -> bool:
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return tensor is not None and tensor.size == 1 and float(tensor.numpy().reshape(-1)[0]) == 2.0
+
+
+def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Every node, those of subgraphs just before the node that owns them."""
+    for node in graph:
+        for attribute in node.attributes.values():
+            if not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPH:
+                yield from _nodes(attribute.value)
+            elif not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPHS:
+                for inner in attribute.value:
+                    yield from _nodes(inner)
+        yield node
+
+
+def _of_tensor(tensor: Any) -> Evaluated:
+    if tensor is None:
+        raise Unknown("no value")
+    try:
+        array = tensor.numpy()
+    except (ValueError, TypeError, OSError) as error:
+        raise Unknown(f"{tensor.name}: {error}") from error
+    return Evaluated(np.asarray(array, np.float64) if tensor.dtype.is_floating_point() else array, tensor.dtype)
+
+
+# The operations ------------------------------------------------------------------------------------------
+
+
+class _Call:
+    """One operation on evaluated inputs, with the readings of attributes that differ between opsets."""
+
+    def __init__(self, node: ir.Node, inputs: Sequence[Evaluated | None]) -> None:
+        self.node = node
+        self.inputs = inputs
+
+    def array(self, index: int) -> Array:
+        found = self.inputs[index]
+        if found is None:
+            raise Unknown(f"{self.node.op_type} without its input {index}")
+        return found.array
+
+    def has(self, index: int) -> bool:
+        return index < len(self.inputs) and self.inputs[index] is not None
+
+    def dtype(self, index: int = 0) -> ir.DataType:
+        found = self.inputs[index]
+        if found is None:
+            raise Unknown(f"{self.node.op_type} without its input {index}")
+        return found.dtype
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        found = self.node.attributes.get(name)
+        return default if found is None else found.value
+
+    def ints(self, name: str, index: int) -> list[int] | None:
+        """A list of integers that is an attribute in old opsets and an input in new ones."""
+        if self.has(index):
+            return [int(i) for i in self.array(index).reshape(-1)]
+        found = self.attribute(name)
+        return None if found is None else [int(i) for i in found]
+
+    def like(self, array: Any, index: int = 0) -> Evaluated:
+        """A result of the type of one of the inputs."""
+        return Evaluated(np.asarray(array), self.dtype(index))
+
+
+Operation = Callable[[_Call], Evaluated]
+
+
+def _elementwise(function: Callable[..., Any]) -> Operation:
+    def run(call: _Call) -> Evaluated:
+        return call.like(function(*_together(call)))
+
+    return run
+
+
+def _together(call: _Call) -> list[Array]:
+    """All inputs, after a look at how big they get when broadcast together."""
+    arrays = [call.array(i) for i in range(len(call.inputs))]
+    shape = np.broadcast_shapes(*(a.shape for a in arrays))
+    if np.prod([float(s) for s in shape]) > max(a.size for a in arrays):
+        _bounded(shape)
+    return arrays
+
+
+def _fold_left(function: Callable[[Array, Array], Any]) -> Operation:
+    def run(call: _Call) -> Evaluated:
+        return call.like(reduce(function, _together(call)))
+
+    return run
+
+
+def _truth(function: Callable[..., Any]) -> Operation:
+    def run(call: _Call) -> Evaluated:
+        return Evaluated(np.asarray(function(*_together(call))), ir.DataType.BOOL)
+
+    return run
+
+
+def _reduction(function: Callable[..., Any]) -> Operation:
+    def run(call: _Call) -> Evaluated:
+        axes, x = call.ints("axes", 1), call.array(0)
+        if not axes:
+            if call.attribute("noop_with_empty_axes", 0):
+                return call.like(x)
+            axes = list(range(x.ndim))
+        return call.like(function(x, axis=tuple(axes), keepdims=bool(call.attribute("keepdims", 1))))
+
+    return run
+
+
+def _l2(x: Array, axis: tuple[int, ...], keepdims: bool) -> Any:
+    return np.sqrt(np.sum(x * x, axis=axis, keepdims=keepdims))
+
+
+def _divide(a: Array, b: Array) -> Any:
+    if a.dtype.kind in "iu":
+        return np.trunc(a / b).astype(a.dtype)
+    return a / b
+
+
+def _cast(call: _Call) -> Evaluated:
+    target = ir.DataType(call.attribute("to")) if call.node.op_type == "Cast" else call.dtype(1)
+    return _as(call.array(0), target)
+
+
+def _as(x: Array, target: ir.DataType) -> Evaluated:
+    kind = np.float64 if target.is_floating_point() else target.numpy()
+    return Evaluated(x.astype(kind), target)
+
+
+def _constant(call: _Call) -> Evaluated:
+    for name, found in call.node.attributes.items():
+        if name == "value":
+            return _of_tensor(found.value)
+        if name in ("value_float", "value_floats"):
+            return Evaluated(np.asarray(found.value, np.float64), ir.DataType.FLOAT)
+        if name in ("value_int", "value_ints"):
+            return Evaluated(np.asarray(found.value, np.int64), ir.DataType.INT64)
+    raise Unknown("a Constant of strings or a sparse one")
+
+
+def _constant_of_shape(call: _Call) -> Evaluated:
+    fill = call.attribute("value")
+    value = Evaluated(np.zeros(1), ir.DataType.FLOAT) if fill is None else _of_tensor(fill)
+    return Evaluated(np.full(_bounded(call.array(0).tolist()), value.array.reshape(-1)[0]), value.dtype)
+
+
+def _bounded(shape: Iterable[int]) -> tuple[int, ...]:
+    sizes = tuple(int(s) for s in shape)
+    if any(s < 0 for s in sizes) or np.prod([float(s) for s in sizes]) > _MAX_GROWTH:
+        raise Unknown(f"a result of shape {sizes}")
+    return sizes
+
+
+def _reshape(call: _Call) -> Evaluated:
+    x, sizes = call.array(0), call.ints("shape", 1) or []
+    if not call.attribute("allowzero", 0):
+        sizes = [x.shape[i] if size == 0 else size for i, size in enumerate(sizes)]
+    return call.like(x.reshape(sizes))
+
+
+def _flatten(call: _Call) -> Evaluated:
+    x, axis = call.array(0), call.attribute("axis", 1)
+    rows = int(np.prod(x.shape[: axis + x.ndim if axis < 0 else axis], dtype=np.int64))
+    return call.like(x.reshape(rows, -1))
+
+
+def _squeeze(call: _Call) -> Evaluated:
+    axes = call.ints("axes", 1)
+    return call.like(np.squeeze(call.array(0), axis=None if axes is None else tuple(axes)))
+
+
+def _unsqueeze(call: _Call) -> Evaluated:
+    return call.like(np.expand_dims(call.array(0), tuple(call.ints("axes", 1) or [])))
+
+
+def _expand(call: _Call) -> Evaluated:
+    shape = np.broadcast_shapes(call.array(0).shape, tuple(call.array(1).tolist()))
+    return call.like(np.broadcast_to(call.array(0), _bounded(shape)))
+
+
+def _tile(call: _Call) -> Evaluated:
+    x, repeats = call.array(0), call.array(1).tolist()
+    _bounded([a * b for a, b in zip(x.shape, repeats, strict=True)])
+    return call.like(np.tile(x, repeats))
+
+
+def _slice(call: _Call) -> Evaluated:
+    x = call.array(0)
+    starts, ends = call.ints("starts", 1) or [], call.ints("ends", 2) or []
+    axes, steps = call.ints("axes", 3), call.ints("steps", 4)
+    index = [slice(None)] * x.ndim
+    for i, axis in enumerate(range(len(starts)) if axes is None else axes):
+        step = 1 if steps is None else steps[i]
+        end: int | None = ends[i]
+        if step < 0 and ends[i] < -x.shape[axis]:
+            end = None  # ONNX clamps to "before the first element", which a Python slice cannot spell
+        index[axis] = slice(starts[i], end, step)
+    return call.like(x[tuple(index)])
+
+
+def _clip(call: _Call) -> Evaluated:
+    x = call.array(0)
+    low = call.array(1) if call.has(1) else call.attribute("min")
+    high = call.array(2) if call.has(2) else call.attribute("max")
+    x = x if low is None else np.maximum(x, low)
+    return call.like(x if high is None else np.minimum(x, high))
+
+
+def _lp_normalization(call: _Call) -> Evaluated:
+    x, axis, power = call.array(0), call.attribute("axis", -1), call.attribute("p", 2)
+    size = np.abs(x).sum(axis=axis, keepdims=True) if power == 1 else _l2(x, (axis,), True)
+    return call.like(np.where(size == 0, 0.0, x / size))
+
+
+def _concat(call: _Call) -> Evaluated:
+    arrays = [call.array(i) for i in range(len(call.inputs))]
+    return call.like(np.concatenate(arrays, axis=call.attribute("axis")))
+
+
+def _shape(call: _Call) -> Evaluated:
+    sizes = call.array(0).shape[call.attribute("start", 0) : call.attribute("end")]
+    return Evaluated(np.asarray(sizes, np.int64), ir.DataType.INT64)
+
+
+_OPERATIONS: dict[str, Operation] = {
+    "Abs": _elementwise(np.abs),
+    "Add": _elementwise(np.add),
+    "And": _truth(np.logical_and),
+    "Cast": _cast,
+    "CastLike": _cast,
+    "Clip": _clip,
+    "Concat": _concat,
+    "Constant": _constant,
+    "ConstantOfShape": _constant_of_shape,
+    "Div": _elementwise(_divide),
+    "Equal": _truth(np.equal),
+    "Exp": _elementwise(np.exp),
+    "Expand": _expand,
+    "Flatten": _flatten,
+    "Gather": lambda call: call.like(
+        np.take(call.array(0), call.array(1).astype(np.int64), axis=call.attribute("axis", 0))
+    ),
+    "Greater": _truth(np.greater),
+    "GreaterOrEqual": _truth(np.greater_equal),
+    "Identity": _elementwise(lambda x: x),
+    "IsInf": _truth(np.isinf),
+    "IsNaN": _truth(np.isnan),
+    "Less": _truth(np.less),
+    "LessOrEqual": _truth(np.less_equal),
+    "Log": _elementwise(np.log),
+    "LpNormalization": _lp_normalization,
+    "Max": _fold_left(np.maximum),
+    "Min": _fold_left(np.minimum),
+    "Mul": _elementwise(np.multiply),
+    "Neg": _elementwise(np.negative),
+    "Not": _truth(np.logical_not),
+    "Or": _truth(np.logical_or),
+    "Pow": _elementwise(np.power),
+    "Reciprocal": _elementwise(lambda x: 1.0 / x),
+    "ReduceL1": _reduction(lambda x, axis, keepdims: np.abs(x).sum(axis=axis, keepdims=keepdims)),
+    "ReduceL2": _reduction(_l2),
+    "ReduceMax": _reduction(np.max),
+    "ReduceMean": _reduction(np.mean),
+    "ReduceMin": _reduction(np.min),
+    "ReduceSum": _reduction(np.sum),
+    "ReduceSumSquare": _reduction(lambda x, axis, keepdims: (x * x).sum(axis=axis, keepdims=keepdims)),
+    "Reshape": _reshape,
+    "Shape": _shape,
+    "Sign": _elementwise(np.sign),
+    "Size": lambda call: Evaluated(np.asarray(call.array(0).size, np.int64), ir.DataType.INT64),
+    "Slice": _slice,
+    "Sqrt": _elementwise(np.sqrt),
+    "Squeeze": _squeeze,
+    "Sub": _elementwise(np.subtract),
+    "Sum": _fold_left(np.add),
+    "Tile": _tile,
+    "Transpose": lambda call: call.like(np.transpose(call.array(0), call.attribute("perm"))),
+    "Unsqueeze": _unsqueeze,
+    "Where": lambda call: call.like(np.where(*_together(call)), 1),
+}
