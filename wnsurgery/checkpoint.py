@@ -502,7 +502,7 @@ def convert_state(
         content: what `torch.load` returned.
         choose: which weights; default `ByName()`.
         layout: how to name the halves, "parametrized" (torch's present) or "legacy" (`weight_g`, `weight_v`).
-        magnitude: "log" stores the logarithm of g.
+        magnitude: "log" stores the logarithm of g, and says that pairs already there do.
 
     Raises:
         SelectionError: a pattern matches nothing, or an option makes no sense.
@@ -560,10 +560,15 @@ def _renewed(
             same = (step.action, step.axes, *(_identity(t) for t in sources))
             if same not in known:
                 known[same] = run_step(step, sources, magnitude)
-                if step.action == "folded" and not torch.isfinite(known[same][0]).all():
+                if step.action == "folded" and not _is_finite(known[same][0]):
                     warnings.append(f"{printable(step.name)}: holds NaN or infinity")
             entries.update(zip(step.targets, known[same], strict=True))
     return entries
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; one pass, no copy."""
+    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))
 
 
 def _identity(tensor: Tensor) -> Any:
@@ -621,44 +626,59 @@ def plain_keys(state: StateDict) -> tuple[str, ...]:
     return tuple(pairs.get(key, key) for key in state.tensors if key not in halves)
 
 
-def translate(state: StateDict, template: StateDict, *, magnitude: Magnitude = "linear") -> dict[str, Tensor]:
+def translate(
+    state: StateDict,
+    template: StateDict,
+    *,
+    magnitude: Magnitude = "linear",
+    wanted: Mapping[str, Magnitude] | None = None,
+) -> dict[str, Tensor]:
     """The tensors of one state dict in the layout of another: pairs folded, made or re-keyed as it has them.
 
     >>> old = StateDict("", {"weight_g": torch.full((1, 1), 5.0), "weight_v": torch.tensor([[3.0, 4.0]])})
     >>> translate(old, StateDict("", {"weight": torch.zeros(1, 2)}))
     {'weight': tensor([[3., 4.]])}
 
-    Keys the template does not know pass unchanged, so that a strict load can name them.
+    Args:
+        magnitude: how `state` stores g.
+        wanted: how `template` stores g, by plain key; default as `state` does.
+
+    Keys the template does not know pass unchanged, so that a strict load can name them. Raises PairError for a weight
+    that does not fit its pair in the template.
     """
-    wanted = {pair.plain_key: pair for pair in _found(template).pairs}
-    paired = {pair.plain_key: pair for pair in _found(state).pairs}
-    tensors = state.tensors
-    halves = {key: pair for pair in paired.values() for key in (pair.g_key, pair.v_key)}
+    targets = {pair.plain_key: pair for pair in _found(template).pairs}
+    halves = {key: pair for pair in _found(state).pairs for key in (pair.g_key, pair.v_key)}
     out: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        plain = halves[key].plain_key if key in halves else key
-        target = wanted.get(plain)
-        if key in halves:
-            if key != halves[key].v_key:
-                continue
-            made = (
-                _pair_step("rekeyed", state, halves[key], (target.g_key, target.v_key))
-                if target
-                else _pair_step("folded", state, halves[key], (plain,))
-            )
-        elif target is not None:
-            g, v = template.entries[target.g_key], template.entries[target.v_key]
-            if tensor.shape != v.shape or _refusal(tensor):
-                raise PairError(f"{printable(key)}: {tuple(tensor.shape)} where the model has {tuple(v.shape)}")
-            axes = Axes.of_pair(g.shape, v.shape)
-            keys, shape = (target.g_key, target.v_key), tuple(v.shape)
-            made = Step("converted", plain, (key,), keys, axes, shape, _dtype_name(tensor))
-        else:
-            out[key] = tensor
+    for key, tensor in state.tensors.items():
+        pair = halves.get(key)
+        target = targets.get(pair.plain_key if pair else key)
+        asked = (wanted or {}).get(target.plain_key, magnitude) if target else magnitude
+        if pair is not None and key != pair.v_key:
             continue
-        results = run_step(made, [tensors[k] for k in made.sources], magnitude)
-        out.update(zip(made.targets, results, strict=True))
+        if pair is not None and target is not None and asked == magnitude:
+            out[target.g_key], out[target.v_key] = state.entries[pair.g_key], tensor
+            continue
+        name, plain = key, tensor
+        if pair is not None:
+            step = _pair_step("folded", state, pair, (pair.plain_key,))
+            name, (plain,) = pair.plain_key, run_step(step, (state.entries[pair.g_key], tensor), magnitude)
+        if target is None:
+            out[name] = plain
+        else:
+            out[target.g_key], out[target.v_key] = _split_like(template, target, plain, asked)
     return out
+
+
+def _split_like(template: StateDict, target: Pair, plain: Tensor, magnitude: Magnitude) -> tuple[Tensor, Tensor]:
+    """A plain weight as (g, v) with the axes a pair of the template has."""
+    shape = tuple(template.entries[target.v_key].shape)
+    if tuple(plain.shape) != shape or _refusal(plain):
+        raise PairError(f"{printable(target.plain_key)}: {tuple(plain.shape)} where the model has {shape}")
+    axes = Axes.of_pair(template.entries[target.g_key].shape, shape)
+    keys = (target.g_key, target.v_key)
+    step = Step("converted", target.plain_key, (target.plain_key,), keys, axes, shape, _dtype_name(plain))
+    g, v = run_step(step, (plain,), magnitude)
+    return g, v
 
 
 # How it reads --------------------------------------------------------------------------------------------

@@ -302,8 +302,7 @@ def _undisturbed(model: nn.Module, training: bool | None) -> Iterator[None]:
             module.training = mode
         with torch.no_grad():
             for module, name, buffer, value in buffers:
-                if buffer._version or not torch.equal(buffer, value):
-                    buffer.copy_(value)
+                buffer.copy_(value)
                 module._buffers[name] = buffer
 
 

@@ -20,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from wnsurgery.checkpoint import (
@@ -39,12 +40,13 @@ from wnsurgery.checkpoint import (
 )
 from wnsurgery.errors import InputError, NonFiniteWeightError, PairError, SelectionError, WnsurgeryError, printable
 from wnsurgery.keys import Layout
-from wnsurgery.plan import plan_weight_norm
-from wnsurgery.reparam import Axes, Magnitude
+from wnsurgery.mechanism import WeightNormList, rebuild_parametrized
+from wnsurgery.plan import Plan, plan_weight_norm
+from wnsurgery.reparam import Axes, Magnitude, WeightNorm
 from wnsurgery.stores import Stored, check_output, format_for, read_store, write_store
 from wnsurgery.stores.modules import ModulePolicy, modules_in
 from wnsurgery.surgery import apply_weight_norm, fold_weight_norm
-from wnsurgery.walk import slots
+from wnsurgery.walk import Slot, slots
 
 __all__ = [
     "convert_checkpoint",
@@ -54,6 +56,8 @@ __all__ = [
     "load_tensors",
     "save_model",
 ]
+
+_WEIGHT_NORM = ("ours", "torch", "legacy")
 
 Path_ = str | os.PathLike[str]
 Arch = str | Callable[[], nn.Module]
@@ -91,7 +95,12 @@ def load_tensors(path: Path_, *, trust_pickle: bool = False) -> dict[str, Tensor
 
 
 def load_model(
-    path: Path_, *, arch: Arch | None = None, trust_pickle: bool = False, entry: str | None = None
+    path: Path_,
+    *,
+    arch: Arch | None = None,
+    trust_pickle: bool = False,
+    entry: str | None = None,
+    magnitude: Magnitude = "linear",
 ) -> nn.Module:
     """The model in a file: a whole module, or a state dict loaded strictly into what `arch` builds.
 
@@ -105,6 +114,7 @@ def load_model(
             is searched for the package, too.
         trust_pickle: let the file's pickle run code.
         entry: dotted path of the state dict or module to take, where several fit ("ema").
+        magnitude: "log" when the state dict stores the logarithm of g.
 
     Raises:
         InputError: damaged, ambiguous, or its tensors do not fit the model.
@@ -125,7 +135,7 @@ def load_model(
     model = _build(arch)
     with _named(path):
         state, prefix = _state_for(path, content, model, entry)
-        _load_into(model, _stripped(state, prefix), path)
+        _load_into(model, _stripped(state, prefix), path, magnitude)
     return model
 
 
@@ -139,14 +149,43 @@ def _read(path: Path_, trust_pickle: bool) -> Stored:
 
 def _policy() -> ModulePolicy:
     """torch.nn's classes and the ones this package puts into a converted module."""
-    from wnsurgery import mechanism, reparam
-
-    own = (mechanism.WeightNormList, reparam.WeightNorm, reparam.Axes)
-    rebuild = mechanism.rebuild_parametrized
+    own = (WeightNormList, WeightNorm, Axes)
+    rebuild = rebuild_parametrized
     return ModulePolicy(
         {f"{cls.__module__}.{cls.__qualname__}": cls for cls in own},
         {f"{rebuild.__module__}.{rebuild.__qualname__}": rebuild},
+        _fault,
     )
+
+
+def _fault(module: nn.Module) -> str:
+    """What is wrong with a module from a file that claims to be under our weight norm; "" if nothing is."""
+
+    table = module._modules["parametrizations"]
+    for name, entry in table._modules.items() if type(table) is nn.ModuleDict else [("", None)]:
+        if type(entry) is not WeightNormList or list(entry._modules) != ["0"] or "_handed_out" in vars(entry):
+            return "its parametrization is not weight norm"
+        rule, g, v = entry._modules["0"], entry._parameters.get("original0"), entry._parameters.get("original1")
+        if type(rule) is not WeightNorm or g is None or v is None or not _is_sound_rule(vars(rule), g, v):
+            return f"the pair of {printable(name)} does not fit"
+        if not isinstance(vars(type(module)).get(name), property):
+            return f"{printable(name)} is not parametrized in its class"
+    return ""
+
+
+def _is_sound_rule(rule: Mapping[str, Any], g: Tensor, v: Tensor) -> bool:
+    """Whether the attributes of a WeightNorm from a file are what its constructor makes, and fit the pair."""
+    axes, dtype = rule.get("axes"), rule.get("magnitude_dtype", 0)
+    if type(axes) is not Axes or rule.get("magnitude") not in ("linear", "log"):
+        return False
+    kept, groups = vars(axes).get("kept"), vars(axes).get("groups")
+    if type(groups) is not int or type(kept) is not tuple or any(type(axis) is not int for axis in kept):
+        return False
+    try:
+        fits = tuple(g.shape) == axes.check(v.shape).magnitude_shape(v.shape)
+    except PairError:
+        return False
+    return fits and groups > 0 and (dtype is None or isinstance(dtype, torch.dtype))
 
 
 def _only(path: Path_, found: Sequence[tuple[str, Any]], kind: str) -> Any:
@@ -175,7 +214,7 @@ def _build(arch: Arch) -> nn.Module:
                 found: Any = import_module(module_name)
                 for part in attribute.split("."):
                     found = getattr(found, part)
-            except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+            except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
                 raise SelectionError(f"{arch}: {type(error).__name__}: {error}") from error
             try:
                 model = found()
@@ -247,8 +286,9 @@ def _stripped(state: StateDict, prefix: str) -> StateDict:
     return StateDict(state.path, entries)
 
 
-def _load_into(model: nn.Module, state: StateDict, path: Path_) -> None:
-    tensors = OrderedDict(translate(state, _template(model)))
+def _load_into(model: nn.Module, state: StateDict, path: Path_, magnitude: Magnitude) -> None:
+    wanted = {n: _magnitude(slot) for slot in slots(model) if slot.form in _WEIGHT_NORM for n in slot.names}
+    tensors = OrderedDict(translate(state, _template(model), magnitude=magnitude, wanted=wanted))
     extra = {k: v for k, v in state.entries.items() if not isinstance(v, Tensor)}
     tensors.update(extra)
     if hasattr(state.entries, "_metadata"):
@@ -258,6 +298,14 @@ def _load_into(model: nn.Module, state: StateDict, path: Path_) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise InputError.of(path, f"its tensors do not fit the model: {printable(reason, 400)}") from error
+
+
+def _magnitude(slot: Slot) -> Magnitude:
+    """How a weight under weight norm stores its g; torch's own knows only the linear way."""
+    if slot.form != "ours":
+        return "linear"
+    rule: WeightNorm = slot.module.parametrizations[slot.parameter][0]  # type: ignore[index,assignment]
+    return rule.magnitude
 
 
 # Folding -------------------------------------------------------------------------------------------------
@@ -302,18 +350,19 @@ def fold_checkpoint(
     with _named(src):
         report = fold_state(stored.content, magnitude=magnitude)
         for where, module in modules_in(stored.content):
-            report = _merged(report, _fold_module(where, module))
+            with _surgery_on(src):
+                report = _merged(report, _fold_module(where, module))
         if arch is not None:
             model = fold_weight_norm(_build(arch))
             state, prefix = _state_for(src, stored.content, model, None)
-            _load_into(model, _stripped(state, prefix), src)
+            _load_into(model, _stripped(state, prefix), src, magnitude)
     return _finish(dst, stored, report, write=not dry_run, force=force or in_place)
 
 
 def _fold_module(where: str, module: nn.Module) -> CheckpointReport:
     steps = []
     for slot in slots(module):
-        if slot.form in ("ours", "torch", "legacy") and slot.tensor is not None and slot.magnitude is not None:
+        if slot.form in _WEIGHT_NORM and slot.tensor is not None and slot.magnitude is not None:
             shape, name = tuple(slot.tensor.shape), _joined(where, slot.fqn)
             axes = Axes.of_pair(slot.magnitude.shape, shape)
             steps.append(Step("folded", name, (name,), (name,), axes, shape, _type(slot.tensor)))
@@ -354,7 +403,7 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
         src, dst, force, in_place, trust_pickle, dry_run: as in `fold_checkpoint`.
         layout: "parametrized" (torch's present keys) or "legacy" (`weight_g`, `weight_v`); for state dicts.
         include, exclude, dim: which weights and which kept axes; globs or `re:` patterns on names, see `ByName`.
-        magnitude: "linear" stores g, "log" its logarithm.
+        magnitude: "linear" stores g, "log" its logarithm; pairs already in a state dict are taken to do the same.
         init: "data" sets g and biases from `data`; needs a model (`arch`, or a module saved whole).
         data: one batch, see `data_dependent_init`.
         init_scale: standard deviation that "data" aims at.
@@ -365,49 +414,59 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
         NonFiniteWeightError: a weight to convert holds NaN or infinity; named.
         and as `fold_checkpoint`.
     """
-    if (init == "data") != (data is not None):
-        raise SelectionError('init="data" and data go together')
     if not dry_run:
         check_output(dst, src, force=force, in_place=in_place)
     stored = _read(src, trust_pickle)
-    modules = modules_in(stored.content)
-    options = {"include": include, "exclude": exclude, "dim": dim, "magnitude": magnitude}
+    selection = {"include": include, "exclude": exclude, "dim": dim, "magnitude": magnitude}
     setup = {"init": init, "data": data, "init_scale": init_scale}
     with _named(src):
-        if modules:
-            if layout != "parametrized" or arch is not None:
-                raise SelectionError("layout and arch are for state dicts; this file holds a whole module")
-            report = CheckpointReport()
-            for where, module in modules:
-                report = _merged(report, _convert_module(where, module, options, setup))
-        elif arch is not None:
-            report = _convert_with_model(src, stored.content, _build(arch), layout, options, setup)
-        elif init == "data":
-            raise SelectionError("init='data' needs the model", hint="arch='package.module:factory' (--arch)")
-        else:
-            choose = ByName(include, exclude, dim)
-            report = convert_state(stored.content, choose, layout=layout, magnitude=magnitude)
+        report = _convert(src, stored.content, layout, arch, selection, setup)
     return _finish(dst, stored, report, write=not dry_run, force=force or in_place)
 
 
-def _convert_module(
-    where: str, module: nn.Module, options: Mapping[str, Any], setup: Mapping[str, Any]
+Options = Mapping[str, Any]
+
+
+def _convert(
+    path: Path_, content: Any, layout: Layout, arch: Arch | None, selection: Options, setup: Options
 ) -> CheckpointReport:
-    plan = plan_weight_norm(module, **{k: options[k] for k in ("include", "exclude", "dim")})
+    """Convert a loaded file in place, by whichever of the three ways it calls for."""
+    if (setup["init"] == "data") != (setup["data"] is not None):
+        raise SelectionError('init="data" and data go together')
+    modules = modules_in(content)
+    if modules:
+        if layout != "parametrized" or arch is not None:
+            raise SelectionError("layout and arch are for state dicts; this file holds a whole module")
+        report = CheckpointReport()
+        for where, module in modules:
+            with _surgery_on(path):
+                own = _convert_module(where, module, selection)
+            report = _merged(report, replace(own, initialisation=_from_data(module, setup)))
+        return report
+    if arch is not None:
+        return _convert_with_model(path, content, _build(arch), layout, selection, setup)
+    if setup["init"] == "data":
+        raise SelectionError("init='data' needs the model", hint="arch='package.module:factory' (--arch)")
+    choose = ByName(selection["include"], selection["exclude"], selection["dim"])
+    return convert_state(content, choose, layout=layout, magnitude=selection["magnitude"])
+
+
+def _convert_module(where: str, module: nn.Module, selection: Options) -> CheckpointReport:
+    plan = _plan(module, selection)
     steps = []
     for site in plan.sites:
         name, shape = _joined(where, site.fqn), tuple(site.weight.shape)
         steps.append(Step("converted", name, (name,), (name,), site.axes, shape, _type(site.weight)))
-    skipped = [
-        Skip(_joined(where, s.name), s.shape or (), s.reason)
-        for s in plan.skipped
-        if s.shape is None or len(s.shape) > 1
-    ]
-    apply_weight_norm(module, **options)
-    return CheckpointReport(tuple(steps), tuple(skipped), initialisation=_from_data(module, setup))
+    large = [s for s in plan.skipped if s.shape is None or len(s.shape) > 1]
+    apply_weight_norm(module, **selection)
+    return CheckpointReport(tuple(steps), tuple(Skip(_joined(where, s.name), s.shape or (), s.reason) for s in large))
 
 
-def _from_data(model: nn.Module, setup: Mapping[str, Any]) -> Any:
+def _plan(model: nn.Module, selection: Options) -> Plan:
+    return plan_weight_norm(model, **{k: selection[k] for k in ("include", "exclude", "dim")})
+
+
+def _from_data(model: nn.Module, setup: Options) -> Any:
     if setup["init"] != "data":
         return None
     from wnsurgery.data_init import data_dependent_init
@@ -416,22 +475,22 @@ def _from_data(model: nn.Module, setup: Mapping[str, Any]) -> Any:
 
 
 def _convert_with_model(
-    path: Path_, content: Any, model: nn.Module, layout: Layout, options: Mapping[str, Any], setup: Mapping[str, Any]
+    path: Path_, content: Any, model: nn.Module, layout: Layout, selection: Options, setup: Options
 ) -> CheckpointReport:
     """Convert a state dict with the axes its model's layers have."""
     fold_weight_norm(model)
     state, prefix = _state_for(path, content, model, None)
-    plan = plan_weight_norm(model, **{k: options[k] for k in ("include", "exclude", "dim")})
+    plan = _plan(model, selection)
     axes = {name: site.axes for site in plan.sites for slot in site.owners for name in slot.names}
     choose = ByModel(state.path, prefix, axes, {s.name: s.reason for s in plan.skipped})
-    report = convert_state(content, choose, layout=layout, magnitude=options["magnitude"])
+    report = convert_state(content, choose, layout=layout, magnitude=selection["magnitude"])
     if setup["init"] == "data":
-        # the file's own pairs show that the weights are right; the model then gives the same keys new values
-        _load_into(model, _stripped(state, prefix), path)
-        apply_weight_norm(model, **options)
+        # the file has its new keys; the model, initialised in memory, gives them new values
+        _load_into(model, _stripped(state, prefix), path, selection["magnitude"])
+        apply_weight_norm(model, **selection)
         report = replace(report, initialisation=_from_data(model, setup))
         ours = StateDict("", dict(model.state_dict()))
-        for name, tensor in translate(ours, _stripped(state, prefix)).items():
+        for name, tensor in translate(ours, _stripped(state, prefix), magnitude=selection["magnitude"]).items():
             state.entries[prefix + name] = tensor
     return report
 
@@ -492,6 +551,15 @@ def _named(path: Path_) -> Iterator[None]:
         yield
     except (PairError, NonFiniteWeightError) as error:
         raise _with_path(error, path) from error
+
+
+@contextmanager
+def _surgery_on(path: Path_) -> Iterator[None]:
+    """A module from a file has whatever attributes the file gave it; those that break surgery are damage."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError) as error:
+        raise InputError.of(path, f"damaged module ({type(error).__name__}: {printable(error)})") from error
 
 
 def _with_path(error: WnsurgeryError, path: Path_) -> WnsurgeryError:

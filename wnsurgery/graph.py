@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from wnsurgery.errors import InputError, PairError, printable
-from wnsurgery.onnx_file import all_graphs, external_tensors, one_line, read_onnx, write_onnx
+from wnsurgery.errors import PairError, printable
+from wnsurgery.onnx_file import all_graphs, external_tensors, read_onnx, write_onnx
 from wnsurgery.onnx_values import Constants, Evaluated, Unknown, is_norm
+from wnsurgery.text import by, columns
 
 __all__ = ["Compose", "Found", "OnnxFoldReport", "find_weight_norms", "fold_model", "fold_onnx"]
 
@@ -81,7 +82,7 @@ class OnnxFoldReport:
     def __str__(self) -> str:
         head = f"{len(self.found)} weights folded, {self.nodes_before} -> {self.nodes_after} nodes"
         lines = [head if self.found else f"no weight norm found, {self.nodes_before} nodes kept"]
-        lines += [f"  {f.value}  {'x'.join(map(str, f.shape))}  from {f.g or 'no magnitude'}, {f.v}" for f in self.found]
+        lines += columns([(f.value, by(f.shape), f.dtype, f"from {f.g or 'no magnitude'}, {f.v}") for f in self.found])
         lines += [f"  left: {name}: {reason}" for name, reason in self.left]
         return "\n".join([*lines, *(f"wrote {path}" for path in self.files)])
 
@@ -177,17 +178,21 @@ class _Match:
     dtype: ir.DataType
     shape: tuple[int, ...]
 
-    def pair(self, constants: Constants, memo: dict[ir.Value, Evaluated]) -> tuple[Array, Array]:
-        """g and v as `compose` takes them; raises Unknown where v is no tensor of the weight's type."""
+    def magnitude_array(self, constants: Constants, memo: dict[ir.Value, Evaluated]) -> Array:
+        """g as `compose` takes it: float32 for 16- and 32-bit weights, wherever that holds it exactly."""
+        wide = np.dtype(np.float64 if self.dtype == ir.DataType.DOUBLE else np.float32)
+        if self.g is None:
+            return np.ones(self.g_shape, wide)
+        g = constants.evaluate(self.g, memo).array.reshape(self.g_shape)
+        narrow = _exactly(g, wide)
+        return g if narrow is None else narrow
+
+    def direction_array(self, constants: Constants, memo: dict[ir.Value, Evaluated]) -> Array:
+        """v in the weight's type; raises Unknown where it does not fit into that."""
         v = _exactly(constants.evaluate(self.v, memo).array, self.dtype.numpy())
         if v is None:
             raise Unknown("the direction is finer than the weight")
-        if self.g is None:
-            return np.ones(self.g_shape, np.promote_types(v.dtype, np.float32)), v
-        g = constants.evaluate(self.g, memo).array.reshape(self.g_shape)
-        wide = np.float64 if self.dtype == ir.DataType.DOUBLE else np.float32
-        narrow = _exactly(g, np.dtype(wide))
-        return g if narrow is None else narrow, v
+        return v
 
 
 class _Matcher:
@@ -237,20 +242,16 @@ class _Matcher:
             return None
         if weight.dtype not in _FLOATS or weight.array.ndim == 0 or weight.array.size == 0:
             return None
-        sources = [v for v in self.constants.cone(value) if v not in self.constants.normed]
-        directions = [v for v in sources if self._is_direction(v, memo, weight)]
+        cone = self.constants.cone(value)
+        sources = [v for v in cone if v not in self.constants.normed]
+        under_norm = _normalised(cone)
+        directions = [v for v in sources if _fits(memo[v], weight) and _is_direction(v, under_norm, memo)]
         magnitudes = list(self._magnitudes(sources, memo, weight.array))
         for v, (g, shape, magnitude) in product(directions, magnitudes):
             match = _Match(value, g, shape, v, magnitude, weight.dtype, weight.array.shape)
             if g is not v and self._agrees(match, memo, weight.array):
                 return match
         return None
-
-    def _is_direction(self, value: ir.Value, memo: dict[ir.Value, Evaluated], weight: Evaluated) -> bool:
-        found = memo[value]
-        if found.array.shape != weight.array.shape or not found.dtype.is_floating_point():
-            return False
-        return _origin(value) is not None
 
     def _magnitudes(
         self, sources: list[ir.Value], memo: dict[ir.Value, Evaluated], weight: Array
@@ -272,47 +273,42 @@ class _Matcher:
 
     def _agrees(self, match: _Match, memo: dict[ir.Value, Evaluated], weight: Array) -> bool:
         try:
-            g, v = match.pair(self.constants, memo)
+            g, v = match.magnitude_array(self.constants, memo), match.direction_array(self.constants, memo)
             expected = self.compose(g, v, match.magnitude).astype(np.float64)
         except (Unknown, PairError, ValueError):
             return False
-        eps = float(_finfo(match.dtype).eps)
+        eps, tiny = _resolution(match.dtype)
         slack = 64 if match.dtype == ir.DataType.DOUBLE else 4
-        close = np.abs(expected - weight) <= slack * (eps * np.abs(weight) + float(_finfo(match.dtype).smallest_subnormal))
+        close = np.abs(expected - weight) <= slack * (eps * np.abs(weight) + tiny)
         # 0 / 0: the graph gives NaN for a row of zeros, where the folded weight is zero
         nothing = np.isnan(weight) & (expected == 0)
         return bool((close | nothing).all()) and not bool(nothing.all())
 
-    def weight(self, match: _Match) -> Array:
-        """The folded weight, of the graph's type, to the bit what `compose` gives."""
-        try:
-            g, v = match.pair(self.constants, {})
+    def weight_of(self, match: _Match) -> Callable[[], Array]:
+        """A function that computes the folded weight, to the bit what `compose` gives, and outlives the graph."""
+        memo: dict[ir.Value, Evaluated] = {}
+        g = match.magnitude_array(self.constants, memo)
+        stored = match.v.producer() is None  # then it is read again when it is needed, and not held meanwhile
+        held = None if stored else match.direction_array(self.constants, memo)
+
+        def weight() -> Array:
+            v = match.direction_array(self.constants, {}) if held is None else held
             return self.compose(g, v, match.magnitude)
-        except (Unknown, PairError) as error:
-            raise InputError.of(str(self.name), one_line(error)) from error
+
+        return weight
 
     def _dead_nodes(self) -> list[ir.Node]:
         """Nodes that nothing needs once the matched values are initializers, in the graph's order."""
         replaced = {match.value for match in self.matches}
-        dead: dict[ir.Node, None] = {}
-        for match in self.matches:
-            for value in reversed(self.constants.cone(match.value)):
-                node = value.producer()
-                if node is None or node in dead:
-                    continue
-                needed = not (value in replaced) and (
-                    value.is_graph_output() or any(user not in dead for user, _ in value.uses())
-                )
-                if not needed:
-                    dead[node] = None
-        # a node shared by two weights is dead only after the second: go over what was kept once more
-        for match in self.matches:
-            for value in reversed(self.constants.cone(match.value)):
-                node = value.producer()
-                if node is not None and node not in dead and not value.is_graph_output():
-                    if value not in replaced and all(user in dead for user, _ in value.uses()):
-                        dead[node] = None
-        return sorted(dead, key=_position(self.model))
+        cones = {v.producer() for match in self.matches for v in self.constants.cone(match.value)}
+        order = sorted((node for node in cones if node is not None), key=_position(self.model))
+        dead: set[ir.Node] = set()
+        for node in reversed(order):
+            value = node.outputs[0]
+            read = value.is_graph_output() or any(user not in dead for user, _ in value.uses())
+            if value in replaced or not read:
+                dead.add(node)
+        return [node for node in order if node in dead]
 
     def _found(self, match: _Match) -> Found:
         cone = {v.producer() for v in self.constants.cone(match.value)}
@@ -337,11 +333,8 @@ class _Matcher:
             if node not in dead:
                 reasons.append((_node_name(node), self._why_left(node)))
         for function in self.model.functions.values():
-            reasons += [
-                (_node_name(node), f"inside the function {printable(function.name)}, which is called with run-time values")
-                for node in function
-                if is_norm(node)
-            ]
+            why = f"inside the function {printable(function.name)}, which could not be inlined"
+            reasons += [(_node_name(node), why) for node in function if is_norm(node)]
         return tuple(reasons)
 
     def _why_left(self, node: ir.Node) -> str:
@@ -363,6 +356,36 @@ def _origin(value: ir.Value) -> ir.Value | None:
     return value if node is None or node.op_type == "Constant" else None
 
 
+def _is_direction(value: ir.Value, under_norm: set[ir.Value], memo: dict[ir.Value, Evaluated]) -> bool:
+    """Whether a constant is one whose norm is taken, or a copy of it: exporters fold casts and reshapes into copies."""
+    origin, array = _origin(value), memo[value].array
+    if origin is None:
+        return False
+    return origin in under_norm or any(
+        memo[other].array.size == array.size and np.array_equal(memo[other].array.ravel(), array.ravel())
+        for other in under_norm
+    )
+
+
+def _normalised(cone: Iterable[ir.Value]) -> set[ir.Value]:
+    """The constants whose norm is taken somewhere in an expression."""
+    origins = set()
+    for value in cone:
+        node = value.producer()
+        if node is None or not is_norm(node) or node.inputs[0] is None:
+            continue
+        inner = node.inputs[0].producer()
+        plain = inner.inputs[0] if node.op_type == "ReduceSum" and inner is not None else node.inputs[0]
+        origin = None if plain is None else _origin(plain)
+        if origin is not None:
+            origins.add(origin)
+    return origins
+
+
+def _fits(candidate: Evaluated, weight: Evaluated) -> bool:
+    return candidate.array.shape == weight.array.shape and candidate.dtype.is_floating_point()
+
+
 def _logarithm(value: ir.Value) -> ir.Value | None:
     node = value.producer()
     return node.inputs[0] if node is not None and node.op_type == "Exp" else None
@@ -371,8 +394,10 @@ def _logarithm(value: ir.Value) -> ir.Value | None:
 def _readings(g: tuple[int, ...], v: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The shapes under which a constant can be a magnitude of v: broadcast as ONNX does, or one row per group."""
     padded = (1,) * (len(v) - len(g)) + g
-    if g == () or len(padded) == len(v) and all(a in (1, b) for a, b in zip(padded, v, strict=True)):
+    if g == () or (len(padded) == len(v) and all(a in (1, b) for a, b in zip(padded, v, strict=True))):
         return [g if g == () else padded]
+    if len(g) == len(v) + 1 and g[1] == 1:
+        g = (g[0], *g[2:])  # (groups, 1, out/groups, 1...) against (groups, in/groups, out/groups, k...)
     groups = len(g) == len(v) >= 3 and g[0] > 1 and g[1] == v[1] and set(g[2:]) == {1} and v[0] % g[0] == 0
     return [g] if groups else []
 
@@ -392,10 +417,12 @@ def _exactly(array: Array, dtype: np.dtype[Any]) -> Array | None:
     return narrow if np.array_equal(narrow.astype(np.float64), array, equal_nan=True) else None
 
 
-def _finfo(dtype: ir.DataType) -> Any:
+def _resolution(dtype: ir.DataType) -> tuple[float, float]:
+    """The relative step of a type, and the smallest number above zero."""
     import ml_dtypes
 
-    return ml_dtypes.finfo(dtype.numpy())
+    info: Any = ml_dtypes.finfo(dtype.numpy())  # type: ignore[no-untyped-call]
+    return float(info.eps), float(info.smallest_subnormal)
 
 
 def _default_compose(g: Array, v: Array, magnitude: str) -> Array:
@@ -437,9 +464,8 @@ def _replace(match: _Match, model: ir.Model, matcher: _Matcher) -> None:
     old = match.value
     graph = old.producer().graph  # type: ignore[union-attr]
     name = _plain_name(match, model)
-    tensor = ir.LazyTensor(
-        lambda: ir.tensor(matcher.weight(match), name=name), match.dtype, ir.Shape(match.shape), name=name
-    )
+    weight = matcher.weight_of(match)
+    tensor = ir.LazyTensor(lambda: ir.tensor(weight(), name=name), match.dtype, ir.Shape(match.shape), name=name)
     new = ir.Value(name=name, type=ir.TensorType(match.dtype), shape=ir.Shape(match.shape), const_value=tensor)
     new.metadata_props.update(old.metadata_props)
     old.replace_all_uses_with(new, replace_graph_outputs=True)

@@ -26,7 +26,7 @@ class WeightFacts:
 
     `magnitude` and `norm` are (min, median, max) of g and of ||v|| over its rows, None where there are no values;
     `form` says how it is stored: "ours", "torch" or "legacy" in a module, "parametrized" or "legacy" in a file, "graph"
-    in an ONNX file.
+    in an ONNX file, where `also` names the direction's initializer.
     """
 
     name: str
@@ -143,12 +143,8 @@ def _of_graph(path: Path) -> Inspection:
     from wnsurgery.graph import find_weight_norms
 
     found = find_weight_norms(path)
-    return Inspection(tuple(_of_found(f) for f in found), ())
-
-
-def _of_found(found: Any) -> WeightFacts:
-    shape = tuple(found.shape)
-    return WeightFacts(found.name, "graph", shape, tuple(found.kept), 1, str(found.dtype), None, None, 0)
+    facts = (WeightFacts(f.value, "graph", f.shape, (), 1, f.dtype, None, None, 0, (f.v,)) for f in found)
+    return Inspection(tuple(facts), ())
 
 
 def _facts(name: str, form: str, g: Tensor, v: Tensor, axes: Axes, also: tuple[str, ...] = ()) -> WeightFacts:

@@ -41,6 +41,9 @@ class WeightNormList(ParametrizationList):
         if not (w.is_inference() or g.is_inference() or v.is_inference()):
             alias = w.detach()
             self.__dict__["_handed_out"] = (alias, alias._version, g, g._version, v, v._version)
+        if not torch.is_grad_enabled() and (g.requires_grad or v.requires_grad):
+            # as a Parameter would under no_grad: matmul chooses its kernel, and so the last bit, by this flag
+            w.requires_grad_()
         return w
 
     def _pair(self) -> tuple[Tensor, Tensor]:

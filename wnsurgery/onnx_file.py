@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from wnsurgery.errors import InputError, InputMissingError, OutputError, UnsafeFileError, printable
 
-__all__ = ["all_graphs", "external_tensors", "one_line", "read_onnx", "write_onnx"]
+__all__ = ["all_graphs", "external_tensors", "one_line", "read_onnx", "staged_onnx", "write_onnx"]
 
 Path_ = str | os.PathLike[str]
 
@@ -52,10 +52,18 @@ def read_onnx(path: Path_) -> ir.Model:
 
 
 def write_onnx(model: ir.Model, path: Path_, *, force: bool = False) -> tuple[Path, ...]:
-    """Write a model beside its final place, then rename; returns the files written, the graph first.
+    """Write a model whole or not at all; returns the files written, the graph first. See `staged_onnx`."""
+    with staged_onnx(model, path, force=force) as staged:
+        names = sorted(file.name for file in staged.parent.iterdir())
+    return tuple(Path(path).with_name(name) for name in names)
+
+
+@contextlib.contextmanager
+def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False) -> Iterator[Path]:
+    """Write a model into a hidden directory beside its place, let the caller look at it, then rename it into place.
 
     Weights stay in the file unless they were external before or are too big for one; then they all go to `NAME.data`
-    beside it, which is renamed first.
+    beside it, under the name they will have, and are renamed first. Nothing is left where the block raises.
 
     Raises:
         OutputExistsError: the output exists and `force` is not given.
@@ -67,25 +75,33 @@ def write_onnx(model: ir.Model, path: Path_, *, force: bool = False) -> tuple[Pa
     data = path.with_name(f"{path.name}.data")
     external = _needs_external(model)
     for output in (path, data) if external else (path,):
-        # external weights are still being read from the old file, so a rename over it is safe, a write is not
+        # the old file may still be read from: renaming over it is safe where writing would not be
         check_output(output, force=force)
     work = path.with_name(f".{path.name[:64]}.{secrets.token_hex(6)}.tmp")
     try:
-        work.mkdir()
-        ir.save(model, work / path.name, external_data=data.name if external else None, size_threshold_bytes=_SMALL)
-        names = [name for name in (data.name, path.name) if (work / name).exists()]
-        for name in names:
-            _flush(work / name)
-        _publish(work, path.parent, names)
-    except (OutputError, MemoryError):
+        with _output_errors(path):
+            work.mkdir()
+            ir.save(model, work / path.name, external_data=data.name if external else None, size_threshold_bytes=_SMALL)
+            names = [name for name in (data.name, path.name) if (work / name).exists()]
+            for name in names:
+                _flush(work / name)
+        yield work / path.name
+        with _output_errors(path):
+            _publish(work, path.parent, names)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _output_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OutputError:
         raise
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror or one_line(error)}") from error
     except ValueError as error:
         raise InputError.of(path, f"cannot be written: {one_line(error)}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return tuple(path.with_name(name) for name in reversed(names))
 
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
@@ -161,7 +177,7 @@ def _needs_external(model: ir.Model) -> bool:
     if next(external_tensors(model), None) is not None:
         return True
     sizes = (v.const_value.nbytes for g in all_graphs(model) for v in getattr(g, "initializers", {}).values())
-    return sum(sizes) > _EMBED_LIMIT
+    return bool(sum(sizes) > _EMBED_LIMIT)
 
 
 def _flush(path: Path) -> None:

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from wnsurgery.onnx_file import all_graphs
-
 __all__ = ["Constants", "Evaluated", "Unknown", "is_norm"]
 
 Array = np.ndarray[Any, Any]

@@ -12,14 +12,12 @@ instance, and so put one allowed object where torch expects another. Hence
 
 from __future__ import annotations
 
-import inspect
 import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm as LegacyHook
@@ -46,6 +44,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch._C._nn.gelu": F.gelu,
     "torch._C._nn.softplus": F.softplus,
 }
+_ALWAYS = vars(nn.Module()).keys()
 _LEGACY_HOOK = "torch.nn.utils.weight_norm.WeightNorm"
 
 
@@ -61,19 +60,25 @@ class Shell:
 
 
 class ModulePolicy:
-    """Which classes a pickled module may consist of.
+    """Which classes a pickled module may consist of; one policy for one file.
 
     Args:
         classes: classes of the caller's own, beside those of torch.nn: dotted name -> class.
         rebuild: dotted name -> function (module class, parameter names) that makes an empty instance of a class
             derived from a torch.nn class; it is called for torch.nn classes only.
+        fault: what is wrong with a module that holds `parametrizations`; "" if nothing is.
     """
 
     def __init__(
-        self, classes: Mapping[str, type], rebuild: Mapping[str, Callable[[type, tuple[str, ...]], nn.Module]]
+        self,
+        classes: Mapping[str, type],
+        rebuild: Mapping[str, Callable[[type, tuple[str, ...]], nn.Module]],
+        fault: Callable[[nn.Module], str],
     ) -> None:
         self.classes = {_LEGACY_HOOK: LegacyHook, **classes}
         self.rebuild = dict(rebuild)
+        self.fault = fault
+        self.derived: list[_Rebuild] = []
 
     def allow(self, seen: Scan, path: Path) -> list[tuple[Callable[..., Any], str]]:
         """What torch's restricted unpickler may use for this pickle, as (object, dotted name)."""
@@ -83,7 +88,8 @@ class ModulePolicy:
             if cls is not None:
                 entries += [(Shell(cls), name), (cls, _unreachable(cls))]
             elif name in self.rebuild:
-                entries.append((_Rebuild(self.rebuild[name]), name))
+                self.derived.append(_Rebuild(self.rebuild[name]))
+                entries.append((self.derived[-1], name))
             elif name in _FUNCTIONS:
                 entries.append((_FUNCTIONS[name], name))
         if entries and seen.specials:
@@ -95,43 +101,63 @@ class ModulePolicy:
 
         Raises UnsafeFileError for anything a module saved by torch.save does not have.
         """
-        for item in _reachable(content):
+        for rebuild in self.derived:
+            rebuild.finish()
+        items = list(_reachable(content))
+        for item in items:
             if isinstance(item, Shell):
                 raise _refused(path, f"it keeps the class {item.cls.__name__} as a value")
-            if isinstance(item, nn.Module):
-                reason = self._fault(item)
+        modules = [item for item in items if isinstance(item, nn.Module)]
+        for check in (self._fault, _hook_fault, self._parametrization_fault):  # each relies on the one before
+            for module in modules:
+                reason = check(module)
                 if reason:
-                    raise _refused(path, f"{type(item).__name__}: {reason}")
+                    raise _refused(path, f"{type(module).__name__}: {reason}")
 
     def _fault(self, module: nn.Module) -> str:
         cls, held = type(module), vars(module)
-        derived = (
-            cls.__bases__[0] if isinstance(held.get("_modules", {}).get("parametrizations"), nn.ModuleDict) else cls
-        )
-        if derived not in self.classes.values() and _torch_class(_name_of(derived)) is not derived:
-            return "not a class of torch.nn"
+        if any(not isinstance(key, str) for key in held) or not held.keys() >= _ALWAYS:
+            return "it lacks what every module has"
         for key, kinds in (("_parameters", nn.Parameter), ("_buffers", Tensor), ("_modules", nn.Module)):
-            table = held.get(key)
-            if not isinstance(table, dict) or any(not isinstance(v, kinds | None) for v in table.values()):
+            table = held[key]
+            sound = isinstance(table, dict) and all(isinstance(k, str) for k in table)
+            if not sound or any(not isinstance(v, kinds | None) for v in table.values()):
                 return f"{key} is not what torch.nn makes it"
+        parametrized = "parametrizations" in held["_modules"]
+        own = cls.__bases__[0] if parametrized else cls
+        if own not in self.classes.values() and _torch_class(_name_of(own)) is not own:
+            return "not a class of torch.nn"
         for key in held:
-            static = inspect.getattr_static(cls, key, None)
-            if callable(static) or isinstance(static, property | classmethod | staticmethod):
+            shared = getattr(cls, key, None)
+            if callable(shared) or isinstance(shared, property):
                 return f"the attribute {printable(key)} hides a method"
-        for key, hooks in held.items():
-            if key.endswith("_hooks") and hooks:
-                if key != "_forward_pre_hooks" or not isinstance(hooks, dict):
-                    return f"it carries {printable(key)}"
-                if any(not _is_sound_hook(hook, module) for hook in hooks.values()):
-                    return "it carries a hook that is not weight norm's"
         return ""
+
+    def _parametrization_fault(self, module: nn.Module) -> str:
+        return self.fault(module) if "parametrizations" in module._modules else ""
+
+
+def _hook_fault(module: nn.Module) -> str:
+    for key, hooks in vars(module).items():
+        if key.endswith("_hooks") and hooks:
+            if key != "_forward_pre_hooks" or not isinstance(hooks, dict):
+                return f"it carries {printable(key)}"
+            if any(not _is_sound_hook(hook, module) for hook in hooks.values()):
+                return "it carries a hook that is not weight norm's, or whose pair does not fit"
+    return ""
 
 
 class _Rebuild:
-    """The caller's rebuild function, for classes of torch.nn and ordinary parameter names only."""
+    """The caller's rebuild function, for classes of torch.nn and ordinary parameter names only.
+
+    While the pickle is read, instances keep their torch class, whose state torch's unpickler may set; they get
+    their derived classes afterwards. (Each derived class is one of a kind; allowing thousands of them takes torch
+    quadratic time.)
+    """
 
     def __init__(self, function: Callable[[type, tuple[str, ...]], nn.Module]) -> None:
         self.function = function
+        self.made: list[tuple[nn.Module, tuple[str, ...]]] = []
 
     def __call__(self, shell: Any, names: Any, *rest: Any) -> nn.Module:
         plain = isinstance(names, tuple) and all(
@@ -139,11 +165,16 @@ class _Rebuild:
         )
         if rest or not plain or not isinstance(shell, Shell) or _torch_class(_name_of(shell.cls)) is None:
             raise pickle.UnpicklingError("refuses to reduce: not a parametrized module of torch.nn")
-        if any(inspect.getattr_static(shell.cls, name, None) is not None for name in names):
+        if any(getattr(shell.cls, name, None) is not None for name in names):
             raise pickle.UnpicklingError("refuses to reduce: a parameter would hide a method")
-        module = self.function(shell.cls, names)
-        torch.serialization.add_safe_globals([(type(module), _unreachable(type(module)))])
+        module: nn.Module = shell.cls.__new__(shell.cls)
+        self.made.append((module, names))
         return module
+
+    def finish(self) -> None:
+        for module, names in self.made:
+            module.__class__ = type(self.function(type(module), names))
+        self.made.clear()
 
 
 def modules_in(content: Any) -> list[tuple[str, nn.Module]]:

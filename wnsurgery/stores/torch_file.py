@@ -119,12 +119,19 @@ def _allowed(extra: Sequence[tuple[Callable[..., Any], str]]) -> Iterator[None]:
         return
     with _LOCK:
         before = torch.serialization.get_safe_globals()
-        torch.serialization.add_safe_globals([*extra])
+        names = {name for _, name in extra}
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals([*(item for item in before if _name_of(item) not in names), *extra])
         try:
             yield
         finally:
             torch.serialization.clear_safe_globals()
             torch.serialization.add_safe_globals(before)
+
+
+def _name_of(item: Any) -> str:
+    """The name torch files an allowed object under."""
+    return str(item[1]) if isinstance(item, tuple) else f"{item.__module__}.{item.__qualname__}"
 
 
 def _known_to_torch() -> set[str]:
@@ -149,7 +156,7 @@ def _load_error(path: Path, error: Exception, seen: Scan, zipped: bool, trust_pi
             return UnsafeFileError(
                 f"{path}: refused, a whole module in the old file format, which holds source code", hint=_TRUST
             )
-        if "GLOBAL" in str(error) or "reduce" in str(error):
+        if seen.complete and ("GLOBAL" in str(error) or "reduce" in str(error)):
             return UnsafeFileError(f"{path}: refused, its pickle calls what no checkpoint needs", hint=_TRUST)
         reason = "its pickle is not one that torch.save writes"
     return InputError.of(path, f"damaged or truncated ({reason})")

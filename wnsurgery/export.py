@@ -1,0 +1,366 @@
+"""A live module as an ONNX file: folded on a copy, exported, checked on the file, compared with the original.
+
+    export_onnx(model, torch.randn(1, 3, 32, 32), "model.onnx")
+
+The file appears only if it holds no weight-norm arithmetic, passes onnx's checker, and onnxruntime computes what the
+model computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from wnsurgery.errors import ExportError, InputError, VerificationError, printable
+from wnsurgery.parity import OutputsReport, compare_outputs, open_session, run_session
+from wnsurgery.runs import Case, Inputs, copy_of, first_line, rng_kept, tracking, where
+from wnsurgery.surgery import fold_weight_norm
+from wnsurgery.text import columns
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from wnsurgery.graph import OnnxFoldReport
+
+__all__ = ["ExportReport", "export_onnx"]
+
+_KEPT_METADATA = "pkg.torch.onnx.name_scopes"  # which module a node comes from; the rest holds paths and source lines
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_onnx` wrote and how it was proved; prints as a table.
+
+    Attributes:
+        files: what was written, the graph first.
+        opset: of the graph's operations.
+        inputs, outputs: (name, type, shape); dimensions that may vary are names.
+        nodes: number of operations.
+        folded: number of weights whose norm was folded, in the module or, where the exporter kept a norm, in the graph.
+        left: (node, reason) for norms that stay: those of run-time values.
+        parity: onnxruntime on the CPU against the folded copy; None with check=False.
+        original: onnxruntime against the model as it was given; None with check=False.
+    """
+
+    files: tuple[Path, ...]
+    opset: int
+    inputs: tuple[tuple[str, str, tuple[int | str, ...]], ...]
+    outputs: tuple[tuple[str, str, tuple[int | str, ...]], ...]
+    nodes: int
+    folded: int
+    left: tuple[tuple[str, str], ...]
+    parity: OutputsReport | None
+    original: OutputsReport | None
+
+    @property
+    def ok(self) -> bool:
+        """Checked and equal within tolerance."""
+        return all(report is not None and report.ok for report in (self.parity, self.original))
+
+    def raise_for_status(self) -> None:
+        """Raise VerificationError where the outputs differ, or were not compared."""
+        for report in (self.parity, self.original):
+            if report is None:
+                raise VerificationError(
+                    f"{self.files[0]}: the outputs were not compared", hint="export with check=True"
+                )
+            report.raise_for_status()
+
+    def __str__(self) -> str:
+        lines = [f"wrote {path}" for path in self.files]
+        lines.append(f"opset {self.opset}, {self.nodes} nodes, {self.folded} weights folded, no weight norm left")
+        rows: list[tuple[str, ...]] = [("", "name", "type", "shape")]
+        for kind, values in (("input", self.inputs), ("output", self.outputs)):
+            rows += [(kind, name, dtype, "x".join(map(str, shape)) or "scalar") for name, dtype, shape in values]
+        lines += columns(rows)
+        lines += [f"  left: {name}: {reason}" for name, reason in self.left]
+        if self.parity is None:
+            return "\n".join([*lines, "outputs were not compared"])
+        return "\n".join([*lines, "onnxruntime (CPU) against the model:", str(self.original)])
+
+
+def export_onnx(
+    model: nn.Module,
+    inputs: Inputs,
+    path: str | os.PathLike[str],
+    *,
+    opset: int | None = None,
+    dynamic: bool = False,
+    force: bool = False,
+    check: bool = True,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> ExportReport:
+    """Export a model to ONNX with all weight norm folded, and prove on the file that the function is the same.
+
+    The model itself is not touched: a copy is folded, put into eval mode and exported with
+    `torch.onnx.export(dynamo=True)`. Source paths and stack traces are left out of the file, so exporting twice gives
+    the same bytes. Weights go into the file; beyond 1.9 GB into `PATH.data` beside it.
+
+    >>> export_onnx(model, torch.randn(1, 3, 32, 32), "model.onnx").parity.ok  # doctest: +SKIP
+    True
+
+    Args:
+        model: any module that `torch.export` can trace, with or without weight norm (ours, torch's, legacy).
+        inputs: a tensor, a sequence of positional arguments, or a mapping of keyword arguments.
+        path: the output.
+        opset: ONNX opset; None takes the exporter's.
+        dynamic: let the first axis of every input vary (also checked with twice the size).
+        force: overwrite an existing output.
+        check: compare with onnxruntime on the CPU.
+        rtol, atol: tolerance on outputs, see `differences.tolerance`.
+
+    Raises:
+        ExportError: the model cannot be traced or translated; the module where it happens is named if known.
+        VerificationError: onnxruntime's outputs differ from the model's, or hold NaN. Nothing is written then.
+        OutputExistsError, OutputError: about `path`.
+    """
+    from wnsurgery.stores.commit import check_output
+
+    path = check_output(path, force=force)
+    with torch.no_grad(), rng_kept(model):
+        original, plain = copy_of(model), copy_of(model)
+        folded = _count_folded(plain)
+        fold_weight_norm(plain)
+        for module in (original, plain):
+            module.eval()
+        cases = [Case.of(inputs)]
+        if dynamic:
+            cases.append(cases[0].doubled())
+        expected = [(case.run(plain), case.run(original)) for case in cases]
+        graph = _exported(plain, cases[-1], opset, dynamic)
+    try:
+        proven = list(zip(cases, expected, strict=True)) if check else []
+        report, names, proofs = _write(graph, path, force, proven, (rtol, atol))
+    except InputError as error:
+        # what is refused here is the exporter's work, not a file of the caller's
+        reason = error.message.split(": ", 1)[-1]
+        raise ExportError(f"{path}: {reason}", hint="check=False skips onnxruntime") from error
+    return ExportReport(
+        files=tuple(path.with_name(name) for name in names),
+        opset=graph.opset_imports.get("", 0),
+        inputs=_signature(graph.graph.inputs),
+        outputs=_signature(graph.graph.outputs),
+        nodes=report.nodes_after,
+        folded=folded + len(report.found),
+        left=report.left,
+        parity=_worst(tuple(proof[0] for proof in proofs)),
+        original=_worst(tuple(proof[1] for proof in proofs)),
+    )
+
+
+def _count_folded(model: nn.Module) -> int:
+    from wnsurgery.walk import slots
+
+    return sum(slot.form in ("ours", "torch", "legacy") for slot in slots(model))
+
+
+# Exporting -----------------------------------------------------------------------------------------------
+
+
+def _exported(model: nn.Module, case: Case, opset: int | None, dynamic: bool) -> ir.Model:
+    """The model as an ONNX graph in memory."""
+    shapes = _dynamic_shapes(case.named(model)) if dynamic else None
+    fresh = case.fresh()
+    try:
+        with _silence():
+            program: Any = torch.onnx.export(
+                model,
+                fresh.args,
+                kwargs=fresh.kwargs,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+    except Exception as error:
+        # the exporter lets any error of torch.export, the model or its own through; all mean "cannot be exported"
+        raise ExportError(f"{_culprit(model, case, error)}the exporter failed: {first_line(error)}") from error
+    graph: ir.Model = program.model
+    written = graph.opset_imports.get("")
+    if opset is not None and written != opset:
+        raise ExportError(f"opset {opset} cannot be had for this model: the exporter wrote opset {written}")
+    fixed = [value.name for value in graph.graph.inputs if dynamic and value.shape and isinstance(value.shape[0], int)]
+    if fixed:
+        raise ExportError(f"the first axis of {', '.join(map(printable, fixed))} cannot vary in this model")
+    return graph
+
+
+def _dynamic_shapes(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """First axes that may vary, as torch.export wants them; axes of one size share a name."""
+    names: dict[int, str] = {}
+
+    def axis(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim:
+            return None
+        return {0: names.setdefault(value.shape[0], f"batch{len(names) or ''}")}
+
+    return {name: pytree.tree_map(axis, value) for name, value in arguments.items()}
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """No print, log line or warning of the exporter reaches the caller; warnings as errors would end the export."""
+
+    def drop(record: logging.LogRecord) -> bool:
+        return not record.name.startswith(("torch", "onnxscript", "onnx_ir"))
+
+    loggers = (logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith("torch"))
+    handlers: list[logging.Handler] = [handler for logger in loggers for handler in logger.handlers]
+    handlers += [logging.lastResort] if logging.lastResort is not None else []
+    for handler in handlers:
+        handler.addFilter(drop)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(drop)
+
+
+def _culprit(model: nn.Module, case: Case, error: BaseException) -> str:
+    """The module at fault, as `name: `, by tracing once more and looking where it breaks; "" if it cannot be told."""
+    fresh = case.fresh()
+    with _silence(), tracking(model) as active:
+        try:
+            program = torch.export.export(model, fresh.args, fresh.kwargs, strict=False)
+        except Exception:  # whatever it is, the error in hand is the one to report
+            return where(active)
+    node_name = re.search(r"translating node %(\w+)", _chain(error))
+    for node in program.graph.nodes:
+        if node_name and node.name == node_name[1]:
+            modules = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+            return where(modules)
+    return ""
+
+
+def _chain(error: BaseException | None) -> str:
+    parts = []
+    while error is not None:
+        parts.append(str(error))
+        error = error.__cause__
+    return "\n".join(parts)
+
+
+def _strip(model: ir.Model) -> None:
+    """Remove source paths, stack traces and anything else about where the model was exported."""
+    from wnsurgery.onnx_file import all_graphs
+
+    model.doc_string = None
+    model.metadata_props.clear()
+    for graph in all_graphs(model):
+        graph.doc_string = None
+        graph.metadata_props.clear()
+        values = [*graph.inputs, *getattr(graph, "initializers", {}).values()]
+        for node in graph:
+            kept = node.metadata_props.get(_KEPT_METADATA)
+            node.doc_string = None
+            node.metadata_props.clear()
+            if kept is not None:
+                node.metadata_props[_KEPT_METADATA] = kept
+            values.extend(node.outputs)
+        for value in values:
+            value.doc_string = None
+            value.metadata_props.clear()
+
+
+# Checking ------------------------------------------------------------------------------------------------
+
+_Expected = tuple[Case, tuple[list[Tensor], list[Tensor]]]  # arguments, outputs of the folded copy and the original
+_Limits = tuple[float | None, float | None]
+
+
+def _write(
+    graph: ir.Model, path: Path, force: bool, expected: Sequence[_Expected], limits: _Limits
+) -> tuple[OnnxFoldReport, list[str], list[tuple[OutputsReport, OutputsReport]]]:
+    """Clean the graph, write it, check the file, and only then let it appear."""
+    from wnsurgery.graph import fold_model
+    from wnsurgery.onnx_file import staged_onnx
+
+    report = fold_model(graph, name=path)
+    _strip(graph)
+    with staged_onnx(graph, path, force=force) as staged:
+        _check_file(staged)
+        session = open_session(staged) if expected else None
+        proofs = [_compared(session, case, ends, path, limits) for case, ends in expected]
+        names = sorted(file.name for file in staged.parent.iterdir())
+    return report, names, proofs
+
+
+def _check_file(path: Path) -> None:
+    """No weight norm in the file, and onnx's own checker passes it."""
+    import onnx
+
+    from wnsurgery.graph import find_weight_norms
+
+    remaining = find_weight_norms(path)
+    if remaining:
+        raise ExportError(f"weight-norm arithmetic stays in the graph: {', '.join(f.value for f in remaining[:5])}")
+    try:
+        onnx.checker.check_model(os.fspath(path))
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise ExportError(f"the exporter wrote an invalid graph: {first_line(error)}") from error
+
+
+def _compared(
+    session: Any,
+    case: Case,
+    expected: tuple[list[Tensor], list[Tensor]],
+    path: Path,
+    limits: _Limits,
+) -> tuple[OutputsReport, OutputsReport]:
+    """onnxruntime's outputs against those of the folded copy and of the original; raises where they differ."""
+    names = [output.name for output in session.get_outputs()]
+    found = run_session(session, _feeds(session, case), path)
+    reports = []
+    for who, tensors in zip(("folded model", "model"), expected, strict=True):
+        if len(tensors) != len(names):
+            raise VerificationError(f"{path}: {len(names)} outputs where the {who} has {len(tensors)}")
+        reference = dict(zip(names, tensors, strict=True))
+        report = compare_outputs(found, reference, rtol=limits[0], atol=limits[1])
+        if not report.ok:
+            raise VerificationError(f"{path}: onnxruntime differs from the {who}: {report.problems[0]}")
+        holes = [name for name, tensor in reference.items() if bool(torch.isnan(tensor).any())]
+        if holes:
+            where = ", ".join(map(printable, holes))
+            raise VerificationError(f"{path}: NaN in the model's outputs ({where})", hint="try other inputs")
+        reports.append(report)
+    return reports[0], reports[1]
+
+
+def _feeds(session: Any, case: Case) -> dict[str, Tensor] | list[Tensor]:
+    """Tensors for the graph's inputs: by name where the names are those of `forward`, else in order."""
+    declared = [value.name for value in session.get_inputs()]
+    leaves = [x for x in pytree.tree_leaves((case.args, case.kwargs)) if isinstance(x, Tensor)]
+    if not case.args and all(name in case.kwargs for name in declared):
+        return {name: case.kwargs[name] for name in declared}
+    return leaves
+
+
+def _worst(reports: tuple[OutputsReport, ...]) -> OutputsReport | None:
+    """The report with the largest relative difference."""
+    return max(reports, key=lambda r: max((o.max_rel for o in r.outputs), default=0.0), default=None)
+
+
+def _signature(values: Sequence[ir.Value]) -> tuple[tuple[str, str, tuple[int | str, ...]], ...]:
+    return tuple(
+        (
+            str(value.name),
+            "?" if value.dtype is None else value.dtype.name.lower(),
+            tuple(d if isinstance(d, int) else str(d) for d in value.shape or ()),
+        )
+        for value in values
+    )

@@ -1,0 +1,215 @@
+"""Run ONNX files on the provider that was asked for, and compare what comes out.
+
+    run_onnx("model.onnx", {"input": x}, provider="cuda")      # cuda, or an error; never the CPU in silence
+
+The comparisons themselves are in `differences`; this module hands them on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from wnsurgery.differences import (
+    OutputDifference,
+    OutputsReport,
+    TensorDifference,
+    TensorsReport,
+    as_array,
+    bits_changed,
+    compare_outputs,
+    compare_tensors,
+    tolerance,
+    ulp_distance,
+)
+from wnsurgery.errors import InputError, MissingPackageError, ProviderError, SelectionError, printable
+from wnsurgery.text import by
+
+__all__ = [
+    "PROVIDERS",
+    "OutputDifference",
+    "OutputsReport",
+    "TensorDifference",
+    "TensorsReport",
+    "bits_changed",
+    "compare_outputs",
+    "compare_tensors",
+    "open_session",
+    "run_onnx",
+    "run_session",
+    "tolerance",
+    "ulp_distance",
+]
+
+Array = np.ndarray[Any, Any]
+Path_ = str | os.PathLike[str]
+
+# name -> (onnxruntime's name, what brings it)
+PROVIDERS: Mapping[str, tuple[str, str]] = {
+    "cpu": ("CPUExecutionProvider", "onnxruntime"),
+    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
+    "tensorrt": ("TensorrtExecutionProvider", "onnxruntime-gpu and TensorRT"),
+    "coreml": ("CoreMLExecutionProvider", "onnxruntime on macOS"),
+    "dml": ("DmlExecutionProvider", "onnxruntime-directml"),
+    "openvino": ("OpenVINOExecutionProvider", "onnxruntime-openvino"),
+}
+_AUTO = ("tensorrt", "cuda", "coreml", "dml", "openvino", "cpu")
+
+
+def open_session(path: Path_, provider: str = "cpu") -> Any:
+    """An onnxruntime session on the provider asked for, or an error; never the CPU in silence.
+
+    >>> open_session("model.onnx").get_providers()  # doctest: +SKIP
+    ['CPUExecutionProvider']
+
+    Args:
+        path: ONNX file; weights in files beside it are found there.
+        provider: cpu, cuda, tensorrt, coreml, dml or openvino; "auto" takes the first of tensorrt, cuda, coreml,
+            dml, openvino and cpu that works.
+
+    Raises:
+        SelectionError: no such provider.
+        ProviderError: the provider is not installed, or onnxruntime could not start it.
+        InputMissingError, InputError, UnsafeFileError: about the file.
+        MissingPackageError: onnxruntime is not installed.
+    """
+    from wnsurgery.onnx_file import read_onnx
+
+    if provider != "auto" and provider not in PROVIDERS:
+        raise SelectionError(f"provider={provider!r} is none of {', '.join((*PROVIDERS, 'auto'))}")
+    read_onnx(path)  # damaged files and weights outside the directory are refused before onnxruntime sees them
+    ort = _onnxruntime()
+    installed = ort.get_available_providers()
+    if provider != "auto":
+        return _session(ort, path, provider, installed)
+    for name in (n for n in _AUTO if PROVIDERS[n][0] in installed):
+        with contextlib.suppress(ProviderError):
+            return _session(ort, path, name, installed)
+    raise ProviderError("no provider of this onnxruntime works", hint=f"installed: {_names_of(installed)}")
+
+
+def _session(ort: Any, path: Path_, provider: str, installed: Sequence[str]) -> Any:
+    full, package = PROVIDERS[provider]
+    if full not in installed:
+        raise ProviderError(
+            f"{provider}: onnxruntime {ort.__version__} here has no {full}",
+            hint=f"installed: {_names_of(installed)}; pip install {package}",
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong comes back as an exception
+    wanted = [full] if provider == "cpu" else [full, "CPUExecutionProvider"]
+    try:
+        with _quiet():
+            session = ort.InferenceSession(os.fspath(path), options, providers=wanted, enable_fallback=0)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if provider == "cpu" or type(error).__name__ in ("InvalidGraph", "InvalidProtobuf"):
+            raise InputError.of(path, f"onnxruntime refuses it: {_reason(error)}") from error
+        raise ProviderError(f"{provider}: could not be started: {_reason(error)}") from error
+    if full not in session.get_providers():
+        taken = ", ".join(session.get_providers())
+        raise ProviderError(
+            f"{provider}: onnxruntime did not take {full}, it would have run on {taken}",
+            hint=f"check the driver and libraries that {package} needs",
+        )
+    return session
+
+
+def run_onnx(path: Path_, inputs: Mapping[str, Any] | Sequence[Any] | Any, provider: str = "cpu") -> dict[str, Array]:
+    """Run an ONNX file once; the outputs by name.
+
+    >>> run_onnx("model.onnx", [x])["output"].shape  # doctest: +SKIP
+    (1, 10)
+
+    Args:
+        path: ONNX file.
+        inputs: arrays or tensors by name, or by position in the graph's order, or the only one.
+        provider: see `open_session`.
+
+    Raises as `open_session`, and InputError when the inputs are not what the graph declares (it says what is).
+    """
+    return run_session(open_session(path, provider), inputs, path)
+
+
+def run_session(session: Any, inputs: Mapping[str, Any] | Sequence[Any] | Any, name: Path_) -> dict[str, Array]:
+    """`run_onnx` on an open session; `name` stands in error messages."""
+    feeds = _feeds(session.get_inputs(), inputs, name)
+    names = [output.name for output in session.get_outputs()]
+    try:
+        with _quiet():
+            results = session.run(names, feeds)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise InputError.of(name, f"onnxruntime could not run it: {_reason(error)}") from error
+    return dict(zip(names, results, strict=True))
+
+
+def _feeds(declared: Sequence[Any], inputs: Any, path: Path_) -> dict[str, Array]:
+    if isinstance(inputs, Mapping):
+        given = {str(k): v for k, v in inputs.items()}
+    else:
+        values = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+        if len(values) != len(declared):
+            raise InputError.of(path, f"{len(values)} inputs given, it takes {_declaration(declared)}")
+        given = {d.name: v for d, v in zip(declared, values, strict=True)}
+    names = [d.name for d in declared]
+    wrong = [f"{printable(n)} is missing" for n in names if n not in given]
+    wrong += [f"{printable(n)} is not one of its inputs" for n in given if n not in names]
+    if wrong:
+        raise InputError.of(path, f"{'; '.join(wrong)}; it takes {_declaration(declared)}")
+    return {d.name: _checked(d, as_array(given[d.name]), path) for d in declared}
+
+
+def _checked(declared: Any, array: Array, path: Path_) -> Array:
+    kind = declared.type.removeprefix("tensor(").removesuffix(")")
+    kind = {"float": "float32", "double": "float64"}.get(kind, kind)
+    fits = len(declared.shape) == array.ndim and all(
+        not isinstance(d, int) or d == s for d, s in zip(declared.shape, array.shape, strict=False)
+    )
+    if array.dtype.name != kind or not fits:
+        seen = f"{array.dtype.name} {by(array.shape)}"
+        raise InputError.of(path, f"{printable(declared.name)}: takes {_declared(declared)}, not {seen}")
+    if kind == "bfloat16":
+        raise InputError.of(path, f"{printable(declared.name)}: onnxruntime takes no bfloat16 from Python")
+    return np.ascontiguousarray(array).reshape(array.shape)
+
+
+def _declared(declared: Any) -> str:
+    return f"{declared.type} {'x'.join(printable(d) for d in declared.shape) or 'scalar'}"
+
+
+def _declaration(declared: Sequence[Any]) -> str:
+    return ", ".join(f"{printable(d.name)}: {_declared(d)}" for d in declared) or "none"
+
+
+def _names_of(installed: Sequence[str]) -> str:
+    short = {full: name for name, (full, _) in PROVIDERS.items()}
+    return ", ".join(short[p] for p in installed if p in short) or "none"
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return printable(text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text, 300)
+
+
+def _onnxruntime() -> Any:
+    try:
+        with _quiet():
+            import onnxruntime
+    except ImportError as error:
+        raise MissingPackageError("onnxruntime is not installed", hint="pip install onnxruntime") from error
+    return onnxruntime
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What onnxruntime prints from Python goes to stderr; stdout is for results."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield

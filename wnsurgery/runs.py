@@ -1,0 +1,156 @@
+"""Run a module on a set of arguments without leaving a mark on it: copies, fresh inputs, the place of an error."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+
+from wnsurgery.errors import ExportError, printable
+
+__all__ = ["Case", "Inputs", "copy_of", "first_line", "rng_kept", "tensor_outputs", "tracking", "where"]
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """An independent copy of a module; compile and parallel wrappers come off.
+
+    Computed tensors that modules hold (torch's legacy weight norm leaves its weight there) cannot be deep-copied by
+    torch; their values are.
+    """
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        inner: Any = model.module if hasattr(model, "module") else model._orig_mod
+        model = inner
+    computed: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            for tensor in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                    computed[id(tensor)] = tensor.detach().clone()
+    copied = copy.deepcopy(model, computed)
+    for module in copied.modules():
+        if parametrize.is_parametrized(module):
+            # parametrize makes a class for one module, and a copy shares it: surgery on one would break the other
+            cls = type(module)
+            members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+            module.__class__ = type(cls.__name__, cls.__bases__, members)
+    return copied
+
+
+@contextlib.contextmanager
+def rng_kept(model: nn.Module) -> Iterator[None]:
+    """Give the random generators of the CPU and of the model's devices back as they were."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def tensor_outputs(output: Any) -> list[Tensor]:
+    """The tensors in a model's output, in the order exporters give them.
+
+    Raises ExportError for outputs that are neither tensors nor None.
+    """
+    leaves = pytree.tree_leaves(output)
+    other = sorted({type(leaf).__name__ for leaf in leaves if leaf is not None and not isinstance(leaf, Tensor)})
+    if other:
+        raise ExportError(f"the model returns {', '.join(other)}: only tensors can be outputs of an ONNX graph")
+    return [leaf for leaf in leaves if leaf is not None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Case:
+        """Arguments given as a tensor, a sequence of positional ones, or a mapping of keyword ones."""
+        if isinstance(inputs, Mapping):
+            return cls((), dict(inputs))
+        return cls((inputs,), {}) if isinstance(inputs, Tensor) else cls(tuple(inputs), {})
+
+    def fresh(self) -> Case:
+        """The same values in tensors of their own: models may write into their inputs."""
+        args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), (self.args, self.kwargs))
+        return Case(args, kwargs)
+
+    def doubled(self) -> Case:
+        """Everything twice along the first axis: 1 would be taken for a constant."""
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda x: torch.cat([x, x]) if x.ndim else x, (self.args, self.kwargs)
+        )
+        return Case(args, kwargs)
+
+    def named(self, model: nn.Module) -> dict[str, Any]:
+        """The arguments by parameter name of `forward`, in its order."""
+        try:
+            return dict(inspect.signature(model.forward).bind(*self.args, **self.kwargs).arguments)
+        except TypeError as error:
+            raise ExportError(f"the inputs do not fit {type(model).__name__}.forward: {error}") from error
+
+    def run(self, model: nn.Module) -> list[Tensor]:
+        """The model's output tensors; an error names the module it happened in."""
+        self.named(model)
+        try:
+            output = self._call(model)
+        except Exception as error:
+            # models raise what they like; all of it means that these inputs do not work
+            raise ExportError(f"{self._where_it_fails(model)}forward failed: {first_line(error)}") from error
+        return [tensor.detach().clone() for tensor in tensor_outputs(output)]
+
+    def _call(self, model: nn.Module) -> Any:
+        case = self.fresh()
+        torch.manual_seed(0)  # inside fork_rng; a model that draws noise draws the same each time
+        return model(*case.args, **case.kwargs)
+
+    def _where_it_fails(self, model: nn.Module) -> str:
+        # a second run, because hooks switch off the fast paths that the first one should take
+        with tracking(model) as active, contextlib.suppress(Exception):
+            self._call(model)
+        return where(active)
+
+
+@contextlib.contextmanager
+def tracking(model: nn.Module) -> Iterator[list[str]]:
+    """The names of the modules whose forward is running, innermost last; where it broke off if something raises."""
+    active: list[str] = []
+
+    def leave(*_: Any) -> None:
+        active.pop()
+
+    handles = []
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: active.append(name)))
+            handles.append(module.register_forward_hook(leave))
+    try:
+        yield active
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def where(active: Sequence[str]) -> str:
+    return f"{printable(active[-1])}: " if active and active[-1] else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The innermost cause of an error in one line, without colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in _ANSI.sub("", str(error)).splitlines() if line.strip()]
+    return printable(f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__, 300)

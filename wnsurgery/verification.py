@@ -1,0 +1,376 @@
+"""Compare any two of: a live module, a whole-module file, a checkpoint, an ONNX file. Verification can fail.
+
+    verify(model, "model.onnx").raise_for_status()
+    print(verify("generator.pth", "generator.plain.pth"))
+
+Weights are compared bit for bit, those of a converted side as the plain weights they stand for. Outputs are compared
+within tolerance wherever both sides can run. Two sides that have nothing in common to compare fail.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wnsurgery.differences import OutputsReport, TensorsReport, as_array, compare_outputs, compare_tensors
+from wnsurgery.errors import (
+    ExportError,
+    InputError,
+    InputMissingError,
+    SelectionError,
+    VerificationError,
+    WnsurgeryError,
+    printable,
+)
+from wnsurgery.parity import open_session, run_session
+from wnsurgery.runs import Case, Inputs, copy_of, rng_kept
+from wnsurgery.surgery import fold_weight_norm
+
+__all__ = ["VerifyReport", "verify"]
+
+Path_ = str | os.PathLike[str]
+Array = np.ndarray[Any, Any]
+Artefact = nn.Module | Path_
+Arch = str | Callable[[], nn.Module]
+
+_FIRST, _OTHER = 2, 16  # sizes tried for a dimension that a graph leaves open
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """How two artefacts differ; prints as tables.
+
+    Attributes:
+        a, b: what was compared.
+        weights: the comparison of the plain weights; None where a side has none to compare.
+        outputs: one comparison for each set of inputs; empty where a side cannot run.
+        notes: what was not compared, and why.
+        failures: what is wrong beyond single weights and outputs.
+    """
+
+    a: str
+    b: str
+    weights: TensorsReport | None
+    outputs: tuple[OutputsReport, ...]
+    notes: tuple[str, ...]
+    failures: tuple[str, ...]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """A sentence for each thing that is wrong."""
+        parts = [self.weights, *self.outputs]
+        return (*self._own_problems, *(line for part in parts if part is not None for line in part.problems))
+
+    @property
+    def _own_problems(self) -> tuple[str, ...]:
+        compared = self.weights is not None or self.outputs or self.failures
+        return self.failures if compared else (f"nothing to compare: {'; '.join(self.notes)}",)
+
+    @property
+    def ok(self) -> bool:
+        """Something was compared, and all of it agrees."""
+        return not self.problems
+
+    def raise_for_status(self) -> None:
+        """Raise VerificationError unless `ok`."""
+        problems = self.problems
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise VerificationError(f"{self.a} and {self.b} differ: {problems[0]}{more}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {"ok": self.ok, **{k: getattr(self, k) for k in self.__dataclass_fields__}, "problems": self.problems}
+
+    def __str__(self) -> str:
+        lines = [f"{self.a} and {self.b}: {'equal' if self.ok else 'DIFFERENT'}"]
+        if self.weights is not None:
+            lines.append(str(self.weights))
+        if self.outputs:
+            worst = max(self.outputs, key=lambda r: (not r.ok, max((o.max_rel for o in r.outputs), default=0.0)))
+            lines.append(f"{len(self.outputs)} sets of inputs, the worst:" if len(self.outputs) > 1 else "")
+            lines.append(str(worst))
+        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  failed: {problem}" for problem in self._own_problems]
+        return "\n".join(line for line in lines if line)
+
+
+def verify(
+    a: Artefact,
+    b: Artefact,
+    inputs: Inputs | None = None,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    n_inputs: int = 3,
+    arch: Arch | None = None,
+    trust_pickle: bool = False,
+) -> VerifyReport:
+    """Compare two artefacts: plain weights bit for bit, outputs within tolerance.
+
+    Weights: names, shapes, types and every bit. Between an ONNX graph and something else they are compared only where
+    outputs cannot be, because exporters rename, transpose and merge weights; each tensor of the checkpoint must then be
+    found in the graph, by name or by content. Outputs: `|a - b| <= atol + rtol * max|b|`; NaN against anything but NaN
+    fails. The comparison is done in eval mode on copies.
+
+    >>> verify(nn.Linear(2, 2), nn.Linear(2, 2)).ok
+    False
+
+    Args:
+        a, b: a module, or the path of a whole-module file, a checkpoint or an ONNX file.
+        inputs: a tensor, a sequence, or a mapping by name; None makes `n_inputs` random sets from what an ONNX
+            graph declares.
+        rtol, atol: tolerance on outputs; None goes by type, see `differences.tolerance`.
+        arch: what builds the model for a checkpoint, see `files.load_model`.
+        trust_pickle: let a file's pickle run code.
+
+    Returns a report; it does not raise where they differ, `raise_for_status()` does.
+
+    Raises:
+        InputMissingError, InputError, UnsafeFileError: about the files.
+        SelectionError: `arch` is given but neither side is a checkpoint.
+    """
+    first, second = (_side(x, arch, trust_pickle) for x in (a, b))
+    if arch is not None and not (first.built or second.built):
+        raise SelectionError("arch is given, but neither side is a checkpoint that it could build a model for")
+    notes: list[str] = []
+    failures: list[str] = []
+    outputs = _outputs(first, second, inputs, n_inputs, (rtol, atol), notes, failures)
+    weights = _weights(first, second, bool(outputs), notes)
+    return VerifyReport(first.name, second.name, weights, outputs, tuple(notes), tuple(failures))
+
+
+# The two sides -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One artefact: its plain weights, and itself as something that runs, where it does."""
+
+    name: str
+    tensors: Mapping[str, Any]
+    module: nn.Module | None = None
+    session: Any = None
+    built: bool = field(default=False)
+
+    @property
+    def is_graph(self) -> bool:
+        return self.session is not None
+
+    @property
+    def runs(self) -> bool:
+        return self.module is not None or self.session is not None
+
+    def run(self, inputs: Any) -> tuple[list[str], list[Any]]:
+        """Names ("" where there are none) and values of the outputs."""
+        if self.session is not None:
+            given = [inputs] if isinstance(inputs, Tensor | np.ndarray) else inputs
+            found = run_session(self.session, given, self.name)
+            return list(found), list(found.values())
+        assert self.module is not None
+        case = _as_case(inputs, self.module)
+        with torch.no_grad(), rng_kept(self.module):
+            values = case.run(self.module)
+        return [""] * len(values), list(values)
+
+
+def _side(artefact: Artefact, arch: Arch | None, trust_pickle: bool) -> _Side:
+    if isinstance(artefact, nn.Module):
+        return _of_module(artefact, type(artefact).__name__)
+    path = Path(artefact)
+    if not path.exists():
+        raise InputMissingError(f"{path}: no such file")
+    return _of_graph(path) if path.suffix.lower() == ".onnx" else _of_checkpoint(path, arch, trust_pickle)
+
+
+def _of_module(model: nn.Module, name: str, *, built: bool = False) -> _Side:
+    with torch.no_grad():
+        running, plain = copy_of(model), copy_of(model)
+        running.eval()
+        fold_weight_norm(plain)
+    tensors = {k: v for k, v in plain.state_dict().items() if isinstance(v, Tensor)}
+    return _Side(name, tensors, module=running, built=built)
+
+
+def _of_graph(path: Path) -> _Side:
+    from wnsurgery.graph import fold_model
+    from wnsurgery.onnx_file import read_onnx
+
+    model = read_onnx(path)
+    fold_model(model, name=path)
+    values = model.graph.initializers.values()
+    tensors = {str(value.name): value.const_value.numpy() for value in values if value.const_value is not None}
+    return _Side(str(path), tensors, session=open_session(path))
+
+
+def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool) -> _Side:
+    from wnsurgery.checkpoint import flat_tensors, fold_state, state_dicts
+    from wnsurgery.files import load_model, load_object
+    from wnsurgery.stores.modules import modules_in
+
+    content = load_object(path, trust_pickle=trust_pickle)
+    if modules_in(content):
+        return _of_module(load_model(path, trust_pickle=trust_pickle), str(path))
+    if arch is not None:
+        return _of_module(load_model(path, arch=arch, trust_pickle=trust_pickle), str(path), built=True)
+    fold_state(content)
+    states = state_dicts(content)
+    # a wrapper around the only state dict ({"model": ...}) is no part of the names
+    return _Side(str(path), states[0].tensors if len(states) == 1 else flat_tensors(content))
+
+
+# Weights -------------------------------------------------------------------------------------------------
+
+
+def _weights(a: _Side, b: _Side, ran: bool, notes: list[str]) -> TensorsReport | None:
+    if not a.tensors or not b.tensors:
+        notes.append(f"weights not compared: {a.name if not a.tensors else b.name} holds none")
+        return None
+    if a.is_graph and b.is_graph:
+        if set(a.tensors) == set(b.tensors):
+            return compare_tensors(a.tensors, b.tensors)
+        notes.append("weights not compared: the two graphs name them differently")
+        return None
+    if a.is_graph == b.is_graph:
+        return compare_tensors(a.tensors, b.tensors)
+    state, graph = (b, a) if a.is_graph else (a, b)
+    known = {k: as_array(v) for k, v in state.tensors.items() if _is_weight(as_array(v))}
+    found = _search(known, graph.tensors)
+    if ran:
+        same = sum(_fingerprint(found[name]) == _fingerprint(known[name]) for name in found)
+        where = f"{same} of {len(known)} weights stand in the graph bit for bit"
+        notes.append(f"{where}; exporters merge some, so the outputs decide")
+        return None
+    notes.append("outputs cannot be compared, so each weight must stand in the graph; one that was merged fails")
+    return compare_tensors(found, known) if a.is_graph else compare_tensors(known, found)
+
+
+def _is_weight(array: Array) -> bool:
+    """Counters and flags do not go into a graph."""
+    return array.ndim > 0 and array.dtype.kind not in "iub"
+
+
+def _search(state: Mapping[str, Array], graph: Mapping[str, Any]) -> dict[str, Array]:
+    """For each tensor the one of a graph with its very bytes, straight or transposed, else the one of its name."""
+    arrays = {name: as_array(value) for name, value in graph.items()}
+    by_bytes: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+    for name, array in arrays.items():
+        by_bytes.setdefault(_fingerprint(array), name)
+    found: dict[str, Array] = {}
+    for name, array in state.items():
+        if _fingerprint(array) in by_bytes:
+            found[name] = arrays[by_bytes[_fingerprint(array)]]
+        elif array.ndim == 2 and _fingerprint(array.T) in by_bytes:
+            found[name] = arrays[by_bytes[_fingerprint(array.T)]].T
+        elif name in arrays:
+            found[name] = arrays[name]
+    return found
+
+
+def _fingerprint(array: Array) -> tuple[str, tuple[int, ...], bytes]:
+    from hashlib import sha256
+
+    return array.dtype.name, array.shape, sha256(np.ascontiguousarray(array).tobytes()).digest()
+
+
+# Outputs -------------------------------------------------------------------------------------------------
+
+
+def _outputs(
+    a: _Side,
+    b: _Side,
+    inputs: Inputs | None,
+    n_inputs: int,
+    limits: tuple[float | None, float | None],
+    notes: list[str],
+    failures: list[str],
+) -> tuple[OutputsReport, ...]:
+    still = [side.name for side in (a, b) if not side.runs]
+    if still:
+        notes.append(f"outputs not compared: {' and '.join(still)} cannot run (a checkpoint needs arch=...)")
+        return ()
+    graph = a if a.is_graph else b
+    if inputs is None and not graph.is_graph:
+        notes.append("outputs not compared: no inputs were given")
+        return ()
+    cases = [inputs] if inputs is not None else [_random_inputs(graph, seed) for seed in range(n_inputs)]
+    reports: list[OutputsReport] = []
+    values: list[Array] = []
+    for case in cases:
+        results = []
+        for side in (a, b):
+            try:
+                results.append(side.run(case))
+            except (ExportError, InputError) as error:
+                failures.append(f"{side.name} does not run on these inputs: {_reason(error, side.name)}")
+        if len(results) < 2:
+            break
+        reports.append(_output_report(results[0], results[1], limits))
+        values += (as_array(value) for value in results[0][1])
+    if values and all(value.dtype.kind not in "iub" and bool(np.isnan(value).all()) for value in values):
+        failures.append("every output is NaN, which proves nothing")
+    return tuple(reports)
+
+
+def _output_report(
+    a: tuple[list[str], list[Any]], b: tuple[list[str], list[Any]], limits: tuple[float | None, float | None]
+) -> OutputsReport:
+    """Compared by position, as callers of either side unpack them; named after the side that has names."""
+    if len(a[1]) != len(b[1]):
+        return compare_outputs(a[1], b[1])
+    names = [y or x or f"output {i}" for i, (x, y) in enumerate(zip(a[0], b[0], strict=True))]
+    pairs = [dict(zip(names, side[1], strict=True)) for side in (a, b)]
+    return compare_outputs(pairs[0], pairs[1], rtol=limits[0], atol=limits[1])
+
+
+def _reason(error: WnsurgeryError, name: str) -> str:
+    return error.message.removeprefix(f"{name}: ")
+
+
+def _as_case(inputs: Any, model: nn.Module) -> Case:
+    """Inputs of any kind as arguments for a module: tensors on its device, by name where `forward` has the names."""
+    place = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+    def tensor(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(np.array(value))
+        return value.to(place) if isinstance(value, Tensor) else value
+
+    if isinstance(inputs, Mapping):
+        case = Case((), {str(k): tensor(v) for k, v in inputs.items()})
+        try:
+            case.named(model)
+        except ExportError:
+            return Case(tuple(case.kwargs.values()), {})  # a graph's names are not always forward's
+        return case
+    if isinstance(inputs, Tensor | np.ndarray):
+        return Case((tensor(inputs),), {})
+    return Case(tuple(tensor(value) for value in inputs), {})
+
+
+def _random_inputs(side: _Side, seed: int) -> dict[str, Array]:
+    """Numbers for everything a graph declares, from a generator of its own; open dimensions get a small size."""
+    generator = np.random.default_rng(seed)
+    sizes: dict[str, int] = {}
+    made: dict[str, Array] = {}
+    for declared in side.session.get_inputs():
+        shape = []
+        for axis, size in enumerate(declared.shape):
+            known = isinstance(size, int)
+            shape.append(size if known else sizes.setdefault(str(size or axis), _OTHER if axis else _FIRST))
+        kind = declared.type.removeprefix("tensor(").removesuffix(")")
+        dtype = {"float": "float32", "double": "float64"}.get(kind, kind)
+        if dtype in ("float32", "float64", "float16"):
+            made[declared.name] = np.asarray(generator.standard_normal(shape)).astype(dtype)
+        elif dtype == "bool" or dtype.startswith(("int", "uint")):
+            made[declared.name] = np.asarray(generator.integers(0, 2, shape)).astype(dtype)
+        else:
+            raise InputError.of(side.name, f"{printable(declared.name)}: no inputs can be made up for {declared.type}")
+    return made
