@@ -18,11 +18,11 @@ from rich.progress import track
 from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from wnsurgery.graph import find_weight_norms
 
 import wnsurgery as wn
+from wnsurgery.graph import find_weight_norms
 
-EPOCHS, BATCH = 15, 128
+EPOCHS, BATCH = 10, 128
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:

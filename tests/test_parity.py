@@ -208,7 +208,7 @@ def test_wrong_values_fail(a: list[float], b: list[float], what: str) -> None:
     report = compare_outputs({"y": np.float32(a)}, {"y": np.float32(b)})
     assert not report.ok
     assert what in report.problems[0]
-    with pytest.raises(VerificationError, match="^y:"):
+    with pytest.raises(VerificationError, match=r"^y:"):
         report.raise_for_status()
 
 

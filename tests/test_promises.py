@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from nets import NETS, effective, net, same_bits
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel
 
 import wnsurgery as wn
+
+from nets import NETS, effective, net, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 

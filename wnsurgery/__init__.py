@@ -56,7 +56,7 @@ _NAMES = {
     "verify": "verification",
 }
 
-__all__ = ["__version__", *sorted(_NAMES)]
+__all__ = ["__version__", *sorted(_NAMES)]  # noqa: PLE0604 - the table above holds strings
 
 
 def __getattr__(name: str) -> Any:

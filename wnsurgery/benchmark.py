@@ -47,7 +47,8 @@ class BenchReport:
     def __str__(self) -> str:
         lines = [f"{'work':<11} {'variant':<7} {'ms':>9}  x plain (quartiles)"]
         for r in self.rows:
-            lines.append(f"{r.work:<11} {r.variant:<7} {r.milliseconds:9.3f}  {r.ratio:.3f} ({r.low:.3f} .. {r.high:.3f})")
+            ratio = f"{r.ratio:.3f} ({r.low:.3f} .. {r.high:.3f})"
+            lines.append(f"{r.work:<11} {r.variant:<7} {r.milliseconds:9.3f}  {ratio}")
         return "\n".join([*lines, f"{self.repeats} interleaved rounds, {self.threads} threads"])
 
 

@@ -223,7 +223,8 @@ def _silence() -> Iterator[None]:
     for handler in handlers:
         handler.addFilter(drop)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        nowhere = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -236,7 +237,7 @@ def _culprit(model: nn.Module, case: Case, error: BaseException) -> str:
     fresh = case.fresh()
     with _silence(), tracking(model) as active:
         try:
-            program = torch.export.export(model, fresh.args, fresh.kwargs, strict=False)
+            program = torch.export.export(model, fresh.args, fresh.kwargs, strict=False).run_decompositions()
         except Exception:  # whatever it is, the error in hand is the one to report
             return where(active)
     node_name = re.search(r"translating node %(\w+)", _chain(error))

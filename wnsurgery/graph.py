@@ -135,9 +135,10 @@ def fold_onnx(
 
     check_output(dst, src, force=force, in_place=in_place)
     model = read_onnx(src)
+    external = next(external_tensors(model), None) is not None
     report = fold_model(model, compose=compose, name=src)
-    if report.found or next(external_tensors(model), None) is not None:
-        files = write_onnx(model, dst, force=force or in_place)
+    if report.found or external:
+        files = write_onnx(model, dst, force=force or in_place, external=external)
     else:
         content = Path(src).read_bytes()
         with committed(dst, force=force or in_place) as file:
@@ -154,11 +155,12 @@ def fold_model(model: ir.Model, *, compose: Compose | None = None, name: object 
     """
     before = _count(model)
     matcher = _Matcher(_inlined(model), compose, name)
+    sources = dict.fromkeys(v for match in matcher.matches for v in matcher.constants.cone(match.value))
     for match in matcher.matches:
         _replace(match, model, matcher)
     for node in reversed(matcher.dead):
         node.graph.remove(node, safe=True)  # type: ignore[union-attr]
-    for value in {v: None for match in matcher.matches for v in matcher.constants.cone(match.value)}:
+    for value in sources:
         _drop_unused(value, model)
     return OnnxFoldReport(matcher.found, matcher.left(), before, _count(model))
 
@@ -220,7 +222,7 @@ class _Matcher:
                     continue
                 seen.add(value)
                 match = self._match(value, memo)
-                if match is not None:
+                if match is not None and not _rounded_before(value, memo):
                     matches.append(match)
                 else:
                     todo.extend(v for v in value.producer().inputs if v is not None)  # type: ignore[union-attr]
@@ -384,6 +386,17 @@ def _normalised(cone: Iterable[ir.Value]) -> set[ir.Value]:
 
 def _fits(candidate: Evaluated, weight: Evaluated) -> bool:
     return candidate.array.shape == weight.array.shape and candidate.dtype.is_floating_point()
+
+
+def _rounded_before(value: ir.Value, memo: dict[ir.Value, Evaluated]) -> bool:
+    """Whether a value is a widened copy of a narrower one: the weight is the narrow one, rounding included."""
+    size = memo[value].dtype.itemsize
+    node = value.producer()
+    while node is not None and node.op_type in _LAYOUT and node.inputs[0] in memo:
+        if memo[node.inputs[0]].dtype.itemsize < size:
+            return True
+        node = node.inputs[0].producer()
+    return False
 
 
 def _logarithm(value: ir.Value) -> ir.Value | None:

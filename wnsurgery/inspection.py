@@ -43,14 +43,16 @@ class WeightFacts:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Weight-normalized weights, and every other tensor of 2 or more dimensions with the reason; prints as a table."""
+    """Weight-normalized weights, and each other tensor of 2 or more dimensions with the reason; prints as a table."""
 
     weights: tuple[WeightFacts, ...]
     others: tuple[Skipped, ...]
 
     def __str__(self) -> str:
         head = f"{len(self.weights)} weights under weight norm"
-        rows: list[tuple[str, ...]] = [("weight", "form", "shape", "kept", "g min/median/max", "||v|| min/median/max", "note")]
+        rows: list[tuple[str, ...]] = [
+            ("weight", "form", "shape", "kept", "g min/median/max", "||v|| min/median/max", "note")
+        ]
         rows += [_row(w) for w in self.weights]
         lines = [head, *(columns(rows) if self.weights else [])]
         if self.others:

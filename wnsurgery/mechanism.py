@@ -123,20 +123,16 @@ def _is_watched(g: Tensor, v: Tensor) -> bool:
 
 
 def install(
-    module: nn.Module,
-    name: str,
-    rule: WeightNorm,
-    pair: tuple[Tensor, Tensor] | None,
-    shared: WeightNormList | None,
-) -> WeightNormList:
-    """Put `module.name` under weight norm with the given (g, v), or under the same list as another owner."""
+    module: nn.Module, name: str, rule: WeightNorm, pair: tuple[Tensor, Tensor] | tuple[nn.Parameter, nn.Parameter]
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """Put `module.name` under weight norm with the given (g, v); returns them as the Parameters they became.
+
+    Given Parameters are registered as they are, so that the owners of a tied weight share one pair.
+    """
     order = tuple(module._parameters)
     old = module._parameters[name]
-    if shared is None:
-        assert pair is not None and old is not None
-        entry = _new_list(rule, pair, old)
-    else:
-        entry = shared
+    assert old is not None
+    entry = _new_list(rule, pair, old)
     del module._parameters[name]
     if not parametrize.is_parametrized(module):
         parametrize._inject_new_class(module)
@@ -147,7 +143,7 @@ def install(
     table[name] = entry
     table.training = module.training
     table.__dict__.setdefault(_ORDER, order)
-    return entry
+    return entry._parameters["original0"], entry._parameters["original1"]  # type: ignore[return-value]
 
 
 def _new_list(rule: WeightNorm, pair: tuple[Tensor, Tensor], old: Tensor) -> WeightNormList:
@@ -156,8 +152,10 @@ def _new_list(rule: WeightNorm, pair: tuple[Tensor, Tensor], old: Tensor) -> Wei
     nn.ModuleList.__init__(entry, [rule])
     entry.unsafe, entry.is_tensor, entry.ntensors = True, False, 2
     for key, tensor in zip(("original0", "original1"), pair, strict=True):
-        entry.register_parameter(key, nn.Parameter(tensor, requires_grad=old.requires_grad))
-    entry._parameters["original1"].__dict__.update(old.__dict__)
+        if not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)  # noqa: PLW2901 - now a Parameter
+        entry.register_parameter(key, tensor)
+    entry._parameters["original1"].__dict__.update(old.__dict__)  # type: ignore[union-attr]
     return entry
 
 

@@ -12,13 +12,14 @@ A *row* is one kept index of the weight; "small" tensors below have one element 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["RowScale", "magnitude_of_norm", "norm", "plain_scale", "row_scale", "snapped_quotient", "wide_dtype"]
+__all__ = ["RowScale", "norm", "plain_scale", "row_scale", "snapped_quotient", "stored_magnitude", "wide_dtype"]
 
 _BLOCK = 1 << 18  # elements widened at a time: 2 MiB of float64, about one core's cache
 
@@ -42,8 +43,7 @@ def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
     function transforms need the plain expression.
     """
     if v.dtype == torch.float64:
-        rows = _Float64Rows(v, dims)
-        return (rows.high + rows.low) * rows.unscale / rows.lift
+        return _Float64Rows(v, dims).value
     wide = wide_dtype(v)
     if not dims:
         return v.to(wide).abs()
@@ -61,11 +61,19 @@ def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
     return total.sqrt_()
 
 
-def magnitude_of_norm(norms: Tensor, magnitude: str, dtype: torch.dtype) -> Tensor:
-    """What is stored for a norm: the norm itself (saturating at the largest finite value), or its logarithm."""
-    stored = norms.log() if magnitude == "log" else norms
+def stored_magnitude(v: Tensor, dims: Sequence[int], magnitude: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `decompose` stores for each row, and which rows are zeros: ||v||, saturating at the largest finite value,
+    or its logarithm."""
+    if v.dtype == torch.float64:
+        rows = _Float64Rows(v, dims)
+        return _store(rows.log if magnitude == "log" else rows.value, dtype), rows.zero
+    norms = norm(v, dims, blocked=True)
+    return _store(norms.log() if magnitude == "log" else norms, dtype), norms == 0
+
+
+def _store(values: Tensor, dtype: torch.dtype) -> Tensor:
     limit = torch.finfo(dtype).max
-    return stored.to(dtype).clamp(-limit, limit)
+    return values.to(dtype).clamp(-limit, limit)
 
 
 def row_scale(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str, *, blocked: bool) -> RowScale:
@@ -94,7 +102,7 @@ def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> Tensor | None:
     if (factor - 1).abs_().min().item() > (2.0**-12 if magnitude == "log" else 2.0**-21):
         return factor
     dtype = torch.promote_types(g.dtype, torch.float32)
-    untouched = torch.equal(magnitude_of_norm(norms, magnitude, dtype), g.to(dtype))
+    untouched = torch.equal(_store(norms.log() if magnitude == "log" else norms, dtype), g.to(dtype))
     return torch.ones_like(factor) if untouched else None
 
 
@@ -114,15 +122,19 @@ def snapped_quotient(g: Tensor, norms: Tensor, wide: torch.dtype, magnitude: str
 
 
 def _is_stored_norm(g: Tensor, norms: Tensor, slack: float, magnitude: str) -> Tensor:
-    """Whether g is what `magnitude_of_norm` stores for these norms, up to their own relative error."""
+    """Whether g is what `stored_magnitude` gives for these norms, up to their own relative error."""
     if magnitude == "log":
-        logs = norms.log()
-        spread = torch.clamp(logs.abs(), min=1.0) * (4 * torch.finfo(norms.dtype).eps)
-        return ((logs - spread).to(g.dtype) <= g) & (g <= (logs + spread).to(g.dtype))
+        return _is_stored_log(g, norms.log())
     limit = torch.finfo(g.dtype).max
     low = (norms * (1 - slack)).to(g.dtype).clamp(max=limit)
     high = (norms * (1 + slack)).to(g.dtype).clamp(max=limit)
     return (low <= g) & (g <= high)
+
+
+def _is_stored_log(s: Tensor, logs: Tensor) -> Tensor:
+    """The same for logarithms, whose own error is a few units in the last place."""
+    spread = logs.abs().clamp(min=1.0) * (4 * torch.finfo(logs.dtype).eps)
+    return ((logs - spread).to(s.dtype) <= s) & (s <= (logs + spread).to(s.dtype))
 
 
 # float64: norms in pairs ---------------------------------------------------------------------------------
@@ -158,6 +170,16 @@ class _Float64Rows:
         self.low = (_minus_product(total, root, root) + error) / (2 * root)
         self.high = torch.where(self.zero, torch.zeros_like(root), root)
 
+    @property
+    def value(self) -> Tensor:
+        """||v|| rounded to float64, infinite where it is beyond its range."""
+        return (self.high + self.low) * self.unscale / self.lift
+
+    @property
+    def log(self) -> Tensor:
+        """log ||v||, finite for every row but zeros."""
+        return (self.high + self.low).log() + self.exponent * math.log(2)
+
 
 def _row_scale_float64(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str) -> RowScale:
     rows = _Float64Rows(v, dims)
@@ -178,7 +200,7 @@ def _row_scale_float64(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str
 
 def _is_stored_norm_float64(g: Tensor, rows: _Float64Rows, magnitude: str) -> Tensor:
     if magnitude == "log":
-        return _is_stored_norm(g, (rows.high + rows.low) * rows.unscale / rows.lift, 0.0, magnitude)
+        return _is_stored_log(g, rows.log)
     limit = torch.finfo(g.dtype).max
     slack = rows.high * 2.0**-62
     low = ((rows.high + (rows.low - slack)) * rows.unscale / rows.lift).clamp(max=limit)

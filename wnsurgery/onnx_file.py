@@ -51,19 +51,19 @@ def read_onnx(path: Path_) -> ir.Model:
     return model
 
 
-def write_onnx(model: ir.Model, path: Path_, *, force: bool = False) -> tuple[Path, ...]:
+def write_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: bool = False) -> tuple[Path, ...]:
     """Write a model whole or not at all; returns the files written, the graph first. See `staged_onnx`."""
-    with staged_onnx(model, path, force=force) as staged:
+    with staged_onnx(model, path, force=force, external=external) as staged:
         names = sorted(file.name for file in staged.parent.iterdir())
     return tuple(Path(path).with_name(name) for name in names)
 
 
 @contextlib.contextmanager
-def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False) -> Iterator[Path]:
+def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: bool = False) -> Iterator[Path]:
     """Write a model into a hidden directory beside its place, let the caller look at it, then rename it into place.
 
-    Weights stay in the file unless they were external before or are too big for one; then they all go to `NAME.data`
-    beside it, under the name they will have, and are renamed first. Nothing is left where the block raises.
+    Weights stay in the file unless they were external before, are too big for one, or `external` asks for it; then
+    they all go to `NAME.data` beside it, and are renamed first. Nothing is left where the block raises.
 
     Raises:
         OutputExistsError: the output exists and `force` is not given.
@@ -73,7 +73,7 @@ def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False) -> Iterato
 
     path = Path(path)
     data = path.with_name(f"{path.name}.data")
-    external = _needs_external(model)
+    external = external or _needs_external(model)
     for output in (path, data) if external else (path,):
         # the old file may still be read from: renaming over it is safe where writing would not be
         check_output(output, force=force)
@@ -98,6 +98,11 @@ def _output_errors(path: Path) -> Iterator[None]:
         yield
     except OutputError:
         raise
+    except ir.serde.SerdeError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise cause from None  # what went wrong with a weight, without the layers it passed through
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror or one_line(error)}") from error
     except ValueError as error:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wnsurgery.errors import NonFiniteWeightError, PairError
-from wnsurgery.norms import RowScale, magnitude_of_norm, norm, plain_scale, row_scale, snapped_quotient, wide_dtype
+from wnsurgery.norms import RowScale, norm, plain_scale, row_scale, snapped_quotient, stored_magnitude, wide_dtype
 
 __all__ = ["Axes", "Magnitude", "WeightNorm", "compose", "decompose", "magnitude_dtype_for"]
 
@@ -134,16 +134,14 @@ def decompose(
         if bad:
             raise NonFiniteWeightError(f"{bad} of {w.numel()} elements are NaN or infinite")
         view, dims = axes.grouped(w.detach()), axes.reduced(w.ndim)
-        norms = norm(view, dims, blocked=True)
-        zero = norms == 0
+        stored, zero = stored_magnitude(view, dims, magnitude, dtype)
         v = w.detach()
         if bool(zero.any()):
-            count = max(1, w.numel() // max(1, norms.numel()))
+            count = max(1, w.numel() // max(1, zero.numel()))
             fixed = torch.copysign(torch.full_like(v, count**-0.5), v)
             v = torch.where(axes.spread(zero, w), fixed, v)
-        stored = magnitude_of_norm(torch.where(zero, torch.ones_like(norms), norms), magnitude, dtype)
-        nothing = torch.full_like(stored, _ZERO_LOG if magnitude == "log" else 0.0)
-        return torch.where(zero, nothing, stored).reshape(shape), v
+            stored = torch.where(zero, _ZERO_LOG if magnitude == "log" else 0.0, stored).to(dtype)
+        return stored.reshape(shape), v
 
 
 def compose(g: Tensor, v: Tensor, axes: Axes | None = None, *, magnitude: Magnitude = "linear") -> Tensor:
@@ -322,7 +320,7 @@ def _gradients(grad_w: Tensor, g: Tensor, v: Tensor, axes: Axes, magnitude: str)
     grad_v = (size / norms).to(work) * tangential
     grad_g = radial * size.to(work) if magnitude == "log" else radial
     if axes.groups > 1:
-        grad_v = grad_v.flatten(0, 1)
+        grad_v = grad_v.reshape(v.shape)
     return grad_g.to(g.dtype).reshape(g.shape), grad_v.to(v.dtype)
 
 

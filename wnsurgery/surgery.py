@@ -108,14 +108,12 @@ def apply_plan(
                 raise NonFiniteWeightError(f"{site.fqn}: {error.message}") from error
             pairs.append(pair)
         with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
-            for site, pair in zip(plan.sites, pairs, strict=True):
-                rule = WeightNorm(site.axes, magnitude, magnitude_dtype)
-                rule.train(site.slot.module.training)
-                shared: WeightNormList | None = None
+            for site, (g, v) in zip(plan.sites, pairs, strict=True):
                 for owner in site.owners:
-                    shared = install(owner.module, owner.parameter, rule, pair, shared)
-                if freeze_magnitude and shared is not None:
-                    shared._parameters["original0"].requires_grad_(False)  # type: ignore[union-attr]
+                    rule = WeightNorm(site.axes, magnitude, magnitude_dtype)
+                    g, v = install(owner.module, owner.parameter, rule, (g, v))  # noqa: PLW2901 - owners share these
+                if freeze_magnitude:
+                    g.requires_grad_(False)
     _log.info("weight norm applied to %d weights", len(plan.sites))
     return model
 

@@ -1,0 +1,139 @@
+"""The house: what may import what, public docstrings, the README's two commands, the examples."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "wnsurgery"
+
+LAYERS = [
+    {"errors", "norms", "text"},
+    {"keys", "reparam", "stores", "differences", "onnx_values"},
+    {"layers", "checkpoint", "onnx_file"},
+    {"graph", "parity"},
+    {"walk"},
+    {"plan", "mechanism"},
+    {"data_init"},
+    {"surgery"},
+    {"files", "runs", "benchmark"},
+    {"export", "inout"},
+    {"verification", "inspection"},
+    {"report"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+
+
+def row_of(module: str) -> int:
+    return next(i for i, row in enumerate(LAYERS) if module in row)
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """First-level modules of the package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("wnsurgery"):
+            parts = (node.module or "").split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("wnsurgery.")}
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_upwards(path: Path) -> None:
+    """A module imports only from rows above its own, inside functions too; a package's own files are one row."""
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for name in imported(path) - {own}:
+        assert row_of(name) < row_of(own), f"{own} imports {name}"
+
+
+def test_every_module_is_in_the_table_of_contributing() -> None:
+    """CONTRIBUTING.md names every module of the package."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = {p.relative_to(PACKAGE).parts[0].removesuffix(".py") for p in modules()} - {"__init__", "__main__"}
+    assert {n for n in names if f"`{n}`" not in text} == set()
+
+
+@pytest.mark.parametrize(("module", "heavy"), [("cli", {"torch", "numpy", "rich"}), ("report", {"torch", "numpy"})])
+def test_light_modules_stay_light(module: str, heavy: set[str]) -> None:
+    """The command line and its reports import nothing heavy at module level."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    names = {a.name.split(".")[0] for n in tree.body if isinstance(n, ast.Import) for a in n.names}
+    names |= {(n.module or "").split(".")[0] for n in tree.body if isinstance(n, ast.ImportFrom)}
+    assert not names & heavy
+
+
+def test_public_functions_show_an_example() -> None:
+    """Every public function and class but the exceptions and reports documents itself, functions with an example."""
+    import inspect
+
+    import wnsurgery as wn
+
+    for name in wn.__all__[1:]:
+        thing = getattr(wn, name)
+        assert thing.__doc__, name
+        if inspect.isfunction(thing):
+            assert ">>>" in thing.__doc__, name
+
+
+def test_readme_has_exactly_two_commands() -> None:
+    """All set-up is two lines of the form `pip install ... && ...`: one runs the quickstart, one the tests."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^pip install .+ && .+$", text, flags=re.MULTILINE)
+    assert [c.rpartition("&& ")[2] for c in commands] == ["python examples/quickstart.py", "pytest"]
+    assert text.count("pip install") == 2
+
+
+def test_readme_python_names_exist() -> None:
+    """Every call the README shows is a public name."""
+    import wnsurgery as wn
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("## In Python") : text.index("## Limits")]
+    names = set(re.findall(r"^\| `(\w+)\(", table, flags=re.MULTILINE)) | set(re.findall(r"wn\.(\w+)\(", text))
+    assert len(names) >= 10
+    assert {n for n in names if n not in wn.__all__} == set()
+
+
+def test_quickstart_runs() -> None:
+    """The example goes from a plain model file to onnxruntime: 0 bits changed, 0 norm nodes, and it learns."""
+    pytest.importorskip("sklearn")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", ROOT / "examples" / "quickstart.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "HOME": "/tmp"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"weight elements changed\s*│ 0 of 65,824", done.stdout)) == 2
+    assert re.search(r"weight-norm nodes left\s*│ 0 ", done.stdout)
+    accuracies = [float(a) for a in re.findall(r"test accuracy\s*│ ([\d.]+)%", done.stdout)]
+    assert len(accuracies) == 2
+    assert min(accuracies) > 95
+
+
+def test_nothing_private_in_the_repository() -> None:
+    """No absolute path of a machine and no registry host stands in the repository's text."""
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=False, cwd=ROOT)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    words = ["/" + "work/", "/" + "root/", "/opt/" + "wheels", "pypi" + ".org", "files.python" + "hosted"]
+    for name in listed.stdout.split():
+        path = ROOT / name
+        if path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            assert not [w for w in words if w in text], name

@@ -1,0 +1,292 @@
+"""Data-dependent initialisation: the paper's recipe, in one pass, leaving nothing else changed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import wnsurgery as wn
+
+from nets import Branches, net
+
+
+def first_call_statistics(model: nn.Module, x: Any) -> dict[str, tuple[float, float]]:
+    """Largest |mean| and |std - 1| per channel of each convolution's and linear layer's first output."""
+    found: dict[str, tuple[float, float]] = {}
+    handles = []
+
+    def hook(name: str, axis: int) -> Any:
+        def record(_module: nn.Module, _args: Any, out: Tensor) -> None:
+            if name not in found:
+                rows = out.detach().double().movedim(axis, 0).flatten(1)
+                found[name] = rows.mean(1).abs().max().item(), (rows.std(1, unbiased=False) - 1).abs().max().item()
+
+        return record
+
+    for name, module in model.named_modules():
+        spatial = {nn.Conv1d: 1, nn.Conv2d: 2, nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.Linear: 0}
+        dims = next((d for t, d in spatial.items() if isinstance(module, t)), None)
+        if dims is not None:
+            handles.append(module.register_forward_hook(hook(name, -1 - dims)))
+    with torch.no_grad():
+        model(*x) if isinstance(x, tuple) else model(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+class Deep(nn.Module):
+    """Twelve residual blocks with groups and an inner transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv1d(8, 8, 3, padding=1, groups=2), nn.Tanh(), nn.ConvTranspose1d(8, 8, 3, padding=1, groups=4)
+            )
+            for _ in range(12)
+        )
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean(2))
+
+
+@pytest.mark.parametrize("magnitude", ["linear", "log"])
+def test_every_pre_activation_has_mean_0_and_deviation_1(magnitude: Any) -> None:
+    """On residuals, branches, groups, transposed convolutions and shared modules, per channel, on that batch."""
+    torch.manual_seed(0)
+    for model, x in ((Branches(), torch.randn(64, 3, 8, 8) * 5 + 3), (Deep(), torch.randn(50, 8, 20) * 40 - 7)):
+        wn.apply_weight_norm(model.eval(), magnitude=magnitude)
+        report = wn.data_dependent_init(model, x)
+        seen = first_call_statistics(model, x)
+        for layer in report.initialised:
+            mean, deviation = seen[layer.name.removesuffix(".weight")]
+            assert deviation < 1e-3, layer
+            assert layer.scale_only or mean < 1e-4, layer
+        assert len(report.initialised) == len(seen)
+
+
+def test_report_names_what_was_left() -> None:
+    """Unreached, recurrent, attention-packed and lookup weights keep g, each with its reason; scale-only is marked."""
+    torch.manual_seed(0)
+    model = Branches().eval()
+    wn.apply_weight_norm(model)
+    report = wn.data_dependent_init(model, torch.randn(32, 3, 6, 6))
+    assert {s.name: s.reason for s in report.left}.keys() == {"unused.weight"}
+    assert [layer.name for layer in report.initialised if layer.scale_only] == ["right.weight"]
+    assert "unused.weight" in str(report)
+    encoder = wn.apply_weight_norm(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True).eval())
+    report = wn.data_dependent_init(encoder, torch.randn(16, 5, 8))
+    assert [layer.name for layer in report.initialised] == ["linear1.weight", "linear2.weight"]
+    left = {s.name: s.reason for s in report.left}
+    assert "attention" in left["self_attn.in_proj_weight"]
+    lstm = wn.apply_weight_norm(nn.Sequential(nn.Linear(4, 3), nn.LSTM(3, 2)))
+    before = copy.deepcopy(lstm[1].state_dict())
+    report = wn.data_dependent_init(lstm, torch.randn(9, 5, 4))
+    assert all("recurrent" in s.reason for s in report.left)
+    assert all(torch.equal(before[k], v) for k, v in lstm[1].state_dict().items())
+
+
+def test_order_of_execution_not_of_definition() -> None:
+    """Later layers see earlier ones initialised even when they are defined first."""
+
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.first = nn.Linear(5, 2), nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).relu())
+
+    torch.manual_seed(0)
+    model, x = wn.apply_weight_norm(Backwards()), torch.randn(300, 3) * 9
+    report = wn.data_dependent_init(model, x)
+    assert [layer.name for layer in report.initialised] == ["first.weight", "last.weight"]
+    for mean, deviation in first_call_statistics(model, x).values():
+        assert mean < 1e-4
+        assert deviation < 1e-3
+
+
+def test_one_forward_pass() -> None:
+    """The net is called once, whatever its depth."""
+    model = wn.apply_weight_norm(Deep())
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    for block in model.blocks:
+        block[0].register_forward_hook(lambda *_: calls.append(1))
+    wn.data_dependent_init(model, torch.randn(8, 8, 20))
+    assert len(calls) == 13
+
+
+def test_constant_channels_keep_their_parameters() -> None:
+    """A channel whose pre-activation does not vary keeps g and b, is named, and stays finite."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight[1] = torch.tensor([1.0, 0.0, 0.0])
+        model[0].weight[2] = 0
+    wn.apply_weight_norm(model)
+    x = torch.randn(50, 3)
+    x[:, 0] = 0.7
+    g, b = model[0].parametrizations.weight.original0.clone(), model[0].bias.clone()
+    report = wn.data_dependent_init(model, x)
+    assert 1 in report.initialised[0].constant
+    assert torch.equal(model[0].parametrizations.weight.original0[1], g[1])
+    assert torch.equal(model[0].bias[1], b[1])
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    single = wn.data_dependent_init(model, x[:1])  # one sample: nothing varies
+    assert all(len(layer.constant) == layer.channels for layer in single.initialised)
+
+
+def test_leaves_everything_else_as_it_was() -> None:
+    """Modes, random state, running statistics, gradients and hooks are restored, with dropout running or not."""
+    model = Branches()
+    model.left.eval()
+    wn.apply_weight_norm(model)
+    x = torch.randn(16, 3, 6, 6)
+    model(x).sum().backward()
+    modes = [m.training for m in model.modules()]
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    buffers = [b.clone() for b in model.buffers()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    random = torch.get_rng_state()
+    for training in (None, True, False):
+        wn.data_dependent_init(model, x, training=training)
+        assert [m.training for m in model.modules()] == modes
+        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
+        assert torch.equal(torch.get_rng_state(), random)
+        pairs = zip(model.parameters(), grads, strict=True)
+        assert all(p.grad is None if g is None else torch.equal(p.grad, g) for p, g in pairs)  # type: ignore[arg-type]
+        assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+
+
+def test_dropout_is_the_callers_choice() -> None:
+    """training=True runs dropout and batch statistics, training=False does not: the results differ."""
+    results = []
+    for training in (True, False):
+        torch.manual_seed(0)
+        model = wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)))
+        wn.data_dependent_init(model, torch.randn(64, 3), training=training)
+        results.append(model[2].parametrizations.weight.original0.clone())
+    assert not torch.allclose(*results)
+
+
+def test_a_failing_forward_changes_nothing() -> None:
+    """When the forward pass raises in the middle, every g and b is what it was; apply gives the plain net back."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(6, 2))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(RuntimeError):
+        wn.apply_weight_norm(model, init="data", data=torch.randn(8, 3))
+    assert not wn.is_weight_normed(model)
+    assert list(before) == [n for n, _ in model.named_parameters()]
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    wn.apply_weight_norm(model)
+    kept = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(RuntimeError):
+        wn.data_dependent_init(model, torch.randn(8, 3))
+    assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters())
+    with pytest.raises(wn.InputError, match="not finite"):
+        wn.data_dependent_init(model[:2], torch.full((8, 3), float("nan")))
+    assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters())
+
+
+def test_repeating_gives_the_same() -> None:
+    """Initialising again on the same data changes g and b by rounding alone."""
+    torch.manual_seed(0)
+    model, x = wn.apply_weight_norm(Deep()), torch.randn(20, 8, 20)
+    wn.data_dependent_init(model, x)
+    once = {n: p.clone() for n, p in model.named_parameters()}
+    wn.data_dependent_init(model, x)
+    assert all(torch.allclose(p, once[n], rtol=1e-5, atol=1e-6) for n, p in model.named_parameters())
+
+
+def test_init_scale_and_selection() -> None:
+    """init_scale sets the deviation, include and exclude pick the layers."""
+    torch.manual_seed(0)
+    model, x = wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))), torch.randn(100, 3)
+    before = model[0].bias.clone()
+    wn.data_dependent_init(model, x, include="1", init_scale=0.1)
+    assert torch.equal(model[0].bias, before)
+    assert torch.allclose(model(x).std(0, unbiased=False), torch.full((5,), 0.1), atol=1e-4)
+    report = wn.data_dependent_init(model, x, exclude="1.*")
+    assert [layer.name for layer in report.initialised] == ["0.weight"]
+
+
+def test_all_in_one_call_with_frozen_magnitude() -> None:
+    """apply_weight_norm(init="data", freeze_magnitude=True) sets g from data and then freezes it."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4)), torch.randn(100, 3) * 4
+    wn.apply_weight_norm(model, init="data", data=x, freeze_magnitude=True, init_scale=2.0)
+    assert torch.allclose(model(x).std(0, unbiased=False), torch.full((4,), 2.0), atol=1e-3)
+    assert not model[0].parametrizations.weight.original0.requires_grad
+
+
+def test_kinds_of_data() -> None:
+    """A tensor, positional and keyword arguments, a loader's first batch without its labels, and a function."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(2, 4)
+
+        def forward(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+            return (self.a(x) + self.b(y)) * scale
+
+    x, y = torch.randn(40, 3), torch.randn(40, 2)
+    for data in ((x, y), {"x": x, "y": y}, [(x, y)], iter([{"y": y, "x": x}])):
+        assert len(wn.data_dependent_init(wn.apply_weight_norm(Two()), data).initialised) == 2
+    one = wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 4)))
+    loader = DataLoader(TensorDataset(x, torch.zeros(40)), batch_size=16, shuffle=True)
+    state = torch.get_rng_state()
+    wn.data_dependent_init(one, loader)
+    assert torch.equal(torch.get_rng_state(), state)
+    wn.data_dependent_init(one, {"anything": x}, forward=lambda model, batch: model(batch["anything"]))
+    for bad in ([], 3):
+        with pytest.raises(wn.InputError):
+            wn.data_dependent_init(one, bad)
+
+
+def test_errors() -> None:
+    """Plain models, patterns that match nothing, scales that are not positive and half-given options are errors."""
+    x = torch.randn(4, 3)
+    with pytest.raises(wn.SelectionError, match="apply_weight_norm first"):
+        wn.data_dependent_init(nn.Linear(3, 2), x)
+    model = wn.apply_weight_norm(nn.Linear(3, 2))
+    for options in ({"include": "nope"}, {"init_scale": 0.0}, {"init_scale": float("nan")}):
+        with pytest.raises(wn.SelectionError):
+            wn.data_dependent_init(model, x, **options)  # type: ignore[arg-type]
+    for options in ({"init": "data"}, {"data": x}, {"init": "zeros"}):
+        with pytest.raises(wn.SelectionError):
+            wn.apply_weight_norm(nn.Linear(3, 2), **options)
+    with pytest.raises(TypeError, match="surprise"):
+        wn.apply_weight_norm(nn.Linear(3, 2), surprise=1)
+
+
+def test_other_axes_and_frozen_magnitudes_are_left_alone() -> None:
+    """A magnitude per input channel, per tensor or frozen cannot be set from outputs: kept and named."""
+    model = nn.Sequential(nn.ConvTranspose1d(4, 6, 3), nn.Linear(6, 2), nn.Linear(2, 3))
+    wn.apply_weight_norm(model, dim={"0": 0, "1": None})
+    model[2].parametrizations.weight.original0.requires_grad_(False)
+    report = wn.data_dependent_init(
+        model, torch.randn(5, 4, 4), forward=lambda m, x: m[2](m[1](m[0](x).transpose(1, 2)))
+    )
+    reasons = [s.reason for s in report.left]
+    assert [("output channel" in r, "frozen" in r) for r in reasons] == [(True, False), (True, False), (False, True)]
+
+
+def test_half_precision_nets() -> None:
+    """bf16 nets come out at deviation 1 to the precision of their outputs."""
+    torch.manual_seed(0)
+    model, _ = net("conv2d", torch.bfloat16)
+    wn.apply_weight_norm(model)
+    x = torch.randn(32, 3, 8, 8).bfloat16()
+    wn.data_dependent_init(model, x)
+    assert all(deviation < 0.02 for _, deviation in first_call_statistics(model, x).values())

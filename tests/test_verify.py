@@ -1,0 +1,276 @@
+"""Verification of any two artefacts passes what is equal and fails whatever is not."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from safetensors.torch import save_file
+from torch import nn
+
+from wnsurgery.errors import InputError, InputMissingError, SelectionError, UnsafeFileError, VerificationError
+from wnsurgery.export import export_onnx
+from wnsurgery.graph import fold_onnx
+from wnsurgery.surgery import apply_weight_norm
+from wnsurgery.verification import verify
+
+
+def build() -> nn.Module:
+    """The architecture of every file in these tests."""
+    return nn.Sequential(nn.Conv1d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 5), nn.Linear(5, 5))
+
+
+class TwoOutputs(nn.Module):
+    """Returns two tensors of the same shape, swapped on request."""
+
+    def __init__(self, *, swapped: bool = False) -> None:
+        super().__init__()
+        self.layer, self.swapped = nn.Linear(3, 3), swapped
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        pair = (self.layer(x), torch.relu(self.layer(x)))
+        return pair[::-1] if self.swapped else pair
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """The model that all files come from."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build().eval()
+
+
+@pytest.fixture
+def inputs() -> torch.Tensor:
+    """A batch for it."""
+    return torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One model as every kind of file, plain and converted."""
+    home = tmp_path_factory.mktemp("files")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = build().eval()
+    converted = apply_weight_norm(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    torch.save(plain, home / "module.pt")
+    torch.save(converted, home / "converted module.pt")
+    torch.save({"epoch": 3, "state_dict": plain.state_dict()}, home / "wrapped.pt")
+    torch.save(converted.state_dict(), home / "converted.pt")
+    legacy = {}
+    for key, value in converted.state_dict().items():
+        old = key.replace("parametrizations.weight.original0", "weight_g")
+        legacy[old.replace("parametrizations.weight.original1", "weight_v")] = value
+    save_file(legacy, home / "legacy.safetensors")
+    export_onnx(converted, x, home / "graph.onnx")
+    return {path.stem: path for path in home.iterdir()}
+
+
+# What is equal passes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["module", "converted module", "wrapped", "converted", "legacy"])
+def test_weights_of_every_kind_of_file_are_equal(model: nn.Module, files: dict[str, Path], kind: str) -> None:
+    """A live module equals each file made from it, converted ones as the weights they stand for."""
+    report = verify(model, files[kind])
+    assert report.ok
+    assert report.weights is not None
+    assert [t.name for t in report.weights.tensors] == list(model.state_dict())
+    assert "equal" in str(report)
+    report.raise_for_status()
+    assert verify(files[kind], files["converted"]).ok
+
+
+@pytest.mark.parametrize("kind", ["module", "converted module"])
+def test_outputs_are_compared_with_a_graph_on_made_up_inputs(files: dict[str, Path], kind: str) -> None:
+    """Against an ONNX graph both sides run, on inputs made from the graph's declaration."""
+    report = verify(files[kind], files["graph"], n_inputs=2)
+    assert report.ok
+    assert report.weights is None
+    assert len(report.outputs) == 2
+    assert "stand in the graph bit for bit" in report.notes[-1]
+
+
+def test_a_checkpoint_with_its_architecture_runs(files: dict[str, Path], inputs: torch.Tensor) -> None:
+    """With arch, the outputs of a checkpoint are compared too."""
+    report = verify(files["converted"], files["graph"], arch=build)
+    assert report.ok
+    assert len(report.outputs) == 3
+    report = verify(files["wrapped"], files["module"], inputs, arch=build)
+    assert report.weights is not None
+    assert len(report.outputs) == 1
+
+
+def test_a_checkpoint_is_found_in_a_graph(files: dict[str, Path]) -> None:
+    """Without an architecture, every weight must stand in the graph, whatever the exporter called it."""
+    report = verify(files["legacy"], files["graph"])
+    assert report.ok
+    assert report.weights is not None
+    assert len(report.weights.tensors) == 6
+
+
+def test_two_graphs_are_compared_in_weights_and_outputs(files: dict[str, Path], tmp_path: Path) -> None:
+    """A graph equals its folded copy."""
+    fold_onnx(files["graph"], tmp_path / "again.onnx")
+    report = verify(files["graph"], tmp_path / "again.onnx")
+    assert report.ok
+    assert report.weights is not None
+    assert len(report.outputs) == 3
+
+
+def test_the_models_given_are_not_touched(model: nn.Module, inputs: torch.Tensor) -> None:
+    """Modes, weights and the random generator are what they were."""
+    converted = apply_weight_norm(copy.deepcopy(model)).train()
+    keys, rng = list(converted.state_dict()), torch.random.get_rng_state()
+    assert verify(model, converted, inputs).ok
+    assert converted.training
+    assert list(converted.state_dict()) == keys
+    assert torch.equal(torch.random.get_rng_state(), rng)
+
+
+# What is not equal fails ---------------------------------------------------------------------------------
+
+
+def _damage(model: nn.Module, case: str) -> nn.Module:
+    damaged = copy.deepcopy(model)
+    weight = damaged[4].weight
+    with torch.no_grad():
+        if case == "bit":
+            weight.view(torch.int32)[2, 3] ^= 1
+        elif case == "nan":
+            weight[0, 0] = float("nan")
+        elif case == "transposed":
+            weight.copy_(weight.t().clone())
+        else:
+            damaged.half()
+    return damaged
+
+
+@pytest.mark.parametrize("case", ["bit", "nan", "transposed", "half"])
+@pytest.mark.parametrize("form", ["live", "state dict", "converted"])
+def test_wrong_weights_fail(model: nn.Module, tmp_path: Path, case: str, form: str) -> None:
+    """One bit, one NaN, a transposed square weight and another type fail in every form of artefact."""
+    damaged = _damage(model, case)
+    other: nn.Module | Path = damaged
+    if form == "state dict":
+        other = tmp_path / "m.pt"
+        torch.save(damaged.state_dict(), other)
+    elif form == "converted" and case != "nan":
+        other = apply_weight_norm(damaged)
+    report = verify(model, other)
+    assert not report.ok
+    assert "DIFFERENT" in str(report)
+    with pytest.raises(VerificationError) as caught:
+        report.raise_for_status()
+    assert caught.value.exit_code == 7
+
+
+@pytest.mark.parametrize("case", ["nan", "transposed", "half"])
+def test_a_model_that_computes_something_else_than_the_graph_fails(
+    model: nn.Module, files: dict[str, Path], case: str
+) -> None:
+    """NaN outputs, other values and a model that cannot take the graph's inputs fail against the graph."""
+    assert not verify(_damage(model, case), files["graph"]).ok
+    assert not verify(files["graph"], _damage(model, case)).ok
+
+
+def test_a_wrong_bit_in_a_graph_fails_where_weights_are_comparable(files: dict[str, Path], tmp_path: Path) -> None:
+    """One bit off in an ONNX file fails against the other graph and against the checkpoint."""
+    graph = onnx.load(files["graph"])
+    tensor = next(t for t in graph.graph.initializer if t.name == "0.weight")
+    array = numpy_helper.to_array(tensor).copy()
+    array.reshape(-1).view(np.uint32)[7] ^= 1
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(graph, tmp_path / "bad.onnx")
+    assert not verify(files["graph"], tmp_path / "bad.onnx").ok
+    report = verify(tmp_path / "bad.onnx", files["converted"])
+    assert [p for p in report.problems if p.startswith("0.weight: 1 elements differ, by up to 1 unit")]
+
+
+def test_swapped_outputs_fail(tmp_path: Path) -> None:
+    """The same two outputs in the other order are another function."""
+    straight, swapped = TwoOutputs(), TwoOutputs(swapped=True)
+    swapped.load_state_dict(straight.state_dict())
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    assert verify(straight, straight, x).ok
+    assert not verify(straight, swapped, x).ok
+    export_onnx(straight, x, tmp_path / "m.onnx")
+    assert verify(straight, tmp_path / "m.onnx").ok
+    assert not verify(swapped, tmp_path / "m.onnx").ok
+
+
+def test_outputs_that_are_all_nan_prove_nothing() -> None:
+    """Two models that agree on NaN alone do not pass."""
+    layer = nn.Linear(2, 2)
+    report = verify(layer, layer, torch.full((1, 2), float("nan")))
+    assert not report.ok
+    assert "proves nothing" in report.problems[0]
+
+
+def test_tolerances_can_be_set(model: nn.Module, files: dict[str, Path]) -> None:
+    """What rounding hides is seen with a tolerance of nothing, and a large one hides a real difference."""
+    assert not verify(model, files["graph"], rtol=0.0, atol=0.0).ok
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[4].bias.add_(1e-3)
+    assert not verify(other, files["graph"]).ok
+    assert verify(other, files["graph"], rtol=0.5, atol=0.0).ok
+
+
+def test_no_common_ground_is_a_failure_with_a_sentence(tmp_path: Path) -> None:
+    """Two models without weights and without inputs cannot be compared, and that is no pass."""
+    report = verify(nn.Tanh(), nn.ReLU())
+    assert not report.ok
+    assert report.problems[0].startswith("nothing to compare")
+    with pytest.raises(VerificationError, match="nothing to compare"):
+        report.raise_for_status()
+    assert "failed: nothing to compare" in str(report)
+    torch.save({"epoch": 3}, tmp_path / "empty.pt")
+    assert not verify(tmp_path / "empty.pt", tmp_path / "empty.pt").ok
+
+
+def test_other_names_fail_by_name(model: nn.Module) -> None:
+    """Tensors that only one side has are listed."""
+    report = verify(model, nn.Sequential(*list(model)[:4]))
+    assert report.problems == ("4.weight: only on the first side", "4.bias: only on the first side")
+
+
+# What cannot be read -------------------------------------------------------------------------------------
+
+
+class Mine(nn.Linear):
+    """A class of the user's own, which a file cannot bring along without running code."""
+
+
+def test_unreadable_and_unsafe_files_are_errors(model: nn.Module, tmp_path: Path) -> None:
+    """Missing, damaged and hostile files raise what reading them raises; they are not merely different."""
+    with pytest.raises(InputMissingError):
+        verify(model, tmp_path / "missing.pt")
+    for name in ("cut.pt", "cut.onnx"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04 nothing")
+        with pytest.raises(InputError):
+            verify(model, tmp_path / name)
+    torch.save(Mine(2, 2), tmp_path / "mine.pt")
+    with pytest.raises(UnsafeFileError):
+        verify(model, tmp_path / "mine.pt")
+    assert verify(tmp_path / "mine.pt", tmp_path / "mine.pt", trust_pickle=True).ok
+
+
+def test_an_architecture_nobody_needs_is_an_error(model: nn.Module, files: dict[str, Path]) -> None:
+    """arch without a checkpoint to build for would be ignored in silence."""
+    with pytest.raises(SelectionError, match="arch"):
+        verify(model, files["graph"], arch=build)
+
+
+def test_inputs_that_do_not_fit_are_named(model: nn.Module, files: dict[str, Path]) -> None:
+    """A side that cannot take the inputs fails the comparison with its reason."""
+    report = verify(model, files["graph"], torch.randn(2, 3, 9))
+    assert not report.ok
+    assert any("does not run on these inputs" in p and "2x3x8" in p for p in report.problems)
