@@ -257,7 +257,9 @@ def test_values_rounded_to_half_precision_fail_as_float32() -> None:
 def test_runs_by_name_by_position_and_alone(doubler: Path) -> None:
     """Inputs are taken by name or in the graph's order, torch tensors included; outputs come by name."""
     x = np.float32([[1, 2, 3]])
-    for inputs in ({"n": np.int64(5), "x": x}, [x, np.int64(5)], (torch.from_numpy(x), torch.tensor(5))):
+    pair = [x, np.int64(5)]
+    numbered = {"arr_0": x, "arr_1": pair[1]}
+    for inputs in ({"n": pair[1], "x": x}, pair, (torch.from_numpy(x), torch.tensor(5)), numbered):
         found = run_onnx(doubler, inputs)
         assert found["y"].tolist() == [[2, 4, 6]]
         assert found["z"] == -5

@@ -320,6 +320,32 @@ def _arguments(module: Any) -> tuple[int, ...]:
     return (5, 4) if isinstance(module, nn.Linear) else (4, 4, 3)
 
 
+def test_folding_a_copy_of_torchs_own_leaves_the_original() -> None:
+    """A deep copy of a model under torch's weight norm shares its generated class; folding one spares the other."""
+    for other in (False, True):
+        model = parametrizations.weight_norm(nn.Linear(3, 4))
+        if other:
+            parametrize.register_parametrization(model, "bias", nn.Identity())
+        twin, x = copy.deepcopy(model), torch.randn(2, 3)
+        expected = model(x)
+        wn.fold_weight_norm(twin)
+        assert torch.allclose(twin(x), expected)
+        assert same_bits(model(x), expected)
+        assert parametrize.is_parametrized(twin, "bias") == other
+        wn.apply_weight_norm(twin)
+        assert same_bits(model(x), expected)
+        wn.fold_weight_norm(model)
+        assert type(twin) is not type(model)
+
+
+def test_recurrent_order_survives_a_mixture() -> None:
+    """A legacy-normed LSTM whose other weights we convert folds to the order LSTM defines."""
+    lstm = nn.LSTM(3, 4)
+    order = list(lstm.state_dict())
+    model = wn.apply_weight_norm(_legacy(lstm, "weight_hh_l0"))
+    assert list(wn.fold_weight_norm(model).state_dict()) == order
+
+
 def test_zero_rows_under_torch_fold_to_zeros() -> None:
     """A row where torch's weight norm gives NaN (v = 0, g = 0) folds to zeros."""
     layer = nn.Linear(3, 2)

@@ -49,10 +49,12 @@ _NAMES = {
     "inspect": "inspection",
     "is_weight_normed": "surgery",
     "load_model": "files",
+    "load_tensors": "files",
     "open_session": "parity",
     "plan_weight_norm": "plan",
     "register_layer": "layers",
     "run_onnx": "parity",
+    "save_model": "files",
     "verify": "verification",
 }
 

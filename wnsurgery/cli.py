@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
+from wnsurgery import __version__
 from wnsurgery.errors import SelectionError, WnsurgeryError
 from wnsurgery.report import escape, say, show
 
@@ -66,7 +67,7 @@ _model = click.argument("model", type=click.Path(path_type=Path))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="wnsurgery", message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """Put a neural network into weight normalization, take it out, and ship it.
 
@@ -139,6 +140,13 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
 @_writing
 @_in_place
 @_loading
+@click.option(
+    "--magnitude",
+    type=click.Choice(["linear", "log"]),
+    default="linear",
+    show_default=True,
+    help="What a state dict stores: g, or s with g = e^s.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would change and write nothing.")
 @_common
 def fold(model: Path, as_json: bool, **options: Any) -> None:
@@ -156,9 +164,10 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
     if model.suffix.lower() == ".onnx":
         from wnsurgery.graph import fold_onnx
 
-        if options["in_place"] or options["dry_run"]:
-            raise SelectionError("--in-place and --dry-run do not apply to ONNX files")
-        show(fold_onnx(model, output, force=options["force"]), as_json=as_json)
+        if options["dry_run"]:
+            raise SelectionError("--dry-run does not apply to ONNX files", hint="wnsurgery inspect shows what is there")
+        report = fold_onnx(model, output, force=options["force"], in_place=options["in_place"])
+        show(report, as_json=as_json)
         return
     from wnsurgery.files import fold_checkpoint
 

@@ -21,7 +21,7 @@ Arrays = dict[str, Any] | list[Any]
 
 
 def read_arrays(path: str | os.PathLike[str]) -> Arrays:
-    """Named arrays of an .npz, or the one array of an .npy as a list.
+    """Named arrays of an .npz; a list of arrays for an .npy, or an .npz with numpy's own names (arr_0, arr_1, ...).
 
     Raises InputMissingError, or InputError for anything numpy cannot read without running code.
     """
@@ -35,7 +35,9 @@ def read_arrays(path: str | os.PathLike[str]) -> Arrays:
         if isinstance(loaded, np.ndarray):
             return [loaded]
         with loaded:
-            return {name: loaded[name] for name in loaded.files}
+            named = {name: loaded[name] for name in loaded.files}
+            numbered = all(name == f"arr_{i}" for i, name in enumerate(named))
+            return list(named.values()) if numbered else named
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise InputError.of(path, f"damaged or not numbers: {' '.join(str(error).split())}") from error
 
@@ -43,17 +45,15 @@ def read_arrays(path: str | os.PathLike[str]) -> Arrays:
 def read_batch(path: str | os.PathLike[str]) -> Any:
     """One batch for a model: a tensor, a tuple of tensors, or a mapping of keyword tensors.
 
-    .npy gives a tensor; .npz a tuple if its names are numpy's own (arr_0, arr_1, ...), a lone array a tensor, other
-    names keyword arguments; .pt and .safetensors what was saved in them, read without executing code.
+    .npy gives a tensor; .npz a tensor or tuple if its names are numpy's own (arr_0, arr_1, ...), else keyword
+    arguments; .pt and .safetensors what was saved in them, read without executing code.
     """
     path = Path(path)
     if path.suffix.lower() in (".npy", ".npz"):
         arrays = read_arrays(path)
-        if isinstance(arrays, Mapping):
-            tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
-            numbered = all(name == f"arr_{i}" for i, name in enumerate(tensors))
-            return _unwrap(tuple(tensors.values())) if numbered or len(tensors) == 1 else tensors
-        return torch.from_numpy(arrays[0])
+        if isinstance(arrays, list):
+            return _unwrap([torch.from_numpy(value) for value in arrays])
+        return {name: torch.from_numpy(value) for name, value in arrays.items()}
     from wnsurgery.files import load_object
 
     return _unwrap(load_object(path))

@@ -85,7 +85,11 @@ def inspect(
         return _of_graph(path)
     from wnsurgery.files import load_model, load_object
 
-    content = load_model(path, arch=arch) if arch else load_object(path, trust_pickle=trust_pickle)
+    content: Any
+    if arch:
+        content = load_model(path, arch=arch, trust_pickle=trust_pickle)
+    else:
+        content = load_object(path, trust_pickle=trust_pickle)
     return _of_module(content) if isinstance(content, nn.Module) else _of_checkpoint(content, path)
 
 

@@ -135,10 +135,10 @@ def install(
     entry = _new_list(rule, pair, old)
     del module._parameters[name]
     if not parametrize.is_parametrized(module):
-        parametrize._inject_new_class(module)
         module.parametrizations = nn.ModuleDict()
-    _mend(type(module))
-    parametrize._inject_property(module, name)
+        _give_class(module, (name,))
+    else:
+        _give_class(_undressed(module), (*_table(module), name))
     table = _table(module)
     table[name] = entry
     table.training = module.training
@@ -155,21 +155,32 @@ def _new_list(rule: WeightNorm, pair: tuple[Tensor, Tensor], old: Tensor) -> Wei
         if not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)  # noqa: PLW2901 - now a Parameter
         entry.register_parameter(key, tensor)
-    entry._parameters["original1"].__dict__.update(old.__dict__)  # type: ignore[union-attr]
+    entry._parameters["original1"].__dict__.update(old.__dict__)
     return entry
 
 
 def restore_parameter(module: nn.Module, name: str, weight: nn.Parameter) -> None:
-    """Make `module.name` the plain parameter `weight` again and take every trace of parametrization away."""
+    """Make `module.name` the plain parameter `weight` again and take every trace of parametrization away.
+
+    The generated class is left as it is, since torch's copies share it with their original; a module that keeps
+    other parametrizations gets a fresh one.
+    """
     table = _table(module)
     order: tuple[str, ...] = table.__dict__.get(_ORDER, ())
-    delattr(type(module), name)
     del table[name]
-    module._parameters[name] = weight
-    if not len(table):
+    _undressed(module)
+    if len(table):
+        _give_class(module, tuple(table))
+    else:
         del module._modules["parametrizations"]
-        module.__class__ = type(module).__bases__[0]
+    module._parameters[name] = weight
     reorder_parameters(module, order)
+
+
+def _undressed(module: nn.Module) -> nn.Module:
+    """A parametrized module with the class it had before."""
+    module.__class__ = type(module).__bases__[0]
+    return module
 
 
 def _table(module: nn.Module) -> Any:

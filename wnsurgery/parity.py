@@ -129,7 +129,8 @@ def run_onnx(path: Path_, inputs: Mapping[str, Any] | Sequence[Any] | Any, provi
 
     Args:
         path: ONNX file.
-        inputs: arrays or tensors by name, or by position in the graph's order, or the only one.
+        inputs: arrays or tensors by name, or by position in the graph's order, or the only one. Names arr_0, arr_1,
+            ... as numpy's savez makes them up count as positions.
         provider: see `open_session`.
 
     Raises as `open_session`, and InputError when the inputs are not what the graph declares (it says what is).
@@ -152,9 +153,10 @@ def run_session(session: Any, inputs: Mapping[str, Any] | Sequence[Any] | Any, n
 
 
 def _feeds(declared: Sequence[Any], inputs: Any, path: Path_) -> dict[str, Array]:
-    if isinstance(inputs, Mapping):
+    if isinstance(inputs, Mapping) and not _is_numbered(inputs):
         given = {str(k): v for k, v in inputs.items()}
     else:
+        inputs = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
         values = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
         if len(values) != len(declared):
             raise InputError.of(path, f"{len(values)} inputs given, it takes {_declaration(declared)}")
@@ -165,6 +167,11 @@ def _feeds(declared: Sequence[Any], inputs: Any, path: Path_) -> dict[str, Array
     if wrong:
         raise InputError.of(path, f"{'; '.join(wrong)}; it takes {_declaration(declared)}")
     return {d.name: _checked(d, as_array(given[d.name]), path) for d in declared}
+
+
+def _is_numbered(inputs: Mapping[str, Any]) -> bool:
+    """Whether the names are the ones numpy's savez gives to arrays that have none."""
+    return bool(inputs) and list(inputs) == [f"arr_{i}" for i in range(len(inputs))]
 
 
 def _checked(declared: Any, array: Array, path: Path_) -> Array:

@@ -205,7 +205,7 @@ def _remove_parametrized(slot: Slot, weight: nn.Parameter) -> None:
     order = tuple(module._parameters)
     restore_parameter(module, name, weight)
     if slot.form == "torch":
-        reorder_parameters(module, (name, *order) if not _is_recurrent(module) else _recurrent_order(module))
+        reorder_parameters(module, (name, *order))
         for key, hook in list(module._load_state_dict_pre_hooks.items()):
             if _is_compat_hook(hook, name):
                 del module._load_state_dict_pre_hooks[key]
@@ -230,7 +230,7 @@ def _remove_legacy(slot: Slot, weight: nn.Parameter) -> None:
     del module._parameters[f"{name}_g"], module._parameters[f"{name}_v"]
     module.__dict__.pop(name, None)
     module._parameters[name] = weight
-    reorder_parameters(module, (name, *order) if not _is_recurrent(module) else _recurrent_order(module))
+    reorder_parameters(module, (name, *order))
 
 
 def _is_recurrent(module: nn.Module) -> bool:
@@ -243,6 +243,8 @@ def _recurrent_order(module: nn.Module) -> tuple[str, ...]:
 
 def _refresh_recurrent(module: nn.Module) -> None:
     """RNNs keep a second list of their weights; let it hold the new parameters."""
+    if _is_recurrent(module):
+        reorder_parameters(module, _recurrent_order(module))
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
         if any(p.is_cuda for p in module._parameters.values() if p is not None):
@@ -276,7 +278,7 @@ def _all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
     saved: dict[int, tuple[nn.Module, type, dict[str, Any], dict[str, dict[str, Any]], list[Callable[[], None]]]] = {}
     for module in modules:
         inner = {k: dict(v) for k, v in module.__dict__.items() if isinstance(v, dict)}
-        saved.setdefault(id(module), (module, type(module), dict(module.__dict__), inner, [_class_restorer(module)]))
+        saved.setdefault(id(module), (module, type(module), dict(module.__dict__), inner, [_table_restorer(module)]))
     try:
         yield
     except BaseException:
@@ -292,20 +294,14 @@ def _all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
         raise
 
 
-def _class_restorer(module: nn.Module) -> Callable[[], None]:
-    """Undo for a class that `parametrize` made for this one module, and the tables under it."""
+def _table_restorer(module: nn.Module) -> Callable[[], None]:
+    """Undo for the table of parametrizations under a module."""
     table = module._modules.get("parametrizations")
-    if not isinstance(table, nn.ModuleDict):
-        return lambda: None
-    cls, members, entries = type(module), dict(vars(type(module))), dict(table._modules)
+    entries = dict(table._modules) if isinstance(table, nn.ModuleDict) else {}
 
     def restore() -> None:
-        for name, value in members.items():
-            if vars(cls).get(name) is not value:
-                setattr(cls, name, value)
-        for name in vars(cls).keys() - members.keys():
-            delattr(cls, name)
-        table._modules.clear()
-        table._modules.update(entries)
+        if isinstance(table, nn.ModuleDict):
+            table._modules.clear()
+            table._modules.update(entries)
 
     return restore
