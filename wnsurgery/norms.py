@@ -52,12 +52,14 @@ def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
         return short
     total = torch.zeros([1 if d in dims else s for d, s in enumerate(v.shape)], dtype=wide)
     step = max(1, _BLOCK * v.shape[0] // v.numel())
+    room = torch.empty((min(step, v.shape[0]), *v.shape[1:]), dtype=wide)
     for start in range(0, v.shape[0], step):
-        part = v[start : start + step].to(wide).square_().sum(tuple(dims), keepdim=True)
-        if 0 in dims:
-            total += part
+        part = room[: min(step, v.shape[0] - start)].copy_(v[start : start + step]).square_()
+        if 0 in dims:  # inner axes first: one reduction over both is several times slower
+            inner = tuple(d for d in dims if d)
+            total += (part.sum(inner, keepdim=True) if inner else part).sum(0, keepdim=True)
         else:
-            total[start : start + step] = part
+            torch.sum(part, tuple(dims), keepdim=True, out=total[start : start + step])
     return total.sqrt_()
 
 
