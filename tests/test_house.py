@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from wnsurgery import layers
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "wnsurgery"
@@ -86,6 +90,27 @@ def test_public_functions_show_an_example() -> None:
         assert thing.__doc__, name
         if inspect.isfunction(thing):
             assert ">>>" in thing.__doc__, name
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if p.stem != "__main__"], ids=lambda p: p.stem)
+def test_examples_in_docstrings(path: Path) -> None:
+    """Every example in a docstring gives what it says, with the public names, torch and nn at hand."""
+    import torch
+
+    import wnsurgery as wn
+
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    module = importlib.import_module(name)
+    names = {n: getattr(wn, n) for n in wn.__all__} | {"torch": torch, "nn": torch.nn, "wn": wn}
+    kept = dict(layers._by_type), dict(layers._by_name)
+    torch.manual_seed(0)
+    try:
+        results = doctest.testmod(module, extraglobs=names | {"__name__": name})
+    finally:
+        for table, before in zip((layers._by_type, layers._by_name), kept, strict=True):
+            table.clear()
+            table.update(before)  # type: ignore[attr-defined]
+    assert results.failed == 0
 
 
 def test_readme_has_exactly_two_commands() -> None:

@@ -254,6 +254,17 @@ def test_reasons() -> None:
     assert chosen(model, exclude=["good", "view"], include="*") == []
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_what_is_no_module_or_cannot_change() -> None:
+    """TorchScript modules are left alone with a sentence; what is no module is a TypeError."""
+    model = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2)))
+    assert "TorchScript" in reason(model, "1.weight")
+    assert chosen(wn.apply_weight_norm(model), include="*") == []
+    for function in (wn.apply_weight_norm, wn.fold_weight_norm, wn.plan_weight_norm, wn.is_weight_normed):
+        with pytest.raises(TypeError, match="str"):
+            function("model.pt")  # type: ignore[type-var,arg-type]
+
+
 def test_frozen_and_meta_weights_are_converted() -> None:
     """A frozen weight converts and stays frozen, and says so; a meta weight converts by shape."""
     model, _ = net("frozen")

@@ -22,7 +22,7 @@ __all__ = ["Axes", "Magnitude", "WeightNorm", "compose", "decompose", "magnitude
 
 Magnitude = Literal["linear", "log"]
 
-_ZERO_LOG = -1000.0  # e^-1000 is 0 in float64: the logarithm stored for a row of zeros
+ZERO_LOG = -1000.0  # e^-1000 is 0 in float64: the logarithm stored for a row of zeros
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def decompose(
             count = max(1, w.numel() // max(1, zero.numel()))
             fixed = torch.copysign(torch.full_like(v, count**-0.5), v)
             v = torch.where(axes.spread(zero, w), fixed, v)
-            stored = torch.where(zero, _ZERO_LOG if magnitude == "log" else 0.0, stored).to(dtype)
+            stored = torch.where(zero, ZERO_LOG if magnitude == "log" else 0.0, stored).to(dtype)
         return stored.reshape(shape), v
 
 

@@ -14,7 +14,7 @@ from wnsurgery.data_init import data_dependent_init
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
 from wnsurgery.mechanism import WeightNormList, install, reorder_parameters, restore_parameter
 from wnsurgery.plan import Dim, Pattern, Plan, plan_weight_norm
-from wnsurgery.reparam import Axes, Magnitude, WeightNorm, compose, decompose
+from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, decompose
 from wnsurgery.walk import Slot, legacy_hooks, slots
 
 __all__ = ["apply_weight_norm", "fold_weight_norm", "is_weight_normed"]
@@ -107,6 +107,8 @@ def apply_plan(
             except NonFiniteWeightError as error:
                 raise NonFiniteWeightError(f"{site.fqn}: {error.message}") from error
             pairs.append(pair)
+            if magnitude == "log" and not pair[0].is_meta and bool((pair[0] == ZERO_LOG).any()):
+                _log.warning("%s: its rows of zeros stay zero, since e^s never is", site.fqn)
         with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
             for site, (g, v) in zip(plan.sites, pairs, strict=True):
                 for owner in site.owners:
@@ -256,6 +258,8 @@ def _refresh_recurrent(module: nn.Module) -> None:
 
 def _refuse_wrapped(model: nn.Module) -> None:
     """Wrappers that have copied the parameter list cannot follow surgery beneath them."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             where = f"{name}: " if name else ""

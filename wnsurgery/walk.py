@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _WeightNorm as TorchWeightNorm
@@ -57,6 +58,8 @@ class Slot:
 
 def slots(model: nn.Module) -> list[Slot]:
     """Every tensor of a module tree, each module once, with all its names, in the order of definition."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     found: list[Slot] = []
     for module, names, ancestors in _modules(model):
         for parameter, form, tensor, magnitude in _tensors(module):
@@ -89,11 +92,16 @@ def _modules(
 
 
 def _is_parametrized(module: nn.Module) -> bool:
-    return isinstance(module._modules.get("parametrizations"), nn.ModuleDict)
+    scripted = isinstance(module, torch.jit.ScriptModule)  # its tables are not dicts
+    return not scripted and isinstance(module._modules.get("parametrizations"), nn.ModuleDict)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor | None, Tensor | None]]:
     """(parameter, form, tensor, magnitude) of everything a module holds itself."""
+    if isinstance(module, torch.jit.ScriptModule):
+        yield from ((name, "plain", parameter, None) for name, parameter in module.named_parameters(recurse=False))
+        yield from ((name, "buffer", buffer, None) for name, buffer in module.named_buffers(recurse=False))
+        return
     legacy = {hook.name for hook in legacy_hooks(module)}
     parts = {f"{name}{end}" for name in legacy for end in ("_g", "_v")}
     for name, parameter in module._parameters.items():
