@@ -271,6 +271,23 @@ def test_state_dicts_cross_both_ways() -> None:
         ours.load_state_dict({"bias": torch.zeros(4)})
 
 
+def test_old_files_load_into_log_scale() -> None:
+    """weight_g of an old file is g itself; a log-scale layer takes its logarithm."""
+    old = _legacy(nn.Linear(3, 4))
+    ours = wn.apply_weight_norm(nn.Linear(3, 4), magnitude="log")
+    ours.load_state_dict(old.state_dict())
+    x = torch.randn(2, 3)
+    assert torch.allclose(ours(x), old(x), atol=1e-6)
+
+
+def test_modes_reach_the_parametrization() -> None:
+    """A model converted in evaluation mode has no module in training mode, and train() reaches all."""
+    model, _ = net("conv2d")
+    wn.apply_weight_norm(model)
+    assert not any(m.training for m in model.modules())
+    assert all(m.training for m in model.train().modules())
+
+
 def test_torch_removes_ours() -> None:
     """torch's remove_parametrizations takes our weight norm off, one tensor at a time."""
     lstm = nn.LSTM(3, 4)

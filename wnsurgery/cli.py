@@ -14,7 +14,7 @@ import click
 
 from wnsurgery import __version__
 from wnsurgery.errors import SelectionError, WnsurgeryError
-from wnsurgery.report import escape, say, show
+from wnsurgery.report import escape, say, show, working
 
 __all__ = ["cli", "main"]
 
@@ -132,7 +132,10 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
     if batch is not None:
         options["data"] = _read_inputs(batch)
     options["include"], options["exclude"] = options["include"] or None, options["exclude"] or None
-    show(convert_checkpoint(model, output, dim=_parse_dims(options.pop("dims")), **options), as_json=as_json)
+    dim = _parse_dims(options.pop("dims"))
+    with working(f"converting {model}"):
+        report = convert_checkpoint(model, output, dim=dim, **options)
+    show(report, as_json=as_json)
 
 
 @cli.command()
@@ -171,7 +174,9 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
         return
     from wnsurgery.files import fold_checkpoint
 
-    show(fold_checkpoint(model, output, **options), as_json=as_json)
+    with working(f"folding {model}"):
+        folded = fold_checkpoint(model, output, **options)
+    show(folded, as_json=as_json)
 
 
 @cli.command()
@@ -198,7 +203,9 @@ def export(model: Path, as_json: bool, **options: Any) -> None:
     if inputs is None:
         raise SelectionError("export needs inputs", hint="--input-shape 1x3x32x32 or --input FILE")
     module = load_model(model, arch=options.pop("arch"), trust_pickle=options.pop("trust_pickle"))
-    show(export_onnx(module, inputs, output, **options), as_json=as_json)
+    with working(f"exporting {model}"):
+        report = export_onnx(module, inputs, output, **options)
+    show(report, as_json=as_json)
 
 
 @cli.command()
@@ -247,7 +254,8 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
     from wnsurgery.verification import verify as compare
 
     inputs = _inputs(options.pop("input_file"), options.pop("input_shape"))
-    report = compare(a, b, inputs, **options)
+    with working(f"comparing {a} and {b}"):
+        report = compare(a, b, inputs, **options)
     show(report, as_json=as_json)
     report.raise_for_status()
 
@@ -288,7 +296,9 @@ def bench(model: Path, as_json: bool, **options: Any) -> None:
     if inputs is None:
         raise SelectionError("bench needs inputs", hint="--input-shape 16x3x32x32 or --input FILE")
     module = load_model(model, arch=options.pop("arch"), trust_pickle=options.pop("trust_pickle"))
-    show(measure(module, inputs, **options), as_json=as_json)
+    with working(f"timing {model}"):
+        report = measure(module, inputs, **options)
+    show(report, as_json=as_json)
 
 
 # Arguments -----------------------------------------------------------------------------------------------

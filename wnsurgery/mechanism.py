@@ -141,7 +141,7 @@ def install(
         _give_class(_undressed(module), (*_table(module), name))
     table = _table(module)
     table[name] = entry
-    table.training = module.training
+    table.train(module.training)
     table.__dict__.setdefault(_ORDER, order)
     return entry._parameters["original0"], entry._parameters["original1"]  # type: ignore[return-value]
 
@@ -308,13 +308,15 @@ def _load_any_layout(
 def _to_own_layout(state_dict: dict[str, Any], plain: str, own: str, entry: WeightNormList) -> None:
     if f"{own}0" in state_dict or f"{own}1" in state_dict:
         return
+    rule: Any = entry._modules["0"]
     for mine, theirs in ((f"{own}0", f"{plain}_g"), (f"{own}1", f"{plain}_v")):
         if theirs in state_dict:
             state_dict[mine] = state_dict.pop(theirs)
+            if mine.endswith("0") and rule.magnitude == "log":  # old files hold g itself
+                state_dict[mine] = state_dict[mine].log()
     if plain in state_dict and f"{own}0" not in state_dict:
         weight, (g, v) = state_dict.pop(plain), entry._pair()
         if isinstance(weight, Tensor) and weight.shape == v.shape and not weight.is_meta:
-            rule: Any = entry._modules["0"]
             state_dict[f"{own}0"], state_dict[f"{own}1"] = rule.right_inverse(weight.detach())
         else:  # let torch name the shape that does not fit
             state_dict[f"{own}0"], state_dict[f"{own}1"] = g, weight

@@ -19,7 +19,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["RowScale", "norm", "plain_scale", "row_scale", "snapped_quotient", "stored_magnitude", "wide_dtype"]
+__all__ = [
+    "RowScale",
+    "norm",
+    "plain_scale",
+    "row_peak",
+    "row_scale",
+    "snapped_quotient",
+    "stored_magnitude",
+    "wide_dtype",
+]
 
 _BLOCK = 1 << 18  # elements widened at a time: 2 MiB of float64, about one core's cache
 
@@ -50,7 +59,7 @@ def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
     if not blocked or v.numel() <= _BLOCK or v.device.type != "cpu":
         short: Tensor = torch.linalg.vector_norm(v, 2, tuple(dims), keepdim=True, dtype=wide)
         return short
-    total = torch.zeros([1 if d in dims else s for d, s in enumerate(v.shape)], dtype=wide)
+    total = torch.zeros([1 if d in dims else s for d, s in enumerate(v.shape)], dtype=wide, device=v.device)
     step = max(1, _BLOCK * v.shape[0] // v.numel())
     room = torch.empty((min(step, v.shape[0]), *v.shape[1:]), dtype=wide)
     for start in range(0, v.shape[0], step):
@@ -61,6 +70,13 @@ def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
         else:
             torch.sum(part, tuple(dims), keepdim=True, out=total[start : start + step])
     return total.sqrt_()
+
+
+def row_peak(v: Tensor, dims: Sequence[int]) -> Tensor:
+    """The largest |element| of each row, kept as size 1; zero for rows without elements."""
+    if not dims:
+        return v.abs()
+    return v.abs().amax(tuple(dims), keepdim=True) if v.numel() else v.abs().sum(tuple(dims), keepdim=True)
 
 
 def stored_magnitude(v: Tensor, dims: Sequence[int], magnitude: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -94,9 +110,12 @@ def row_scale(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str, *, bloc
 def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> Tensor | None:
     """`row_scale` in float32 for norms already taken, in a few operations, where every row is an ordinary one.
 
-    None where some row needs the long way: its factor leaves float32, is zero or not finite, or is so close to one
-    that g may be the stored norm while other rows' are not. Looks at values: for eager mode on a CPU.
+    None where some row needs the long way: its factor leaves float32, is zero or not finite, g is as large as a norm
+    can be stored, or so close to the norm that it may be the stored norm while other rows' are not. Looks at values:
+    for eager mode on a CPU.
     """
+    if magnitude == "linear" and g.amax().item() >= torch.finfo(g.dtype).max:
+        return None
     factor = torch.div(g.to(norms.dtype).exp() if magnitude == "log" else g, norms).float()
     low, high = torch.aminmax(factor.abs())
     if not (low.item() >= 2.0**-100 and high.item() <= 2.0**100):
@@ -151,7 +170,7 @@ class _Float64Rows:
     """
 
     def __init__(self, v: Tensor, dims: Sequence[int]) -> None:
-        peak = v.abs().amax(tuple(dims), keepdim=True) if dims else v.abs()
+        peak = row_peak(v, dims)
         self.lift = torch.where(peak < 2.0**-900, 2.0**100, 1.0).to(v.dtype)
         exponent = _exponent(peak * self.lift)
         self.unscale = _power_of_two(exponent)

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from wnsurgery.errors import NonFiniteWeightError, PairError
-from wnsurgery.norms import RowScale, norm, plain_scale, row_scale, snapped_quotient, stored_magnitude, wide_dtype
+from wnsurgery.norms import (
+    RowScale,
+    norm,
+    plain_scale,
+    row_peak,
+    row_scale,
+    snapped_quotient,
+    stored_magnitude,
+    wide_dtype,
+)
 
 __all__ = ["Axes", "Magnitude", "WeightNorm", "compose", "decompose", "magnitude_dtype_for"]
 
@@ -225,7 +234,7 @@ def _size_and_norm(g: Tensor, v: Tensor, dims: tuple[int, ...], magnitude: str) 
     """|w| and ||v|| per row in the wide type, differentiable, with ||v|| = 1 for rows of zeros."""
     wide = wide_dtype(v)
     x = v.to(wide)
-    peak = x.detach().abs().amax(dims, keepdim=True) if dims else x.detach().abs()
+    peak = row_peak(x.detach(), dims)
     extreme = (peak > 2.0**400) | ((peak < 2.0**-400) & (peak > 0))
     unit = torch.where(extreme, peak, torch.ones_like(peak)) if wide == torch.float64 else torch.ones_like(peak)
     squares = (x / unit).square()

@@ -6,10 +6,11 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["escape", "say", "show", "to_jsonable"]
+__all__ = ["escape", "say", "show", "to_jsonable", "working"]
 
 
 def escape(text: str) -> str:
@@ -24,6 +25,18 @@ def escape(text: str) -> str:
 def say(text: str) -> None:
     """A message for the person at the terminal, on stderr."""
     print(text, file=sys.stderr)
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner on stderr while something takes its time; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(escape(what), spinner="line"):
+        yield
 
 
 def show(result: Any, *, as_json: bool) -> None:
