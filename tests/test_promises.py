@@ -278,6 +278,10 @@ def test_old_files_load_into_log_scale() -> None:
     ours.load_state_dict(old.state_dict())
     x = torch.randn(2, 3)
     assert torch.allclose(ours(x), old(x), atol=1e-6)
+    with torch.no_grad():
+        old.weight_g[0] = -1
+    with pytest.raises(wn.PairError, match="weight_g"):
+        ours.load_state_dict(old.state_dict())
 
 
 def test_modes_reach_the_parametrization() -> None:
@@ -449,6 +453,32 @@ def test_writes_into_the_weight_take_effect() -> None:
     assert layer.weight.abs().sum() > 0
     with pytest.raises(wn.PairError):
         layer.weight = torch.randn(4, 2)
+
+
+def test_writes_through_any_live_handle_take_effect() -> None:
+    """A write lands even if the weight was read again before it, as in nn.init.normal_(m.weight, std=f(m.weight))."""
+
+    def fresh() -> tuple[nn.Module, Tensor]:
+        layer = wn.apply_weight_norm(nn.Linear(3, 4))
+        return layer, layer.weight.detach().clone()
+
+    layer, w = fresh()
+    nn.init.constant_(layer.weight, float(layer.weight.shape[0]))
+    assert same_bits(layer.weight, torch.full((4, 3), 4.0))
+    layer, w = fresh()
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight * 2)
+    assert same_bits(layer.weight, w * 2)
+    layer, w = fresh()
+    first, _second = layer.weight, layer.weight
+    with torch.no_grad():
+        first.fill_(3.0)
+    assert same_bits(layer.weight, torch.full((4, 3), 3.0))
+    layer, w = fresh()
+    with torch.inference_mode():
+        nn.init.ones_(layer.weight)
+    assert same_bits(layer.weight, torch.ones(4, 3))
+    layer(torch.ones(1, 3)).sum().backward()
 
 
 def test_a_write_followed_by_a_load_is_overruled() -> None:

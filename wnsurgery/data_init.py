@@ -9,6 +9,8 @@ replaced by what the layer now gives.
 from __future__ import annotations
 
 import inspect
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from wnsurgery.errors import InputError, SelectionError
 from wnsurgery.layers import layer_of
@@ -32,7 +35,7 @@ class LayerInit:
     """One initialised weight: its name, number of channels, and the channels left as they were.
 
     `constant` are channels whose pre-activation did not vary over the batch; `scale_only` says that the layer
-    has no bias to take the mean away with.
+    has no bias to take the mean away with: none at all, a frozen one, or one shared with another layer.
     """
 
     name: str
@@ -76,10 +79,10 @@ def data_dependent_init(
 
     Afterwards every pre-activation the batch reaches has mean 0 and standard deviation `init_scale` per output
     channel, over the batch and all positions. Directions v stay. A layer called several times is set by its
-    first call; one without a bias gets its scale only; a channel that does not vary over the batch keeps its g and
-    b. Recurrent, attention-packed and lookup weights keep theirs, as do layers the data never reaches: each is
-    named in the report. Modes, random state, buffers (running statistics) and gradients are as before; on an
-    error g and b are, too. Calling again with the same data gives the same result.
+    first call; one without a bias of its own gets its scale only; a channel that does not vary over the batch keeps
+    its g and b. Recurrent, attention-packed and lookup weights keep theirs, as do weights tied to these and layers the
+    data never reaches: each is named in the report. Modes, random state, buffers (running statistics) and gradients
+    are as before; on an error g and b are, too. Calling again with the same data gives the same result.
 
     >>> model = apply_weight_norm(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)))
     >>> report = data_dependent_init(model, torch.randn(500, 3))
@@ -98,21 +101,23 @@ def data_dependent_init(
         forward: `forward(model, batch)` for models that are called in another way.
 
     Raises:
-        SelectionError: no weight-normalized weight is selected, or init_scale is not positive.
+        SelectionError: no weight-normalized weight is selected, init_scale is not positive and finite, or the model
+            holds lazy tensors.
         InputError: data is empty or gives pre-activations that are not finite.
     """
-    if not init_scale > 0:
+    if not 0 < init_scale < math.inf:
         raise SelectionError(f"init_scale must be positive, not {init_scale!r}")
-    chosen = _select(model, include, exclude)
-    run = _Run(init_scale, chosen)
+    found = slots(model)
+    chosen = _select(found, include, exclude)
+    run = _Run(init_scale, chosen, found)
     with _undisturbed(model, training), run.hooks():
         batch = _to_device(_first_batch(data), model)
         (forward or _call)(model, batch)
     return run.report(chosen)
 
 
-def _select(model: nn.Module, include: Pattern | None, exclude: Pattern | None) -> list[Slot]:
-    found = [slot for slot in slots(model) if slot.form in _FORMS]
+def _select(everything: list[Slot], include: Pattern | None, exclude: Pattern | None) -> list[Slot]:
+    found = [slot for slot in everything if slot.form in _FORMS]
     names = [slot.fqn for slot in found]
     for option, wish in (("include", include), ("exclude", exclude)):
         for pattern in patterns(wish):
@@ -131,16 +136,23 @@ def _select(model: nn.Module, include: Pattern | None, exclude: Pattern | None) 
 class _Run:
     """The hooks of one pass and what they saw."""
 
-    def __init__(self, init_scale: float, chosen: list[Slot]) -> None:
+    def __init__(self, init_scale: float, chosen: list[Slot], everything: list[Slot]) -> None:
         self.init_scale = init_scale
         self.done: list[LayerInit] = []
         self.reasons: dict[str, str] = {}
         self.set_by: dict[int, str] = {}  # id(g) -> the weight whose module set it
         self.undo: list[tuple[Tensor, Tensor]] = []
         self.targets: list[tuple[Slot, int]] = []
+        beside, sharing, owners = defaultdict(list), defaultdict(list), Counter[int]()
+        for slot in everything:
+            beside[id(slot.module)].append(slot)
+            sharing[id(slot.magnitude)].append(slot)
+            owners[id(slot.tensor)] += 1
+        self.shared = {key for key, count in owners.items() if count > 1}
         for slot in chosen:
             reason, axis = _how(slot)
-            if axis is None:
+            reason = reason or _entangled(slot, beside[id(slot.module)], sharing[id(slot.magnitude)])
+            if reason or axis is None:
                 self.reasons[slot.fqn] = reason
             else:
                 self.targets.append((slot, axis))
@@ -215,9 +227,8 @@ class _Layer:
         old_b = torch.zeros_like(mean) if bias is None else self.old[1][1].double()
         scale = torch.where(constant, old_g, self.run.init_scale / torch.where(constant, 1.0, std))
         shift = torch.where(constant, old_b, -mean * scale)
-        if bias is None:
-            shift = torch.zeros_like(shift)
-        elif not bias.requires_grad:
+        settable = bias is not None and bias.requires_grad and id(bias) not in self.run.shared
+        if not settable:
             shift = old_b
         stored = torch.where(
             constant, self.old[0][1].double().reshape(-1), scale.log() if _is_log(self.slot) else scale
@@ -225,9 +236,8 @@ class _Layer:
         g.copy_(stored.reshape(g.shape))
         if bias is not None:
             bias.copy_(shift)
-        scale_only = bias is None or not bias.requires_grad
         channels = tuple(constant.nonzero().flatten().tolist())
-        self.run.done.append(LayerInit(name, size, channels, scale_only))
+        self.run.done.append(LayerInit(name, size, channels, scale_only=not settable))
         view = [1] * output.ndim
         view[self.axis] = size
         work = torch.promote_types(output.dtype, torch.float32)
@@ -264,6 +274,21 @@ def _how(slot: Slot) -> tuple[str, int | None]:
     return "", row.output_axis
 
 
+def _entangled(slot: Slot, beside: list[Slot], sharing: list[Slot]) -> str:
+    """Why g and b alone do not decide a layer's output, or decide more than that; empty if neither.
+
+    `beside` are all tensors of its module, `sharing` all weights with the same g.
+    """
+    row = layer_of(slot.module)
+    weights = [s for s in beside if row is not None and row.axes(s.module, s.parameter)]
+    if len(weights) > 1:
+        return f"{', '.join(s.parameter for s in weights)}: several weights make its output"
+    if any(row is not None and s.parameter == row.bias and s.form != "plain" for s in beside):
+        return "its bias is parametrized"
+    fixed = next((s.fqn for s in sharing if _how(s)[1] is None), None)
+    return "" if fixed is None else f"shares its magnitude with {fixed}, which data cannot set"
+
+
 def _is_log(slot: Slot) -> bool:
     entry: Any = getattr(slot.module, "parametrizations", {})
     return slot.form == "ours" and entry[slot.parameter][0].magnitude == "log"
@@ -288,11 +313,15 @@ def _moments(output: Tensor, axis: int, name: str) -> tuple[Tensor, Tensor, Tens
 def _undisturbed(model: nn.Module, training: bool | None) -> Iterator[None]:
     """Run forward passes; leave modes, random state, buffers and gradients as they were."""
     modules = list(model.modules())
+    lazy = next((n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)), None)
+    if lazy is not None:
+        raise SelectionError(f"{lazy}: lazy, not initialised yet", hint="run one forward pass first")
     modes = [(m, m.training) for m in modules]
     buffers = [(m, n, b, b.detach().clone()) for m in modules for n, b in m._buffers.items() if b is not None]
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
+        eager = torch.compiler.set_stance("force_eager")  # compiled code would not run the hooks that measure
+        with eager, torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
             if training is not None:
                 for module in modules:
                     module.training = training

@@ -9,6 +9,7 @@ saved whole and deep-copied, and copies are independent; `reset_parameters()` an
 from __future__ import annotations
 
 import copyreg
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-from wnsurgery.errors import PairError
-from wnsurgery.reparam import WeightNorm
+from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError, WnsurgeryError
+from wnsurgery.reparam import ZERO_LOG, WeightNorm
 
 __all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_parameter"]
 
+_MAX_HANDLES = 63  # weights handed out and still alive that are watched for writes
 _ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
 
 
@@ -37,14 +39,35 @@ class WeightNormList(ParametrizationList):
         if _is_watched(g, v):
             return rule(g, v)  # type: ignore[no-any-return]
         self.absorb()
-        w: Tensor = rule(g, v)
-        if not (w.is_inference() or g.is_inference() or v.is_inference()):
-            alias = w.detach()
-            self.__dict__["_handed_out"] = (alias, alias._version, g, g._version, v, v._version)
+        if torch.is_inference_mode_enabled():  # an ordinary tensor, so that its version tells of writes
+            with torch.inference_mode(False), torch.no_grad():
+                w: Tensor = rule(g, v)
+        else:
+            w = rule(g, v)
+        self._hand_out(w, g, v)
         if not torch.is_grad_enabled() and (g.requires_grad or v.requires_grad):
             # as a Parameter would under no_grad: matmul chooses its kernel, and so the last bit, by this flag
             w.requires_grad_()
         return w
+
+    def _hand_out(self, w: Tensor, g: Tensor, v: Tensor) -> None:
+        """Watch a computed weight for as long as somebody holds it, to see whether it is written into."""
+        if w.is_inference() or g.is_inference() or v.is_inference():
+            return
+        owner = weakref.ref(self)
+
+        def let_go(_gone: weakref.ref[Tensor]) -> None:
+            entry = owner()
+            watched = None if entry is None else entry.__dict__.get("_handed_out")
+            if entry is not None and watched:
+                try:
+                    entry.absorb()
+                except WnsurgeryError:  # a callback cannot raise: the next access does
+                    entry.__dict__["_handed_out"] = watched
+
+        alias = w.detach()
+        record = (weakref.ref(w, let_go), alias, alias._version, g, g._version, v, v._version)
+        self.__dict__["_handed_out"] = [*self.__dict__.get("_handed_out", ())[-_MAX_HANDLES:], record]
 
     def _pair(self) -> tuple[Tensor, Tensor]:
         g: Tensor | None = self._parameters.get("original0")
@@ -55,20 +78,27 @@ class WeightNormList(ParametrizationList):
         return g, v
 
     def absorb(self) -> None:
-        """Let an in-place write into the weight handed out last reach g and v.
+        """Let in-place writes into weights handed out reach g and v.
 
         `nn.init.zeros_(module.weight)` writes into a computed tensor. Its version counter tells; the write is
         taken over before anything else reads the pair, unless g or v themselves changed in between.
         """
-        handed = self.__dict__.pop("_handed_out", None)
-        if handed is None:
+        records = self.__dict__.pop("_handed_out", None)
+        if not records:
             return
-        alias, version, g, g_version, v, v_version = handed
         now_g, now_v = self._pair()
-        written = alias._version != version
-        unchanged = g is now_g and v is now_v and (g._version, v._version) == (g_version, v_version)
-        if written and unchanged:
-            self._store(alias)
+        live = []
+        for record in records:
+            handle, alias, version, g, g_version, v, v_version = record
+            if g is not now_g or v is not now_v or (g._version, v._version) != (g_version, v_version):
+                continue
+            if alias._version != version:
+                self._store(alias)
+                return
+            if handle() is not None:
+                live.append(record)
+        if live:
+            self.__dict__["_handed_out"] = live
 
     def right_inverse(self, value: Tensor) -> None:
         """`module.weight = tensor`: decompose the tensor into g and v, in place."""
@@ -96,7 +126,7 @@ class WeightNormList(ParametrizationList):
 
     def __getstate__(self) -> dict[str, Any]:
         self.absorb()
-        return self.__dict__.copy()
+        return {name: value for name, value in self.__dict__.items() if name != "_handed_out"}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.absorb()
@@ -135,7 +165,7 @@ def install(
     entry = _new_list(rule, pair, old)
     del module._parameters[name]
     if not parametrize.is_parametrized(module):
-        module.parametrizations = nn.ModuleDict()
+        module._modules["parametrizations"] = nn.ModuleDict()  # past any __setattr__ of the user's
         _give_class(module, (name,))
     else:
         _give_class(_undressed(module), (*_table(module), name))
@@ -179,8 +209,20 @@ def restore_parameter(module: nn.Module, name: str, weight: nn.Parameter) -> Non
 
 def _undressed(module: nn.Module) -> nn.Module:
     """A parametrized module with the class it had before."""
-    module.__class__ = type(module).__bases__[0]
+    made = _made_by_parametrize(type(module))
+    if made is not type(module):
+        raise SelectionError(
+            f"{type(module).__name__} was made over {made.__name__} after the conversion (fully_shard does so)",
+            hint="do the surgery before sharding",
+        )
+    module.__class__ = made.__bases__[0]
     return module
+
+
+def _made_by_parametrize(cls: type) -> type:
+    """The generated class in a converted module's line: its own, unless somebody made another over it since."""
+    line = (c for c in cls.__mro__ if c.__module__ == parametrize.__name__ and c.__name__.startswith("Parametrized"))
+    return next(line, cls)
 
 
 def _table(module: nn.Module) -> Any:
@@ -189,11 +231,14 @@ def _table(module: nn.Module) -> Any:
 
 
 def reorder_parameters(module: nn.Module, order: tuple[str, ...]) -> None:
-    """Put the parameters a module had before surgery back in their order, others after them."""
-    place = {name: index for index, name in enumerate(order)}
-    entries = sorted(module._parameters.items(), key=lambda item: place.get(item[0], len(place)))
+    """Put the parameters named in `order` in that order, among themselves: others keep their place before or after."""
+    entries = dict(module._parameters)
+    names = [name for name in entries if name not in order]
+    known = [name for name in order if name in entries]
+    first = next((i for i, name in enumerate(entries) if name in order), 0)
+    names[first:first] = known
     module._parameters.clear()
-    module._parameters.update(entries)
+    module._parameters.update((name, entries[name]) for name in names)
 
 
 # The host's class ----------------------------------------------------------------------------------------
@@ -234,7 +279,7 @@ def _as_plain(module: nn.Module) -> Iterator[None]:
     kept = dict(module._parameters)
     weights = {n: nn.Parameter(e().detach(), requires_grad=e._pair()[1].requires_grad) for n, e in lists.items()}
     before = {n: w._version for n, w in weights.items()}
-    module.__class__ = cls.__bases__[0]
+    module.__class__ = _made_by_parametrize(cls).__bases__[0]
     del module._modules["parametrizations"]
     module._parameters.update(weights)
     reorder_parameters(module, table.__dict__.get(_ORDER, ()))
@@ -244,6 +289,7 @@ def _as_plain(module: nn.Module) -> Iterator[None]:
             held = module._parameters[name]
             if held is not None and (held is not weights[name] or held._version != before[name]):
                 entry.right_inverse(held)
+        kept.update((n, p) for n, p in module._parameters.items() if n not in lists)
     finally:
         module._parameters.clear()
         module._parameters.update(kept)
@@ -253,9 +299,11 @@ def _as_plain(module: nn.Module) -> Iterator[None]:
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     """Pickle as (base class, names, state): the generated class itself never enters the file."""
-    base: Any = type(self).__bases__[0]
+    base: Any = _made_by_parametrize(type(self)).__bases__[0]
     names = tuple(_table(self)._modules)
     function, arguments, *rest = base.__reduce_ex__(self, max(int(protocol), 2))
+    function = base if function is type(self) else function
+    arguments = tuple(base if a is type(self) else a for a in arguments)
     state = rest[0] if rest else None
     if isinstance(state, dict) and isinstance(state.get("_flat_weights"), list):
         # RNNs keep computed weights in a list; they are computed anew at the next forward
@@ -276,7 +324,7 @@ def rebuild_parametrized(base: type, names: tuple[str, ...], *arguments: Any) ->
 def _rebuild_by(function: Any, arguments: tuple[Any, ...], names: tuple[str, ...]) -> nn.Module:
     module: nn.Module = function(*arguments)
     for name in names:
-        module._parameters.pop(name, None)
+        module.__dict__.get("_parameters", {}).pop(name, None)
     return _give_class(module, names)
 
 
@@ -297,7 +345,7 @@ def _load_any_layout(
     self: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any
 ) -> None:
     """Accept `weight_g`/`weight_v` and plain `weight` keys where the pair's own keys are missing."""
-    base: Any = type(self).__bases__[0]
+    base: Any = _made_by_parametrize(type(self)).__bases__[0]
     table = _table(self)
     for name, entry in table._modules.items():
         if isinstance(entry, WeightNormList):
@@ -313,10 +361,19 @@ def _to_own_layout(state_dict: dict[str, Any], plain: str, own: str, entry: Weig
         if theirs in state_dict:
             state_dict[mine] = state_dict.pop(theirs)
             if mine.endswith("0") and rule.magnitude == "log":  # old files hold g itself
-                state_dict[mine] = state_dict[mine].log()
+                state_dict[mine] = _logarithm(state_dict[mine], theirs)
     if plain in state_dict and f"{own}0" not in state_dict:
         weight, (g, v) = state_dict.pop(plain), entry._pair()
         if isinstance(weight, Tensor) and weight.shape == v.shape and not weight.is_meta:
-            state_dict[f"{own}0"], state_dict[f"{own}1"] = rule.right_inverse(weight.detach())
+            try:
+                state_dict[f"{own}0"], state_dict[f"{own}1"] = rule.right_inverse(weight.detach().to(v.dtype))
+            except NonFiniteWeightError as error:
+                raise NonFiniteWeightError(f"{plain}: {error.message}") from error
         else:  # let torch name the shape that does not fit
             state_dict[f"{own}0"], state_dict[f"{own}1"] = g, weight
+
+
+def _logarithm(g: Tensor, key: str) -> Tensor:
+    if bool((g < 0).any()):
+        raise PairError(f"{key}: a negative magnitude has no logarithm; load it into a linear one")
+    return torch.where(g == 0, torch.full_like(g, ZERO_LOG), g.log())

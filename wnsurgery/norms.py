@@ -61,7 +61,7 @@ def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
         return short
     total = torch.zeros([1 if d in dims else s for d, s in enumerate(v.shape)], dtype=wide, device=v.device)
     step = max(1, _BLOCK * v.shape[0] // v.numel())
-    room = torch.empty((min(step, v.shape[0]), *v.shape[1:]), dtype=wide)
+    room = torch.empty((min(step, v.shape[0]), *v.shape[1:]), dtype=wide, device=v.device)
     for start in range(0, v.shape[0], step):
         part = room[: min(step, v.shape[0] - start)].copy_(v[start : start + step]).square_()
         if 0 in dims:  # inner axes first: one reduction over both is several times slower
@@ -110,11 +110,12 @@ def row_scale(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str, *, bloc
 def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> Tensor | None:
     """`row_scale` in float32 for norms already taken, in a few operations, where every row is an ordinary one.
 
-    None where some row needs the long way: its factor leaves float32, is zero or not finite, g is as large as a norm
-    can be stored, or so close to the norm that it may be the stored norm while other rows' are not. Looks at values:
-    for eager mode on a CPU.
+    None where some row needs the long way: its factor leaves float32, is zero or not finite, or is so close to one
+    that g may be the stored norm while other rows' are not, or g is so large that it may stand for a norm beyond
+    its type. Looks at values: for eager mode on a CPU.
     """
-    if magnitude == "linear" and g.amax().item() >= torch.finfo(g.dtype).max:
+    low, high = torch.aminmax(g)
+    if magnitude == "linear" and max(-low.item(), high.item()) >= _large(g.dtype):
         return None
     factor = torch.div(g.to(norms.dtype).exp() if magnitude == "log" else g, norms).float()
     low, high = torch.aminmax(factor.abs())
@@ -127,6 +128,11 @@ def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> Tensor | None:
     return torch.ones_like(factor) if untouched else None
 
 
+def _large(dtype: torch.dtype) -> float:
+    """A quarter of the largest finite value."""
+    return torch.finfo(dtype).max / 4
+
+
 def snapped_quotient(g: Tensor, norms: Tensor, wide: torch.dtype, magnitude: str) -> Tensor:
     """|w| / ||v|| rounded to 24 bits, zero for rows of zeros, exactly one where g is the stored norm."""
     size = g.to(wide).exp() if magnitude == "log" else g.to(wide)
@@ -135,6 +141,7 @@ def snapped_quotient(g: Tensor, norms: Tensor, wide: torch.dtype, magnitude: str
     quotient = torch.where(zero, torch.zeros_like(quotient), quotient)
     if wide == torch.float64:
         narrow = quotient.abs().clamp(2.0**-120, 2.0**120) == quotient.abs()
+        narrow &= size.abs() < _large(torch.float32)  # a quotient rounded up would take the largest g to infinity
         quotient = torch.where(narrow, quotient.float().to(wide), quotient)
     stored = torch.promote_types(g.dtype, torch.float32)
     slack = 2.0**-40 if wide == torch.float64 else 2.0**-22

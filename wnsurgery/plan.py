@@ -173,9 +173,10 @@ class _Selection:
     def verdict(self, group: list[Slot]) -> Axes | str:
         """The kept axes of a tensor to convert, or the reason why it is left alone."""
         slot = group[0]
-        reason = _refusal(slot)
-        if reason:
-            return reason
+        for s in group:
+            reason = _refusal(s)
+            if reason:
+                return reason if s is slot else f"{reason} (as {s.fqn})"
         rows = [(s, layer_of(s.module)) for s in group]
         known = [(s, row, axes) for s, row in rows if row and (axes := row.axes(s.module, s.parameter))]
         if not known:
@@ -297,8 +298,12 @@ def _refusal(slot: Slot) -> str:
         return f"sparse ({str(t.layout).removeprefix('torch.')}): a norm would need its dense form"
     if t.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"{str(t.dtype).removeprefix('torch.')}: too narrow to hold a direction"
-    if type(t.data) is not Tensor:
-        return f"a tensor subclass ({type(t.data).__name__})"
+    if type(t.data) is not Tensor or type(t) is not nn.Parameter:
+        return f"a tensor subclass ({type(t if type(t.data) is Tensor else t.data).__name__})"
+    if t.is_inference():
+        return "made under inference_mode: it cannot be trained"
+    if t._backward_hooks or t._post_accumulate_grad_hooks:
+        return "a hook on its gradient, registered on the Parameter, would be lost"
     return ""
 
 

@@ -148,7 +148,7 @@ def decompose(
         if bool(zero.any()):
             count = max(1, w.numel() // max(1, zero.numel()))
             fixed = torch.copysign(torch.full_like(v, count**-0.5), v)
-            v = torch.where(axes.spread(zero, w), fixed, v)
+            v = _laid_out_as(torch.where(axes.spread(zero, w), fixed, v), v)
             stored = torch.where(zero, ZERO_LOG if magnitude == "log" else 0.0, stored).to(dtype)
         return stored.reshape(shape), v
 
@@ -253,17 +253,17 @@ class _Compose(torch.autograd.Function):
         ctx.axes, ctx.magnitude = axes, magnitude
         if v.dtype == torch.float64:
             ctx.save_for_backward(g, v, None)
-            return _apply_scale(v, row_scale(rows, view, dims, magnitude, blocked=True), axes)
+            return _laid_out_as(_apply_scale(v, row_scale(rows, view, dims, magnitude, blocked=True), axes), v)
         norms = norm(view, dims, blocked=True)
         factor = plain_scale(rows, norms, magnitude) if v.device.type == "cpu" and v.numel() else None
         if factor is not None:
             low, high = torch.aminmax(norms)
             squarable = low.item() > 2.0**-50 and high.item() < 2.0**50
             ctx.save_for_backward(g, v, norms if squarable else None)
-            return (v * axes.spread(factor, v)).to(v.dtype)
+            return _laid_out_as((v * axes.spread(factor, v)).to(v.dtype), v)
         ctx.save_for_backward(g, v, None)
         scale = RowScale(snapped_quotient(rows, norms, wide_dtype(v), magnitude), None)
-        return _apply_scale(v, scale, axes)
+        return _laid_out_as(_apply_scale(v, scale, axes), v)
 
     @staticmethod
     def backward(ctx: Any, grad_w: Tensor) -> tuple[Tensor | None, ...]:
@@ -274,6 +274,11 @@ class _Compose(torch.autograd.Function):
             grad_g, grad_v = _plain_gradients(grad_w, g, v, norms.float(), ctx.axes, ctx.magnitude)
         want_g, want_v = ctx.needs_input_grad[:2]
         return grad_g if want_g else None, grad_v if want_v else None, None, None
+
+
+def _laid_out_as(w: Tensor, v: Tensor) -> Tensor:
+    """w with v's strides: broadcasting g over a permuted v may have chosen others."""
+    return w if w.stride() == v.stride() else torch.empty_like(v).copy_(w)
 
 
 def _apply_scale(v: Tensor, scale: RowScale, axes: Axes) -> Tensor:
@@ -326,8 +331,9 @@ def _gradients(grad_w: Tensor, g: Tensor, v: Tensor, axes: Axes, magnitude: str)
     product = upstream.to(work) * unit
     radial = product.sum(dims, keepdim=True) if dims else product
     tangential = upstream.to(work) - radial * unit
-    grad_v = (size / norms).to(work) * tangential
-    grad_g = radial * size.to(work) if magnitude == "log" else radial
+    ratio = size / norms
+    grad_v = (ratio if bool((ratio.detach().abs() > 2.0**100).any()) else ratio.to(work)) * tangential
+    grad_g = radial * size if magnitude == "log" else radial
     if axes.groups > 1:
         grad_v = grad_v.reshape(v.shape)
     return grad_g.to(g.dtype).reshape(g.shape), grad_v.to(v.dtype)

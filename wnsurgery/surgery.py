@@ -126,7 +126,7 @@ def is_weight_normed(model: nn.Module) -> bool:
     >>> is_weight_normed(apply_weight_norm(nn.Linear(3, 2)))
     True
     """
-    return any(slot.form in _WEIGHT_NORM for slot in slots(model))
+    return any(slot.form in _WEIGHT_NORM or _is_stacked(slot) for slot in slots(model))
 
 
 def fold_weight_norm(model: M) -> M:
@@ -150,7 +150,7 @@ def fold_weight_norm(model: M) -> M:
     _refuse_wrapped(model)
     found = [slot for slot in slots(model) if slot.form in _WEIGHT_NORM]
     for slot in slots(model):
-        if slot.form == "other" and _is_stacked(slot):
+        if _is_stacked(slot):
             raise PairError(f"{slot.fqn}: another parametrization is stacked on its weight norm; remove that first")
     with _plain_grad_mode():
         folded: dict[tuple[int, int], nn.Parameter] = {}
@@ -197,6 +197,9 @@ def _rule_of(slot: Slot) -> tuple[Axes | None, Magnitude]:
 
 
 def _is_stacked(slot: Slot) -> bool:
+    """Whether a weight is under weight norm and something else on top of it."""
+    if slot.form != "other":
+        return False
     entry: Any = slot.module._modules["parametrizations"]._modules[slot.parameter]  # type: ignore[union-attr]
     kinds = [type(m).__name__ for m in entry._modules.values()]
     return len(kinds) > 1 and any(k in ("WeightNorm", "_WeightNorm") for k in kinds)
