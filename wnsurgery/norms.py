@@ -141,7 +141,9 @@ def snapped_quotient(g: Tensor, norms: Tensor, wide: torch.dtype, magnitude: str
     quotient = torch.where(zero, torch.zeros_like(quotient), quotient)
     if wide == torch.float64:
         narrow = quotient.abs().clamp(2.0**-120, 2.0**120) == quotient.abs()
-        narrow &= size.abs() < _large(torch.float32)  # a quotient rounded up would take the largest g to infinity
+        narrow = narrow & (
+            size.abs() < _large(torch.float32)
+        )  # a quotient rounded up would take the largest g to infinity
         quotient = torch.where(narrow, quotient.float().to(wide), quotient)
     stored = torch.promote_types(g.dtype, torch.float32)
     slack = 2.0**-40 if wide == torch.float64 else 2.0**-22
