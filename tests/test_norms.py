@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from decimal import Decimal, localcontext
@@ -130,6 +131,21 @@ def test_gradients_are_finite_for_every_finite_row(dtype: torch.dtype) -> None:
         for second in (False, True):
             for gradient in torch.autograd.grad(compose(g, v, axes), (g, v), upstream, create_graph=second):
                 assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_have_no_radial_part(dtype: torch.dtype) -> None:
+    """dL/dv is perpendicular to v whatever ||v|| and g: for rows of one element it is zero, to rounding."""
+    for size, magnitude in itertools.product(range(-30, 31, 3), range(-24, 25, 3)):
+        v = torch.tensor([[1.7 * 10.0**size], [-2.9 * 10.0**size]], dtype=dtype, requires_grad=True)
+        g = torch.full((2, 1), 1.3 * 10.0**magnitude, requires_grad=True)
+        ratio = g.detach().double() / v.detach().double().abs()
+        if ratio.max() > 1e30 or ratio.min() < 1e-30:
+            continue
+        upstream = torch.tensor([[0.7], [0.9]]).to(dtype)
+        dg, dv = torch.autograd.grad(compose(g, v), (g, v), upstream)
+        assert torch.allclose(dg, upstream.float() * v.sign(), rtol=1e-6)
+        assert (dv.double().abs() <= 1e-6 * ratio).all(), (size, magnitude)
 
 
 def test_a_ratio_beyond_float32_does_not_turn_the_gradient_into_nan() -> None:

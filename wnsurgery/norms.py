@@ -119,7 +119,7 @@ def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> Tensor | None:
         return None
     factor = torch.div(g.to(norms.dtype).exp() if magnitude == "log" else g, norms).float()
     low, high = torch.aminmax(factor.abs())
-    if not (low.item() >= 2.0**-100 and high.item() <= 2.0**100):
+    if not (low.item() >= 2.0**-60 and high.item() <= 2.0**60):
         return None
     if (factor - 1).abs_().min().item() > (2.0**-12 if magnitude == "log" else 2.0**-21):
         return factor

@@ -258,7 +258,7 @@ class _Compose(torch.autograd.Function):
         factor = plain_scale(rows, norms, magnitude) if v.device.type == "cpu" and v.numel() else None
         if factor is not None:
             low, high = torch.aminmax(norms)
-            squarable = low.item() > 2.0**-50 and high.item() < 2.0**50
+            squarable = low.item() > 2.0**-30 and high.item() < 2.0**30
             ctx.save_for_backward(g, v, norms if squarable else None)
             return _laid_out_as((v * axes.spread(factor, v)).to(v.dtype), v)
         ctx.save_for_backward(g, v, None)
