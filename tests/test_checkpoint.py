@@ -264,8 +264,8 @@ def test_convert_then_fold_restores_every_bit(dtype, layout, magnitude):
     before = copy.deepcopy(sd)
     report = convert_state(sd, layout=layout, magnitude=magnitude)
     assert [s.name for s in report.converted] == ["a.weight", "c.weight"]
-    assert len(sd) == 5
-    fold_state(sd, magnitude=magnitude)
+    assert len(sd) == (5 if magnitude == "linear" else 7)
+    fold_state(sd)
     assert list(sd) == list(before)
     assert all(torch.equal(bits(sd[k]), bits(before[k])) for k in sd)
 
@@ -480,3 +480,36 @@ def test_every_layout_translates_into_every_other(source, target):
     want(torch.zeros(1, 5))
     assert torch.allclose(want.weight, have.weight, rtol=5e-7, atol=0)
     assert torch.equal(want.bias, have.bias)
+
+
+# Log-scale -----------------------------------------------------------------------------------------------
+
+
+def test_log_scale_is_told_by_the_file_in_both_layouts():
+    """A pair that stores s = log g says so: it folds, re-keys and folds again without being told."""
+    w = seeded(lambda: torch.randn(4, 3))
+    sd = {"a.weight": w.clone()}
+    convert_state(sd, magnitude="log")
+    assert list(sd) == [
+        "a.parametrizations.weight.original0",
+        "a.parametrizations.weight.original1",
+        "a.parametrizations.weight.0.log_scale",
+    ]
+    convert_state(sd, layout="legacy")
+    assert list(sd) == ["a.weight_g", "a.weight_v", "a.weight_log_scale"]
+    convert_state(sd, layout="parametrized")
+    fold_state(sd)
+    assert list(sd) == ["a.weight"] and torch.equal(bits(sd["a.weight"]), bits(w))
+
+
+def test_unmarked_logarithms_are_folded_when_told():
+    """A file of another program may store log g without a mark: `magnitude` says so, and re-keying adds the mark."""
+    g, v = torch.tensor([[-1.0], [2.0]]), torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    expected = g.exp() * v / v.norm(dim=1, keepdim=True)
+    sd = {"weight_g": g, "weight_v": v}
+    fold_state(sd, magnitude="log")
+    assert torch.allclose(sd["weight"], expected, rtol=1e-6)
+    sd = {"weight_g": g, "weight_v": v}
+    convert_state(sd, magnitude="log")
+    fold_state(sd)
+    assert torch.allclose(sd["weight"], expected, rtol=1e-6)

@@ -508,9 +508,9 @@ def test_linear_and_log_magnitudes_are_not_confused(nets, stored, model):
     def arch():
         return apply_weight_norm(plain_net().requires_grad_(True), magnitude=model)
 
-    loaded = load_model("sd.pt", arch=arch, magnitude="log" if stored == "log" else "linear")
+    loaded = load_model("sd.pt", arch=arch)
     assert torch.allclose(loaded[0].weight, w, rtol=1e-6, atol=0)
-    folded = fold_checkpoint("sd.pt", "f.pt", magnitude="log" if stored == "log" else "linear")
+    folded = fold_checkpoint("sd.pt", "f.pt")
     assert len(folded.folded) == (0 if stored == "plain" else 3)
     assert torch.equal(load_tensors("f.pt")["0.weight"], w)
 
@@ -608,7 +608,7 @@ def test_data_dependent_init_through_files(nets, whole, layout):
         report = convert_checkpoint("in.pt", "wn.pt", arch=arch, init="data", data=batch, **options)
         assert len(report.initialisation.initialised) == 3
         assert "initialised" in str(report)
-        net = load_model("wn.pt", arch=arch, **({} if whole else {"magnitude": magnitude}))
+        net = load_model("wn.pt", arch=arch)
         y = net[0](batch)
         assert y.mean((0, 2)).abs().max() < 1e-4
         assert (y.std((0, 2), unbiased=False) - 1).abs().max() < 1e-3

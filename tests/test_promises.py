@@ -280,7 +280,7 @@ def test_old_files_load_into_log_scale() -> None:
     assert torch.allclose(ours(x), old(x), atol=1e-6)
     with torch.no_grad():
         old.weight_g[0] = -1
-    with pytest.raises(wn.PairError, match="weight_g"):
+    with pytest.raises(wn.PairError, match="weight: a negative"):
         ours.load_state_dict(old.state_dict())
 
 
@@ -564,3 +564,22 @@ def test_attributes_on_parameters_survive() -> None:
     wn.apply_weight_norm(layer)
     assert layer.parametrizations.weight.original1.decay is False  # type: ignore[union-attr]
     assert wn.fold_weight_norm(layer).weight.decay is False  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("stored", ["linear", "log"])
+@pytest.mark.parametrize("model", ["linear", "log"])
+def test_a_live_model_reads_either_magnitude(stored: str, model: str) -> None:
+    """load_state_dict tells g from log g by the file's own mark, whichever the model trains."""
+    source = wn.apply_weight_norm(nn.Linear(3, 4), magnitude=stored)  # type: ignore[arg-type]
+    target = wn.apply_weight_norm(nn.Linear(3, 4), magnitude=model)  # type: ignore[arg-type]
+    target.load_state_dict(source.state_dict())
+    assert torch.allclose(target.weight, source.weight, rtol=1e-6, atol=0)
+    if stored == model:
+        assert same_bits(target.weight, source.weight)
+
+
+def test_a_log_scale_state_dict_does_not_pass_for_a_linear_one() -> None:
+    """torch's own weight norm knows only g: loading log g into it is an error, not another function."""
+    ours = wn.apply_weight_norm(nn.Linear(3, 4), magnitude="log")
+    with pytest.raises(RuntimeError, match="log_scale"):
+        parametrizations.weight_norm(nn.Linear(3, 4)).load_state_dict(ours.state_dict())

@@ -124,6 +124,7 @@ class Step:
         sources, targets: keys in its state dict that go and that come, magnitude before direction.
         axes: the kept axes.
         shape, dtype: of the weight.
+        log: whether the pair says, or is to say, that it stores the logarithm of g.
     """
 
     action: Action
@@ -133,6 +134,7 @@ class Step:
     axes: Axes
     shape: tuple[int, ...]
     dtype: str
+    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,24 +191,28 @@ class CheckpointReport:
 def run_step(step: Step, tensors: Sequence[Tensor], magnitude: Magnitude = "linear") -> tuple[Tensor, ...]:
     """Carry out one step on the tensors of its sources; returns the tensors of its targets.
 
+    `magnitude` is how g is stored in pairs that do not say.
+
     Raises NonFiniteWeightError or PairError, naming the weight.
     """
+    mark = (torch.ones((), dtype=torch.bool),) if step.log else ()
     if step.action == "rekeyed":
-        return tuple(tensors)
+        return (*tensors[:2], *mark)
     made: tuple[Tensor, ...]
     try:
         with torch.no_grad():
             if step.action == "folded":
-                g, v = tensors
-                made = (compose(g.detach(), v.detach(), step.axes, magnitude=magnitude),)
+                g, v = tensors[:2]
+                stored: Magnitude = "log" if step.log else magnitude
+                made, mark = (compose(g.detach(), v.detach(), step.axes, magnitude=stored),), ()
             else:
                 made = decompose(tensors[0].detach(), step.axes, magnitude=magnitude)
     except (NonFiniteWeightError, PairError) as error:
         raise type(error)(f"{printable(step.name)}: {error.message}", hint=error.hint) from error
-    if not isinstance(tensors[-1], nn.Parameter):
-        return made
+    if not isinstance(tensors[min(1, len(tensors) - 1)], nn.Parameter):
+        return (*made, *mark)
     trained = any(t.requires_grad for t in tensors)
-    return tuple(nn.Parameter(t, requires_grad=trained) for t in made)
+    return (*(nn.Parameter(t, requires_grad=trained) for t in made), *mark)
 
 
 def plan_fold(state: StateDict) -> tuple[list[Step], list[Skip]]:
@@ -221,21 +227,23 @@ def plan_fold(state: StateDict) -> tuple[list[Step], list[Skip]]:
     return steps, [Skip(state.full(k), tuple(tensors[k].shape), reason) for k, reason in found.left]
 
 
-def plan_convert(state: StateDict, choose: Choice, layout: Layout) -> tuple[list[Step], list[Skip]]:
+def plan_convert(
+    state: StateDict, choose: Choice, layout: Layout, magnitude: Magnitude = "linear"
+) -> tuple[list[Step], list[Skip]]:
     """The steps that bring the chosen weights of one state dict under weight norm in the given layout.
 
     Pairs already there are re-keyed. Every other tensor of 2 or more dimensions is skipped with a reason.
     """
     tensors, steps, skipped = state.tensors, list[Step](), list[Skip]()
     found = _found(state)
-    halves = {key: pair for pair in found.pairs for key in (pair.g_key, pair.v_key)}
-    left = dict(found.left)
+    halves = {key: pair for pair in found.pairs for key in pair.keys}
+    left, log = dict(found.left), magnitude == "log"
     for key, tensor in tensors.items():
         shape = tuple(tensor.shape)
         pair = halves.get(key)
         if pair is not None:
             if key == pair.v_key:
-                _convert_pair(state, pair, layout, choose, steps, skipped)
+                _convert_pair(state, pair, pair.named(layout, log=pair.log or log), choose, steps, skipped)
         elif key in left:
             skipped.append(Skip(state.full(key), shape, left[key]))
         elif tensor.ndim >= 2:
@@ -243,28 +251,27 @@ def plan_convert(state: StateDict, choose: Choice, layout: Layout) -> tuple[list
             if isinstance(verdict, str):
                 skipped.append(Skip(state.full(key), shape, verdict))
             else:
-                target = pair_of(key, layout)
-                keys = (target.g_key, target.v_key)
-                name, kind = state.full(key), _dtype_name(tensor)
-                steps.append(Step("converted", name, (key,), keys, verdict.check(shape), shape, kind))
+                keys, kind = pair_of(key, layout, log=log).keys, _dtype_name(tensor)
+                steps.append(Step("converted", state.full(key), (key,), keys, verdict.check(shape), shape, kind, log))
     _refuse_collisions(state, steps)
     return steps, skipped
 
 
 def _convert_pair(
-    state: StateDict, pair: Pair, layout: Layout, choose: Choice, steps: list[Step], skipped: list[Skip]
+    state: StateDict, pair: Pair, target: Pair, choose: Choice, steps: list[Step], skipped: list[Skip]
 ) -> None:
     shape, name = tuple(state.entries[pair.v_key].shape), state.full(pair.plain_key)
-    if pair.layout == layout:
-        skipped.append(Skip(name, shape, f"already under weight norm ({layout})"))
+    if pair.layout == target.layout:
+        skipped.append(Skip(name, shape, f"already under weight norm ({pair.layout})"))
     elif not choose.wants(state, pair.plain_key):
         skipped.append(Skip(name, shape, f"under weight norm ({pair.layout}), not selected"))
     else:
-        target = pair.named(layout)
-        steps.append(_pair_step("rekeyed", state, pair, (target.g_key, target.v_key)))
+        steps.append(_pair_step("rekeyed", state, pair, target.keys, log=target.log))
 
 
-def _pair_step(action: Action, state: StateDict, pair: Pair, targets: tuple[str, ...]) -> Step:
+def _pair_step(
+    action: Action, state: StateDict, pair: Pair, targets: tuple[str, ...], *, log: bool | None = None
+) -> Step:
     g, v = state.entries[pair.g_key], state.entries[pair.v_key]
     name = state.full(pair.plain_key)
     if action == "folded":
@@ -272,7 +279,8 @@ def _pair_step(action: Action, state: StateDict, pair: Pair, targets: tuple[str,
         if reason:
             raise PairError(f"{printable(name)}: its pair cannot be folded ({reason})")
     axes = Axes.of_pair(g.shape, v.shape)
-    return Step(action, name, (pair.g_key, pair.v_key), targets, axes, tuple(v.shape), _dtype_name(v))
+    marked = pair.log if log is None else log
+    return Step(action, name, pair.keys, targets, axes, tuple(v.shape), _dtype_name(v), marked)
 
 
 def _found(state: StateDict) -> Found:
@@ -456,7 +464,7 @@ def _beginnings(name: str) -> Iterator[str]:
 
 def _weight_names(state: StateDict) -> Iterator[tuple[str, str]]:
     """(plain key, path) of every tensor of 2 or more dimensions, pairs under the name they fold to."""
-    halves = {key: pair.plain_key for pair in _found(state).pairs for key in (pair.g_key, pair.v_key)}
+    halves = {key: pair.plain_key for pair in _found(state).pairs for key in pair.keys[:2]}
     for key, tensor in state.tensors.items():
         if tensor.ndim >= 2 or key in halves:
             yield halves.get(key, key), state.path
@@ -515,7 +523,7 @@ def convert_state(
     if isinstance(choose, ByName):
         choose.check(state_dicts(content))
     plan = _with_ties(choose)
-    return _carry_out(content, lambda s: plan_convert(s, plan, layout), magnitude, choose.assumptions)
+    return _carry_out(content, lambda s: plan_convert(s, plan, layout, magnitude), magnitude, choose.assumptions)
 
 
 Planner = Callable[[StateDict], tuple[list[Step], list[Skip]]]
@@ -622,7 +630,7 @@ class _Tied(Choice):
 def plain_keys(state: StateDict) -> tuple[str, ...]:
     """The keys a state dict would have with every pair folded."""
     pairs = {pair.g_key: pair.plain_key for pair in _found(state).pairs}
-    halves = {pair.v_key for pair in _found(state).pairs}
+    halves = {key for pair in _found(state).pairs for key in pair.keys[1:]}
     return tuple(pairs.get(key, key) for key in state.tensors if key not in halves)
 
 
@@ -640,33 +648,38 @@ def translate(
     {'weight': tensor([[3., 4.]])}
 
     Args:
-        magnitude: how `state` stores g.
-        wanted: how `template` stores g, by plain key; default as `state` does.
+        magnitude: how `state` stores g in pairs that do not say.
+        wanted: how `template` stores g, by plain key; default: as its own keys say.
 
     Keys the template does not know pass unchanged, so that a strict load can name them. Raises PairError for a weight
     that does not fit its pair in the template.
     """
     targets = {pair.plain_key: pair for pair in _found(template).pairs}
-    halves = {key: pair for pair in _found(state).pairs for key in (pair.g_key, pair.v_key)}
+    halves = {key: pair for pair in _found(state).pairs for key in pair.keys}
     out: dict[str, Tensor] = {}
     for key, tensor in state.tensors.items():
         pair = halves.get(key)
-        target = targets.get(pair.plain_key if pair else key)
-        asked = (wanted or {}).get(target.plain_key, magnitude) if target else magnitude
         if pair is not None and key != pair.v_key:
             continue
-        if pair is not None and target is not None and asked == magnitude:
-            out[target.g_key], out[target.v_key] = state.entries[pair.g_key], tensor
-            continue
-        name, plain = key, tensor
-        if pair is not None:
-            step = _pair_step("folded", state, pair, (pair.plain_key,))
-            name, (plain,) = pair.plain_key, run_step(step, (state.entries[pair.g_key], tensor), magnitude)
+        target = targets.get(pair.plain_key if pair else key)
+        stored: Magnitude = "log" if pair and pair.log else magnitude
         if target is None:
+            name, plain = _folded(state, pair, magnitude) if pair else (key, tensor)
             out[name] = plain
+            continue
+        asked = (wanted or {}).get(target.plain_key, "log" if target.log else stored)
+        if pair is not None and asked == stored:
+            halves_of = (state.entries[pair.g_key], tensor)
         else:
-            out[target.g_key], out[target.v_key] = _split_like(template, target, plain, asked)
+            plain = _folded(state, pair, magnitude)[1] if pair else tensor
+            halves_of = _split_like(template, target, plain, asked)
+        out.update(zip(target.keys, (*halves_of, torch.ones((), dtype=torch.bool)), strict=False))
     return out
+
+
+def _folded(state: StateDict, pair: Pair, magnitude: Magnitude) -> tuple[str, Tensor]:
+    step = _pair_step("folded", state, pair, (pair.plain_key,))
+    return pair.plain_key, run_step(step, [state.entries[key] for key in pair.keys], magnitude)[0]
 
 
 def _split_like(template: StateDict, target: Pair, plain: Tensor, magnitude: Magnitude) -> tuple[Tensor, Tensor]:

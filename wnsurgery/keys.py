@@ -4,6 +4,9 @@
     legacy         P.NAME_g                                P.NAME_v
     plain          P.NAME
 
+A pair that stores the logarithm of g (g = e^s) has a third entry, P.parametrizations.NAME.0.log_scale or
+P.NAME_log_scale, so that a file tells, and a model that knows only the linear g refuses it.
+
 Other things use the same spellings: hook-based spectral norm writes `weight_v` (with `weight_u`,
 `weight_orig`), other parametrizations write `original0` and `original1`, some attention layers own a
 `weight_q`, `weight_k`, `weight_v`. What is clearly not weight norm is left alone with a reason; what is clearly broken
@@ -29,6 +32,7 @@ _STEM = re.compile(r"(?:(?P<prefix>.+)\.)?parametrizations\.(?P<name>[^.]+)\.(?P
 _HALF = re.compile(r"(?:(?P<prefix>.*)\.)?(?P<name>[^.]+)_(?P<half>[gv])", re.DOTALL)
 _SIBLING = re.compile(r"(?P<stem>.+)_(?:[a-fh-uw-z]|orig|bar)", re.DOTALL)
 _WEIGHT_NAME = re.compile(r"weight(?:_(?:ih|hh|hr)(?:_l\d+)?(?:_reverse)?)?|in_proj_weight|[qkv]_proj_weight")
+_MARK = "0.log_scale"
 _LOOKUP_NAME = re.compile(r"embed|(?:^|[._])(?:emb|wte|wpe)(?:[._]|$)", re.IGNORECASE)
 
 
@@ -45,11 +49,13 @@ class Pair:
         prefix: qualified name of the module, "" at the root.
         name: the tensor's name ("weight", "weight_hh_l0", "h_mat").
         layout: how the two halves are named.
+        log: whether the state dict says that it stores the logarithm of g.
     """
 
     prefix: str
     name: str
     layout: Layout
+    log: bool = False
 
     @property
     def plain_key(self) -> str:
@@ -66,9 +72,20 @@ class Pair:
         """Key of the direction."""
         return self._join(f"{self.name}_v" if self.layout == "legacy" else f"parametrizations.{self.name}.original1")
 
-    def named(self, layout: Layout) -> Pair:
+    @property
+    def mark_key(self) -> str:
+        """Key of the entry that says that g is stored as its logarithm."""
+        legacy = f"{self.name}_log_scale"
+        return self._join(legacy if self.layout == "legacy" else f"parametrizations.{self.name}.{_MARK}")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every key of the pair, magnitude and direction first."""
+        return (self.g_key, self.v_key, *((self.mark_key,) if self.log else ()))
+
+    def named(self, layout: Layout, *, log: bool = False) -> Pair:
         """The same pair in another layout."""
-        return replace(self, layout=layout)
+        return replace(self, layout=layout, log=log)
 
     def _join(self, tail: str) -> str:
         return f"{self.prefix}.{tail}" if self.prefix else tail
@@ -82,14 +99,14 @@ class Found:
     left: tuple[tuple[str, str], ...]
 
 
-def pair_of(plain_key: str, layout: Layout) -> Pair:
+def pair_of(plain_key: str, layout: Layout, *, log: bool = False) -> Pair:
     """The pair a plain weight becomes.
 
     >>> pair_of("rnn.weight_hh_l0", "legacy").v_key
     'rnn.weight_hh_l0_v'
     """
     prefix, _, name = plain_key.rpartition(".")
-    return Pair(prefix, name, layout)
+    return Pair(prefix, name, layout, log)
 
 
 def is_weight_name(key: str) -> bool:
@@ -172,16 +189,18 @@ def _legacy_halves(keys: Iterable[str]) -> dict[Pair, list[str]]:
 
 def _parametrized_verdict(pair: Pair, tails: list[str], shapes: Mapping[str, Shape], fits: Fits) -> Verdict:
     stem = pair.g_key.removesuffix("original0")
-    if set(tails) == {"original0", "original1"}:
+    log = _MARK in tails
+    if set(tails) - {_MARK} == {"original0", "original1"}:
         if pair.plain_key in shapes:
             raise _stale(pair)
         g, v = shapes[pair.g_key], shapes[pair.v_key]
         if _is_ours(g, v, fits):
-            return pair
+            return replace(pair, log=log)
         if _is_ours(v, g, fits) or _is_broken_magnitude(g, v):
             raise _misfit(pair, g, v, fits)
-    elif set(tails) in ({"original0"}, {"original1"}):
-        raise _orphan(f"{stem}{tails[0]}", pair.v_key if tails == ["original0"] else pair.g_key)
+    elif set(tails) - {_MARK} in ({"original0"}, {"original1"}):
+        magnitude = "original0" in tails
+        raise _orphan(pair.g_key if magnitude else pair.v_key, pair.v_key if magnitude else pair.g_key)
     return [(f"{stem}{tail}", "another parametrization, not weight norm") for tail in tails]
 
 
@@ -198,7 +217,7 @@ def _legacy_verdict(pair: Pair, keys: list[str], shapes: Mapping[str, Shape], fi
     g, v = shapes[pair.g_key], shapes[pair.v_key]
     if _is_ours(g, v, fits) and (certain or len(v) >= 2 or pair.name == "bias"):
         if pair.plain_key not in shapes:
-            return pair
+            return replace(pair, log=pair.mark_key in shapes)
         if certain:
             raise _stale(pair)
     elif certain:

@@ -354,14 +354,16 @@ def _load_any_layout(
 
 
 def _to_own_layout(state_dict: dict[str, Any], plain: str, own: str, entry: WeightNormList) -> None:
-    if f"{own}0" in state_dict or f"{own}1" in state_dict:
-        return
+    """Rename, split or rescale what a state dict holds for one weight, so that it is this pair's."""
     rule: Any = entry._modules["0"]
-    for mine, theirs in ((f"{own}0", f"{plain}_g"), (f"{own}1", f"{plain}_v")):
-        if theirs in state_dict:
-            state_dict[mine] = state_dict.pop(theirs)
-            if mine.endswith("0") and rule.magnitude == "log":  # old files hold g itself
-                state_dict[mine] = _logarithm(state_dict[mine], theirs)
+    mark = f"{own.removesuffix('original')}0.log_scale"
+    if f"{plain}_log_scale" in state_dict:
+        state_dict[mark] = state_dict.pop(f"{plain}_log_scale")
+    stored = "log" if mark in state_dict else "linear"
+    if f"{own}0" not in state_dict and f"{own}1" not in state_dict:
+        for mine, theirs in ((f"{own}0", f"{plain}_g"), (f"{own}1", f"{plain}_v")):
+            if theirs in state_dict:
+                state_dict[mine] = state_dict.pop(theirs)
     if plain in state_dict and f"{own}0" not in state_dict:
         weight, (g, v) = state_dict.pop(plain), entry._pair()
         if isinstance(weight, Tensor) and weight.shape == v.shape and not weight.is_meta:
@@ -371,9 +373,17 @@ def _to_own_layout(state_dict: dict[str, Any], plain: str, own: str, entry: Weig
                 raise NonFiniteWeightError(f"{plain}: {error.message}") from error
         else:  # let torch name the shape that does not fit
             state_dict[f"{own}0"], state_dict[f"{own}1"] = g, weight
+        stored = rule.magnitude
+    held = state_dict.get(f"{own}0")
+    if isinstance(held, Tensor) and stored != rule.magnitude:
+        state_dict[f"{own}0"] = _logarithm(held, plain) if rule.magnitude == "log" else held.double().exp().to(held.dtype)
+    if rule.magnitude != "log":
+        state_dict.pop(mark, None)
+    elif f"{own}0" in state_dict:
+        state_dict.setdefault(mark, rule.log_scale)
 
 
 def _logarithm(g: Tensor, key: str) -> Tensor:
-    if bool((g < 0).any()):
+    if not g.is_meta and bool((g < 0).any()):
         raise PairError(f"{key}: a negative magnitude has no logarithm; load it into a linear one")
     return torch.where(g == 0, torch.full_like(g, ZERO_LOG), g.log())

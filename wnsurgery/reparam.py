@@ -350,7 +350,8 @@ class WeightNorm(nn.Module):
 
     Args:
         axes: kept axes of the weight.
-        magnitude: "linear" (original0 is g) or "log" (original0 is s with g = e^s).
+        magnitude: "linear" (original0 is g) or "log" (original0 is s with g = e^s; a buffer `log_scale` then says so
+            in every state dict, and a model that knows only the linear g does not take it by mistake).
         magnitude_dtype: type of g; None for float32 (float64 for float64 weights).
     """
 
@@ -359,6 +360,8 @@ class WeightNorm(nn.Module):
         self.axes = axes
         self.magnitude: Magnitude = magnitude
         self.magnitude_dtype = magnitude_dtype
+        if magnitude == "log":
+            self.register_buffer("log_scale", torch.ones((), dtype=torch.bool))
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         return compose(g, v, self.axes, magnitude=self.magnitude)
