@@ -270,7 +270,17 @@ def test_an_architecture_nobody_needs_is_an_error(model: nn.Module, files: dict[
 
 
 def test_inputs_that_do_not_fit_are_named(model: nn.Module, files: dict[str, Path]) -> None:
-    """A side that cannot take the inputs fails the comparison with its reason."""
-    report = verify(model, files["graph"], torch.randn(2, 3, 9))
+    """Inputs that neither side takes are an error of the caller's; where one side takes them, the sides differ."""
+    with pytest.raises(InputError, match=r"fit neither side: .*mat1.*2x3x8"):
+        verify(model, files["graph"], torch.randn(2, 3, 9))
+    report = verify(nn.Identity(), files["graph"], torch.randn(2, 3, 9))
     assert not report.ok
     assert any("does not run on these inputs" in p and "2x3x8" in p for p in report.problems)
+
+
+def test_nan_weights_prove_nothing(tmp_path: Path) -> None:
+    """A file with NaN in a weight does not pass for equal to itself."""
+    torch.save({"w": torch.tensor([[1.0, float("nan")]])}, tmp_path / "a.pt")
+    report = verify(tmp_path / "a.pt", tmp_path / "a.pt")
+    assert not report.ok
+    assert "NaN on both sides" in report.problems[0]

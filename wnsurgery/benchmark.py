@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from wnsurgery.errors import InputError
+from wnsurgery.errors import InputError, first_line
 from wnsurgery.plan import Plan, plan_weight_norm
 from wnsurgery.surgery import apply_weight_norm, fold_weight_norm
 
@@ -67,7 +67,8 @@ def bench(model: nn.Module, inputs: Any, *, repeats: int = 20) -> BenchReport:
         inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
         repeats: rounds; medians and quartiles are over these.
 
-    Raises InputError when the output holds no floating-point tensor to differentiate.
+    Raises InputError when the net does not run on these inputs, or its output holds no floating-point tensor to
+    differentiate.
     """
     plain = fold_weight_norm(copy.deepcopy(model))
     ours = apply_weight_norm(copy.deepcopy(plain))
@@ -77,6 +78,7 @@ def bench(model: nn.Module, inputs: Any, *, repeats: int = 20) -> BenchReport:
         "ours": ours,
         "folded": fold_weight_norm(copy.deepcopy(ours)),
     }
+    _try(plain, inputs)
     rows: list[BenchRow] = []
     for work, make in (("train step", _train_step), ("evaluation", _evaluation)):
         samples = _interleaved({name: make(net, inputs) for name, net in variants.items()}, repeats)
@@ -85,6 +87,18 @@ def bench(model: nn.Module, inputs: Any, *, repeats: int = 20) -> BenchReport:
             low, _, high = statistics.quantiles(ratios, n=4)
             rows.append(BenchRow(work, name, statistics.median(times) * 1e3, statistics.median(ratios), low, high))
     return BenchReport(tuple(rows), repeats, torch.get_num_threads())
+
+
+def _try(model: nn.Module, inputs: Any) -> None:
+    """Say in one line what is wrong with inputs that do not fit, before anything is timed."""
+    model.train()
+    try:
+        loss = _loss(_call(model, inputs))
+    except InputError:
+        raise
+    except Exception as error:  # models raise what they like
+        raise InputError(f"{type(model).__name__} does not run on these inputs: {first_line(error)}") from error
+    loss.backward()  # type: ignore[no-untyped-call]
 
 
 def _interleaved(work: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:

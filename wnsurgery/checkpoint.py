@@ -699,7 +699,7 @@ def _split_like(template: StateDict, target: Pair, plain: Tensor, magnitude: Mag
 
 def _table(report: CheckpointReport) -> str:
     counts = ", ".join(f"{len(report.named(a))} {a}" for a in ("folded", "converted", "rekeyed") if report.named(a))
-    lines = [counts or "0 weights changed: no pairs to fold, nothing to convert"]
+    lines = [counts or "0 weights changed"]
     rows = [(s.action, printable(s.name), _by(s.shape), _kept(s.axes), s.dtype) for s in report.steps]
     lines += _columns([("", "weight", "shape", "kept", "type"), *rows]) if rows else []
     if report.skipped:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import sys
@@ -63,6 +65,14 @@ _feeding = _options(
         "--input-shape", multiple=True, metavar="1x3x32x32[:DTYPE]", help="Random input of this shape; repeat."
     ),
 )
+_stored = click.option(
+    "--magnitude",
+    type=click.Choice(["linear", "log"]),
+    default="linear",
+    show_default=True,
+    help="What pairs of a state dict store that do not say: g, or s with g = e^s.",
+)
+_entry = click.option("--entry", metavar="PATH", help="Which state dict of MODEL to take, where several fit: ema.")
 _model = click.argument("model", type=click.Path(path_type=Path))
 
 
@@ -143,13 +153,7 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
 @_writing
 @_in_place
 @_loading
-@click.option(
-    "--magnitude",
-    type=click.Choice(["linear", "log"]),
-    default="linear",
-    show_default=True,
-    help="What a state dict stores: g, or s with g = e^s.",
-)
+@_stored
 @click.option("--dry-run", is_flag=True, help="Show what would change and write nothing.")
 @_common
 def fold(model: Path, as_json: bool, **options: Any) -> None:
@@ -183,6 +187,8 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
 @_model
 @_writing
 @_loading
+@_entry
+@_stored
 @_feeding
 @click.option("--opset", type=int, help="ONNX opset; default: the exporter's.")
 @click.option("--dynamic", is_flag=True, help="Let the first axis of every input vary.")
@@ -202,7 +208,7 @@ def export(model: Path, as_json: bool, **options: Any) -> None:
     inputs = _inputs(options.pop("input_file"), options.pop("input_shape"))
     if inputs is None:
         raise SelectionError("export needs inputs", hint="--input-shape 1x3x32x32 or --input FILE")
-    module = load_model(model, arch=options.pop("arch"), trust_pickle=options.pop("trust_pickle"))
+    module = load_model(model, **{name: options.pop(name) for name in ("arch", "trust_pickle", "entry", "magnitude")})
     with working(f"exporting {model}"):
         report = export_onnx(module, inputs, output, **options)
     show(report, as_json=as_json)
@@ -236,6 +242,7 @@ def run(model: Path, input_file: Path, output: Path, provider: str, force: bool,
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @_loading
+@_stored
 @_feeding
 @click.option("--rtol", type=float, help="Relative tolerance on outputs; default: by type.")
 @click.option("--atol", type=float, help="Absolute tolerance on outputs; default: by type.")
@@ -263,6 +270,7 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
 @cli.command()
 @_model
 @_loading
+@_stored
 @_common
 def inspect(model: Path, as_json: bool, **options: Any) -> None:
     """List the weights of MODEL: layout, shape, kept axes, g and ||v||, and what is not normalized and why.
@@ -279,6 +287,8 @@ def inspect(model: Path, as_json: bool, **options: Any) -> None:
 @cli.command()
 @_model
 @_loading
+@_entry
+@_stored
 @_feeding
 @click.option("--repeats", type=click.IntRange(min=3), default=20, show_default=True, help="Interleaved repeats.")
 @_common
@@ -295,7 +305,7 @@ def bench(model: Path, as_json: bool, **options: Any) -> None:
     inputs = _inputs(options.pop("input_file"), options.pop("input_shape"))
     if inputs is None:
         raise SelectionError("bench needs inputs", hint="--input-shape 16x3x32x32 or --input FILE")
-    module = load_model(model, arch=options.pop("arch"), trust_pickle=options.pop("trust_pickle"))
+    module = load_model(model, **{name: options.pop(name) for name in ("arch", "trust_pickle", "entry", "magnitude")})
     with working(f"timing {model}"):
         report = measure(module, inputs, **options)
     show(report, as_json=as_json)
@@ -361,13 +371,40 @@ def _run(arguments: list[str] | None, debug: bool) -> int:
         return _fail(error.message, error.hint, error.exit_code, debug)
     except (KeyboardInterrupt, click.Abort):
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as stop:
+        if stop.code != 1:  # that is what click makes of a closed pipe; nothing of ours raises it
+            raise
+        _discard_stdout()
         return 141
+    except OSError as error:
+        if not _is_stdout(error):
+            return _bug(error, debug)
+        _discard_stdout()
+        return 141 if _is_closed(error) else _fail(f"stdout: {error.strerror}", None, 5, debug)
     except Exception as error:
-        message = f"internal error: {type(error).__name__}: {error}"
-        return _fail(message, "this is a bug of wnsurgery; run again with --debug and report it", 1, debug)
+        return _bug(error, debug)
     return 0
+
+
+def _bug(error: Exception, debug: bool) -> int:
+    message = f"internal error: {type(error).__name__}: {error}"
+    return _fail(message, "this is a bug of wnsurgery; run again with --debug and report it", 1, debug)
+
+
+def _is_closed(error: BaseException | None) -> bool:
+    """Whether whoever read our output has gone."""
+    return isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EINVAL)
+
+
+def _is_stdout(error: OSError) -> bool:
+    """Whether an error came from writing results: files are written under names, and say so."""
+    return error.filename is None and error.errno in (errno.EPIPE, errno.EINVAL, errno.ENOSPC, errno.EIO, errno.EBADF)
+
+
+def _discard_stdout() -> None:
+    """Let the interpreter's own last flush go nowhere, instead of failing once more."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, hint: str | None, code: int, debug: bool) -> int:

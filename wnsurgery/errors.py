@@ -17,6 +17,7 @@ WnsurgeryError
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from os import PathLike
@@ -35,8 +36,11 @@ __all__ = [
     "UnsafeFileError",
     "VerificationError",
     "WnsurgeryError",
+    "first_line",
     "printable",
 ]
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def printable(text: object, limit: int = 200) -> str:
@@ -48,6 +52,18 @@ def printable(text: object, limit: int = 200) -> str:
     start = str(text)[: limit + 1]
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in start)
     return shown if len(shown) <= limit else f"{shown[:limit]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """The innermost cause of an error in one line, without colours.
+
+    >>> first_line(RuntimeError("size mismatch\\nat line 3"))
+    'RuntimeError: size mismatch'
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in _ANSI.sub("", str(error)).splitlines() if line.strip()]
+    return printable(f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__, 300)
 
 
 class WnsurgeryError(Exception):

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from wnsurgery.errors import ExportError, InputError, VerificationError, printable
+from wnsurgery.errors import ExportError, InputError, SelectionError, VerificationError, first_line, printable
 from wnsurgery.parity import OutputsReport, compare_outputs, open_session, run_session
-from wnsurgery.runs import Case, Inputs, copy_of, first_line, rng_kept, tracking, where
+from wnsurgery.runs import Case, Inputs, copy_of, rng_kept, tracking, where
 from wnsurgery.surgery import fold_weight_norm
 from wnsurgery.text import columns
 
@@ -123,6 +123,7 @@ def export_onnx(
         rtol, atol: tolerance on outputs, see `differences.tolerance`.
 
     Raises:
+        SelectionError: there is no such opset.
         ExportError: the model cannot be traced or translated; the module where it happens is named if known.
         VerificationError: onnxruntime's outputs differ from the model's, or hold NaN. Nothing is written then.
         OutputExistsError, OutputError: about `path`.
@@ -130,6 +131,7 @@ def export_onnx(
     from wnsurgery.stores.commit import check_output
 
     path = check_output(path, force=force)
+    _check_opset(opset)
     with torch.no_grad(), rng_kept(model):
         original, plain = copy_of(model), copy_of(model)
         folded = _count_folded(plain)
@@ -159,6 +161,14 @@ def export_onnx(
         parity=_worst(tuple(proof[0] for proof in proofs)),
         original=_worst(tuple(proof[1] for proof in proofs)),
     )
+
+
+def _check_opset(opset: int | None) -> None:
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and not 1 <= opset <= newest:
+        raise SelectionError(f"opset {opset} does not exist: the installed onnx knows 1 to {newest}")
 
 
 def _count_folded(model: nn.Module) -> int:

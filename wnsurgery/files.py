@@ -35,17 +35,26 @@ from wnsurgery.checkpoint import (
     flat_tensors,
     fold_state,
     plain_keys,
+    plan_fold,
     state_dicts,
     translate,
 )
-from wnsurgery.errors import InputError, NonFiniteWeightError, PairError, SelectionError, WnsurgeryError, printable
+from wnsurgery.errors import (
+    InputError,
+    NonFiniteWeightError,
+    PairError,
+    SelectionError,
+    WnsurgeryError,
+    first_line,
+    printable,
+)
 from wnsurgery.keys import Layout
 from wnsurgery.mechanism import WeightNormList, rebuild_parametrized
 from wnsurgery.plan import Plan, plan_weight_norm
 from wnsurgery.reparam import Axes, Magnitude, WeightNorm
 from wnsurgery.stores import Stored, check_output, format_for, read_store, write_store
 from wnsurgery.stores.modules import ModulePolicy, modules_in
-from wnsurgery.surgery import apply_weight_norm, fold_weight_norm
+from wnsurgery.surgery import apply_weight_norm, fold_weight_norm, is_weight_normed
 from wnsurgery.walk import Slot, slots
 
 __all__ = [
@@ -114,7 +123,7 @@ def load_model(
             is searched for the package, too.
         trust_pickle: let the file's pickle run code.
         entry: dotted path of the state dict or module to take, where several fit ("ema").
-        magnitude: "log" when the state dict stores the logarithm of g.
+        magnitude: "log" when the state dict stores the logarithm of g without saying so, as our own do.
 
     Raises:
         InputError: damaged, ambiguous, or its tensors do not fit the model.
@@ -210,17 +219,17 @@ def _build(arch: Arch) -> nn.Module:
         if not module_name or not attribute:
             raise SelectionError(f"{arch!r} is not of the form package.module:factory")
         with _working_directory_importable():
-            try:
+            try:  # the user's own code, which raises what it likes
                 found: Any = import_module(module_name)
                 for part in attribute.split("."):
                     found = getattr(found, part)
-            except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
-                raise SelectionError(f"{arch}: {type(error).__name__}: {error}") from error
+            except (Exception, SystemExit) as error:
+                raise SelectionError(f"{arch}: {first_line(error)}") from error
             try:
                 model = found()
-            except TypeError as error:
-                hint = "the factory is called without arguments"
-                raise SelectionError(f"{arch}: {type(error).__name__}: {error}", hint=hint) from error
+            except (Exception, SystemExit) as error:
+                hint = "the factory is called without arguments" if isinstance(error, TypeError) else None
+                raise SelectionError(f"{arch}: {first_line(error)}", hint=hint) from error
     if not isinstance(model, nn.Module):
         raise SelectionError(f"{name}: gives a {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -332,7 +341,7 @@ def fold_checkpoint(
     Args:
         src: `.pt .pth .bin .ckpt .safetensors`, told by content.
         dst: the output; its suffix decides the format, where it has one of these.
-        magnitude: "log" when the file stores the logarithm of g.
+        magnitude: "log" when pairs store the logarithm of g without saying so, as our own do.
         arch: a model the folded state dict must load into, strictly.
         force: overwrite an existing output.
         in_place: let the output be the input.
@@ -348,6 +357,7 @@ def fold_checkpoint(
         check_output(dst, src, force=force, in_place=in_place)
     stored = _read(src, trust_pickle)
     with _named(src):
+        _refuse_empty(src, stored.content)
         report = fold_state(stored.content, magnitude=magnitude)
         for where, module in modules_in(stored.content):
             with _surgery_on(src):
@@ -356,6 +366,8 @@ def fold_checkpoint(
             model = fold_weight_norm(_build(arch))
             state, prefix = _state_for(src, stored.content, model, None)
             _load_into(model, _stripped(state, prefix), src, magnitude)
+    if not report.steps:
+        report = replace(report, warnings=(*report.warnings, "no weight norm in this file: nothing to fold"))
     return _finish(dst, stored, report, write=not dry_run, force=force or in_place)
 
 
@@ -403,14 +415,15 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
         src, dst, force, in_place, trust_pickle, dry_run: as in `fold_checkpoint`.
         layout: "parametrized" (torch's present keys) or "legacy" (`weight_g`, `weight_v`); for state dicts.
         include, exclude, dim: which weights and which kept axes; globs or `re:` patterns on names, see `ByName`.
-        magnitude: "linear" stores g, "log" its logarithm; pairs already in a state dict are taken to do the same.
+        magnitude: "linear" stores g, "log" its logarithm; pairs already in a state dict that do not say are taken
+            to do the same.
         init: "data" sets g and biases from `data`; needs a model (`arch`, or a module saved whole).
         data: one batch, see `data_dependent_init`.
         init_scale: standard deviation that "data" aims at.
         arch: "package.module:factory" of the model whose state dict it is.
 
     Raises:
-        SelectionError: a pattern matches nothing, or options that do not go together.
+        SelectionError: a pattern or the whole selection matches nothing, or options that do not go together.
         NonFiniteWeightError: a weight to convert holds NaN or infinity; named.
         and as `fold_checkpoint`.
     """
@@ -420,8 +433,22 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
     selection = {"include": include, "exclude": exclude, "dim": dim, "magnitude": magnitude}
     setup = {"init": init, "data": data, "init_scale": init_scale}
     with _named(src):
+        _refuse_empty(src, stored.content)
         report = _convert(src, stored.content, layout, arch, selection, setup)
+    if not report.steps and not _holds_weight_norm(stored.content):
+        reasons = "; ".join(f"{printable(s.name)}: {s.reason}" for s in report.skipped[:3])
+        raise SelectionError(f"{src}: no weight to convert", hint=reasons or "it has no tensor of 2 or more dimensions")
     return _finish(dst, stored, report, write=not dry_run, force=force or in_place)
+
+
+def _holds_weight_norm(content: Any) -> bool:
+    pairs = any(plan_fold(state)[0] for state in state_dicts(content))
+    return pairs or any(is_weight_normed(module) for _, module in modules_in(content))
+
+
+def _refuse_empty(path: Path_, content: Any) -> None:
+    if not state_dicts(content) and not modules_in(content):
+        raise InputError.of(path, "holds no tensors under names, and no module")
 
 
 Options = Mapping[str, Any]

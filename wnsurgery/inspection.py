@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wnsurgery.errors import InputError
 from wnsurgery.norms import norm
 from wnsurgery.plan import Skipped, plan_weight_norm
-from wnsurgery.reparam import Axes
+from wnsurgery.reparam import Axes, Magnitude
 from wnsurgery.text import by, columns
 from wnsurgery.walk import slots
 
@@ -63,7 +63,11 @@ class Inspection:
 
 
 def inspect(
-    target: nn.Module | str | os.PathLike[str], *, arch: str | None = None, trust_pickle: bool = False
+    target: nn.Module | str | os.PathLike[str],
+    *,
+    arch: str | None = None,
+    trust_pickle: bool = False,
+    magnitude: Magnitude = "linear",
 ) -> Inspection:
     """List the weight norm in a live module, a checkpoint, a whole-module file or an ONNX file.
 
@@ -75,6 +79,7 @@ def inspect(
         target: the module, or a path; state dicts need no model code.
         arch: "package.module:factory" to build the model a state dict belongs to, for layer types and reasons.
         trust_pickle: let code in the file run while it is loaded.
+        magnitude: "log" when pairs store the logarithm of g without saying so, as our own do.
 
     Raises InputError, UnsafeFileError as the readers do.
     """
@@ -87,10 +92,10 @@ def inspect(
 
     content: Any
     if arch:
-        content = load_model(path, arch=arch, trust_pickle=trust_pickle)
+        content = load_model(path, arch=arch, trust_pickle=trust_pickle, magnitude=magnitude)
     else:
         content = load_object(path, trust_pickle=trust_pickle)
-    return _of_module(content) if isinstance(content, nn.Module) else _of_checkpoint(content, path)
+    return _of_module(content) if isinstance(content, nn.Module) else _of_checkpoint(content, path, magnitude)
 
 
 def _of_module(model: nn.Module) -> Inspection:
@@ -121,7 +126,7 @@ def _of_module(model: nn.Module) -> Inspection:
     return Inspection(tuple(facts), tuple(others))
 
 
-def _of_checkpoint(content: Any, path: Path) -> Inspection:
+def _of_checkpoint(content: Any, path: Path, magnitude: Magnitude) -> Inspection:
     from wnsurgery.checkpoint import plan_fold, state_dicts
 
     facts: list[WeightFacts] = []
@@ -134,7 +139,8 @@ def _of_checkpoint(content: Any, path: Path) -> Inspection:
         steps, skips = plan_fold(state)
         reasons = {skip.name: skip.reason for skip in skips}
         for step in steps:
-            g, v = (tensors[key].detach() for key in step.sources)
+            g, v = (tensors[key].detach() for key in step.sources[:2])
+            g = g.double().exp() if step.log or magnitude == "log" else g
             form = "legacy" if step.sources[0].endswith("_g") else "parametrized"
             facts.append(_facts(step.name, form, g, v, step.axes))
         used = {key for step in steps for key in step.sources}

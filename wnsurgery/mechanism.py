@@ -376,7 +376,9 @@ def _to_own_layout(state_dict: dict[str, Any], plain: str, own: str, entry: Weig
         stored = rule.magnitude
     held = state_dict.get(f"{own}0")
     if isinstance(held, Tensor) and stored != rule.magnitude:
-        state_dict[f"{own}0"] = _logarithm(held, plain) if rule.magnitude == "log" else held.double().exp().to(held.dtype)
+        state_dict[f"{own}0"] = (
+            _logarithm(held, plain) if rule.magnitude == "log" else held.double().exp().to(held.dtype)
+        )
     if rule.magnitude != "log":
         state_dict.pop(mark, None)
     elif f"{own}0" in state_dict:

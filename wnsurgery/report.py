@@ -42,9 +42,11 @@ def working(what: str) -> Iterator[None]:
 def show(result: Any, *, as_json: bool) -> None:
     """A result on stdout: JSON on one line if asked for, else what `str(result)` prints."""
     if as_json:
-        print(json.dumps(to_jsonable(result), ensure_ascii=True, allow_nan=False))
-        return
-    print("\n".join(escape(line) for line in str(result).split("\n")))
+        text = json.dumps(to_jsonable(result), ensure_ascii=True, allow_nan=False)
+    else:
+        text = "\n".join(escape(line) for line in str(result).split("\n"))
+    print(text)
+    sys.stdout.flush()  # a full disk is to be told here, not after the exit code is settled
 
 
 def to_jsonable(value: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from wnsurgery.errors import ExportError, printable
+from wnsurgery.errors import ExportError, first_line, printable
 
-__all__ = ["Case", "Inputs", "copy_of", "first_line", "rng_kept", "tensor_outputs", "tracking", "where"]
+__all__ = ["Case", "Inputs", "copy_of", "rng_kept", "tensor_outputs", "tracking", "where"]
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
-
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -146,11 +143,3 @@ def tracking(model: nn.Module) -> Iterator[list[str]]:
 
 def where(active: Sequence[str]) -> str:
     return f"{printable(active[-1])}: " if active and active[-1] else ""
-
-
-def first_line(error: BaseException) -> str:
-    """The innermost cause of an error in one line, without colours."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line for line in _ANSI.sub("", str(error)).splitlines() if line.strip()]
-    return printable(f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__, 300)

@@ -30,6 +30,7 @@ from wnsurgery.errors import (
     printable,
 )
 from wnsurgery.parity import open_session, run_session
+from wnsurgery.reparam import Magnitude
 from wnsurgery.runs import Case, Inputs, copy_of, rng_kept
 from wnsurgery.surgery import fold_weight_norm
 
@@ -112,6 +113,7 @@ def verify(
     n_inputs: int = 3,
     arch: Arch | None = None,
     trust_pickle: bool = False,
+    magnitude: Magnitude = "linear",
 ) -> VerifyReport:
     """Compare two artefacts: plain weights bit for bit, outputs within tolerance.
 
@@ -130,20 +132,22 @@ def verify(
         rtol, atol: tolerance on outputs; None goes by type, see `differences.tolerance`.
         arch: what builds the model for a checkpoint, see `files.load_model`.
         trust_pickle: let a file's pickle run code.
+        magnitude: "log" when pairs store the logarithm of g without saying so, as our own do.
 
     Returns a report; it does not raise where they differ, `raise_for_status()` does.
 
     Raises:
-        InputMissingError, InputError, UnsafeFileError: about the files.
+        InputMissingError, InputError, UnsafeFileError: about the files, or inputs on which neither side runs.
         SelectionError: `arch` is given but neither side is a checkpoint.
     """
-    first, second = (_side(x, arch, trust_pickle) for x in (a, b))
+    first, second = (_side(x, arch, trust_pickle, magnitude) for x in (a, b))
     if arch is not None and not (first.built or second.built):
         raise SelectionError("arch is given, but neither side is a checkpoint that it could build a model for")
     notes: list[str] = []
     failures: list[str] = []
     outputs = _outputs(first, second, inputs, n_inputs, (rtol, atol), notes, failures)
     weights = _weights(first, second, bool(outputs), notes)
+    failures += [f"{name}: holds NaN on both sides, which proves nothing" for name in _both_nan(first, second)]
     return VerifyReport(first.name, second.name, weights, outputs, tuple(notes), tuple(failures))
 
 
@@ -181,13 +185,13 @@ class _Side:
         return [""] * len(values), list(values)
 
 
-def _side(artefact: Artefact, arch: Arch | None, trust_pickle: bool) -> _Side:
+def _side(artefact: Artefact, arch: Arch | None, trust_pickle: bool, magnitude: Magnitude) -> _Side:
     if isinstance(artefact, nn.Module):
         return _of_module(artefact, type(artefact).__name__)
     path = Path(artefact)
     if not path.exists():
         raise InputMissingError(f"{path}: no such file")
-    return _of_graph(path) if path.suffix.lower() == ".onnx" else _of_checkpoint(path, arch, trust_pickle)
+    return _of_graph(path) if path.suffix.lower() == ".onnx" else _of_checkpoint(path, arch, trust_pickle, magnitude)
 
 
 def _of_module(model: nn.Module, name: str, *, built: bool = False) -> _Side:
@@ -210,7 +214,7 @@ def _of_graph(path: Path) -> _Side:
     return _Side(str(path), tensors, session=open_session(path))
 
 
-def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool) -> _Side:
+def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool, magnitude: Magnitude) -> _Side:
     from wnsurgery.checkpoint import flat_tensors, fold_state, state_dicts
     from wnsurgery.files import load_model, load_object
     from wnsurgery.stores.modules import modules_in
@@ -219,8 +223,9 @@ def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool) -> _Side:
     if modules_in(content):
         return _of_module(load_model(path, trust_pickle=trust_pickle), str(path))
     if arch is not None:
-        return _of_module(load_model(path, arch=arch, trust_pickle=trust_pickle), str(path), built=True)
-    fold_state(content)
+        model = load_model(path, arch=arch, trust_pickle=trust_pickle, magnitude=magnitude)
+        return _of_module(model, str(path), built=True)
+    fold_state(content, magnitude=magnitude)
     states = state_dicts(content)
     # a wrapper around the only state dict ({"model": ...}) is no part of the names
     return _Side(str(path), states[0].tensors if len(states) == 1 else flat_tensors(content))
@@ -250,6 +255,18 @@ def _weights(a: _Side, b: _Side, ran: bool, notes: list[str]) -> TensorsReport |
         return None
     notes.append("outputs cannot be compared, so each weight must stand in the graph; one that was merged fails")
     return compare_tensors(found, known) if a.is_graph else compare_tensors(known, found)
+
+
+def _both_nan(a: _Side, b: _Side) -> list[str]:
+    """Weights of one name with NaN on either side: equal bits, but no number to be equal to."""
+    return [name for name in a.tensors if name in b.tensors and _has_nan(a.tensors[name]) and _has_nan(b.tensors[name])]
+
+
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and not value.is_meta and bool(torch.isnan(value).any())
+    array = as_array(value)
+    return array.dtype.kind == "f" and bool(np.isnan(array).any())
 
 
 def _is_weight(array: Array) -> bool:
@@ -310,6 +327,8 @@ def _outputs(
                 results.append(side.run(case))
             except (ExportError, InputError) as error:
                 failures.append(f"{side.name} does not run on these inputs: {_reason(error, side.name)}")
+        if not results and inputs is not None:
+            raise InputError(f"the inputs fit neither side: {'; '.join(failures[-2:])}")
         if len(results) < 2:
             break
         reports.append(_output_report(results[0], results[1], limits))
