@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import BinaryIO
 
 from wnsurgery.errors import InputError, OutputError, OutputExistsError
 
-__all__ = ["check_output", "committed"]
+__all__ = ["check_output", "check_space", "committed"]
 
 
 def check_output(
@@ -53,6 +54,16 @@ def check_output(
     elif not force:
         raise OutputExistsError(f"{path}: already exists", hint="force=True (--force) replaces it")
     return path
+
+
+def check_space(output: str | os.PathLike[str], needed: int) -> None:
+    """Raise OutputError where the file system has less room than `needed` bytes, before any work is done."""
+    try:
+        free = shutil.disk_usage(Path(output).parent).free
+    except OSError:
+        return  # the write itself will tell
+    if free < needed:
+        raise OutputError(f"{output}: no space left on the device ({needed:,} bytes needed, {free:,} free)")
 
 
 @contextmanager

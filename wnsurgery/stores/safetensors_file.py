@@ -17,8 +17,19 @@ import torch
 from torch import Tensor
 
 from wnsurgery.errors import InputError, printable
+from wnsurgery.stores.mapped import MappedFile, Record
+from wnsurgery.stores.values import Loaded, Values
 
-__all__ = ["DTYPES", "Entry", "read_header", "read_safetensors", "read_tensor", "write_safetensors"]
+__all__ = [
+    "DTYPES",
+    "Entry",
+    "map_safetensors",
+    "planned_size",
+    "read_header",
+    "read_safetensors",
+    "read_tensor",
+    "write_safetensors",
+]
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -65,6 +76,13 @@ def read_safetensors(file: BinaryIO, path: Path) -> tuple[dict[str, Tensor], dic
     return {entry.name: read_tensor(file, entry, path) for entry in entries}, metadata
 
 
+def map_safetensors(mapped: MappedFile) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """As `read_safetensors`, every tensor staying in the mapped file until it is asked for."""
+    entries, metadata = read_header(mapped.file, mapped.path)
+    tensors = {e.name: mapped.tensor(Record(e.name, e.start, e.stop), e.dtype, e.shape) for e in entries}
+    return tensors, metadata
+
+
 def read_header(file: BinaryIO, path: Path) -> tuple[list[Entry], dict[str, str] | None]:
     """The table of an open file: its tensors in the order of their bytes, and its metadata.
 
@@ -100,15 +118,42 @@ def read_tensor(file: BinaryIO, entry: Entry, path: Path) -> Tensor:
 
 
 def write_safetensors(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, file: BinaryIO, path: Path
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None,
+    file: BinaryIO,
+    path: Path,
+    values: Values | None = None,
 ) -> None:
     """Write tensors into an open file, widest types first (so that every tensor is aligned), then by name.
 
-    A tensor that stands under two names is written twice: the format has no sharing.
+    One tensor at a time is in memory where `values` brings them from somewhere else. A tensor that stands under
+    two names is written twice: the format has no sharing.
 
     Raises InputError for a tensor the format cannot hold (sparse, quantized, complex128, ...).
     """
-    order = sorted(tensors, key=lambda name: (-_checked(tensors[name], name, path).element_size(), name))
+    values = values or Loaded()
+    order, header = _plan(tensors, metadata, path, values)
+    file.write(len(header).to_bytes(8, "little") + header)
+    for name in order:
+        if tensors[name].numel():
+            flat = values.fetch(tensors[name]).detach().cpu().contiguous().reshape(-1)
+            file.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            del flat
+
+
+def planned_size(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, path: Path, values: Values | None = None
+) -> int:
+    """How many bytes `write_safetensors` will write; raises as it does."""
+    header = _plan(tensors, metadata, path, values or Loaded())[1]
+    return 8 + len(header) + sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _plan(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, path: Path, values: Values
+) -> tuple[list[str], bytes]:
+    """The order of the tensors, and the header."""
+    order = sorted(tensors, key=lambda name: (-_checked(tensors[name], name, path, values).element_size(), name))
     table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     position = 0
     for name in order:
@@ -121,17 +166,14 @@ def write_safetensors(
     header += b" " * (-len(header) % 8)
     if len(header) > _MAX_HEADER:
         raise InputError.of(path, "too many tensors for the safetensors header")
-    file.write(len(header).to_bytes(8, "little") + header)
-    for name in order:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        if flat.numel():
-            file.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    return order, header
 
 
-def _checked(tensor: Tensor, name: str, path: Path) -> Tensor:
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in _NAMES:
+def _checked(tensor: Tensor, name: str, path: Path, values: Values) -> Tensor:
+    meta = tensor.is_meta and not values.promised(tensor)
+    if tensor.layout != torch.strided or tensor.is_quantized or meta or tensor.dtype not in _NAMES:
         kind = f"{tensor.dtype}".removeprefix("torch.")
-        kind = "meta" if tensor.is_meta else kind if tensor.layout == torch.strided else f"sparse {kind}"
+        kind = "meta" if meta else kind if tensor.layout == torch.strided else f"sparse {kind}"
         raise InputError.of(
             path, f"{printable(name)} ({kind}) does not fit into a .safetensors file", "write a .pt file instead"
         )

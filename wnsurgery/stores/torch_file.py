@@ -17,7 +17,7 @@ from wnsurgery.errors import InputError, OutputError, UnsafeFileError, printable
 from wnsurgery.stores.archive import check_archive
 from wnsurgery.stores.pickles import Scan, scan
 
-__all__ = ["LEGACY_MAGIC", "ZIP_MAGIC", "Allow", "read_torch", "refuse_pickle", "write_torch"]
+__all__ = ["LEGACY_MAGIC", "ZIP_MAGIC", "Allow", "Sink", "read_torch", "refuse_pickle", "write_torch"]
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -69,7 +69,7 @@ def write_torch(content: Any, file: BinaryIO, path: Path) -> None:
 
     Raises OutputError when it cannot be written or holds what cannot be pickled.
     """
-    sink = _Sink(file)
+    sink = Sink(file)
     try:
         torch.save(content, sink)  # type: ignore[arg-type]
     except Exception as error:
@@ -89,17 +89,24 @@ def refuse_pickle(path: Path, seen: Scan, extra: list[str], *, module_file: bool
         raise UnsafeFileError(f"{path}: refused, its pickle would run {printable(unknown[0])}{more}", hint=hint)
 
 
-class _Sink(io.RawIOBase):
+class Sink(io.RawIOBase):
     """A file for torch.save that remembers the operating system's own error."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.error: OSError | None = None
+        self.silent = False
+
+    def close_silently(self) -> None:
+        """Take what still comes and write none of it."""
+        self.silent = True
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
+        if self.silent:
+            return len(data)
         try:
             return self.file.write(data)
         except OSError as error:
@@ -107,7 +114,7 @@ class _Sink(io.RawIOBase):
             raise
 
     def flush(self) -> None:
-        if not self.closed:
+        if not (self.closed or self.silent):
             self.file.flush()
 
 
