@@ -1,7 +1,8 @@
 """How far a folded weight is from g * v / ||v||, computed once more, independently, in plain float64.
 
-The recomputation shares no code with `compose`: it squares, sums and divides block by block in float64 and counts
-the difference in units in the last place of the weight's own type.
+The recomputation shares no code with `compose`: it squares, sums and divides block by block in float64 (in the
+platform's long double for float64 weights) and counts the difference in units in the last place of the weight's
+own type.
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wnsurgery.reparam import Axes
 
 __all__ = ["Proof", "ulps_apart"]
 
+Array = NDArray[Any]
+
 _BLOCK = 1 << 17  # elements: 1 MiB of float64, which stays in a core's cache
-_DIGITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
-_LEAST = {torch.float64: 2.0**-1074, torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
+_DIGITS = {torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
+_LEAST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 _EXPONENT = 0x7FF0000000000000
 
 
@@ -68,39 +74,47 @@ def ulps_apart(w: Tensor, g: Tensor, v: Tensor, axes: Axes, *, log: bool = False
     if not v.numel():
         return 0.0
     w, v, size = axes.grouped(w.detach()), axes.grouped(v.detach()), g.detach().double()
-    size = size.exp() if log else size
     rows = size.unsqueeze(1) if axes.groups > 1 else _beside(size, axes, v)
     dims = axes.reduced(v.ndim - (axes.groups > 1))
-    lift = _power_of_two_below(v, dims) if v.dtype == torch.float64 else None
+    if v.dtype == torch.float64:
+        return _float64_apart(w.numpy(), rows.numpy(), v.numpy(), dims, log)
+    rows = rows.exp() if log else rows
     total = torch.zeros(rows.shape, dtype=torch.float64)
     for part in _blocks(v.shape):
-        kept = _in_rows(part, rows.shape)
-        squares = _lifted(v[part], lift, kept).square_()
-        total[kept] += squares.sum(dims, keepdim=True) if dims else squares
+        squares = v[part].to(torch.float64, copy=True).square_()
+        total[_in_rows(part, rows.shape)] += squares.sum(dims, keepdim=True) if dims else squares
     norm = total.sqrt_()
-    factor = torch.where(norm == 0, float("nan"), rows / norm)
+    factor = rows / norm
     worst = 0.0
     for part in _blocks(v.shape):
         kept = _in_rows(part, rows.shape)
-        exact = _lifted(v[part], lift, kept).mul_(factor[kept])
-        worst = max(worst, _distance(w[part], exact, torch.isnan(factor[kept]) & (norm[kept] == 0)))
+        exact = v[part].to(torch.float64, copy=True).mul_(factor[kept])
+        worst = max(worst, _distance(w[part], exact, norm[kept] == 0))
+    return worst
+
+
+def _float64_apart(w: Array, rows: Array, v: Array, dims: tuple[int, ...], log: bool) -> float:
+    """The same for float64, in the longest floating-point type the platform has."""
+    with np.errstate(all="ignore"):
+        size = np.exp(rows.astype(np.longdouble)) if log else rows.astype(np.longdouble)
+        total = np.zeros(rows.shape, np.longdouble)
+        for part in _blocks(v.shape):
+            total[_in_rows(part, rows.shape)] += (v[part].astype(np.longdouble) ** 2).sum(dims, keepdims=True)
+        norm = np.sqrt(total)
+        factor, worst = size / norm, 0.0
+        for part in _blocks(v.shape):
+            kept = _in_rows(part, rows.shape)
+            exact, got = v[part].astype(np.longdouble) * factor[kept], w[part]
+            nearest = exact.astype(np.float64)
+            apart = np.abs(got - exact) / np.spacing(np.minimum(np.abs(nearest), np.finfo(np.float64).max))
+            agree = (got == nearest) & ~np.isfinite(got) | (np.isnan(got) & np.isnan(nearest)) | (norm[kept] == 0)
+            apart = np.where(agree, 0.0, np.nan_to_num(apart, nan=np.inf))
+            worst = max(worst, float(apart.max()))
     return worst
 
 
 def _beside(size: Tensor, axes: Axes, v: Tensor) -> Tensor:
     return size.reshape([n if d in axes.kept else 1 for d, n in enumerate(v.shape)])
-
-
-def _lifted(part: Tensor, lift: Tensor | None, kept: tuple[slice, ...]) -> Tensor:
-    wide = part.to(torch.float64, copy=True)
-    return wide if lift is None else wide.div_(lift[kept])
-
-
-def _power_of_two_below(v: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """A power of two near the largest element of each row, so that squares of float64 stay in range."""
-    peak = torch.linalg.vector_norm(v, float("inf"), dims, keepdim=True) if dims else v.abs()
-    exponent = torch.frexp(peak)[1].clamp(-1000, 1000)
-    return torch.ldexp(torch.ones_like(peak), exponent)
 
 
 def _distance(w: Tensor, exact: Tensor, free: Tensor) -> float:

@@ -8,7 +8,7 @@ Source: Salimans & Kingma 2016, "Weight Normalization", equations 2 and 3 (arXiv
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ __all__ = ["Axes", "Magnitude", "WeightNorm", "compose", "decompose", "magnitude
 
 Magnitude = Literal["linear", "log"]
 
+_BLOCK = 1 << 18  # elements widened at a time
 ZERO_LOG = -1000.0  # e^-1000 is 0 in float64: the logarithm stored for a row of zeros
 
 
@@ -139,8 +140,8 @@ def decompose(
     with torch.no_grad():
         if w.is_meta:
             return torch.empty(shape, dtype=dtype, device=w.device), w.detach()
-        bad = int((~torch.isfinite(w)).sum())
-        if bad:
+        if w.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(w.detach())):
+            bad = int((~torch.isfinite(w)).sum())
             raise NonFiniteWeightError(f"{bad} of {w.numel()} elements are NaN or infinite")
         view, dims = axes.grouped(w.detach()), axes.reduced(w.ndim)
         stored, zero = stored_magnitude(view, dims, magnitude, dtype)
@@ -260,7 +261,7 @@ class _Compose(torch.autograd.Function):
             low, high = torch.aminmax(norms)
             squarable = low.item() > 2.0**-30 and high.item() < 2.0**30
             ctx.save_for_backward(g, v, norms if squarable else None)
-            return _laid_out_as((v * axes.spread(factor, v)).to(v.dtype), v)
+            return _laid_out_as(_in_blocks(_rounded_product, v, axes.spread(factor, v)), v)
         ctx.save_for_backward(g, v, None)
         scale = RowScale(snapped_quotient(rows, norms, wide_dtype(v), magnitude), None)
         return _laid_out_as(_apply_scale(v, scale, axes), v)
@@ -289,11 +290,28 @@ def _apply_scale(v: Tensor, scale: RowScale, axes: Axes) -> Tensor:
         if scale.shift is None or bool((scale.shift == 1).all()):
             return w
         shift = axes.spread(scale.shift, v)
-        return w * shift * shift
+        return w.mul_(shift).mul_(shift)
     narrow = factor.float()
     if v.device.type == "cpu" and torch.equal(narrow.to(factor.dtype), factor):
-        return (v * narrow).to(v.dtype)
-    return (v.to(factor.dtype) * factor).float().to(v.dtype)
+        return _in_blocks(_rounded_product, v, narrow)
+    return _in_blocks(lambda part, scales: (part.to(scales.dtype) * scales).float().to(part.dtype), v, factor)
+
+
+def _rounded_product(v: Tensor, factor: Tensor) -> Tensor:
+    return (v * factor).to(v.dtype)
+
+
+def _in_blocks(product: Callable[[Tensor, Tensor], Tensor], v: Tensor, factor: Tensor) -> Tensor:
+    """product(v, factor) for one value per row, where it widens v a cache-sized block at a time on a CPU."""
+    size = v.numel()
+    if v.device.type != "cpu" or size <= _BLOCK or v.dtype == factor.dtype:
+        return product(v, factor)
+    w = torch.empty_like(v)
+    step = max(1, _BLOCK * v.shape[0] // size)
+    for start in range(0, v.shape[0], step):
+        rows = slice(start, start + step)
+        w[rows] = product(v[rows], factor if factor.shape[0] == 1 else factor[rows])
+    return w
 
 
 def _plain_gradients(
