@@ -26,6 +26,7 @@ LAYERS = [
     {"plan", "mechanism", "checkpoint"},
     {"data_init", "deferred", "manifest", "loading"},
     {"surgery", "delivery"},
+    {"directory"},
     {"files", "runs", "benchmark"},
     {"export", "inout"},
     {"verification", "inspection"},

@@ -94,7 +94,10 @@ class CheckpointReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
-        return asdict(self)
+        table = asdict(self)
+        if self.proof is not None:
+            table["proof"]["megabytes_per_second"] = self.proof.rate
+        return table
 
     def __str__(self) -> str:
         return _table(self)
@@ -330,7 +333,7 @@ def _split_like(template: StateDict, target: Pair, plain: Tensor, magnitude: Mag
 def _table(report: CheckpointReport) -> str:
     counts = ", ".join(f"{len(report.named(a))} {a}" for a in ("folded", "converted", "rekeyed") if report.named(a))
     lines = [counts or "0 weights changed"]
-    rows = [(s.action, printable(s.name), by(s.shape), _kept(s.axes), s.dtype) for s in report.steps]
+    rows = [(s.action, printable(s.name), by(s.shape), s.kept.removeprefix("kept "), s.dtype) for s in report.steps]
     lines += columns([("", "weight", "shape", "kept", "type"), *rows]) if rows else []
     if report.skipped:
         lines += ["", f"{len(report.skipped)} left alone"]
@@ -340,9 +343,17 @@ def _table(report: CheckpointReport) -> str:
     lines += [f"assumed: {text}" for text in report.assumptions]
     lines += [f"warning: {text}" for text in report.warnings]
     lines += ["", str(report.initialisation)] if report.initialisation is not None else []
+    lines += ["", *columns(_figures(report, report.proof))] if report.proof is not None else []
     return "\n".join(lines)
 
 
-def _kept(axes: Axes) -> str:
-    kept = ",".join(map(str, axes.kept)) or "none"
-    return f"{kept} in {axes.groups} groups" if axes.groups > 1 else kept
+def _figures(report: CheckpointReport, proof: Proof) -> list[tuple[str, ...]]:
+    done = ", ".join(f"{len(report.named(a))} {a}" for a in ("folded", "converted", "rekeyed"))
+    rows = [("pairs found", f"{proof.pairs}"), ("done", done), ("pairs left", f"{proof.left}")]
+    rows += [("axes", f"{shape}: {count}") for shape, count in proof.axes]
+    if proof.max_ulp is not None:
+        rows.append(("max ulp against float64", f"{proof.max_ulp:.3g} in {printable(proof.worst)}"))
+    out = f"{proof.bytes_out:,} bytes out" if proof.bytes_out else "nothing written"
+    rows.append(("size", f"{proof.bytes_in:,} bytes in, {out}"))
+    rows.append(("time", f"{proof.seconds:.2f} s, {proof.rate:.0f} MB/s"))
+    return rows

@@ -49,7 +49,7 @@ class Deferred(AtOnce, Loaded):
         self._room = _KEEP
 
     def make(self, step: Step, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        if step.action == "rekeyed" or any(t.is_meta for t in sources):
+        if step.action == "rekeyed" or any(t.is_meta and not self.source.holds(t) for t in sources):
             return run_step(step, sources, self.magnitude, self.zero_norm)
         job = _Job(step, tuple(sources))
         made = _like(step, sources)
@@ -59,12 +59,12 @@ class Deferred(AtOnce, Loaded):
         return made
 
     def promised(self, tensor: Tensor) -> bool:
-        return tensor.is_meta and tensor.untyped_storage()._cdata in self._jobs
+        return tensor.is_meta and (tensor.untyped_storage()._cdata in self._jobs or self.source.holds(tensor))
 
     def fetch(self, tensor: Tensor) -> Tensor:
-        if not self.promised(tensor):
+        job, index = self._jobs.get(tensor.untyped_storage()._cdata, (None, 0)) if tensor.is_meta else (None, 0)
+        if job is None:
             return super().fetch(tensor)
-        job, index = self._jobs[tensor.untyped_storage()._cdata]
         kept = self._small.get((id(job), index))
         if kept is not None:
             return kept

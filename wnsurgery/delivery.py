@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections import Counter
@@ -21,10 +20,11 @@ from wnsurgery.errors import InputError, VerificationError, printable
 from wnsurgery.manifest import manifest_text
 from wnsurgery.proof import Proof
 from wnsurgery.states import every_tensor, flat_tensors
-from wnsurgery.stores import Stored, check_output, committed, format_for, map_store, write_store
+from wnsurgery.stores import Stored, check_output, committed, format_for, is_file_name, map_store, write_store
 from wnsurgery.stores.modules import modules_in
+from wnsurgery.stores.staging import check_output_directory
 
-__all__ = ["Output", "deliver", "every_name", "figures"]
+__all__ = ["Output", "deliver", "every_name", "figures", "watch"]
 
 Path_ = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
@@ -59,7 +59,10 @@ class Output:
 
     def check(self, src: Path_) -> None:
         """Refuse before any work what must not be written."""
-        if self.write:
+        if Path(src).is_dir() and not is_file_name(self.path):
+            if self.write:
+                check_output_directory(self.path, src, force=self.force, in_place=self.in_place)
+        elif self.write:
             check_output(self.path, src, force=self.force, in_place=self.in_place)
         if self.write and self.manifest is not None:
             check_output(self.manifest, src, force=self.force)
@@ -96,7 +99,7 @@ def deliver(output: Output, src: Path_, stored: Stored, report: CheckpointReport
         output.settle(whole())
 
     if deferred is not None and output.progress is not None:
-        _watch(deferred, output.progress)
+        watch(deferred, output.progress)
     written = 0
     if not output.write:
         if deferred is not None:
@@ -110,7 +113,8 @@ def deliver(output: Output, src: Path_, stored: Stored, report: CheckpointReport
             written = Path(output.path).stat().st_size
             if output.manifest is not None:
                 sink.write(_manifest(output, stored, whole()))
-    return replace(whole(), proof=figures(output, whole(), maker, Path(src).stat().st_size, written))
+    read = stored.source.size if stored.source is not None else Path(src).stat().st_size
+    return replace(whole(), proof=figures(output, whole(), maker, read, written))
 
 
 def figures(output: Output, report: CheckpointReport, maker: AtOnce, read: int, written: int) -> Proof:
@@ -149,13 +153,8 @@ def _manifest(output: Output, stored: Stored, report: CheckpointReport) -> bytes
         again.source.close()
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[attr-defined,no-any-return]
-
-
-def _watch(deferred: Deferred, progress: Progress) -> None:
+def watch(deferred: Deferred, progress: Progress) -> None:
+    """Report what is read of the input as progress."""
     total, done = deferred.source.size, 0
 
     def add(count: int) -> None:

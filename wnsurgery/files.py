@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from wnsurgery.checkpoint import (
 )
 from wnsurgery.deferred import Deferred
 from wnsurgery.delivery import Output, Progress, deliver
+from wnsurgery.directory import Folder, deliver_directory, map_directory
 from wnsurgery.errors import InputError, PairError, SelectionError, printable
 from wnsurgery.keys import Layout
 from wnsurgery.loading import (
@@ -51,7 +53,7 @@ from wnsurgery.loading import (
 from wnsurgery.plan import Plan, plan_weight_norm
 from wnsurgery.reparam import Axes, Magnitude
 from wnsurgery.steps import ZeroNorm, rows_without_direction
-from wnsurgery.stores import Stored, check_output, format_for, map_store, write_store
+from wnsurgery.stores import Stored, check_output, format_for, is_file_name, map_store, write_store
 from wnsurgery.stores.modules import modules_in
 from wnsurgery.surgery import apply_weight_norm, fold_weight_norm, is_weight_normed
 from wnsurgery.walk import slots
@@ -94,8 +96,9 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
     >>> print(fold_checkpoint("generator.pth", "plain.pth"))  # doctest: +SKIP
 
     Args:
-        src: `.pt .pth .bin .ckpt .safetensors`, told by content.
-        dst: the output; its suffix decides the format, where it has one of these.
+        src: `.pt .pth .bin .ckpt .safetensors`, told by content; a directory of such files as the Hugging Face hub has
+            them (shards and index included), or one of torch.distributed.checkpoint.
+        dst: the output; its suffix decides the format, where it has one of these. A directory gives a directory.
         magnitude: "log" when pairs store the logarithm of g without saying so, as our own do.
         zero_norm: what a row with v = 0 and g != 0 becomes, which has no direction: "error", "zero" or "nan".
         arch: a model the folded state dict must load into, strictly.
@@ -119,7 +122,7 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
     output = Output(dst, "fold", force, in_place, not dry_run, strict, manifest, resume, progress)
     output.check(src)
     whole = trust_pickle or arch is not None
-    with named(src), _open(src, magnitude, zero_norm, whole=whole, trust=trust_pickle) as (stored, maker):
+    with named(src), _open(src, magnitude, zero_norm, whole=whole, trust=trust_pickle) as (stored, maker, folder):
         _refuse_empty(src, stored.content)
         report = fold_state(stored.content, magnitude=magnitude, maker=maker)
         for where, module in modules_in(stored.content):
@@ -131,22 +134,46 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
             load_into(model, stripped(state, prefix), src, magnitude)
         if not report.steps:
             report = replace(report, warnings=(*report.warnings, "no weight norm in this file: nothing to fold"))
-        return deliver(output, src, stored, report, maker)
+        return _deliver(output, src, stored, report, maker, folder)
 
 
 @contextmanager
 def _open(
     src: Path_, magnitude: Magnitude, zero_norm: ZeroNorm, *, whole: bool, trust: bool
-) -> Iterator[tuple[Stored, AtOnce]]:
+) -> Iterator[tuple[Stored, AtOnce, Folder | None]]:
     """A checkpoint with its tensors still in the file, where that will do, and what makes the new ones."""
+    if Path(src).is_dir():
+        if whole:
+            raise SelectionError(f"{src}: a directory; arch, data and trust_pickle are for files")
+        folder = map_directory(Path(src))
+        try:
+            yield folder.stored, Deferred(folder.source, magnitude, zero_norm), folder
+        finally:
+            folder.source.close()
+        return
     stored = None if whole else map_store(src)
     if stored is None or stored.source is None:
-        yield read(src, trust), AtOnce(magnitude, zero_norm, judge=True)
+        yield read(src, trust), AtOnce(magnitude, zero_norm, judge=True), None
         return
     try:
-        yield stored, Deferred(stored.source, magnitude, zero_norm)
+        yield stored, Deferred(stored.source, magnitude, zero_norm), None
     finally:
         stored.source.close()
+
+
+def _deliver(
+    output: Output, src: Path_, stored: Stored, report: CheckpointReport, maker: AtOnce, folder: Folder | None
+) -> CheckpointReport:
+    if folder is not None and format_for(output.path, "torch") == "safetensors" and is_file_name(output.path):
+        other = [key for key, value in stored.content.items() if not isinstance(value, Tensor | dict)]
+        for key in other:
+            del stored.content[key]
+        left = f"{len(other)} entries that are no tensors are left out: {printable(', '.join(map(str, other[:5])))}"
+        report = replace(report, warnings=(*report.warnings, left)) if other else report
+    if folder is None or is_file_name(output.path):
+        return deliver(output, src, stored, report, maker)
+    assert isinstance(maker, Deferred)
+    return deliver_directory(output, Path(src), folder, report, maker)
 
 
 def _fold_module(where: str, module: nn.Module, maker: AtOnce) -> CheckpointReport:
@@ -237,7 +264,7 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
     whole = trust_pickle or arch is not None or init == "data"
     selection = {"include": include, "exclude": exclude, "dim": dim, "magnitude": magnitude}
     setup = {"init": init, "data": data, "init_scale": init_scale}
-    with named(src), _open(src, magnitude, "error", whole=whole, trust=trust_pickle) as (stored, maker):
+    with named(src), _open(src, magnitude, "error", whole=whole, trust=trust_pickle) as (stored, maker, folder):
         _refuse_empty(src, stored.content)
         report = _convert(src, stored.content, layout, arch, selection, setup, maker)
         if not report.steps and not _holds_weight_norm(stored.content):
@@ -245,7 +272,7 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
             raise SelectionError(
                 f"{src}: no weight to convert", hint=reasons or "it has no tensor of 2 or more dimensions"
             )
-        return deliver(output, src, stored, report, maker)
+        return _deliver(output, src, stored, report, maker, folder)
 
 
 def _holds_weight_norm(content: Any) -> bool:

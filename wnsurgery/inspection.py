@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,20 @@ def inspect(
     if path.suffix.lower() == ".onnx":
         return _of_graph(path)
     from wnsurgery.files import load_model, load_object
+    from wnsurgery.stores import map_store
 
     content: Any
+    if path.is_dir():
+        return _of_directory(path, magnitude)
     if arch:
         content = load_model(path, arch=arch, trust_pickle=trust_pickle, magnitude=magnitude)
     else:
+        stored = None if trust_pickle else map_store(path)
+        if stored is not None and stored.source is not None:
+            try:
+                return _of_checkpoint(stored.content, path, magnitude, stored.source.fetch)
+            finally:
+                stored.source.close()
         content = load_object(path, trust_pickle=trust_pickle)
     return _of_module(content) if isinstance(content, nn.Module) else _of_checkpoint(content, path, magnitude)
 
@@ -126,7 +136,9 @@ def _of_module(model: nn.Module) -> Inspection:
     return Inspection(tuple(facts), tuple(others))
 
 
-def _of_checkpoint(content: Any, path: Path, magnitude: Magnitude) -> Inspection:
+def _of_checkpoint(
+    content: Any, path: Path, magnitude: Magnitude, fetch: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Inspection:
     from wnsurgery.checkpoint import plan_fold, state_dicts
 
     facts: list[WeightFacts] = []
@@ -139,7 +151,7 @@ def _of_checkpoint(content: Any, path: Path, magnitude: Magnitude) -> Inspection
         steps, skips = plan_fold(state)
         reasons = {skip.name: skip.reason for skip in skips}
         for step in steps:
-            g, v = (tensors[key].detach() for key in step.sources[:2])
+            g, v = (fetch(tensors[key]).detach() for key in step.sources[:2])
             g = g.double().exp() if step.log or magnitude == "log" else g
             form = "legacy" if step.sources[0].endswith("_g") else "parametrized"
             facts.append(_facts(step.name, form, g, v, step.axes))
@@ -149,6 +161,16 @@ def _of_checkpoint(content: Any, path: Path, magnitude: Magnitude) -> Inspection
             if key not in used and tensor.ndim > 1:
                 others.append(Skipped(name, tuple(tensor.shape), reasons.get(name, "plain")))
     return Inspection(tuple(facts), tuple(others))
+
+
+def _of_directory(path: Path, magnitude: Magnitude) -> Inspection:
+    from wnsurgery.directory import map_directory
+
+    folder = map_directory(path)
+    try:
+        return _of_checkpoint(folder.stored.content, path, magnitude, folder.source.fetch)
+    finally:
+        folder.source.close()
 
 
 def _of_graph(path: Path) -> Inspection:

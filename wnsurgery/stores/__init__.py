@@ -40,6 +40,7 @@ __all__ = [
     "check_output",
     "committed",
     "format_for",
+    "is_file_name",
     "map_store",
     "read_store",
     "write_store",
@@ -134,6 +135,11 @@ def read_store(path: str | os.PathLike[str], *, trust_pickle: bool = False, allo
 def format_for(path: str | os.PathLike[str], default: Format) -> Format:
     """The format an output's suffix asks for, `default` where it says nothing."""
     return _SUFFIXES.get(Path(path).suffix.lower(), default)
+
+
+def is_file_name(path: str | os.PathLike[str]) -> bool:
+    """Whether an output's suffix asks for a checkpoint file."""
+    return Path(path).suffix.lower() in _SUFFIXES
 
 
 def write_store(

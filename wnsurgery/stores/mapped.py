@@ -13,7 +13,7 @@ import os
 import warnings
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from wnsurgery.errors import InputError, printable
 
-__all__ = ["MappedFile", "Record", "Source", "byte_span"]
+__all__ = ["Assembly", "MappedFile", "Record", "Source", "byte_span"]
 
 _BLOCK = 1 << 22
 
@@ -122,36 +122,60 @@ class MappedFile:
         return self.records[index] if index >= 0 and position < self.records[index].stop else None
 
 
-class Source:
-    """The files a set of tensors lies in; `watch` is told how many bytes were read, each time."""
+@dataclass(frozen=True)
+class Assembly:
+    """A tensor that lies in several pieces: where each piece goes, and the piece."""
 
-    def __init__(self, files: Sequence[MappedFile] = ()) -> None:
-        self._files = sorted(files, key=lambda f: f.address)
-        self._starts = [f.address for f in self._files]
+    whole: Tensor
+    parts: tuple[tuple[tuple[int, ...], Tensor], ...]
+
+
+class Source:
+    """The files a set of tensors lies in; `watch` is told how many bytes were read, each time.
+
+    Args:
+        files: the files.
+        assemblies: tensors in pieces, by the storage of the meta tensor that stands for them.
+    """
+
+    def __init__(self, files: Sequence[MappedFile] = (), assemblies: Mapping[int, Assembly] | None = None) -> None:
+        self.assemblies = dict(assemblies or {})
+        self.files = sorted(files, key=lambda f: f.address)
+        self._starts = [f.address for f in self.files]
         self.watch: Callable[[int], None] | None = None
-        for file in self._files:
+        for file in self.files:
             file.records.sort(key=lambda r: r.start)
 
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(f.size for f in self._files)
+        return sum(f.size for f in self.files)
 
     def check_all(self) -> None:
         """Compare every checksum not compared yet, so that nothing damaged passes because nothing needed it."""
-        for file in self._files:
+        for file in self.files:
             file.check_all()
 
     def close(self) -> None:
         """Close the files; tensors over their mappings stay valid."""
-        for file in self._files:
+        for file in self.files:
             file.file.close()
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a meta tensor stands for one in pieces."""
+        return tensor.is_meta and tensor.untyped_storage()._cdata in self.assemblies
 
     def fetch(self, tensor: Tensor) -> Tensor:
         """A tensor in fresh memory with the same shape, strides, type and values; itself where it lies in no file.
 
         Raises InputError when the file is shorter than it was, cannot be read, or its checksum does not fit.
         """
+        if self.holds(tensor):
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+            for at, part in self.assemblies[tensor.untyped_storage()._cdata].parts:
+                box = tuple(slice(a, a + size) for a, size in zip(at, part.shape, strict=True))
+                whole[box] = self.fetch(part)
+            return whole
         if not is_plain(tensor) or not tensor.numel():
             return tensor
         span = byte_span(tensor)
@@ -166,7 +190,7 @@ class Source:
         index = bisect_right(self._starts, start) - 1
         if index < 0:
             return None
-        file = self._files[index]
+        file = self.files[index]
         if stop > file.address + file.size:
             return None
         data = file.read(start - file.address, stop - file.address)
