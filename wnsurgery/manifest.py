@@ -78,5 +78,5 @@ def tensor_digest(tensor: Tensor) -> str:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         return hashlib.sha256(str(tensor).encode()).hexdigest()
     flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    data = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""  # type: ignore[arg-type]
     return hashlib.sha256(data).hexdigest()

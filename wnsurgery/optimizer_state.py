@@ -53,14 +53,11 @@ def without_states(optimizer: Mapping[Any, Any], states: Sequence[Parameters]) -
     if names is None:
         if not state:
             return None
-        return {
-            **optimizer,
-            "state": type(state)(),
-        }, "could not be told apart by parameter; all of its state is dropped"
+        return {**optimizer, "state": {}}, "its parameters cannot be told by shape; all of its state is dropped"
     dropped = {number for number, gone in names.items() if gone}
     if not dropped:
         return None
-    kept = type(state)((k, v) for k, v in state.items() if k not in dropped)
+    kept = {k: v for k, v in state.items() if k not in dropped}
     fewer = [{**g, "params": [p for p in _listed(g) if p not in dropped]} for g in groups]
     told = f"{len(dropped)} of {len(names)} parameters were replaced; their state is dropped"
     return {**optimizer, "state": kept, "param_groups": fewer}, told

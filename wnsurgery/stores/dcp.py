@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -232,7 +232,7 @@ def _check_cover(
 def _archive(directory: Path, name: str, info: _Record, files: dict[str, MappedFile]) -> Any:
     mapped, start, length = _place(directory, name, info, files)
     try:
-        return map_torch(mapped, _Slice(mapped, start, length), mapped.path, base=start)
+        return map_torch(mapped, cast(Any, _Slice(mapped, start, length)), mapped.path, base=start)
     except NotPlainError:
         raise InputError.of(mapped.path, f"{printable(name)} is not a plain tensor") from None
 
@@ -244,7 +244,7 @@ def _object(
         raise InputError.of(directory, f"{printable(name)} is not in its files exactly once")
     mapped, start, length = _place(directory, name, found[0][1], files)
     data = io.BytesIO(mapped.read(start, start + length).numpy().tobytes())
-    return read_torch(data, mapped.path)  # type: ignore[arg-type]
+    return read_torch(data, mapped.path)
 
 
 def _place(directory: Path, name: str, info: _Record, files: dict[str, MappedFile]) -> tuple[MappedFile, int, int]:
@@ -256,7 +256,12 @@ def _place(directory: Path, name: str, info: _Record, files: dict[str, MappedFil
     start, length = info.get("offset"), info.get("length")
     relative = plain_name(directory, info.get("relative_path"))
     if relative not in files:
-        files[relative] = MappedFile((directory / relative).open("rb"), directory / relative)
+        file = (directory / relative).open("rb")
+        try:
+            files[relative] = MappedFile(file, directory / relative)
+        except InputError:
+            file.close()
+            raise
     mapped = files[relative]
     if type(start) is not int or type(length) is not int or start < 0 or not 0 < length <= mapped.size - start:
         raise InputError.of(mapped.path, f"truncated: {printable(name)} lies beyond its end")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from wnsurgery.errors import InputError, printable
 
-__all__ = ["Assembly", "MappedFile", "Record", "Source", "byte_span"]
+__all__ = ["Assembly", "MappedFile", "Record", "Source", "byte_span", "is_plain", "no_bytes"]
 
 _BLOCK = 1 << 22
 
@@ -64,7 +64,8 @@ class MappedFile:
     def storage(self, record: Record) -> torch.UntypedStorage:
         """The bytes of a record as a storage over the mapping; its checksum is compared when it is read."""
         self.records.append(record)
-        return self._whole[record.start : record.stop]  # type: ignore[return-value]
+        made: torch.UntypedStorage = self._whole[record.start : record.stop]
+        return made
 
     def tensor(self, record: Record, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         """A contiguous tensor over a record of exactly its size."""
@@ -75,7 +76,7 @@ class MappedFile:
         for size in reversed(shape):
             strides.append(step)
             step *= size
-        return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape), tuple(reversed(strides)))  # type: ignore[call-overload,no-any-return]
+        return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape), tuple(reversed(strides)))
 
     def read(self, start: int, stop: int) -> Tensor:
         """Bytes of the file in fresh memory, checked against the checksum of the record they lie in."""
@@ -83,11 +84,11 @@ class MappedFile:
         record = self._record_of(start)
         if record is not None and record.crc and record.start not in self.checked:
             if (record.start, record.stop) == (start, stop):
-                crc = zlib.crc32(data.numpy())
+                crc = zlib.crc32(_buffer(data))
             else:
                 crc = 0
                 for at in range(record.start, record.stop, _BLOCK):
-                    crc = zlib.crc32(self._read(at, min(at + _BLOCK, record.stop)).numpy(), crc)
+                    crc = zlib.crc32(_buffer(self._read(at, min(at + _BLOCK, record.stop))), crc)
             if crc != record.crc:
                 raise InputError.of(self.path, f"damaged: Bad CRC-32 for file {printable(record.name)!r}")
             self.checked.add(record.start)
@@ -102,7 +103,7 @@ class MappedFile:
 
     def _read(self, start: int, stop: int) -> Tensor:
         data = torch.empty(stop - start, dtype=torch.uint8)
-        view = memoryview(data.numpy())
+        view = _buffer(data)
         self.file.seek(start)
         done = 0
         try:
@@ -197,6 +198,16 @@ class Source:
         if self.watch is not None:
             self.watch(stop - start)
         return data
+
+
+def no_bytes() -> torch.UntypedStorage:
+    """A storage of no bytes."""
+    return torch.empty(0, dtype=torch.uint8).untyped_storage()
+
+
+def _buffer(data: Tensor) -> memoryview:
+    """The memory of a tensor of bytes."""
+    return memoryview(data.numpy())  # type: ignore[arg-type]
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from wnsurgery.errors import InputError, printable
 from wnsurgery.stores.archive import read_directory
-from wnsurgery.stores.mapped import MappedFile, Record
+from wnsurgery.stores.mapped import MappedFile, Record, no_bytes
 from wnsurgery.stores.pickles import scan
 
 __all__ = ["NotPlainError", "map_torch"]
@@ -93,11 +93,11 @@ class _Storages:
             if record.stop - record.start != size:
                 held = record.stop - record.start
                 raise InputError.of(self.path, f"damaged: {held} bytes in data/{printable(key)}, not {size}")
-            self.known[key] = (self.mapped.storage(record) if size else torch.UntypedStorage(0)), dtype
+            self.known[key] = (self.mapped.storage(record) if size else no_bytes()), dtype
         storage, first = self.known[key]
         if first != dtype or storage.nbytes() != size:
             raise NotPlainError
-        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
 
 
 def _unpickle(pickled: bytes, storages: _Storages) -> Any:

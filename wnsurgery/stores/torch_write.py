@@ -14,13 +14,13 @@ import sys
 from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
 
 from wnsurgery.errors import InputError, printable
-from wnsurgery.stores.mapped import byte_span, is_plain
+from wnsurgery.stores.mapped import byte_span, is_plain, no_bytes
 from wnsurgery.stores.torch_file import Sink
 from wnsurgery.stores.values import Values
 
@@ -78,7 +78,7 @@ def write_archive(plan: ArchivePlan, values: Values, file: BinaryIO) -> None:
 
     sink = Sink(file)
     alignment = config.save.storage_alignment
-    writer = torch._C.PyTorchFileWriter(sink, get_crc32_options(), alignment)
+    writer: Any = torch._C.PyTorchFileWriter(cast(Any, sink), get_crc32_options(), alignment)
     marks = (".format_version", "1"), (".storage_alignment", str(alignment)), ("byteorder", sys.byteorder)
     try:
         writer.write_record("data.pkl", plan.pickled, len(plan.pickled))
@@ -100,7 +100,7 @@ def write_archive(plan: ArchivePlan, values: Values, file: BinaryIO) -> None:
 def _bytes(cluster: Cluster, values: Values) -> torch.UntypedStorage:
     wanted = cluster.owner
     if not cluster.size:
-        return torch.UntypedStorage(0)
+        return no_bytes()
     if not values.promised(wanted):
         return values.read(cluster.start, cluster.stop, wanted).untyped_storage()
     made = values.fetch(wanted)
@@ -120,15 +120,15 @@ class _Reducing(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is nn.Parameter and not vars(obj):
-            return torch._utils._rebuild_parameter, (obj.data, obj.requires_grad, OrderedDict())  # type: ignore[attr-defined]
+            return torch._utils._rebuild_parameter, (obj.data, obj.requires_grad, OrderedDict())
         if type(obj) is not Tensor or not (is_plain(obj) or self.values.promised(obj)):
             return NotImplemented
         token, offset = self.locate(obj)
         facts: tuple[Any, ...] = (token, offset, tuple(obj.size()), obj.stride(), obj.requires_grad, OrderedDict())
-        rebuild = torch._utils._rebuild_tensor_v2
+        rebuild: Any = torch._utils._rebuild_tensor_v2
         if token.dtype is None:
             rebuild, facts = torch._utils._rebuild_tensor_v3, (*facts, obj.dtype)
-        special = torch._utils.get_tensor_metadata(obj)  # conjugate and negative views
+        special = torch._utils.get_tensor_metadata(obj)  # type: ignore[no-untyped-call]  # conjugate and negative views
         return rebuild, (*facts, special) if special else facts
 
     def locate(self, tensor: Tensor) -> tuple[_Token, int]:

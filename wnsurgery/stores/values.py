@@ -47,4 +47,4 @@ class Loaded:
             return data
         storage = owner.untyped_storage()
         flat = torch.empty(0, dtype=torch.uint8)
-        return flat.set_(storage, start - storage.data_ptr(), (stop - start,), (1,)).clone()  # type: ignore[call-overload,no-any-return]
+        return flat.set_(storage, start - storage.data_ptr(), (stop - start,), (1,)).clone()
