@@ -72,7 +72,8 @@ def hifigan() -> nn.Module:
 def univnet() -> nn.Module:
     config = transformers.UnivNetConfig(
         model_in_channels=4, model_hidden_channels=4, num_mel_bins=6, resblock_kernel_sizes=[3],
-        resblock_stride_sizes=[2], resblock_dilation_sizes=[[1, 3]], kernel_predictor_num_blocks=1, kernel_predictor_hidden_channels=4,
+        resblock_stride_sizes=[2],
+        resblock_dilation_sizes=[[1, 3]], kernel_predictor_num_blocks=1, kernel_predictor_hidden_channels=4,
         kernel_predictor_conv_size=3,
     )  # fmt: skip
     model = transformers.UnivNetModel(config)

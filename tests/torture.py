@@ -40,7 +40,7 @@ def digest(path: Path) -> str:
 
 
 def make(folder: Path) -> None:
-    """A file and a sharded directory of about 60 MB each, and their old outputs."""
+    """A file and a sharded directory of about 60 MB each."""
     torch.manual_seed(0)
     names = [f"l{i}" for i in range(12)]
     tensors = {f"{n}.weight_{h}": torch.rand(512, 1 if h == "g" else 2400) for n in names for h in "gv"}
@@ -50,28 +50,30 @@ def make(folder: Path) -> None:
     for part in range(3):
         name = f"model-0000{part + 1}-of-00003.safetensors"
         safetensors.torch.save_file({k: tensors[k] for k in keys[part::3]}, folder / "in" / name)
-    for kind in ("safetensors", "directory"):
-        old = folder / ("out.safetensors" if kind == "safetensors" else "out")
-        if kind == "directory":
-            old.mkdir()
-            old = old / "model.safetensors"
-        safetensors.torch.save_file({"old": torch.ones(1000)}, old)
 
 
-def strike(folder: Path, source: str, output: str, longest: float) -> tuple[str, int]:
-    """One run, ended after a random part of the time it needs; returns the signal and the exit code."""
-    with subprocess.Popen(
-        [sys.executable, "-c", WORK, folder / source, folder / output],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as run:
+def old_output(path: Path) -> None:
+    """Put an old output in place of whatever is there."""
+    if path.suffix:
+        safetensors.torch.save_file({"old": torch.ones(1000)}, path)
+        return
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    safetensors.torch.save_file({"old": torch.ones(1000)}, path / "model.safetensors")
+
+
+def strike(folder: Path, source: str, output: str, pause: float | None) -> str:
+    """One run, ended `pause` seconds after it began to work (None: left alone); returns the signal's name."""
+    command = [sys.executable, "-c", WORK, folder / source, folder / output]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
         assert run.stdout is not None
         run.stdout.readline()
-        time.sleep(random.uniform(0, longest))
         which = random.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-        run.send_signal(which)
+        if pause is not None:
+            time.sleep(pause)
+            run.send_signal(which)
         run.stdout.read()
-    return which.name, run.returncode
+    return which.name
 
 
 def main() -> None:
@@ -82,21 +84,21 @@ def main() -> None:
     torn = litter = 0
     try:
         make(folder)
+        expected = {p.name for p in folder.iterdir()} | {"out", "out.safetensors"}
         for source, output in (("in.safetensors", "out.safetensors"), ("in", "out")):
+            old_output(folder / output)
             old = digest(folder / output)
             started = time.perf_counter()
-            command = [sys.executable, "-c", WORK, folder / source, folder / "new.safetensors"]
-            target = folder / ("new.safetensors" if "." in output else "new")
-            subprocess.run([*command[:-1], target], check=True, stdout=subprocess.DEVNULL)
-            longest, new = (time.perf_counter() - started) * 0.6, digest(target)
+            strike(folder, source, output, None)
+            longest, new = time.perf_counter() - started, digest(folder / output)
             finished = 0
             for _ in range(count):
-                which, _code = strike(folder, source, output, longest)
+                old_output(folder / output)
+                which = strike(folder, source, output, random.uniform(0, 0.25 * longest))
                 now = digest(folder / output)
                 finished += now == new
                 torn += now not in (old, new)
-                beside = {p.name for p in folder.iterdir()} - {"in", "in.safetensors", "out", "out.safetensors"}
-                beside -= {"new", "new.safetensors"}
+                beside = {p.name for p in folder.iterdir()} - expected
                 litter += bool(beside) and which != "SIGKILL"
                 for name in beside:
                     left = folder / name

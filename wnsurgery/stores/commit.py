@@ -86,10 +86,9 @@ def committed(output: str | os.PathLike[str], *, force: bool) -> Iterator[Binary
     """
     path = Path(output)
     temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(6)}.tmp")
-    file = _create(temporary, path)
     try:
         try:
-            with file:
+            with _create(temporary, path) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -101,8 +100,12 @@ def committed(output: str | os.PathLike[str], *, force: bool) -> Iterator[Binary
         except OSError as error:
             raise OutputError(f"{path}: {_reason(error)}") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        try:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        finally:  # a signal may have ended the first attempt
+            with contextlib.suppress(OSError):
+                temporary.unlink()
     _sync_directory(path.parent)
 
 

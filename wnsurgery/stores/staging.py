@@ -84,30 +84,50 @@ def staged(output: Path, work: str, *, force: bool, resume: bool) -> Iterator[St
         resume: keep complete files of the same work.
     """
     root = output.with_name(f".{output.name}.partial")
+    mine = _Root(root)
     try:
-        root.mkdir(exist_ok=True)
-        lock = _lock(root, output)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"{output}: {error.strerror or error}") from error
-    keep = resume
-    try:
+        mine.lock(output)
         payload = _prepared(root, work, resume)
+        mine.keep = resume
         yield Staging(payload)
         _sync(payload)
         _publish(payload, output, root / "old", force)
-        keep = False
+        mine.keep = False
     except OSError as error:
         if isinstance(error, OutputError) or error.errno is None:
             raise
         raise OutputError(f"{output}: {error.strerror or error}") from error
     finally:
-        if not keep:
-            shutil.rmtree(root, ignore_errors=True)
-        os.close(lock)
+        try:
+            mine.remove()
+        finally:  # a signal may have ended the first attempt
+            mine.remove()
     with contextlib.suppress(OSError):
         _sync(output.parent)
+
+
+class _Root:
+    """The staging directory itself, from the first lock to its removal; of another run's nothing is touched."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.keep = path, False
+        self.handle: int | None = None
+
+    def lock(self, output: Path) -> None:
+        self.path.mkdir(exist_ok=True)
+        self.handle = _lock(self.path, output)
+
+    def remove(self) -> None:
+        """Remove the directory unless it is to be kept, and unlock it."""
+        if self.handle is None:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()  # made, but not locked yet; another run's is not empty
+            return
+        if not self.keep:
+            shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.close(self.handle)
+        self.handle = None
 
 
 def _lock(root: Path, output: Path) -> int:
