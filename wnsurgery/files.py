@@ -49,7 +49,7 @@ from wnsurgery.errors import (
     printable,
 )
 from wnsurgery.keys import Layout
-from wnsurgery.mechanism import WeightNormList, rebuild_parametrized
+from wnsurgery.mechanism import PASSING, WeightNormList, rebuild_parametrized
 from wnsurgery.plan import Plan, plan_weight_norm
 from wnsurgery.reparam import Axes, Magnitude, WeightNorm
 from wnsurgery.stores import Stored, check_output, format_for, read_store, write_store
@@ -172,7 +172,7 @@ def _fault(module: nn.Module) -> str:
 
     table = module._modules["parametrizations"]
     for name, entry in table._modules.items() if type(table) is nn.ModuleDict else [("", None)]:
-        if type(entry) is not WeightNormList or list(entry._modules) != ["0"] or "_handed_out" in vars(entry):
+        if type(entry) is not WeightNormList or list(entry._modules) != ["0"] or not PASSING.isdisjoint(vars(entry)):
             return "its parametrization is not weight norm"
         rule, g, v = entry._modules["0"], entry._parameters.get("original0"), entry._parameters.get("original1")
         if type(rule) is not WeightNorm or g is None or v is None or not _is_sound_rule(vars(rule), g, v):

@@ -59,17 +59,27 @@ def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
     if not blocked or v.numel() <= _BLOCK or v.device.type != "cpu":
         short: Tensor = torch.linalg.vector_norm(v, 2, tuple(dims), keepdim=True, dtype=wide)
         return short
+    if 0 not in dims:
+        return _norm_of_rows(v, tuple(dims), wide)
     total = torch.zeros([1 if d in dims else s for d, s in enumerate(v.shape)], dtype=wide, device=v.device)
     step = max(1, _BLOCK * v.shape[0] // v.numel())
     room = torch.empty((min(step, v.shape[0]), *v.shape[1:]), dtype=wide, device=v.device)
     for start in range(0, v.shape[0], step):
         part = room[: min(step, v.shape[0] - start)].copy_(v[start : start + step]).square_()
-        if 0 in dims:  # inner axes first: one reduction over both is several times slower
-            inner = tuple(d for d in dims if d)
-            total += (part.sum(inner, keepdim=True) if inner else part).sum(0, keepdim=True)
-        else:
-            torch.sum(part, tuple(dims), keepdim=True, out=total[start : start + step])
+        inner = tuple(d for d in dims if d)  # inner axes first: one reduction over both is several times slower
+        total += (part.sum(inner, keepdim=True) if inner else part).sum(0, keepdim=True)
     return total.sqrt_()
+
+
+def _norm_of_rows(v: Tensor, dims: tuple[int, ...], wide: torch.dtype) -> Tensor:
+    """`norm` of a large weight whose first axis is kept, a block of rows at a time."""
+    total = torch.empty([1 if d in dims else s for d, s in enumerate(v.shape)], dtype=wide, device=v.device)
+    step = max(1, _BLOCK * v.shape[0] // v.numel())
+    room = torch.empty((min(step, v.shape[0]), *v.shape[1:]), dtype=wide, device=v.device)
+    for start in range(0, v.shape[0], step):
+        part = room[: min(step, v.shape[0] - start)].copy_(v[start : start + step])
+        torch.linalg.vector_norm(part, 2, dims, keepdim=True, out=total[start : start + step])
+    return total
 
 
 def row_peak(v: Tensor, dims: Sequence[int]) -> Tensor:
@@ -107,25 +117,34 @@ def row_scale(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str, *, bloc
     return RowScale(snapped_quotient(g, norms, wide, magnitude), None)
 
 
-def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> Tensor | None:
+def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> tuple[Tensor, bool] | None:
     """`row_scale` in float32 for norms already taken, in a few operations, where every row is an ordinary one.
 
-    None where some row needs the long way: its factor leaves float32, is zero or not finite, or is so close to one
-    that g may be the stored norm while other rows' are not, or g is so large that it may stand for a norm beyond
-    its type. Looks at values: for eager mode on a CPU.
+    Also says whether the norms can be squared in float32. None where some row needs the long way: its factor leaves
+    float32, is zero or not finite, or is so close to one that g may be the stored norm while other rows' are not, or
+    g is so large that it may stand for a norm beyond its type. Looks at values: for eager mode on a CPU.
     """
-    low, high = torch.aminmax(g)
-    if magnitude == "linear" and max(-low.item(), high.item()) >= _large(g.dtype):
-        return None
+    low, high = torch.aminmax(norms)
+    least, most = low.item(), high.item()
+    squarable = least > 2.0**-30 and most < 2.0**30
+    if not squarable or g.dtype == torch.float16:  # else g is bounded by the factor
+        low, high = torch.aminmax(g)
+        if magnitude == "linear" and max(-low.item(), high.item()) >= _large(g.dtype):
+            return None
     factor = torch.div(g.to(norms.dtype).exp() if magnitude == "log" else g, norms).float()
-    low, high = torch.aminmax(factor.abs())
-    if not (low.item() >= 2.0**-60 and high.item() <= 2.0**60):
+    low, high = torch.aminmax(factor)
+    least, most = low.item(), high.item()
+    if least < 0:
+        low, high = torch.aminmax(factor.abs())
+        least, most = low.item(), high.item()
+    if not (least >= 2.0**-60 and most <= 2.0**60):
         return None
-    if (factor - 1).abs_().min().item() > (2.0**-12 if magnitude == "log" else 2.0**-21):
-        return factor
+    near = 2.0**-12 if magnitude == "log" else 2.0**-21
+    if least > 1 + near or most < 1 - near or torch.linalg.vector_norm(factor - 1, -math.inf).item() > near:
+        return factor, squarable
     dtype = torch.promote_types(g.dtype, torch.float32)
     untouched = torch.equal(_store(norms.log() if magnitude == "log" else norms, dtype), g.to(dtype))
-    return torch.ones_like(factor) if untouched else None
+    return (torch.ones_like(factor), squarable) if untouched else None
 
 
 def _large(dtype: torch.dtype) -> float:
