@@ -13,11 +13,17 @@ import torch
 from torch import Tensor, nn
 
 import wnsurgery as wn
-from wnsurgery.kept import LARGE, Rooms
+from wnsurgery.kept import Rooms
 
 from nets import same_bits
 
 Layer = Any
+
+
+@pytest.fixture(autouse=True)
+def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are computed into kept memory for small weights already, so that these tests are quick."""
+    monkeypatch.setattr("wnsurgery.reparam._FRESH", 1 << 16)
 
 
 def layer(size: int = 8, **options: Any) -> Layer:
@@ -218,7 +224,7 @@ def test_nothing_kept_goes_into_copies_or_files() -> None:
 
 def test_rooms_lend_once() -> None:
     """A room is lent again only when its last loan is gone; small or other tensors get none or their own."""
-    rooms, like = Rooms(), torch.zeros(LARGE)
+    rooms, like = Rooms(), torch.zeros(1 << 16)
     loan = rooms.take("w", like)
     assert loan is not None
     assert rooms.take("w", like) is None
@@ -229,5 +235,5 @@ def test_rooms_lend_once() -> None:
     del kept
     gc.collect()
     assert rooms.take("w", like) is not None
-    assert rooms.take("w", torch.zeros(LARGE, dtype=torch.float64)).dtype == torch.float64  # type: ignore[union-attr]
-    assert rooms.take("w", torch.zeros(LARGE - 1)) is None
+    assert rooms.take("w", torch.zeros(1 << 16, dtype=torch.float64)).dtype == torch.float64  # type: ignore[union-attr]
+    assert rooms.take("w", torch.zeros((1 << 16) - 1)) is None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wnsurgery.errors import NonFiniteWeightError, PairError
-from wnsurgery.kept import LARGE, Rooms
+from wnsurgery.kept import Rooms
 from wnsurgery.norms import (
     RowScale,
     norm,
@@ -32,7 +32,8 @@ __all__ = ["Axes", "Magnitude", "WeightNorm", "compose", "decompose", "magnitude
 
 Magnitude = Literal["linear", "log"]
 
-_BLOCK = 1 << 16  # elements a block of the backward pass has: three of them fit one core's cache
+_FRESH = 1 << 23  # elements from which the allocator gives fresh pages each time, which cost more than a pass
+_BLOCK = 1 << 20  # elements a block of the backward pass has; smaller ones spend their time on starting threads
 
 ZERO_LOG = -1000.0  # e^-1000 is 0 in float64: the logarithm stored for a row of zeros
 
@@ -285,7 +286,8 @@ class _Compose(torch.autograd.Function):
         if norms is None or torch.is_grad_enabled():
             grad_g, grad_v = _gradients(grad_w, g, v, ctx.axes, ctx.magnitude)
         else:
-            room = None if ctx.rooms is None or v.dtype != torch.float32 else ctx.rooms.take("grad", v)
+            big = v.dtype == torch.float32 and v.numel() >= _FRESH
+            room = ctx.rooms.take("grad", v) if ctx.rooms is not None and big else None
             grad_g, grad_v = _plain_gradients(grad_w, g, v, norms.float(), ctx.axes, ctx.magnitude, room)
         want_g, want_v = ctx.needs_input_grad[:2]
         return grad_g if want_g else None, grad_v if want_v else None, None, None, None
@@ -318,7 +320,7 @@ def _plain_gradients(
     rows = _per_row(g, v, axes)
     size = rows.exp() if magnitude == "log" else rows
     whole = axes.kept == (0,) and v.dtype == torch.float32 == size.dtype and v.is_contiguous()
-    if whole and v.ndim > 1 and v.numel() >= LARGE:  # by size alone, so that memory decides no bit
+    if whole and v.ndim > 1 and v.numel() >= _FRESH:  # by size alone, so that memory decides no bit
         grad_v = torch.empty_like(v) if room is None else room
         radial = _gradients_into(grad_v, grad_w, size, v, norms)
     elif whole and v.ndim > 1:
