@@ -20,7 +20,7 @@ PACKAGE = ROOT / "wnsurgery"
 LAYERS = [
     {"errors", "norms", "text"},
     {"keys", "reparam", "stores", "differences", "onnx_values"},
-    {"layers", "checkpoint", "onnx_file", "chain_rule"},
+    {"layers", "checkpoint", "onnx_file", "chain_rule", "after_step"},
     {"graph", "parity", "following"},
     {"walk"},
     {"plan", "mechanism"},

@@ -69,8 +69,8 @@ class Swap:
     magnitude: Magnitude
 
 
-def as_optimizers(optimizer: Optimizers | None) -> tuple[Optimizer, ...]:
-    """One optimizer, several, or none, as a tuple; SelectionError for anything else and for LBFGS."""
+def as_optimizers(optimizer: Optimizers | None, *, flat: bool = False) -> tuple[Optimizer, ...]:
+    """One optimizer, several, or none, as a tuple; SelectionError for anything else, and for LBFGS unless `flat`."""
     if optimizer is None:
         return ()
     several = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
@@ -78,7 +78,7 @@ def as_optimizers(optimizer: Optimizers | None) -> tuple[Optimizer, ...]:
         if not (isinstance(getattr(one, "param_groups", None), list) and hasattr(one, "state")):
             hint = "give the optimizer it schedules" if hasattr(one, "optimizer") else None
             raise SelectionError(f"optimizer must be a torch.optim.Optimizer, not {type(one).__name__}", hint=hint)
-        if isinstance(one, torch.optim.LBFGS):
+        if isinstance(one, torch.optim.LBFGS) and not flat:
             raise SelectionError(
                 "LBFGS keeps its history as flat vectors over all parameters, which cannot follow surgery",
                 hint="make a new LBFGS afterwards",
@@ -102,6 +102,10 @@ class Follower:
     def split(self, swaps: Iterable[Swap], *, carry: bool = True) -> None:
         """Weights became pairs. `carry=False` drops state and gradients: the function has changed."""
         swaps = list(swaps) if self.optimizers else []
+        if carry:
+            _warn_of_unknown(self.optimizers, [swap.weight for swap in swaps])
+        elif any(one.state.get(swap.weight) for one in self.optimizers for swap in swaps):
+            _log.warning("initialisation from data changes the function: optimizer state of its weights starts anew")
         for one in self.optimizers:
             held = _held(one)
             if isinstance(one, torch.optim.Muon) and any(id(swap.weight) in held for swap in swaps):
@@ -124,6 +128,7 @@ class Follower:
     def join(self, swaps: Iterable[Swap]) -> None:
         """Pairs became weights: each takes the place of its v, or of its g where only that was being trained."""
         swaps = list(swaps) if self.optimizers else []
+        _warn_of_unknown(self.optimizers, [p for swap in swaps for p in (swap.v, swap.g)])
         held = [_held(one) for one in self.optimizers]
         places: list[dict[int, list[nn.Parameter]]] = [{} for _ in self.optimizers]
         grads: list[tuple[Tensor, Tensor | None]] = []
@@ -177,8 +182,8 @@ class Follower:
                 one.state.pop(parameter, None)
         for one, parameter, state in states:
             one.state[parameter] = state
-        for parameter, grad in grads:
-            parameter.grad = grad
+        for owner, grad in grads:
+            owner.grad = grad
 
     def _contents(
         self,
@@ -207,13 +212,14 @@ class Follower:
         return [p for p, _ in entries], [n for _, n in entries] if "param_names" in group else None
 
 
-def rescale_state(optimizers: Iterable[Optimizer], v: nn.Parameter, factor: Tensor) -> Callable[[], None]:
+def rescale_state(optimizers: Sequence[Optimizer], v: nn.Parameter, factor: Tensor) -> Callable[[], None]:
     """v becomes factor * v: how gradient and state follow. Returns the action, which cannot fail.
 
     `factor` broadcasts against v and is positive.
     """
     changes: list[tuple[Optimizer, State]] = []
     wide = factor.double() if factor.device.type != "mps" else factor
+    _warn_of_unknown(optimizers, [v])
     for one in optimizers:
         state = one.state.get(v)
         if state:
@@ -254,15 +260,18 @@ def _held(optimizer: Optimizer) -> set[int]:
 def _table(optimizer: Optimizer, state: State | None) -> dict[str, Kind] | None:
     """What each entry of a state is; None where some entry is unknown, so that the state has to start anew."""
     table = next((kinds for kind, kinds in _KNOWN if isinstance(optimizer, kind)), {})
-    unknown = sorted(set(state or ()) - set(table))
-    if unknown:
-        _log.warning(
-            "%s: no rule for its state (%s): it starts anew for this weight",
-            type(optimizer).__name__,
-            ", ".join(unknown),
-        )
-        return None
-    return table
+    return table if set(state or ()) <= set(table) else None
+
+
+def _warn_of_unknown(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+    """Say once per optimizer whose state starts anew."""
+    parameters = list(parameters)
+    for one in optimizers:
+        lost = [set(one.state[p]) for p in parameters if one.state.get(p) and _table(one, one.state[p]) is None]
+        if lost:
+            keys = ", ".join(sorted(set().union(*lost)))
+            name = type(one).__name__
+            _log.warning("%s: no rule for its state (%s), which starts anew for %d weights", name, keys, len(lost))
 
 
 def _settings(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Any]:
