@@ -85,7 +85,8 @@ def clamp_magnitude_(
 ) -> M:
     """Bring |g| of every row into [min, max], once and in place; the sign of g stays. Returns the model.
 
-    A log-scale magnitude is held in [log min, log max], so the bounds hold to rounding. g = 0 becomes +min. Frozen magnitudes are clamped too.
+    A log-scale magnitude is held in [log min, log max], so the bounds hold to
+    rounding. g = 0 becomes +min. Frozen magnitudes are clamped too.
 
     >>> model = clamp_magnitude_(apply_weight_norm(nn.Linear(3, 2)), max=0.25)
     >>> bool((model.weight.norm(dim=1) < 0.2501).all())

@@ -221,7 +221,7 @@ class _Float64Rows:
     @property
     def log(self) -> Tensor:
         """log ||v||, finite for every row but zeros."""
-        return self.log_mantissa + self.exponent * math.log(2)
+        return self.log_mantissa + self.exponent.to(self.high.dtype) * math.log(2)
 
     @property
     def log_mantissa(self) -> Tensor:
