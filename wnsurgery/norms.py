@@ -119,11 +119,13 @@ def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> Tensor | None:
     if magnitude == "linear" and max(-low.item(), high.item()) >= _large(g.dtype):
         return None
     factor = torch.div(g.to(norms.dtype).exp() if magnitude == "log" else g, norms).float()
-    low, high = torch.aminmax(factor.abs())
+    sizes = factor.abs()
+    low, high = torch.aminmax(sizes)
     if not (low.item() >= 2.0**-60 and high.item() <= 2.0**60):
         return None
-    off = (factor / _nearest_power(factor)).abs_().sub_(1).abs_()
-    if off.min().item() > (2.0**-12 if magnitude == "log" else 2.0**-21):
+    low, high = torch.aminmax(torch.frexp(sizes).mantissa)
+    margin = 2.0**-12 if magnitude == "log" else 2.0**-21
+    if low.item() > 0.5 + margin and high.item() < 1 - margin:
         return factor
     dtype = torch.promote_types(g.dtype, torch.float32)
     untouched = torch.equal(_store(norms.log() if magnitude == "log" else norms, dtype), g.to(dtype))
