@@ -117,7 +117,7 @@ class Follower:
             grads += _split_grad(swap, rule)
             for one in self.optimizers:
                 state = one.state.get(swap.weight)
-                table = _table(one, state)
+                table = _table(one, swap.weight)
                 if state and table is not None:
                     for_g, for_v = _split_state(swap, rule, state, table, _settings(one, swap.weight))
                     states += [(one, swap.g, for_g)] if swap.g.requires_grad else []
@@ -148,10 +148,10 @@ class Follower:
     def _joined_state(self, one: Optimizer, swap: Swap, rule: ChainRule) -> State:
         """The state of a folded weight, from that of v and g; g may be with another optimizer of the same type."""
         for_v = one.state.get(swap.v) or {}
-        table = _table(one, for_v)
+        table = _table(one, swap.v)
         others = (o for o in (one, *self.optimizers) if type(o) is type(one))
         for_g, g_home = next(((o.state[swap.g], o) for o in others if o.state.get(swap.g)), ({}, one))
-        if _table(one, for_g) is None:
+        if _table(g_home, swap.g) is None:
             for_g = {}
         if table is None or not (for_v or for_g):
             return {}
@@ -223,7 +223,7 @@ def rescale_state(optimizers: Sequence[Optimizer], v: nn.Parameter, factor: Tens
     for one in optimizers:
         state = one.state.get(v)
         if state:
-            table = _table(one, state)
+            table = _table(one, v)
             scaled = {} if table is None else {k: _rescaled(x, table[k], wide) for k, x in state.items()}
             changes.append((one, scaled))
     grad = None if v.grad is None else _rescaled(v.grad, "gradient", wide)
@@ -257,17 +257,21 @@ def _held(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-def _table(optimizer: Optimizer, state: State | None) -> dict[str, Kind] | None:
-    """What each entry of a state is; None where some entry is unknown, so that the state has to start anew."""
+def _table(optimizer: Optimizer, parameter: Tensor) -> dict[str, Kind] | None:
+    """What each entry of a parameter's state is; None where some entry is unknown or not of its parameter's shape, so
+    that the state has to start anew."""
     table = next((kinds for kind, kinds in _KNOWN if isinstance(optimizer, kind)), {})
-    return table if set(state or ()) <= set(table) else None
+    for key, x in (optimizer.state.get(parameter) or {}).items():
+        if key not in table or (isinstance(x, Tensor) and table[key] != "count" and x.shape != parameter.shape):
+            return None
+    return table
 
 
 def _warn_of_unknown(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
     """Say once per optimizer whose state starts anew."""
     parameters = list(parameters)
     for one in optimizers:
-        lost = [set(one.state[p]) for p in parameters if one.state.get(p) and _table(one, one.state[p]) is None]
+        lost = [set(one.state[p]) for p in parameters if one.state.get(p) and _table(one, p) is None]
         if lost:
             keys = ", ".join(sorted(set().union(*lost)))
             name = type(one).__name__
