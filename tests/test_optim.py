@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -40,6 +40,15 @@ OPTIMIZERS: dict[str, Make] = {
 LOOSE = {"rmsprop", "adagrad", "adamax", "adadelta"}
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(64, 2, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and lose much when the machine is busy."""
+    kept = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(kept)
 
 
 def mlp(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -332,7 +341,7 @@ def test_several_optimizers_and_strangers() -> None:
 
 
 def test_ties_and_frozen_parameters() -> None:
-    """A tied weight stands in the groups once; frozen magnitudes and weights keep their place and train on when thawed."""
+    """A tied weight stands in the groups once; what is frozen keeps its place and trains on when thawed."""
     model = TiedLanguageModel()
     model.body.requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -515,7 +524,7 @@ def test_gradient_scaling_and_clipping_go_on() -> None:
             norm = nn.utils.clip_grad_norm_(model.parameters(), 10.0)
             scaler.step(optimizer)
             scaler.update()
-            losses.append(float(loss))
+            losses.append(loss.item())
     assert norm > 0
     assert losses[:3] == losses[4:7]
     assert abs(losses[7] - losses[3]) < 0.02 * abs(losses[3] - losses[2])
