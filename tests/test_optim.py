@@ -367,6 +367,23 @@ def test_ties_and_frozen_parameters() -> None:
     assert not torch.allclose(model.head.weight.detach().norm(dim=1), norms)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_under_no_grad_and_inference_mode(mode: Callable[[], Any]) -> None:
+    """Surgery in any grad mode leaves state and gradients that can be trained on."""
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    for action in (wn.apply_weight_norm, lambda m, optimizer: wn.renormalize_(m, "unit", optimizer=optimizer)):
+        run(model, optimizer, 1)
+        with mode():
+            action(model, optimizer=optimizer)
+        (model(X) - Y).square().mean().backward()  # on top of the gradients carried over
+    with mode():
+        wn.fold_weight_norm(model, optimizer=optimizer)
+    (model(X) - Y).square().mean().backward()
+    optimizer.step()
+    assert len(optimizer.state) == 6
+
+
 @pytest.mark.parametrize("form", ["torch", "legacy"])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 def test_folding_torchs_own_weight_norm(form: str) -> None:

@@ -90,7 +90,8 @@ def apply_weight_norm(
             for site in plan.sites if freeze_magnitude else ():
                 entry: Any = site.slot.module.parametrizations[site.slot.parameter]  # type: ignore[index]
                 entry.original0.requires_grad_(False)
-        follower.split(map(_swap_at, plan.sites), carry=init == "preserve")
+        with _plain_grad_mode():
+            follower.split(map(_swap_at, plan.sites), carry=init == "preserve")
     return model
 
 
