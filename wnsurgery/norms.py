@@ -4,7 +4,8 @@ Three rules make conversion exact and folding accurate:
 
 * norms of 16- and 32-bit weights are taken in float64, norms of float64 weights in pairs of float64, so
   that neither the number of threads nor the device decides a bit of the result;
-* where g is the stored value of ||v||, the factor is exactly one, so v is returned bit for bit;
+* where g is the stored value of ||v||, the factor is exactly one, so v is returned bit for bit; where it is
+  that of 2^k ||v||, the factor is exactly 2^k, so that rescaling v by powers of two changes no bit of w;
 * factors outside the range of the weight's type stay finite, and a row of zeros gets the factor zero.
 
 A *row* is one kept index of the weight; "small" tensors below have one element per row.
@@ -138,8 +139,9 @@ def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> tuple[Tensor, bool]
     """`row_scale` in float32 for norms already taken, in a few operations, where every row is an ordinary one.
 
     Also says whether the norms can be squared in float32. None where some row needs the long way: its factor leaves
-    float32, is zero or not finite, or is so close to one that g may be the stored norm while other rows' are not, or
-    g is so large that it may stand for a norm beyond its type. Looks at values: for eager mode on a CPU.
+    float32, is zero or not finite, or is so close to a power of two that g may be the stored norm, or that of a
+    rescaled row, while other rows' are not, or g is so large that it may stand for a norm beyond its type. Looks at
+    values: for eager mode on a CPU.
     """
     low, high = torch.aminmax(norms)
     least, most = low.item(), high.item()
@@ -150,14 +152,16 @@ def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> tuple[Tensor, bool]
             return None
     factor = torch.div(g.to(norms.dtype).exp() if magnitude == "log" else g, norms).float()
     low, high = torch.aminmax(factor)
-    least, most = low.item(), high.item()
+    sizes, least, most = factor, low.item(), high.item()
     if least < 0:
-        low, high = torch.aminmax(factor.abs())
+        sizes = factor.abs()
+        low, high = torch.aminmax(sizes)
         least, most = low.item(), high.item()
     if not (least >= 2.0**-60 and most <= 2.0**60):
         return None
+    low, high = torch.aminmax(torch.frexp(sizes)[0])
     near = 2.0**-12 if magnitude == "log" else 2.0**-21
-    if least > 1 + near or most < 1 - near or torch.linalg.vector_norm(factor - 1, -math.inf).item() > near:
+    if low.item() > 0.5 + near and high.item() < 1 - near:
         return factor, squarable
     dtype = torch.promote_types(g.dtype, torch.float32)
     untouched = torch.equal(_store(norms.log() if magnitude == "log" else norms, dtype), g.to(dtype))
@@ -183,8 +187,19 @@ def snapped_quotient(g: Tensor, norms: Tensor, wide: torch.dtype, magnitude: str
         quotient = torch.where(narrow, quotient.float().to(wide), quotient)
     stored = torch.promote_types(g.dtype, torch.float32)
     slack = 2.0**-40 if wide == torch.float64 else 2.0**-22
+    power = _nearest_power(torch.where(zero, torch.ones_like(quotient), quotient))
     same = _is_stored_norm(g.to(stored), norms, slack, magnitude)
-    return torch.where(same & ~zero, torch.ones_like(quotient), quotient)
+    quotient = torch.where(_is_stored_norm(g.to(stored), norms * power, slack, magnitude), power, quotient)
+    quotient = torch.where(same, torch.ones_like(quotient), quotient)
+    return torch.where(zero, torch.zeros_like(quotient), quotient)
+
+
+def _nearest_power(x: Tensor) -> Tensor:
+    """The power of two nearest to |x| in ratio to within a factor sqrt(2), one for zero and what is not finite."""
+    size = x.detach().abs()
+    usable = torch.isfinite(size) & (size > 0)
+    exponent = torch.where(usable, size, torch.ones_like(size)).log2().round()
+    return exponent.exp2()
 
 
 def _is_stored_norm(g: Tensor, norms: Tensor, slack: float, magnitude: str) -> Tensor:
@@ -244,7 +259,12 @@ class _Float64Rows:
     @property
     def log(self) -> Tensor:
         """log ||v||, finite for every row but zeros."""
-        return (self.high + self.low).log() + self.exponent * math.log(2)
+        return self.log_mantissa + self.exponent.to(self.high.dtype) * math.log(2)
+
+    @property
+    def log_mantissa(self) -> Tensor:
+        """log ||v|| of the scaled rows."""
+        return (self.high + self.low).log()
 
 
 def _row_scale_float64(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str) -> RowScale:
@@ -255,6 +275,13 @@ def _row_scale_float64(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str
     scaled = size * _power_of_two(-exponent)
     quotient = scaled / root
     quotient = quotient + (_minus_product(scaled, quotient, root) - quotient * rows.low) / root
+    power = _nearest_power(quotient)
+    if magnitude == "log":
+        near = _is_stored_log(g.to(v.dtype), rows.log_mantissa + (exponent + power.log2()) * math.log(2))
+    else:
+        slack = root * 2.0**-62
+        near = ((root + (rows.low - slack)) * power <= scaled) & (scaled <= (root + (rows.low + slack)) * power)
+    quotient = torch.where(near, power, quotient)
     same = _is_stored_norm_float64(g.to(v.dtype), rows, magnitude)
     shift = torch.where(same, torch.zeros_like(exponent), exponent - rows.exponent)
     half = torch.div(shift - shift.clamp(-900, 900), 2, rounding_mode="trunc")

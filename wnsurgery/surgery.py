@@ -12,8 +12,9 @@ from torch import nn
 
 from wnsurgery.data_init import data_dependent_init
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
+from wnsurgery.following import Follower, Optimizers, Swap
 from wnsurgery.mechanism import WeightNormList, install, reorder_parameters, restore_parameter
-from wnsurgery.plan import Dim, Pattern, Plan, plan_weight_norm
+from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
 from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, decompose
 from wnsurgery.walk import Slot, legacy_hooks, slots
 
@@ -36,6 +37,7 @@ def apply_weight_norm(
     freeze_magnitude: bool = False,
     init: Literal["preserve", "data"] = "preserve",
     data: Any = None,
+    optimizer: Optimizers | None = None,
     **init_options: Any,
 ) -> M:
     """Replace weights w by g * v / ||v||, in place, keeping the function in every bit; returns the model.
@@ -59,9 +61,14 @@ def apply_weight_norm(
         init: "preserve" keeps the function; "data" then sets g and biases from `data`, the paper's recipe.
         data: a batch or an iterable of batches for init="data"; see `data_dependent_init`, which also names the
             further options (`init_scale`, `training`, `forward`). What it left alone is logged as "wnsurgery".
+        optimizer: the optimizer in use, or a sequence of them, to train on with: g and v take the place of w in its
+            groups, and what it keeps for w (momentum, Adam's averages) and gradients already accumulated pass to g
+            and v by the chain rule. Optimizers whose state has no known rule forget these weights' state, as all do
+            with init="data", which changes the function; a warning is logged. Schedulers go on working.
 
     Raises:
-        SelectionError: a pattern matches nothing, or the model holds no weight to convert.
+        SelectionError: a pattern matches nothing, the model holds no weight to convert, or the optimizer
+            (LBFGS, Muon) cannot follow.
         NonFiniteWeightError: a weight holds NaN or infinity; named.
     """
     if init not in ("preserve", "data"):
@@ -71,6 +78,7 @@ def apply_weight_norm(
     if init == "preserve" and init_options:
         raise TypeError(f"apply_weight_norm got unexpected arguments: {', '.join(sorted(init_options))}")
     plan = plan_weight_norm(model, include=include, exclude=exclude, dim=dim)
+    follower = Follower(model, optimizer)
     options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
     with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
         apply_plan(model, plan, **options, freeze_magnitude=freeze_magnitude and init == "preserve")
@@ -82,7 +90,16 @@ def apply_weight_norm(
             for site in plan.sites if freeze_magnitude else ():
                 entry: Any = site.slot.module.parametrizations[site.slot.parameter]  # type: ignore[index]
                 entry.original0.requires_grad_(False)
+        with _plain_grad_mode():
+            follower.split(map(_swap_at, plan.sites), carry=init == "preserve")
     return model
+
+
+def _swap_at(site: Site) -> Swap:
+    """The weight of a site just converted, and its pair."""
+    entry: Any = site.slot.module.parametrizations[site.slot.parameter]  # type: ignore[index]
+    weight: Any = site.weight
+    return Swap(weight, entry.original0, entry.original1, site.axes, entry[0].magnitude)
 
 
 def apply_plan(
@@ -129,7 +146,7 @@ def is_weight_normed(model: nn.Module) -> bool:
     return any(slot.form in _WEIGHT_NORM or _is_stacked(slot) for slot in slots(model))
 
 
-def fold_weight_norm(model: M) -> M:
+def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     """Replace every (g, v) by the plain weight g * v / ||v||, in place; returns the model.
 
     Knows our weight norm, torch's `parametrizations.weight_norm` and torch's legacy `weight_norm`, any tensor name
@@ -145,19 +162,29 @@ def fold_weight_norm(model: M) -> M:
     >>> torch.equal(fold_weight_norm(apply_weight_norm(layer)).weight, before), type(layer).__name__
     (True, 'Linear')
 
-    Raises PairError when a pair does not fit together or another parametrization is stacked on it.
+    Args:
+        model: any module tree.
+        optimizer: the optimizer in use, or a sequence of them: w takes the place of v in its groups (of g, where
+            only that is being trained; g and v may be in different groups), and momentum, Adam's averages and
+            gradients pass back to w by the chain rule. A row with g = 0 keeps no part across its direction.
+
+    Raises PairError when a pair does not fit together or another parametrization is stacked on it, SelectionError
+    when the optimizer (LBFGS) cannot follow.
     """
     _refuse_wrapped(model)
+    follower = Follower(model, optimizer)
     found = [slot for slot in slots(model) if slot.form in _WEIGHT_NORM]
     for slot in slots(model):
         if _is_stacked(slot):
             raise PairError(f"{slot.fqn}: another parametrization is stacked on its weight norm; remove that first")
     with _plain_grad_mode():
         folded: dict[tuple[int, int], nn.Parameter] = {}
+        swaps: list[Swap] = []
         for slot in found:
             key = (id(slot.magnitude), id(slot.tensor))
             if key not in folded:
                 folded[key] = _plain_weight(slot)
+                swaps.append(_swap_from(slot, folded[key]))
         with _all_or_nothing(slot.module for slot in found):
             for slot in found:
                 weight = folded[id(slot.magnitude), id(slot.tensor)]
@@ -167,6 +194,7 @@ def fold_weight_norm(model: M) -> M:
                     _remove_parametrized(slot, weight)
             for slot in found:
                 _refresh_recurrent(slot.module)
+            follower.join(swaps)
     _log.info("weight norm folded out of %d weights", len(folded))
     return model
 
@@ -184,6 +212,13 @@ def _plain_weight(slot: Slot) -> nn.Parameter:
     weight = nn.Parameter(w.detach(), requires_grad=g.requires_grad or v.requires_grad)
     weight.__dict__.update(v.__dict__)
     return weight
+
+
+def _swap_from(slot: Slot, weight: nn.Parameter) -> Swap:
+    g: Any = slot.magnitude
+    v: Any = slot.tensor
+    axes, magnitude = _rule_of(slot)
+    return Swap(weight, g, v, axes or Axes.of_pair(g.shape, v.shape), magnitude)
 
 
 def _rule_of(slot: Slot) -> tuple[Axes | None, Magnitude]:
