@@ -199,7 +199,7 @@ def _nearest_power(x: Tensor) -> Tensor:
     size = x.detach().abs()
     usable = torch.isfinite(size) & (size > 0)
     exponent = torch.where(usable, size, torch.ones_like(size)).log2().round()
-    return exponent.exp2()
+    return torch.pow(2.0, exponent)  # exact for whole numbers; exporters know no exp2
 
 
 def _is_stored_norm(g: Tensor, norms: Tensor, slack: float, magnitude: str) -> Tensor:
