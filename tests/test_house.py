@@ -18,13 +18,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
-    {"errors", "norms", "text"},
+    {"errors", "norms", "text", "snapshot", "mean_only", "calls", "dataflow"},
     {"keys", "reparam", "stores", "differences", "onnx_values"},
     {"layers", "checkpoint", "onnx_file"},
     {"graph", "parity"},
     {"walk"},
-    {"plan", "mechanism"},
-    {"data_init"},
+    {"plan", "mechanism", "tracing"},
+    {"affine", "data_init"},
+    {"batchnorm"},
     {"surgery"},
     {"files", "runs", "benchmark"},
     {"export", "inout"},

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from wnsurgery.batchnorm import BatchNormMode, example_of, folded_means, without_batch_norm
 from wnsurgery.data_init import data_dependent_init
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
 from wnsurgery.mechanism import WeightNormList, install, reorder_parameters, restore_parameter
@@ -25,7 +26,7 @@ _WEIGHT_NORM = ("ours", "torch", "legacy")
 M = TypeVar("M", bound=nn.Module)
 
 
-def apply_weight_norm(
+def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms, and where g starts
     model: M,
     *,
     include: Pattern | None = None,
@@ -36,6 +37,8 @@ def apply_weight_norm(
     freeze_magnitude: bool = False,
     init: Literal["preserve", "data"] = "preserve",
     data: Any = None,
+    batch_norm: BatchNormMode = "keep",
+    inputs: Any = None,
     **init_options: Any,
 ) -> M:
     """Replace weights w by g * v / ||v||, in place, keeping the function in every bit; returns the model.
@@ -59,6 +62,11 @@ def apply_weight_norm(
         init: "preserve" keeps the function; "data" then sets g and biases from `data`, the paper's recipe.
         data: a batch or an iterable of batches for init="data"; see `data_dependent_init`, which also names the
             further options (`init_scale`, `training`, `forward`). What it left alone is logged as "wnsurgery".
+        batch_norm: what becomes of each BatchNorm, see `plan_batch_norm`; the evaluation function stays the same to
+            rounding. "fold" folds it into the layer beside it, which then gets its weight norm; "mean-only" puts a
+            `MeanOnlyBatchNorm` in its place, its scale going into g. Those kept are logged as "wnsurgery", with the
+            reason.
+        inputs: example arguments that show the data flow for `batch_norm`; the first batch of `data` serves, too.
 
     Raises:
         SelectionError: a pattern matches nothing, or the model holds no weight to convert.
@@ -70,6 +78,21 @@ def apply_weight_norm(
         raise SelectionError('init="data" and data=... go together')
     if init == "preserve" and init_options:
         raise TypeError(f"apply_weight_norm got unexpected arguments: {', '.join(sorted(init_options))}")
+    if batch_norm != "keep":
+        _refuse_wrapped(model)
+        with without_batch_norm(model, batch_norm, example_of(data) if inputs is None else inputs):
+            return apply_weight_norm(
+                model,
+                include=include,
+                exclude=exclude,
+                dim=dim,
+                magnitude=magnitude,
+                magnitude_dtype=magnitude_dtype,
+                freeze_magnitude=freeze_magnitude,
+                init=init,
+                data=data,
+                **init_options,
+            )
     plan = plan_weight_norm(model, include=include, exclude=exclude, dim=dim)
     options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
     with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
@@ -145,9 +168,13 @@ def fold_weight_norm(model: M) -> M:
     >>> torch.equal(fold_weight_norm(apply_weight_norm(layer)).weight, before), type(layer).__name__
     (True, 'Linear')
 
+    A mean-only batch normalization goes into the bias of the layer before it and leaves an `nn.Identity`: the layer it
+    was converted from, or the one that tracing finds. One without such a layer stays, which is logged as "wnsurgery".
+
     Raises PairError when a pair does not fit together or another parametrization is stacked on it.
     """
     _refuse_wrapped(model)
+    means = folded_means(model)
     found = [slot for slot in slots(model) if slot.form in _WEIGHT_NORM]
     for slot in slots(model):
         if _is_stacked(slot):
@@ -167,6 +194,8 @@ def fold_weight_norm(model: M) -> M:
                     _remove_parametrized(slot, weight)
             for slot in found:
                 _refresh_recurrent(slot.module)
+        for fold_mean in means:
+            fold_mean()
     _log.info("weight norm folded out of %d weights", len(folded))
     return model
 
