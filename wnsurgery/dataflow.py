@@ -17,7 +17,7 @@ __all__ = ["PASSING", "Call", "Flow", "Neighbour", "Traces", "Value"]
 PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Value:
     """A tensor on its way: what made it, and everything that takes it (a call, or words for anything else)."""
 
@@ -25,7 +25,7 @@ class Value:
     uses: list[Call | str] = field(default_factory=list)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Call:
     """One call of a leaf module; `source` is its argument if it is a single tensor, `rank` that tensor's, if known."""
 
@@ -38,7 +38,7 @@ class Call:
         self.result = Value(self)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Flow:
     """One way through a forward: the calls of each leaf module by identity, and tensors read past their module."""
 
@@ -58,7 +58,7 @@ class Neighbour:
     rank: int | None = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Traces:
     """Everything known about a model's data flow.
 
