@@ -197,6 +197,15 @@ def test_mean_only_trains_and_then_folds_to_a_plain_net(name: str) -> None:
     assert difference(model(x), expected) < 1e-5
 
 
+def test_batches_of_data_show_the_flow() -> None:
+    """With init="data" a batch of the loader, labels left out, tells what tracing cannot: (N, L, C) from (N, C)."""
+    model = lived(nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)))
+    flat, deep = ([(torch.randn(4, *shape), torch.zeros(4))] * 2 for shape in ((5,), (5, 5)))
+    wn.apply_weight_norm(folded := copy.deepcopy(model), batch_norm="fold", init="data", data=flat)
+    wn.apply_weight_norm(model, batch_norm="fold", init="data", data=deep)
+    assert (norms(folded), norms(model)) == ([], ["BatchNorm1d"])
+
+
 def test_training_mode_does_not_matter() -> None:
     """A model in training mode is cut by its running statistics and stays in training mode."""
     model, x = lived(mlp()), torch.randn(8, 6)
@@ -348,6 +357,12 @@ def test_linear_with_positions_is_not_folded_by_the_wrong_axis() -> None:
     model = lived(nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)))
     assert wn.plan_batch_norm(model, torch.randn(4, 5)).steps
     assert "3-dimensional" in wn.plan_batch_norm(model, torch.randn(4, 5, 5)).kept[0].reason
+    tail = nn.Sequential(nn.ReLU(), nn.Conv1d(5, 5, 1))
+    assert "3-dimensional" in wn.plan_batch_norm(nn.Sequential(*model, tail)).kept[0].reason
+    turned = Case(lambda m, x: m.bn(m.lin(x.transpose(1, 2)).contiguous()), lin=nn.Linear(4, 4))
+    assert wn.plan_batch_norm(lived(turned), torch.randn(2, 4, 4)).kept
+    turned.run = lambda m, x: m.bn(m.lin(x.transpose(1, 2)))
+    assert "3-dimensional" in wn.plan_batch_norm(turned).kept[0].reason
     assert "channels" in wn.plan_batch_norm(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(5))).kept[0].reason
 
 
@@ -369,6 +384,23 @@ def test_branches_are_all_followed() -> None:
     plan = wn.plan_batch_norm(lived(Data()))
     assert [s.name for s in plan.steps] == ["norm"]
     assert "another branch" in plan.kept[0].reason
+
+
+def test_type_questions_are_answered_as_for_tensors() -> None:
+    """`isinstance(x, Tensor)` and calls that only take real sizes neither mislead the trace nor break it."""
+
+    class Asking(Case):
+        def forward(self, x: Any) -> Any:
+            inputs = [x] if isinstance(x, Tensor) else x
+            h = self.conv(torch.cat(inputs, 1))
+            return (self.bn(h), h) if torch.is_tensor(h) else self.bn(h)
+
+    asked = isinstance
+    assert "an output" in wn.plan_batch_norm(lived(Asking(lambda *_: None))).kept[0].reason
+    sized = Case(lambda m, x: m.bn(m.conv(x)) + torch.zeros(x.size(0), 1, 1))
+    assert "could not be traced" in wn.plan_batch_norm(lived(sized)).kept[0].reason
+    assert wn.plan_batch_norm(sized, torch.randn(2, 4, 5)).steps
+    assert asked is isinstance
 
 
 class Untraceable(nn.Module):

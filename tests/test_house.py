@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
-    {"errors", "norms", "text", "snapshot", "mean_only", "calls", "dataflow"},
+    {"errors", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "ranks"},
     {"keys", "reparam", "stores", "differences", "onnx_values"},
     {"layers", "checkpoint", "onnx_file"},
     {"graph", "parity"},

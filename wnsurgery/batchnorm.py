@@ -9,6 +9,7 @@ Source of mean-only batch normalization: Salimans & Kingma 2016, section 4 (arXi
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from wnsurgery.affine import Affine, Holdings, affine_of, any_not_finite, wide
 from wnsurgery.dataflow import Neighbour, Traces
@@ -32,7 +34,6 @@ __all__ = [
     "BatchNormPlan",
     "BatchNormStep",
     "KeptBatchNorm",
-    "example_of",
     "folded_means",
     "plan_batch_norm",
     "without_batch_norm",
@@ -125,10 +126,12 @@ def plan_batch_norm(
 
 
 @contextmanager
-def without_batch_norm(model: nn.Module, mode: BatchNormMode, inputs: Any = None) -> Iterator[BatchNormPlan]:
+def without_batch_norm(
+    model: nn.Module, mode: BatchNormMode, inputs: Any = None, *, data: Any = None
+) -> Iterator[BatchNormPlan]:
     """Carry out the surgery; gives what was done, and undoes it if anything inside the block raises.
 
-    What is kept is logged as "wnsurgery", with the reason.
+    What is kept is logged as "wnsurgery", with the reason. Without inputs, a batch of `data` may serve.
 
     Raises:
         SelectionError: as `plan_batch_norm`.
@@ -137,7 +140,7 @@ def without_batch_norm(model: nn.Module, mode: BatchNormMode, inputs: Any = None
     if mode == "keep":
         yield BatchNormPlan()
         return
-    plan, cuts = _plan(model, mode, inputs)
+    plan, cuts = _plan(model, mode, inputs, data)
     touched = [module for cut in cuts for module in (cut.norm, cut.layer.module)]
     tensors = [(t, t.data) for cut in cuts for t in cut.layer.tensors()]
     before = Snapshot(touched)
@@ -151,31 +154,21 @@ def without_batch_norm(model: nn.Module, mode: BatchNormMode, inputs: Any = None
         yield plan
     except BaseException:
         before.restore()
-        for tensor, data in tensors:
-            tensor.data = data
+        for tensor, values in tensors:
+            tensor.data = values
         raise
-
-
-def example_of(data: Any) -> Any:
-    """One batch to trace with, out of data for initialisation; None where taking one would use it up."""
-    if data is None or isinstance(data, Tensor | Mapping | tuple) or hasattr(data, "keys"):
-        return data
-    if not isinstance(data, Iterable) or iter(data) is data:
-        return None
-    with torch.random.fork_rng(devices=[]):
-        return next(iter(data), None)
 
 
 # Planning ------------------------------------------------------------------------------------------------
 
 
-def _plan(model: nn.Module, mode: str, inputs: Any) -> tuple[BatchNormPlan, list[_Cut]]:
+def _plan(model: nn.Module, mode: str, inputs: Any, data: Any = None) -> tuple[BatchNormPlan, list[_Cut]]:
     if mode not in ("fold", "mean-only"):
         raise SelectionError(f'batch_norm must be "keep", "fold" or "mean-only", not {mode!r}')
     norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
     if not norms:
         return BatchNormPlan(), []
-    chooser = _Chooser(model, trace(model, inputs), mode)
+    chooser = _Chooser(model, _traced(model, inputs, data), mode)
     cuts: list[_Cut] = []
     reasons: dict[str, str] = {}
     found = True
@@ -298,6 +291,34 @@ def _norm_fault(norm: _BatchNorm) -> str:
     if norm.running_mean is None or norm.running_var is None:
         return "it has no running statistics (track_running_stats=False): it normalizes by the batch in evaluation, too"
     return ""
+
+
+def _traced(model: nn.Module, inputs: Any, data: Any) -> Traces:
+    """The data flow, watched on the inputs, or on a batch of the data if the model can be called with one."""
+    if inputs is None and data is not None:
+        try:
+            return trace(model, _example(model, data))
+        except SelectionError:  # data may be meant for another way of calling the model
+            return trace(model)
+    return trace(model, inputs)
+
+
+def _example(model: nn.Module, data: Any) -> Any:
+    """One batch out of data for initialisation; None where taking one would use it up."""
+    batch = data
+    if not isinstance(data, Tensor | Mapping | tuple) and not hasattr(data, "keys"):
+        if not isinstance(data, Iterable) or iter(data) is data:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            batch = next(iter(data), None)
+    first = next(model.parameters(), None)
+    if isinstance(batch, tuple | list):  # labels and the like, which forward does not take, come last
+        parameters = inspect.signature(model.forward).parameters.values()
+        wanted = sum(
+            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters
+        )
+        batch = tuple(batch[: max(1, wanted)])
+    return batch if first is None else pytree.tree_map_only(Tensor, lambda t: t.to(first.device), batch)
 
 
 # Carrying out --------------------------------------------------------------------------------------------

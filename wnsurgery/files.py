@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wnsurgery.batchnorm import BatchNormMode, BatchNormPlan, example_of, without_batch_norm
+from wnsurgery.batchnorm import BatchNormMode, BatchNormPlan, without_batch_norm
 from wnsurgery.checkpoint import (
     ByModel,
     ByName,
@@ -425,8 +425,7 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
         check_output(dst, src, force=force, in_place=in_place)
     stored = _read(src, trust_pickle)
     selection = {"include": include, "exclude": exclude, "dim": dim, "magnitude": magnitude}
-    setup = {"init": init, "data": data, "init_scale": init_scale, "batch_norm": batch_norm}
-    setup["inputs"] = example_of(data) if inputs is None else inputs
+    setup = {"init": init, "data": data, "init_scale": init_scale, "batch_norm": batch_norm, "inputs": inputs}
     with _named(src):
         report = _convert(src, stored.content, layout, arch, selection, setup)
     return _finish(dst, stored, report, write=not dry_run, force=force or in_place)
@@ -463,7 +462,7 @@ def _convert(
 
 
 def _convert_module(where: str, module: nn.Module, selection: Options, setup: Options) -> CheckpointReport:
-    with without_batch_norm(module, setup["batch_norm"], setup["inputs"]) as done:
+    with without_batch_norm(module, setup["batch_norm"], setup["inputs"], data=setup["data"]) as done:
         plan = _plan(module, selection)
         steps = []
         for site in plan.sites:
@@ -529,7 +528,7 @@ def _cut_state(
     magnitude = selection["magnitude"]
     _load_into(model, _stripped(state, prefix), path, magnitude)
     before = dict(model.state_dict())
-    with without_batch_norm(model, setup["batch_norm"], setup["inputs"]) as done:
+    with without_batch_norm(model, setup["batch_norm"], setup["inputs"], data=setup["data"]) as done:
         after = dict(model.state_dict())
         fresh = {k: v for k, v in after.items() if k not in before or v.data_ptr() != before[k].data_ptr()}
         new = translate(StateDict("", fresh), _stripped(state, prefix), magnitude=magnitude)

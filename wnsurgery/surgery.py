@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from wnsurgery.batchnorm import BatchNormMode, example_of, folded_means, without_batch_norm
+from wnsurgery.batchnorm import BatchNormMode, folded_means, without_batch_norm
 from wnsurgery.data_init import data_dependent_init
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
 from wnsurgery.mechanism import WeightNormList, install, reorder_parameters, restore_parameter
@@ -80,7 +80,7 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
         raise TypeError(f"apply_weight_norm got unexpected arguments: {', '.join(sorted(init_options))}")
     if batch_norm != "keep":
         _refuse_wrapped(model)
-        with without_batch_norm(model, batch_norm, example_of(data) if inputs is None else inputs):
+        with without_batch_norm(model, batch_norm, inputs, data=data):
             return apply_weight_norm(
                 model,
                 include=include,

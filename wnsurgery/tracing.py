@@ -7,6 +7,7 @@ leaf, of whose children only those are traced that its code calls as a whole.
 
 from __future__ import annotations
 
+import builtins
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from wnsurgery.dataflow import PASSING, Call, Flow, Traces, Value
 from wnsurgery.errors import SelectionError, printable
 from wnsurgery.layers import layer_of
 from wnsurgery.mean_only import MeanOnlyBatchNorm
+from wnsurgery.ranks import known_ranks
 from wnsurgery.snapshot import HOOKS, Snapshot
 from wnsurgery.walk import legacy_hooks
 
@@ -211,11 +213,27 @@ def _in_words(error: Exception) -> str:
 
 
 class _Proxy(fx.Proxy):
-    """A traced value that passes for a tensor where forwards ask `isinstance(x, Tensor)`."""
+    """A traced value."""
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return Tensor
+
+@contextmanager
+def _passing_for_tensors() -> Iterator[None]:
+    """Let `isinstance(x, Tensor)` be true of traced values: forwards ask it, and would take the wrong branch.
+
+    (A `__class__` that says Tensor would make torch's C++ read a tensor where there is none.)
+    """
+    kept = builtins.isinstance
+
+    def asked(value: Any, kinds: Any) -> bool:
+        if type(value) is _Proxy and (kinds is Tensor or (type(kinds) is tuple and Tensor in kinds)):
+            return True
+        return kept(value, kinds)
+
+    builtins.isinstance = asked
+    try:
+        yield
+    finally:
+        builtins.isinstance = kept
 
 
 class _Tracer(fx.Tracer):
@@ -238,7 +256,8 @@ class _Tracer(fx.Tracer):
     def flow(self, start: nn.Module, flags: bool) -> Flow:
         self.stack.append(start)
         self.flags = flags
-        self.trace(start)
+        with _passing_for_tensors():
+            self.trace(start)
         for module, name, value in self.scene.before.changed():
             self.marks += [(p.node, f"{type(module).__name__}.{name}") for p in _proxies(value)]
         return self._as_flow()
@@ -313,6 +332,8 @@ class _Tracer(fx.Tracer):
         return self.answers[obj.node]
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if "_orig_mod" in m._modules:  # torch.compile's wrapper: what it wraps is the same function
+            return m._modules["_orig_mod"](*args, **kwargs)  # type: ignore[misc]
         before, after = self.scene.hooked.get(id(m), (False, False))
         if before:
             self.marks += [(p.node, f"a hook on {self.scene.name(m)}") for p in _proxies((args, kwargs))]
@@ -338,6 +359,7 @@ class _Tracer(fx.Tracer):
         flow = Flow(read=self.read)
         values: dict[fx.Node, Value] = {}
         takers: dict[fx.Node, Call] = {}
+        ranks = known_ranks(self.graph, self.called)
         for node in self.graph.nodes:
             module = self.called.get(node)
             if isinstance(module, ParametrizationList):
@@ -350,7 +372,9 @@ class _Tracer(fx.Tracer):
                 continue
             sources = [*node.args, *node.kwargs.values()]
             single = len(sources) == 1 and isinstance(sources[0], fx.Node)
-            takers[node] = Call(module, values[sources[0]] if single else None)
+            takers[node] = Call(
+                module, values[sources[0]] if single else None, ranks.get(sources[0]) if single else None
+            )
             values[node] = takers[node].result
             flow.add(takers[node])
         for node, value in values.items():
