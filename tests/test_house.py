@@ -18,13 +18,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
-    {"errors", "kept", "norms", "text"},
+    {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "ranks"},
     {"keys", "reparam", "stores", "differences", "onnx_values"},
     {"layers", "checkpoint", "onnx_file", "chain_rule", "after_step"},
     {"graph", "parity", "following"},
     {"walk"},
-    {"plan", "mechanism"},
-    {"data_init", "pairs"},
+    {"plan", "mechanism", "tracing"},
+    {"affine", "data_init", "pairs"},
+    {"batchnorm"},
     {"surgery", "renormalize", "magnitudes", "param_groups"},
     {"files", "runs", "benchmark"},
     {"export", "inout"},

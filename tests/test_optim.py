@@ -668,3 +668,37 @@ def test_resuming_after_renormalizing(exact: bool) -> None:
     assert run(model, optimizer, 3) == run(again, resumed, 3)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert same_bits(a, b)
+
+
+# With BatchNorm surgery ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["fold", "mean-only"])
+def test_optimizers_follow_batch_norm_surgery(mode: str) -> None:
+    """Parameters that BatchNorm surgery takes leave the groups, those it makes enter them, and training goes on."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    x, y = torch.randn(16, 1, 6, 6), torch.randint(0, 2, (16,))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    for _ in range(3):
+        step()
+    wn.apply_weight_norm(net, optimizer=optimizer, batch_norm=mode)  # type: ignore[arg-type]
+    assert not wn.stale_parameters(net, optimizer)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in net.parameters()]
+    losses = [step() for _ in range(20)]
+    assert losses[-1] < losses[0]
+    wn.fold_weight_norm(net, optimizer=optimizer)
+    assert not wn.stale_parameters(net, optimizer)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in net.parameters()]
+    assert not any("Norm" in type(m).__name__ for m in net.modules())
+    assert step() < losses[0]
+    fresh = torch.optim.Adam(net.parameters(), lr=1e-2)
+    fresh.load_state_dict(optimizer.state_dict())

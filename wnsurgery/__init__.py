@@ -21,9 +21,13 @@ __version__ = "0.1.0"
 # public name -> module that defines it
 _NAMES = {
     "Axes": "reparam",
+    "BatchNormPlan": "batchnorm",
     "ExportError": "errors",
     "InputError": "errors",
     "InputMissingError": "errors",
+    "MeanOnlyBatchNorm1d": "mean_only",
+    "MeanOnlyBatchNorm2d": "mean_only",
+    "MeanOnlyBatchNorm3d": "mean_only",
     "MissingPackageError": "errors",
     "NonFiniteWeightError": "errors",
     "OutputError": "errors",
@@ -57,6 +61,7 @@ _NAMES = {
     "load_model": "files",
     "load_tensors": "files",
     "open_session": "parity",
+    "plan_batch_norm": "batchnorm",
     "plan_weight_norm": "plan",
     "register_layer": "layers",
     "renormalize_": "renormalize",

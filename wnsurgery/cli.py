@@ -120,6 +120,19 @@ def cli() -> None:
     show_default=True,
     help="Store g, or s with g = e^s.",
 )
+@click.option(
+    "--batch-norm",
+    type=click.Choice(["keep", "fold", "mean-only"]),
+    default="keep",
+    show_default=True,
+    help="Fold each BatchNorm into its layer, or keep its mean only; needs the model.",
+)
+@click.option(
+    "--input",
+    "input_file",
+    type=click.Path(path_type=Path),
+    help="Example inputs that show --batch-norm the data flow.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would change and write nothing.")
 @_common
 def convert(model: Path, as_json: bool, **options: Any) -> None:
@@ -132,6 +145,7 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
       wnsurgery convert model.pt
       wnsurgery convert model.pt --init data --data batch.npz -o model.wn.pt
       wnsurgery convert weights.safetensors --dim 'ups.*=1' --exclude '*embed*'
+      wnsurgery convert model.pt --batch-norm mean-only
     """
     from wnsurgery.files import convert_checkpoint
 
@@ -141,6 +155,7 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
         raise SelectionError("--init data and --data FILE go together")
     if batch is not None:
         options["data"] = _read_inputs(batch)
+    options["inputs"] = _inputs(options.pop("input_file"), ())
     options["include"], options["exclude"] = options["include"] or None, options["exclude"] or None
     dim = _parse_dims(options.pop("dims"))
     with working(f"converting {model}"):

@@ -145,6 +145,51 @@ class Follower:
                     states += [(one, swap.weight, state)] if state else []
         self._commit(places, [p for swap in swaps for p in (swap.g, swap.v)], grads, states)
 
+    def settle(self, changed: Iterable[nn.Parameter] = ()) -> None:
+        """Other parameters that came and went (biases, BatchNorms): drop those gone, adopt those new.
+
+        A new one goes into the first group that holds a parameter of the same module. The state of `changed` starts
+        anew: their values were rescaled under the optimizer.
+        """
+        now = {id(p): (name, p) for name, p in self.model.named_parameters()} if self.optimizers else {}
+        changed = list(changed)
+        for one in self.optimizers:
+            for group in one.param_groups:
+                lost = [p for p in group["params"] if id(p) in self.before and id(p) not in now]
+                keep = [i for i, p in enumerate(group["params"]) if not any(p is q for q in lost)]
+                if "param_names" in group:
+                    group["param_names"] = [group["param_names"][i] for i in keep]
+                group["params"][:] = [group["params"][i] for i in keep]
+                for parameter in lost:
+                    one.state.pop(parameter, None)
+            for parameter in changed:
+                one.state.pop(parameter, None)
+        held = set().union(*map(_held, self.optimizers)) if self.optimizers else set()
+        for key, (name, parameter) in now.items():
+            if parameter.requires_grad and key not in self.before and key not in held:
+                self._adopt(name, parameter, now)
+
+    def _adopt(self, name: str, parameter: nn.Parameter, now: Mapping[int, tuple[str, nn.Parameter]]) -> None:
+        """Put a new parameter into its module's group: at its place if the group lists the model's order."""
+        order = {key: i for i, key in enumerate(now)}
+        for one in self.optimizers:
+            for group in one.param_groups:
+                mine = [p for p in group["params"] if id(p) in now]
+                if not any(_module_of(now[id(p)][0]) == _module_of(name) for p in mine):
+                    continue
+                ranks, rank = [order[id(p)] for p in mine], order[id(parameter)]
+                later = next((p for p in mine if order[id(p)] > rank), None) if ranks == sorted(ranks) else None
+                place = (
+                    len(group["params"])
+                    if later is None
+                    else next(i for i, p in enumerate(group["params"]) if p is later)
+                )
+                group["params"].insert(place, parameter)
+                if "param_names" in group:
+                    group["param_names"].insert(place, name)
+                return
+        _log.warning("%s is new and no optimizer holds a parameter of its module: it is not being trained", name)
+
     def _joined_state(self, one: Optimizer, swap: Swap, rule: ChainRule) -> State:
         """The state of a folded weight, from that of v and g; g may be with another optimizer of the same type."""
         for_v = one.state.get(swap.v) or {}
@@ -251,6 +296,12 @@ def _rescaled(x: Any, kind: Kind, factor: Tensor) -> Any:
 def _names(model: nn.Module) -> dict[int, tuple[int, str]]:
     """Parameter identity -> its place in `model.parameters()` and its name."""
     return {id(p): (i, name) for i, (name, p) in enumerate(model.named_parameters())}
+
+
+def _module_of(name: str) -> str:
+    """The module a parameter belongs to; the halves of a pair belong to their host."""
+    host, marker, _ = name.partition("parametrizations.")
+    return host.removesuffix(".") if marker else name.rpartition(".")[0]
 
 
 def _held(optimizer: Optimizer) -> set[int]:

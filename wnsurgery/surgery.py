@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from wnsurgery.batchnorm import BatchNormMode, folded_means, without_batch_norm
 from wnsurgery.data_init import data_dependent_init
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
 from wnsurgery.following import Follower, Optimizers, Swap
@@ -26,7 +27,7 @@ _WEIGHT_NORM = ("ours", "torch", "legacy")
 M = TypeVar("M", bound=nn.Module)
 
 
-def apply_weight_norm(
+def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms, and where g starts
     model: M,
     *,
     include: Pattern | None = None,
@@ -38,6 +39,8 @@ def apply_weight_norm(
     init: Literal["preserve", "data"] = "preserve",
     data: Any = None,
     optimizer: Optimizers | None = None,
+    batch_norm: BatchNormMode = "keep",
+    inputs: Any = None,
     **init_options: Any,
 ) -> M:
     """Replace weights w by g * v / ||v||, in place, keeping the function in every bit; returns the model.
@@ -65,6 +68,11 @@ def apply_weight_norm(
             groups, and what it keeps for w (momentum, Adam's averages) and gradients already accumulated pass to g
             and v by the chain rule. Optimizers whose state has no known rule forget these weights' state, as all do
             with init="data", which changes the function; a warning is logged. Schedulers go on working.
+        batch_norm: what becomes of each BatchNorm, see `plan_batch_norm`; the evaluation function stays the same to
+            rounding. "fold" folds it into the layer beside it, which then gets its weight norm; "mean-only" puts a
+            `MeanOnlyBatchNorm` in its place, its scale going into g. Those kept are logged as "wnsurgery", with the
+            reason.
+        inputs: example arguments that show the data flow for `batch_norm`; the first batch of `data` serves, too.
 
     Raises:
         SelectionError: a pattern matches nothing, the model holds no weight to convert, or the optimizer
@@ -77,22 +85,31 @@ def apply_weight_norm(
         raise SelectionError('init="data" and data=... go together')
     if init == "preserve" and init_options:
         raise TypeError(f"apply_weight_norm got unexpected arguments: {', '.join(sorted(init_options))}")
-    plan = plan_weight_norm(model, include=include, exclude=exclude, dim=dim)
+    _refuse_wrapped(model)
     follower = Follower(model, optimizer)
-    options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
-    with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
-        apply_plan(model, plan, **options, freeze_magnitude=freeze_magnitude and init == "preserve")
-        if init == "data" and plan.sites:
-            names = {site.fqn for site in plan.sites}
-            report = data_dependent_init(model, data, include=lambda _, name: name in names, **init_options)
-            for skip in report.left:
-                _log.warning("%s keeps its magnitude: %s", skip.name, skip.reason)
-            for site in plan.sites if freeze_magnitude else ():
-                entry: Any = site.slot.module.parametrizations[site.slot.parameter]  # type: ignore[index]
-                entry.original0.requires_grad_(False)
-        with _plain_grad_mode():
-            follower.split(map(_swap_at, plan.sites), carry=init == "preserve")
+    carry = init == "preserve" and batch_norm == "keep"
+    with without_batch_norm(model, batch_norm, inputs, data=data) as norms:
+        plan = plan_weight_norm(model, include=include, exclude=exclude, dim=dim)
+        options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
+        with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
+            apply_plan(model, plan, **options, freeze_magnitude=freeze_magnitude and init == "preserve")
+            if init == "data" and plan.sites:
+                _initialise(model, plan, data, freeze_magnitude, init_options)
+            with _plain_grad_mode():
+                follower.split(map(_swap_at, plan.sites), carry=carry)
+                follower.settle(p for step in norms.steps for p in model.get_submodule(step.layer).parameters())
     return model
+
+
+def _initialise(model: nn.Module, plan: Plan, data: Any, freeze_magnitude: bool, options: Mapping[str, Any]) -> None:
+    """Set the g and biases of the weights just converted from data; g is frozen only now, if it is to be."""
+    names = {site.fqn for site in plan.sites}
+    report = data_dependent_init(model, data, include=lambda _, name: name in names, **options)
+    for skip in report.left:
+        _log.warning("%s keeps its magnitude: %s", skip.name, skip.reason)
+    for site in plan.sites if freeze_magnitude else ():
+        entry: Any = site.slot.module.parametrizations[site.slot.parameter]  # type: ignore[index]
+        entry.original0.requires_grad_(False)
 
 
 def _swap_at(site: Site) -> Swap:
@@ -162,6 +179,9 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     >>> torch.equal(fold_weight_norm(apply_weight_norm(layer)).weight, before), type(layer).__name__
     (True, 'Linear')
 
+    A mean-only batch normalization goes into the bias of the layer before it and leaves an `nn.Identity`: the layer it
+    was converted from, or the one that tracing finds. One without such a layer stays, which is logged as "wnsurgery".
+
     Args:
         model: any module tree.
         optimizer: the optimizer in use, or a sequence of them: w takes the place of v in its groups (of g, where
@@ -173,6 +193,7 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     """
     _refuse_wrapped(model)
     follower = Follower(model, optimizer)
+    means = folded_means(model)
     found = [slot for slot in slots(model) if slot.form in _WEIGHT_NORM]
     for slot in slots(model):
         if _is_stacked(slot):
@@ -195,6 +216,9 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
             for slot in found:
                 _refresh_recurrent(slot.module)
             follower.join(swaps)
+        for fold_mean in means:
+            fold_mean()
+        follower.settle()
     _log.info("weight norm folded out of %d weights", len(folded))
     return model
 
