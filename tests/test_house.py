@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
-    {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "ranks"},
+    {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts"},
     {"keys", "reparam", "stores", "differences", "onnx_values"},
     {"layers", "checkpoint", "onnx_file", "chain_rule", "after_step"},
     {"graph", "parity", "following"},

@@ -26,7 +26,7 @@ from wnsurgery.dataflow import PASSING, Call, Flow, Traces, Value
 from wnsurgery.errors import SelectionError, printable
 from wnsurgery.layers import layer_of
 from wnsurgery.mean_only import MeanOnlyBatchNorm
-from wnsurgery.ranks import known_ranks
+from wnsurgery.axis_counts import known_ranks
 from wnsurgery.snapshot import HOOKS, Snapshot
 from wnsurgery.walk import legacy_hooks
 
