@@ -66,12 +66,14 @@ class Traces:
         names: qualified name of every module, by identity.
         groups: parts of the model traced on their own; each a list of alternative ways through it.
         opaque: modules whose forward could not be followed, by identity, with the reason.
+        apart: modules traced on their own although their forward can be followed, by identity.
         observed: the flow of a real run, if there were inputs.
     """
 
     names: dict[int, str]
     groups: list[list[Flow]] = field(default_factory=list)
     opaque: dict[int, str] = field(default_factory=dict)
+    apart: set[int] = field(default_factory=set)
     observed: Flow | None = None
 
     def before(self, module: nn.Module, gone: Collection[int] = ()) -> Neighbour:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property
@@ -21,12 +21,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wnsurgery.axis_counts import known_ranks
 from wnsurgery.calls import called_whole
 from wnsurgery.dataflow import PASSING, Call, Flow, Traces, Value
 from wnsurgery.errors import SelectionError, printable
 from wnsurgery.layers import layer_of
 from wnsurgery.mean_only import MeanOnlyBatchNorm
-from wnsurgery.axis_counts import known_ranks
 from wnsurgery.snapshot import HOOKS, Snapshot
 from wnsurgery.walk import legacy_hooks
 
@@ -152,23 +152,31 @@ def _trace_all(root: nn.Module, scene: _Scene, traces: Traces) -> None:
         start = waiting.pop()
         if scene.is_leaf(start):
             continue
-        failed = _trace_from(start, scene, traces)
-        for module in failed:
-            for child in called_whole(module):
-                if id(child) not in seen:
-                    seen.add(id(child))
-                    waiting.append(child)
+        failed, apart = _trace_from(start, scene, traces)
+        for child in (*apart, *(c for module in failed for c in called_whole(module))):
+            if id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
 
 
-def _trace_from(start: nn.Module, scene: _Scene, traces: Traces) -> list[nn.Module]:
-    """Trace one module, giving up on as few modules in it as possible; returns those given up."""
+def _trace_from(start: nn.Module, scene: _Scene, traces: Traces) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Trace one module, giving up on as few modules in it as possible.
+
+    Returns those given up, and those to trace on their own: a few branches in each of many modules are too many ways
+    through the whole, but few through each.
+    """
     failed: list[nn.Module] = []
+    apart: list[nn.Module] = []
     flags = True
     while True:
-        result = _ways(start, scene, traces.opaque, flags)
+        result = _ways(start, scene, traces.opaque.keys() | traces.apart, flags)
         if isinstance(result, list):
             traces.groups.append(result)
-            return failed
+            return failed, apart
+        if isinstance(result, dict):
+            traces.apart |= result.keys()
+            apart += result.values()
+            continue
         module, reason = result
         if module is start and flags:
             flags = False
@@ -176,13 +184,15 @@ def _trace_from(start: nn.Module, scene: _Scene, traces: Traces) -> list[nn.Modu
         traces.opaque[id(module)] = reason
         failed.append(module)
         if module is start:
-            return failed
+            return failed, apart
 
 
 def _ways(
-    start: nn.Module, scene: _Scene, opaque: Mapping[int, str], flags: bool
-) -> list[Flow] | tuple[nn.Module, str]:
-    """Every way through a module, or the module that cannot be traced and why."""
+    start: nn.Module, scene: _Scene, opaque: Collection[int], flags: bool
+) -> list[Flow] | dict[int, nn.Module] | tuple[nn.Module, str]:
+    """Every way through a module; or the modules that ask so much that there are too many; or the module that cannot
+    be traced and why."""
+    asking: dict[int, nn.Module] = {}
     flows: list[Flow] = []
     pending: list[tuple[bool, ...]] = [()]
     reason: tuple[nn.Module, str] = (start, "its forward always raises")
@@ -200,11 +210,13 @@ def _ways(
             return tracer.failed or start, _in_words(error)
         finally:
             scene.reset()
+        asking |= tracer.asking
         taken = tracer.taken
         pending += [(*taken[:i], not taken[i]) for i in range(len(decisions), len(taken))]
         if not pending:
             return flows or reason
-    return tracer.asked_in or start, "too many branches"
+    asking.pop(id(start), None)
+    return asking or (start, "too many branches")
 
 
 def _in_words(error: Exception) -> str:
@@ -239,14 +251,14 @@ def _passing_for_tensors() -> Iterator[None]:
 class _Tracer(fx.Tracer):
     """One way through a module."""
 
-    def __init__(self, scene: _Scene, opaque: Mapping[int, str], decisions: tuple[bool, ...]) -> None:
+    def __init__(self, scene: _Scene, opaque: Collection[int], decisions: tuple[bool, ...]) -> None:
         super().__init__()
         self.scene, self.opaque, self.decisions = scene, opaque, decisions
         self.taken: list[bool] = []
         self.answers: dict[fx.Node, bool] = {}
         self.stack: list[nn.Module] = []
         self.failed: nn.Module | None = None
-        self.asked_in: nn.Module | None = None
+        self.asking: dict[int, nn.Module] = {}
         self.called: dict[fx.Node, nn.Module] = {}
         self.reading: dict[fx.Node, nn.Module] = {}
         self.marks: list[tuple[fx.Node, str]] = []
@@ -325,7 +337,7 @@ class _Tracer(fx.Tracer):
         if obj.node not in self.answers:
             if len(self.taken) >= _MAX_WAYS:
                 raise fx.proxy.TraceError("its control flow depends on data in too many places")
-            self.asked_in = self.stack[-1]
+            self.asking[id(self.stack[-1])] = self.stack[-1]
             n = len(self.taken)
             self.answers[obj.node] = self.decisions[n] if n < len(self.decisions) else True
             self.taken.append(self.answers[obj.node])
