@@ -378,7 +378,8 @@ def _shorten(cls: type, name: str) -> None:
     torchs: property = vars(cls)[name]
 
     def weight(self: nn.Module) -> Tensor:
-        entry: Any = self._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
+        table = self._modules.get("parametrizations")
+        entry: Any = None if table is None else table._modules.get(name)
         if type(entry) is WeightNormList and not (entry._forward_hooks or entry._forward_pre_hooks):
             return entry.forward() if not parametrize._cache_enabled else torchs.fget(self)  # type: ignore[misc]
         return torchs.fget(self)  # type: ignore[misc,no-any-return]
