@@ -18,13 +18,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
-    {"errors", "norms", "text"},
-    {"keys", "reparam", "stores", "differences", "onnx_values"},
+    {"errors", "norms", "text", "moments"},
+    {"keys", "reparam", "stores", "differences", "onnx_values"}
+    | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
     {"layers", "checkpoint", "onnx_file"},
     {"graph", "parity"},
     {"walk"},
     {"plan", "mechanism"},
-    {"data_init"},
+    {"targets"},
+    {"data_init", "fan_init"},
     {"surgery"},
     {"files", "runs", "benchmark"},
     {"export", "inout"},
