@@ -26,7 +26,7 @@ LAYERS = [
     {"walk"},
     {"plan", "mechanism"},
     {"targets"},
-    {"data_init", "fan_init"},
+    {"data_init", "fans"},
     {"surgery"},
     {"files", "runs", "benchmark"},
     {"export", "inout"},

@@ -382,9 +382,9 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
     exclude: str | Sequence[str] | None = None,
     dim: DimOption | Mapping[str, DimOption] = "auto",
     magnitude: Magnitude = "linear",
-    init: Literal["preserve", "data"] = "preserve",
+    init: Literal["preserve", "data", "fan"] = "preserve",
     data: Any = None,
-    init_scale: float = 1.0,
+    init_scale: float | Mapping[str, float] = 1.0,
     arch: Arch | None = None,
     force: bool = False,
     in_place: bool = False,
@@ -404,9 +404,10 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
         layout: "parametrized" (torch's present keys) or "legacy" (`weight_g`, `weight_v`); for state dicts.
         include, exclude, dim: which weights and which kept axes; globs or `re:` patterns on names, see `ByName`.
         magnitude: "linear" stores g, "log" its logarithm; pairs already in a state dict are taken to do the same.
-        init: "data" sets g and biases from `data`; needs a model (`arch`, or a module saved whole).
+        init: "data" sets g and biases from `data`, "fan" sets g, v and biases without; both need a model (`arch`, or a
+            module saved whole).
         data: one batch, see `data_dependent_init`.
-        init_scale: standard deviation that "data" aims at.
+        init_scale: standard deviation that "data" aims at, factor of g for "fan"; a mapping goes by pattern.
         arch: "package.module:factory" of the model whose state dict it is.
 
     Raises:
@@ -441,12 +442,12 @@ def _convert(
         for where, module in modules:
             with _surgery_on(path):
                 own = _convert_module(where, module, selection)
-            report = _merged(report, replace(own, initialisation=_from_data(module, setup)))
+            report = _merged(report, replace(own, initialisation=_initialised(module, setup)))
         return report
     if arch is not None:
         return _convert_with_model(path, content, _build(arch), layout, selection, setup)
-    if setup["init"] == "data":
-        raise SelectionError("init='data' needs the model", hint="arch='package.module:factory' (--arch)")
+    if setup["init"] != "preserve":
+        raise SelectionError(f"init={setup['init']!r} needs the model", hint="arch='package.module:factory' (--arch)")
     choose = ByName(selection["include"], selection["exclude"], selection["dim"])
     return convert_state(content, choose, layout=layout, magnitude=selection["magnitude"])
 
@@ -466,9 +467,13 @@ def _plan(model: nn.Module, selection: Options) -> Plan:
     return plan_weight_norm(model, **{k: selection[k] for k in ("include", "exclude", "dim")})
 
 
-def _from_data(model: nn.Module, setup: Options) -> Any:
-    if setup["init"] != "data":
+def _initialised(model: nn.Module, setup: Options) -> Any:
+    if setup["init"] == "preserve":
         return None
+    if setup["init"] == "fan":
+        from wnsurgery.fans import fan_init
+
+        return fan_init(model, init_scale=setup["init_scale"])
     from wnsurgery.data_init import data_dependent_init
 
     return data_dependent_init(model, setup["data"], init_scale=setup["init_scale"])
@@ -484,11 +489,11 @@ def _convert_with_model(
     axes = {name: site.axes for site in plan.sites for slot in site.owners for name in slot.names}
     choose = ByModel(state.path, prefix, axes, {s.name: s.reason for s in plan.skipped})
     report = convert_state(content, choose, layout=layout, magnitude=selection["magnitude"])
-    if setup["init"] == "data":
+    if setup["init"] != "preserve":
         # the file has its new keys; the model, initialised in memory, gives them new values
         _load_into(model, _stripped(state, prefix), path, selection["magnitude"])
         apply_weight_norm(model, **selection)
-        report = replace(report, initialisation=_from_data(model, setup))
+        report = replace(report, initialisation=_initialised(model, setup))
         ours = StateDict("", dict(model.state_dict()))
         for name, tensor in translate(ours, _stripped(state, prefix), magnitude=selection["magnitude"]).items():
             state.entries[prefix + name] = tensor

@@ -283,7 +283,7 @@ class Replay:
 
     def meet(self, point: Point, value: Any) -> None:
         """Called by a job: the first point it meets in this run counts."""
-        if self._first is None:
+        if self.listening:
             self._first, self.listening = Paused(point, value), False
         if not self._whole:
             raise _Stop

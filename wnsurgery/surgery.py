@@ -12,6 +12,7 @@ from torch import nn
 
 from wnsurgery.data_init import data_dependent_init
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
+from wnsurgery.fans import fan_init
 from wnsurgery.mechanism import WeightNormList, install, reorder_parameters, restore_parameter
 from wnsurgery.plan import Dim, Pattern, Plan, plan_weight_norm
 from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, decompose
@@ -34,7 +35,7 @@ def apply_weight_norm(
     magnitude: Magnitude = "linear",
     magnitude_dtype: torch.dtype | None = None,
     freeze_magnitude: bool = False,
-    init: Literal["preserve", "data"] = "preserve",
+    init: Literal["preserve", "data", "fan"] = "preserve",
     data: Any = None,
     **init_options: Any,
 ) -> M:
@@ -56,16 +57,18 @@ def apply_weight_norm(
         magnitude_dtype: type of g; None means float32 (float64 for float64 weights), which 16-bit weights
             need to keep every bit.
         freeze_magnitude: g gets no gradient: the norm of every weight row stays what it is.
-        init: "preserve" keeps the function; "data" then sets g and biases from `data`, the paper's recipe.
-        data: a batch or an iterable of batches for init="data"; see `data_dependent_init`, which also names the
-            further options (`init_scale`, `training`, `forward`). What it left alone is logged as "wnsurgery".
+        init: "preserve" keeps the function; "data" then sets g and biases from `data`, the paper's recipe; "fan" sets
+            g, orthogonal v and zero biases without data, see `fan_init`.
+        data: a batch or an iterable of batches for init="data"; see `data_dependent_init` and `fan_init`, which also
+            name the further options (`init_scale`, `mask`, `generator`, ...). What they left alone is logged as
+            "wnsurgery".
 
     Raises:
         SelectionError: a pattern matches nothing, or the model holds no weight to convert.
         NonFiniteWeightError: a weight holds NaN or infinity; named.
     """
-    if init not in ("preserve", "data"):
-        raise SelectionError(f'init must be "preserve" or "data", not {init!r}')
+    if init not in ("preserve", "data", "fan"):
+        raise SelectionError(f'init must be "preserve", "data" or "fan", not {init!r}')
     if (init == "data") != (data is not None):
         raise SelectionError('init="data" and data=... go together')
     if init == "preserve" and init_options:
@@ -74,10 +77,13 @@ def apply_weight_norm(
     options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
     with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
         apply_plan(model, plan, **options, freeze_magnitude=freeze_magnitude and init == "preserve")
-        if init == "data" and plan.sites:
+        if init != "preserve" and plan.sites:
             names = {site.fqn for site in plan.sites}
-            report = data_dependent_init(model, data, include=lambda _, name: name in names, **init_options)
-            for skip in report.left:
+            init_options["include"] = lambda _, name: name in names
+            done = (
+                fan_init(model, **init_options) if init == "fan" else data_dependent_init(model, data, **init_options)
+            )
+            for skip in done.left:
                 _log.warning("%s keeps its magnitude: %s", skip.name, skip.reason)
             for site in plan.sites if freeze_magnitude else ():
                 entry: Any = site.slot.module.parametrizations[site.slot.parameter]  # type: ignore[index]

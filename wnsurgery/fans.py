@@ -168,4 +168,5 @@ def _orthogonal(rows: int, columns_: int, generator: torch.Generator | None) -> 
     q, r = torch.linalg.qr(tall)
     q = q * torch.where(r.diagonal() < 0, -1.0, 1.0)  # uniform over all orthogonal matrices
     matrix = q if rows >= columns_ else q.T
-    return matrix / matrix.norm(dim=1, keepdim=True)
+    unit: Tensor = matrix / matrix.norm(dim=1, keepdim=True)
+    return unit
