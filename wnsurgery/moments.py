@@ -13,6 +13,8 @@ from torch import Tensor
 
 __all__ = ["Moments"]
 
+_BLOCK = 2**18  # elements widened at a time
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -43,16 +45,30 @@ class Moments:
 
         keep: shaped like `values` without `axis`.
         """
-        rows = values.detach().movedim(axis, 0).flatten(1)
+        axis %= values.ndim
+        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        eps = torch.finfo(values.dtype).eps
+        nothing = torch.zeros(values.shape[axis], dtype=wide, device=values.device)
         if keep is not None:
-            rows = rows[:, keep.flatten()]
-        rows = rows.to(torch.float32 if values.device.type == "mps" else torch.float64)
-        count, eps = rows.shape[1], torch.finfo(values.dtype).eps
-        if not count:
-            nothing = rows.new_zeros(rows.shape[0])
-            return cls(0, nothing, nothing, nothing, eps)
-        mean = rows.mean(1)
-        return cls(count, mean, (rows - mean[:, None]).square_().sum(1), rows.abs().amax(1), eps)
+            values, axis = values.detach().movedim(axis, -1)[keep], 1
+        cube = values.detach().flatten(axis + 1) if axis + 1 < values.ndim else values.detach()[..., None]
+        cube = cube.flatten(0, axis - 1) if axis > 0 else cube[None]
+        empty = cls(0, nothing, nothing, nothing, eps)
+        # blocks that stay in the cache: a copy of the whole in float64 would cost more than the layer itself
+        rows = max(1, _BLOCK // max(1, cube[0].numel())) if len(cube) else 1
+        blocks = (
+            part.to(wide)
+            for block in cube.split(rows)
+            for part in block.split(max(1, _BLOCK // (len(block) * max(1, block.shape[1]))), dim=2)
+        )
+        return cls.merged([empty, *(cls._of_block(block, eps) for block in blocks if block.numel())])
+
+    @classmethod
+    def _of_block(cls, block: Tensor, eps: float) -> Moments:
+        """Of a wide block (outer, channels, inner)."""
+        mean = block.mean((0, 2))
+        m2 = (block - mean[:, None]).square_().sum((0, 2))
+        return cls(block.shape[0] * block.shape[2], mean, m2, block.abs().amax((0, 2)), eps)
 
     @classmethod
     def merged(cls, parts: Iterable[Moments]) -> Moments:
