@@ -18,14 +18,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
-    {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts"},
-    {"keys", "reparam", "stores", "differences", "onnx_values"},
+    {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"},
+    {"keys", "reparam", "stores", "differences", "onnx_values"}
+    | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
     {"layers", "checkpoint", "onnx_file", "chain_rule", "after_step"},
     {"graph", "parity", "following"},
     {"walk"},
     {"plan", "mechanism", "tracing"},
-    {"affine", "data_init", "pairs"},
-    {"batchnorm"},
+    {"affine", "pairs", "targets"},
+    {"batchnorm", "data_init", "fans"},
     {"surgery", "renormalize", "magnitudes", "param_groups"},
     {"files", "runs", "benchmark"},
     {"export", "inout"},

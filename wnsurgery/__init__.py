@@ -50,6 +50,7 @@ _NAMES = {
     "data_dependent_init": "data_init",
     "decompose": "reparam",
     "export_onnx": "export",
+    "fan_init": "fans",
     "fold_checkpoint": "files",
     "fold_onnx": "graph",
     "fold_weight_norm": "surgery",

@@ -95,16 +95,20 @@ def cli() -> None:
 @_selection
 @click.option(
     "--init",
-    type=click.Choice(["preserve", "data"]),
+    type=click.Choice(["preserve", "data", "fan"]),
     default="preserve",
     show_default=True,
-    help="Keep the function bit for bit, or set g and biases from --data.",
+    help="Keep the function bit for bit, set g and biases from --data, or g, v and biases anew without data.",
 )
 @click.option(
     "--data", type=click.Path(path_type=Path), help="One batch for --init data: .npz, .npy, .pt, .safetensors."
 )
 @click.option(
-    "--init-scale", type=float, default=1.0, show_default=True, help="Standard deviation --init data aims at."
+    "--init-scale",
+    "scales",
+    multiple=True,
+    metavar="[PATTERN=]X",
+    help="Standard deviation --init data aims at, factor of g for --init fan; default 1; repeat.",
 )
 @click.option(
     "--layout",
@@ -158,6 +162,7 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
     options["inputs"] = _inputs(options.pop("input_file"), ())
     options["include"], options["exclude"] = options["include"] or None, options["exclude"] or None
     dim = _parse_dims(options.pop("dims"))
+    options["init_scale"] = _parse_scales(options.pop("scales"))
     with working(f"converting {model}"):
         report = convert_checkpoint(model, output, dim=dim, **options)
     show(report, as_json=as_json)
@@ -344,6 +349,27 @@ def _parse_dims(dims: tuple[str, ...]) -> Any:
             raise click.BadParameter(f"{text!r} is not [PATTERN=]AXES, e.g. 'ups.*=1'", param_hint="--dim") from None
         parsed[pattern or "*"] = kept[0] if kept and len(kept) == 1 else kept
     return parsed or "auto"
+
+
+def _parse_scales(scales: tuple[str, ...]) -> Any:
+    """`0.5` for all weights, or `PATTERN=0.1` for some, these first."""
+    parsed: dict[str, float] = {}
+    rest: float | None = None
+    for text in scales:
+        pattern, _, number = text.rpartition("=")
+        try:
+            scale = float(number)
+        except ValueError:
+            raise click.BadParameter(
+                f"{text!r} is not [PATTERN=]X, e.g. 'head=0.1'", param_hint="--init-scale"
+            ) from None
+        if pattern:
+            parsed.setdefault(pattern, scale)
+        else:
+            rest = scale
+    if not parsed:
+        return 1.0 if rest is None else rest
+    return parsed if rest is None else {**parsed, "*": rest}
 
 
 def _read_inputs(path: Path) -> Any:

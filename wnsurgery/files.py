@@ -396,9 +396,9 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
     exclude: str | Sequence[str] | None = None,
     dim: DimOption | Mapping[str, DimOption] = "auto",
     magnitude: Magnitude = "linear",
-    init: Literal["preserve", "data"] = "preserve",
+    init: Literal["preserve", "data", "fan"] = "preserve",
     data: Any = None,
-    init_scale: float = 1.0,
+    init_scale: float | Mapping[str, float] = 1.0,
     batch_norm: BatchNormMode = "keep",
     inputs: Any = None,
     arch: Arch | None = None,
@@ -421,9 +421,10 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
         include, exclude, dim: which weights and which kept axes; globs or `re:` patterns on names, see `ByName`.
         magnitude: "linear" stores g, "log" its logarithm; pairs already in a state dict that do not say are taken
             to do the same.
-        init: "data" sets g and biases from `data`; needs a model (`arch`, or a module saved whole).
+        init: "data" sets g and biases from `data`, "fan" sets g, v and biases without; both need a model (`arch`, or a
+            module saved whole).
         data: one batch, see `data_dependent_init`.
-        init_scale: standard deviation that "data" aims at.
+        init_scale: standard deviation that "data" aims at, factor of g for "fan"; a mapping goes by pattern.
         batch_norm: what becomes of each BatchNorm, see `apply_weight_norm`; anything but "keep" needs a model (`arch`,
             or a module saved whole), and the file then fits the model after the same surgery.
         inputs: example arguments that show the data flow for `batch_norm`; `data` serves, too.
@@ -475,12 +476,12 @@ def _convert(
         for where, module in modules:
             with _surgery_on(path):
                 own = _convert_module(where, module, selection, setup)
-            report = _merged(report, replace(own, initialisation=_from_data(module, setup)))
+            report = _merged(report, replace(own, initialisation=_initialised(module, setup)))
         return report
     if arch is not None:
         return _convert_with_model(path, content, _build(arch), layout, selection, setup)
-    if setup["init"] == "data":
-        raise SelectionError("init='data' needs the model", hint="arch='package.module:factory' (--arch)")
+    if setup["init"] != "preserve":
+        raise SelectionError(f"init={setup['init']!r} needs the model", hint="arch='package.module:factory' (--arch)")
     if setup["batch_norm"] != "keep":
         reason = "a state dict alone does not say what a BatchNorm follows: batch_norm needs the model"
         raise SelectionError(reason, hint="arch='package.module:factory' (--arch)")
@@ -513,9 +514,13 @@ def _plan(model: nn.Module, selection: Options) -> Plan:
     return plan_weight_norm(model, **{k: selection[k] for k in ("include", "exclude", "dim")})
 
 
-def _from_data(model: nn.Module, setup: Options) -> Any:
-    if setup["init"] != "data":
+def _initialised(model: nn.Module, setup: Options) -> Any:
+    if setup["init"] == "preserve":
         return None
+    if setup["init"] == "fan":
+        from wnsurgery.fans import fan_init
+
+        return fan_init(model, init_scale=setup["init_scale"])
     from wnsurgery.data_init import data_dependent_init
 
     return data_dependent_init(model, setup["data"], init_scale=setup["init_scale"])
@@ -533,11 +538,11 @@ def _convert_with_model(
     choose = ByModel(state.path, prefix, axes, {s.name: s.reason for s in plan.skipped})
     report = convert_state(content, choose, layout=layout, magnitude=selection["magnitude"])
     report = replace(report, batch_norm=_norm_report(_joined(state.path, prefix.rstrip(".")), done, setup))
-    if setup["init"] == "data":
+    if setup["init"] != "preserve":
         # the file has its new keys; the model, initialised in memory, gives them new values
         _load_into(model, _stripped(state, prefix), path, selection["magnitude"])
         apply_weight_norm(model, **selection)
-        report = replace(report, initialisation=_from_data(model, setup))
+        report = replace(report, initialisation=_initialised(model, setup))
         ours = StateDict("", dict(model.state_dict()))
         for name, tensor in translate(ours, _stripped(state, prefix), magnitude=selection["magnitude"]).items():
             state.entries[prefix + name] = tensor

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from wnsurgery.batchnorm import BatchNormMode, folded_means, without_batch_norm
-from wnsurgery.data_init import data_dependent_init
+from wnsurgery.data_init import InitReport, data_dependent_init
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
+from wnsurgery.fans import FanReport, fan_init
 from wnsurgery.following import Follower, Optimizers, Swap
 from wnsurgery.mechanism import WeightNormList, install, reorder_parameters, restore_parameter
 from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
@@ -36,7 +38,7 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
     magnitude: Magnitude = "linear",
     magnitude_dtype: torch.dtype | None = None,
     freeze_magnitude: bool = False,
-    init: Literal["preserve", "data"] = "preserve",
+    init: Literal["preserve", "data", "fan"] = "preserve",
     data: Any = None,
     optimizer: Optimizers | None = None,
     batch_norm: BatchNormMode = "keep",
@@ -61,13 +63,15 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
         magnitude_dtype: type of g; None means float32 (float64 for float64 weights), which 16-bit weights
             need to keep every bit.
         freeze_magnitude: g gets no gradient: the norm of every weight row stays what it is.
-        init: "preserve" keeps the function; "data" then sets g and biases from `data`, the paper's recipe.
-        data: a batch or an iterable of batches for init="data"; see `data_dependent_init`, which also names the
-            further options (`init_scale`, `training`, `forward`). What it left alone is logged as "wnsurgery".
+        init: "preserve" keeps the function; "data" then sets g and biases from `data`, the paper's recipe; "fan" sets
+            g, orthogonal v and zero biases without data, see `fan_init`.
+        data: a batch or an iterable of batches for init="data"; see `data_dependent_init` and `fan_init`, which also
+            name the further options (`init_scale`, `mask`, `generator`, ...). What they left alone is logged as
+            "wnsurgery".
         optimizer: the optimizer in use, or a sequence of them, to train on with: g and v take the place of w in its
             groups, and what it keeps for w (momentum, Adam's averages) and gradients already accumulated pass to g
             and v by the chain rule. Optimizers whose state has no known rule forget these weights' state, as all do
-            with init="data", which changes the function; a warning is logged. Schedulers go on working.
+            when the function changes (init, batch_norm); a warning is logged. Schedulers go on working.
         batch_norm: what becomes of each BatchNorm, see `plan_batch_norm`; the evaluation function stays the same to
             rounding. "fold" folds it into the layer beside it, which then gets its weight norm; "mean-only" puts a
             `MeanOnlyBatchNorm` in its place, its scale going into g. Those kept are logged as "wnsurgery", with the
@@ -79,8 +83,8 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
             (LBFGS, Muon) cannot follow.
         NonFiniteWeightError: a weight holds NaN or infinity; named.
     """
-    if init not in ("preserve", "data"):
-        raise SelectionError(f'init must be "preserve" or "data", not {init!r}')
+    if init not in ("preserve", "data", "fan"):
+        raise SelectionError(f'init must be "preserve", "data" or "fan", not {init!r}')
     if (init == "data") != (data is not None):
         raise SelectionError('init="data" and data=... go together')
     if init == "preserve" and init_options:
@@ -93,18 +97,19 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
         options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
         with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
             apply_plan(model, plan, **options, freeze_magnitude=freeze_magnitude and init == "preserve")
-            if init == "data" and plan.sites:
-                _initialise(model, plan, data, freeze_magnitude, init_options)
+            if init != "preserve" and plan.sites:
+                names = {site.fqn for site in plan.sites}
+                init_options["include"] = lambda _, name: name in names
+                make = fan_init if init == "fan" else partial(data_dependent_init, data=data)
+                _finish_init(plan, make(model, **init_options), freeze_magnitude)
             with _plain_grad_mode():
                 follower.split(map(_swap_at, plan.sites), carry=carry)
                 follower.settle(p for step in norms.steps for p in model.get_submodule(step.layer).parameters())
     return model
 
 
-def _initialise(model: nn.Module, plan: Plan, data: Any, freeze_magnitude: bool, options: Mapping[str, Any]) -> None:
-    """Set the g and biases of the weights just converted from data; g is frozen only now, if it is to be."""
-    names = {site.fqn for site in plan.sites}
-    report = data_dependent_init(model, data, include=lambda _, name: name in names, **options)
+def _finish_init(plan: Plan, report: InitReport | FanReport, freeze_magnitude: bool) -> None:
+    """Say what an initialisation left alone; freeze g only now, if it is to be."""
     for skip in report.left:
         _log.warning("%s keeps its magnitude: %s", skip.name, skip.reason)
     for site in plan.sites if freeze_magnitude else ():
