@@ -59,7 +59,7 @@ class Moments:
         blocks = (
             part.to(wide)
             for block in torch.split(cube, rows)
-            for part in torch.split(block, max(1, _BLOCK // (len(block) * max(1, block.shape[1]))), dim=2)
+            for part in torch.split(block, max(1, _BLOCK // max(1, len(block) * block.shape[1])), dim=2)
         )
         return cls.merged([empty, *(cls._of_block(block, eps) for block in blocks if block.numel())])
 
