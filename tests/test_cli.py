@@ -116,6 +116,28 @@ def test_convert_with_data(run: Any, model_file: Path) -> None:
     assert "--data" in err
 
 
+def test_convert_with_scales_and_without_data(run: Any, model_file: Path) -> None:
+    """`--init-scale PATTERN=X` goes by pattern, `--init fan` needs no data; unfit data is 3, an unfit scale 2."""
+    np.save(model_file.with_name("batch.npy"), torch.randn(64, 1, 8, 8).numpy())
+    np.save(model_file.with_name("wrong.npy"), torch.randn(64, 5).numpy())
+    out_file = model_file.with_name("init.pt")
+    data = ("--init", "data", "--data", model_file.with_name("batch.npy"), "-o", out_file, "--force")
+    assert run("convert", model_file, *data, "--init-scale", "0=0.5", "--init-scale", "2", "--json")[0] == 0
+    batch = torch.from_numpy(np.load(model_file.with_name("batch.npy")))
+    with torch.no_grad():
+        first = wn.load_model(out_file)[0](batch)  # type: ignore[index]
+    assert torch.allclose(first.std((0, 2, 3), unbiased=False), torch.full((4,), 0.5), atol=1e-3)
+    code, out, _ = run("convert", model_file, "--init", "fan", "-o", out_file, "--force")
+    assert code == 0
+    assert "without data" in out
+    wrong = ("--init", "data", "--data", model_file.with_name("wrong.npy"), "-o", out_file, "--force")
+    code, _, err = run("convert", model_file, *wrong)
+    assert code == 3
+    assert "forward failed on batch 0" in err
+    for scale in ("nope=1", "0=x", "-1"):
+        assert run("convert", model_file, *data, "--init-scale", scale)[0] == 2
+
+
 def test_json_is_json(run: Any, model_file: Path) -> None:
     """With `--json`, stdout is one JSON document and nothing else."""
     for arguments in (("convert", model_file), ("inspect", model_file.with_name("model.wn.pt"))):

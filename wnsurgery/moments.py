@@ -58,8 +58,8 @@ class Moments:
         rows = max(1, _BLOCK // max(1, cube[0].numel())) if len(cube) else 1
         blocks = (
             part.to(wide)
-            for block in cube.split(rows)
-            for part in block.split(max(1, _BLOCK // (len(block) * max(1, block.shape[1]))), dim=2)
+            for block in torch.split(cube, rows)
+            for part in torch.split(block, max(1, _BLOCK // max(1, len(block) * block.shape[1])), dim=2)
         )
         return cls.merged([empty, *(cls._of_block(block, eps) for block in blocks if block.numel())])
 
