@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -579,3 +581,52 @@ def test_report_tells_before_and_after(magnitude: Any) -> None:
     assert plain["positions"] == 90
     assert plain["before"]["std"] == list(layer.before.std)
     assert [line.split()[0] for line in str(report).splitlines()[1:]] == ["weight", "0.weight", "1.weight"]
+
+
+def test_an_interrupt_from_the_keyboard_leaves_nothing_behind() -> None:
+    """A real SIGINT while a batch runs on its thread ends all threads and restores g and b."""
+
+    class Interrupted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+                for _ in range(1000):
+                    x = x + 1
+            return x
+
+    model = wn.apply_weight_norm(nn.Sequential(nn.Linear(5, 6), Interrupted(), nn.Linear(6, 4)))
+    before, threads = copy.deepcopy(model.state_dict()), threading.active_count()
+    for memory in MEMORY:
+        with pytest.raises(KeyboardInterrupt):
+            wn.data_dependent_init(model, [torch.randn(n, 5) for n in (9, 7, 8)], memory=memory)  # type: ignore[arg-type]
+        assert threading.active_count() == threads
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert torch.get_num_threads() >= 1
+
+
+class Peculiar(nn.Module):
+    """Takes gradients inside its forward, leaves autocast, and has more channels than a small tensor holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 4096), nn.Linear(4096, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            h = x.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(h.pow(3).sum() + self.c(self.b(self.a(h))).sum(), h)
+        with torch.autocast("cpu", enabled=False):
+            y = self.a(x + slope.detach())
+        return self.c(self.b(y.relu()).float())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_and_modes_inside_a_forward(autocast: bool) -> None:
+    """A forward that differentiates and switches autocast runs interleaved as it runs alone."""
+    torch.manual_seed(0)
+    model, x = wn.apply_weight_norm(Peculiar()), torch.randn(60, 5)
+    whole = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        wn.data_dependent_init(model, list(x.split([30, 20, 10])))
+        wn.data_dependent_init(whole, x)
+    assert_same(model, whole, 2e-2 if autocast else 1e-5)

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from wnsurgery.errors import InputError, SelectionError, WnsurgeryError
 
-__all__ = ["batches_of", "call_with", "in_one_line", "is_batch", "moved"]
+__all__ = ["NamedArrays", "arguments_of", "batches_of", "call_with", "in_one_line", "is_batch", "moved"]
+
+
+class NamedArrays(dict[str, Any]):
+    """Arrays as a file or a graph names them ("x", "input.1"), not always as `forward` does: see `arguments_of`."""
 
 
 def is_batch(data: Any) -> bool:
@@ -60,10 +64,30 @@ def call_with(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, Mapping) or hasattr(batch, "keys"):
-        return model(**{key: batch[key] for key in batch.keys()})  # noqa: SIM118 - BatchEncoding iterates differently
+        args, kwargs = arguments_of(model, batch)
+        return model(*args, **kwargs)
     if isinstance(batch, tuple | list):
         return model(*batch[: _required(model, len(batch))])
     return model(batch)
+
+
+def arguments_of(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that a mapping stands for: keywords; `NamedArrays` of other names than `forward`'s are positional.
+
+    >>> arguments_of(nn.Linear(2, 2), NamedArrays(x=1)), arguments_of(nn.Linear(2, 2), NamedArrays(input=1))
+    (((1,), {}), ((), {'input': 1}))
+    """
+    named = {str(key): batch[key] for key in batch.keys()}  # noqa: SIM118 - BatchEncoding iterates differently
+    if not isinstance(batch, NamedArrays):
+        return (), named
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return (), named
+    known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if known.isdisjoint(named) and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return tuple(named.values()), {}
+    return (), named
 
 
 def _required(model: nn.Module, available: int) -> int:
@@ -87,7 +111,8 @@ def moved(batch: Any, device: torch.device | None, *, fresh: bool = False) -> An
         parts = [moved(part, device, fresh=fresh) for part in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     if isinstance(batch, Mapping) or hasattr(batch, "keys"):
-        return {key: moved(batch[key], device, fresh=fresh) for key in batch.keys()}  # noqa: SIM118
+        named = {key: moved(batch[key], device, fresh=fresh) for key in batch.keys()}  # noqa: SIM118
+        return NamedArrays(named) if isinstance(batch, NamedArrays) else named
     return batch
 
 

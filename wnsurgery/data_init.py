@@ -281,7 +281,9 @@ class _Run:
             guards: list[Guard] = [Attributes(self.model)]
             if spill is not None:
                 guards.append(spill)
-            self.passes = Lockstep(self, guards)
+            self.passes = together = Lockstep(self, guards)
+            if spill is not None:
+                spill.on_one_thread = together.on_callers_thread
             jobs = self._drawn(batches, fresh=spill is not None and not kept)
         try:
             count = self._all(jobs)

@@ -77,6 +77,8 @@ class _Run:
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0), repr=False)
     thread: threading.Thread | None = field(default=None, repr=False)
     paused: Paused | None = None
+    request: Callable[[], Any] | None = field(default=None, repr=False)
+    reply: Any = field(default=None, repr=False)
     running: bool = False
     done: bool = False
     error: BaseException | None = None
@@ -139,6 +141,23 @@ class Lockstep:
         run.paused = None
         if self._cancelled:
             raise _Cancelled
+
+    def on_callers_thread(self, function: Callable[[], Any]) -> Any:
+        """Called by a job: the result of a function that runs on the thread all jobs were started from."""
+        run = self._runs[self.current]
+        if self._cancelled:
+            return function()
+        run.request, run.running = function, False
+        self._back.release()
+        run.go.acquire()
+        run.request = None
+        reply, run.reply = run.reply, None
+        if reply is None:
+            raise _Cancelled
+        value, error = reply
+        if error is not None:
+            raise error
+        return value
 
     def _meet_alone(self, point: Point, value: Any) -> None:
         paused = {0: Paused(point, value)}
@@ -207,9 +226,13 @@ class Lockstep:
         self.current = run.number
         for guard in self._guards:
             guard.enter(run.number)
-        run.running = True
-        run.go.release()
-        self._back.acquire()
+        self._let_run(run)
+        while run.request is not None:
+            try:
+                run.reply = (run.request(), None)
+            except Exception as problem:  # belongs to the job, whose code may be waiting for it
+                run.reply = (None, problem)
+            self._let_run(run)
         for guard in reversed(self._guards):
             guard.leave(run.number, run.done)
         if run.done and run.thread is not None:
@@ -218,6 +241,11 @@ class Lockstep:
         if run.error is not None:
             error, run.error = run.error, None
             raise error
+
+    def _let_run(self, run: _Run) -> None:
+        run.request, run.running = None, True
+        run.go.release()
+        self._back.acquire()
 
     def _unwind(self) -> None:
         """Bring every thread to its end, whatever state it is in."""

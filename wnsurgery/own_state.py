@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import is_
 from typing import Any
 
 import torch
@@ -31,7 +32,10 @@ class Attributes:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = [m for m in model.modules() if not isinstance(m, ParametrizationList | torch.jit.ScriptModule)]
+        machines = {id(m._modules.get("parametrizations")) for m in model.modules()}
+        machines |= {id(m) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)}
+        machines |= {id(m) for m in model.modules() if isinstance(m, ParametrizationList)}
+        modules = [m for m in model.modules() if id(m) not in machines]
         self._dicts: list[dict[Any, Any]] = []
         self._lists: list[list[Any]] = []
         for module in modules:
@@ -65,7 +69,7 @@ class Attributes:
     def leave(self, number: int, done: bool) -> None:
         own = self._own[number]
         for place, (now, before) in enumerate(zip(self._dicts, self._seen, strict=True)):
-            if len(now) == len(before) and all(map(_is, now.values(), before.values())) and now.keys() == before.keys():
+            if len(now) == len(before) and all(map(is_, now.values(), before.values())) and now.keys() == before.keys():
                 continue
             for key in {**before, **now}:
                 value = now.get(key, _GONE)
@@ -73,7 +77,7 @@ class Attributes:
                     own[place, key] = value
             self._seen[place] = dict(now)
         for place, (entries, seen) in enumerate(zip(self._lists, self._seen_lists, strict=True)):
-            if len(entries) == len(seen) and all(map(_is, entries, seen)):
+            if len(entries) == len(seen) and all(map(is_, entries, seen)):
                 continue
             known = set(map(id, seen))
             if any(isinstance(entry, Tensor) for entry in entries if id(entry) not in known):
@@ -84,11 +88,10 @@ class Attributes:
             self._own_lists.pop(number, None)
 
 
-def _is(a: Any, b: Any) -> bool:
-    return a is b
-
-
 _MACHINERY = frozenset(nn.Module().__dict__)  # parameters, hooks, children: no place where a forward keeps values
+
+
+_LIGHT = 2**16  # bytes: operations on less need no thread's workspace worth speaking of
 
 
 class Spill:
@@ -97,11 +100,15 @@ class Spill:
     Memory that a run allocated and still holds when it pauses is written out and given back, and read again before
     the run goes on, or when another run touches it. Parameters, buffers, the caller's own tensors and anything
     smaller than 16 KiB stay. The file lies in Python's directory for temporary files (`TMPDIR`).
+
+    `on_one_thread` runs a function where it always is the same thread: allocators, and the libraries behind
+    convolutions and matrix products, keep memory for each thread that ever called them.
     """
 
     smallest = 2**14
 
-    def __init__(self) -> None:
+    def __init__(self, on_one_thread: Callable[[Callable[[], Any]], Any] | None = None) -> None:
+        self.on_one_thread = on_one_thread
         self._made: defaultdict[int, dict[int, StorageWeakRef]] = defaultdict(dict)
         self._out: dict[int, tuple[StorageWeakRef, int, Any]] = {}  # storage -> itself, bytes, where they are
         self._file: Any = None
@@ -229,7 +236,11 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         self._spill.touch(args)
         self._spill.touch(kwargs.values())
-        output = func(*args, **kwargs)
+        elsewhere = self._spill.on_one_thread
+        if elsewhere is None or all(t.nbytes < _LIGHT for t in _tensors((*args, *kwargs.values()))):
+            output = func(*args, **kwargs)
+        else:
+            output = elsewhere(_as_dispatched_here(func, args, kwargs))
         given: set[int] | None = None
         for tensor in output if isinstance(output, list | tuple) else (output,):
             key = _key(tensor)
@@ -240,6 +251,18 @@ class _Watch(TorchDispatchMode):
                         tensor.untyped_storage()
                     )
         return output
+
+
+def _as_dispatched_here(func: Any, args: Any, kwargs: Any) -> Callable[[], Any]:
+    """A call that goes on, on another thread, from where dispatch stands on this one: below autograd and autocast."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    inference = torch.is_inference_mode_enabled()
+
+    def call() -> Any:
+        with torch.inference_mode(inference), torch._C._ForceDispatchKeyGuard(included, excluded):
+            return func(*args, **kwargs)
+
+    return call
 
 
 def _key(tensor: Any) -> int:
