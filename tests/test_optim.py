@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 import wnsurgery as wn
 
-from nets import TiedLanguageModel, net, same_bits
+from nets import NETS, TiedLanguageModel, net, same_bits
 
 Make = Callable[[Any], Optimizer]
 
@@ -702,3 +702,37 @@ def test_optimizers_follow_batch_norm_surgery(mode: str) -> None:
     assert step() < losses[0]
     fresh = torch.optim.Adam(net.parameters(), lr=1e-2)
     fresh.load_state_dict(optimizer.state_dict())
+
+
+EVERY_KIND: dict[str, Callable[[Any], Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.9),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "adadelta": torch.optim.Adadelta,
+    "adamax": torch.optim.Adamax,
+}
+
+
+@pytest.mark.parametrize("name", sorted(NETS))
+def test_every_net_and_optimizer_goes_there_and_back(name: str) -> None:
+    """State of every kind follows weights of every shape, grouped and transposed ones included."""
+    for make in EVERY_KIND.values():
+        model, _ = net(name)
+        optimizer = make(model.parameters())
+        generator = torch.Generator().manual_seed(0)
+
+        def step(model: nn.Module = model, optimizer: Optimizer = optimizer, generator: Any = generator) -> None:
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype) if p.requires_grad else None
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        for surgery in (wn.apply_weight_norm, wn.renormalize_, wn.fold_weight_norm):
+            surgery(model, optimizer=optimizer)  # type: ignore[operator]
+            assert not wn.stale_parameters(model, optimizer)
+            for p in model.parameters():
+                for x in optimizer.state[p].values() if p in optimizer.state else ():
+                    assert not isinstance(x, Tensor) or x.ndim == 0 or (x.shape == p.shape and x.isfinite().all())
+            step()

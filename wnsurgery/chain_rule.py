@@ -79,7 +79,8 @@ class ChainRule:
         For g: sum u_i^2 var_i + mean_g^2; for v: a^2 (var_i (1 - u_i^2)^2 + u_i^2 sum_{j != i} u_j^2 var_j) + mean_v^2.
         Exact where x does not vary; a mean larger than its second moment allows is cut back to it.
         """
-        s, mean = self._rows(s), self._bounded(mean, s)
+        s = self._rows(s)
+        mean = self._bounded(mean, s)
         spread = s - mean.square()
         u2 = self.unit.square()
         along = self._sum(u2 * spread)

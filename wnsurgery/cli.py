@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import sys
@@ -397,7 +398,21 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command and leave the process with its exit code."""
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _show_warnings()
     sys.exit(_run(arguments, debug))
+
+
+def _show_warnings() -> None:
+    """What the library logs as a warning, as a line on stderr."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(f"wnsurgery: {record.levelname.lower()}: {escape(record.getMessage())}")
+
+    logger = logging.getLogger("wnsurgery")
+    if not any(type(handler).__name__ == "Lines" for handler in logger.handlers):
+        handler = Lines(logging.WARNING)
+        logger.addHandler(handler)
 
 
 def _run(arguments: list[str] | None, debug: bool) -> int:
