@@ -139,9 +139,8 @@ def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> tuple[Tensor, bool]
     """`row_scale` in float32 for norms already taken, in a few operations, where every row is an ordinary one.
 
     Also says whether the norms can be squared in float32. None where some row needs the long way: its factor leaves
-    float32, is zero or not finite, or is so close to a power of two that g may be the stored norm, or that of a
-    rescaled row, while other rows' are not, or g is so large that it may stand for a norm beyond its type. Looks at
-    values: for eager mode on a CPU.
+    float32, is zero or not finite, or g is so large that it may stand for a norm beyond its type. Looks at values: for
+    eager mode on a CPU.
     """
     low, high = torch.aminmax(norms)
     least, most = low.item(), high.item()
@@ -159,13 +158,21 @@ def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> tuple[Tensor, bool]
         least, most = low.item(), high.item()
     if not (least >= 2.0**-60 and most <= 2.0**60):
         return None
+    if _may_be_powers(sizes, magnitude):
+        if magnitude == "linear" and g.dtype == torch.float32:
+            stored = g == norms.float()  # rows that have not moved since conversion: all at first, dead ones later
+            factor = factor.masked_fill(stored, 1.0)
+            if not _may_be_powers(sizes.masked_fill(stored, 0.75), magnitude):
+                return factor, squarable
+        factor = snapped_quotient(g, norms, norms.dtype, magnitude).float()
+    return factor, squarable
+
+
+def _may_be_powers(sizes: Tensor, magnitude: str) -> bool:
+    """Whether a factor is so close to a power of two that g may be the stored norm of the row, or of a rescaled one."""
     low, high = torch.aminmax(torch.frexp(sizes)[0])
     near = 2.0**-12 if magnitude == "log" else 2.0**-21
-    if low.item() > 0.5 + near and high.item() < 1 - near:
-        return factor, squarable
-    dtype = torch.promote_types(g.dtype, torch.float32)
-    untouched = torch.equal(_store(norms.log() if magnitude == "log" else norms, dtype), g.to(dtype))
-    return (torch.ones_like(factor), squarable) if untouched else None
+    return not (low.item() > 0.5 + near and high.item() < 1 - near)
 
 
 def _large(dtype: torch.dtype) -> float:
