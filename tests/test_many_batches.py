@@ -583,6 +583,15 @@ def test_report_tells_before_and_after(magnitude: Any) -> None:
     assert [line.split()[0] for line in str(report).splitlines()[1:]] == ["weight", "0.weight", "1.weight"]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handling of SIGINT, which a process started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_from_the_keyboard_leaves_nothing_behind() -> None:
     """A real SIGINT while a batch runs on its thread ends all threads and restores g and b."""
 

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from wnsurgery.batches import batches_of, call_with, in_one_line, is_batch, moved
 from wnsurgery.errors import InputError, SelectionError, WnsurgeryError
 from wnsurgery.joint_norm import JointNorms
-from wnsurgery.lockstep import Guard, Lockstep, Paused, Replay, no_interrupt_lost
+from wnsurgery.lockstep import Guard, Lockstep, Paused, Replay
 from wnsurgery.masks import Mask, fitting, masks_of
 from wnsurgery.moments import Moments
 from wnsurgery.own_state import Attributes, Spill
@@ -204,7 +204,7 @@ def data_dependent_init(  # noqa: PLR0913 - one call with the options of one rec
     with _undisturbed(model, training):
         try:
             run = _Run(inner, chosen, found, scales, ranks, forward or call_with, mask)
-            with run.hooks(), no_interrupt_lost():
+            with run.hooks():
                 count = run.through(batches, memory, kept=is_batch(data) or isinstance(data, Sequence))
         except Exception as error:
             ranks.fail(error.message if isinstance(error, WnsurgeryError) else in_one_line(error))

@@ -7,7 +7,6 @@ settled, and the runs it releases go on, lowest number first. `Lockstep` keeps e
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -19,7 +18,7 @@ import torch
 
 from wnsurgery.errors import InputError
 
-__all__ = ["Guard", "Lockstep", "Meeting", "Paused", "Replay", "most_wanted", "no_interrupt_lost"]
+__all__ = ["Guard", "Lockstep", "Meeting", "Paused", "Replay", "most_wanted"]
 
 Point = Hashable
 Job = Callable[[], None]
@@ -63,34 +62,6 @@ def most_wanted(waiting: Mapping[int, Point]) -> Point | None:
     for number in sorted(waiting):
         count[waiting[number]] = count.get(waiting[number], 0) + 1
     return max(count, key=lambda point: count[point]) if count else None
-
-
-@contextmanager
-def no_interrupt_lost() -> Iterator[None]:
-    """Ctrl-C inside the block ends it in every case: where it arrives, or at the block's end.
-
-    Python raises KeyboardInterrupt wherever the main thread is, and drops it if that is a finaliser or a weak
-    reference's callback, of which a forward pass makes many.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    main = threading.current_thread() is threading.main_thread()
-    if not main or before is not signal.default_int_handler:
-        yield
-        return
-    arrived = False
-
-    def remember(number: int, frame: Any) -> None:
-        nonlocal arrived
-        arrived = True
-        signal.default_int_handler(number, frame)
-
-    signal.signal(signal.SIGINT, remember)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if arrived:
-        raise KeyboardInterrupt
 
 
 class _Cancelled(BaseException):
