@@ -18,14 +18,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
-    {"errors", "norms", "text"},
-    {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"},
-    {"layers", "onnx_file", "proof", "states"},
-    {"graph", "parity", "choice"},
+    {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"},
+    {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
+    | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
+    {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step"},
+    {"graph", "parity", "choice", "following"},
     {"walk", "steps"},
-    {"plan", "mechanism", "checkpoint"},
-    {"data_init", "deferred", "manifest", "loading"},
-    {"surgery", "delivery"},
+    {"plan", "mechanism", "checkpoint", "tracing"},
+    {"affine", "pairs", "targets", "promises", "manifest", "loading"},
+    {"batchnorm", "data_init", "fans"},
+    {"surgery", "renormalize", "magnitudes", "param_groups", "delivery"},
     {"directory"},
     {"files", "runs", "benchmark"},
     {"export", "inout"},

@@ -67,6 +67,7 @@ class CheckpointReport:
         warnings: what the user should look at (values not finite, optimizer states that no longer fit).
         initialisation: the report of data-dependent initialisation, where there was one.
         proof: sizes, time and the distance from an independent recomputation; for file operations.
+        batch_norm: what became of each BatchNorm, where it was asked for.
     """
 
     steps: tuple[Step, ...] = ()
@@ -75,6 +76,7 @@ class CheckpointReport:
     warnings: tuple[str, ...] = ()
     initialisation: Any = None
     proof: Proof | None = field(default=None, compare=False)
+    batch_norm: Any = None
 
     def named(self, action: Action) -> tuple[Step, ...]:
         """The steps of one kind."""
@@ -342,6 +344,7 @@ def _table(report: CheckpointReport) -> str:
         )
     lines += [f"assumed: {text}" for text in report.assumptions]
     lines += [f"warning: {text}" for text in report.warnings]
+    lines += ["", str(report.batch_norm)] if report.batch_norm is not None else []
     lines += ["", str(report.initialisation)] if report.initialisation is not None else []
     lines += ["", *columns(_figures(report, report.proof))] if report.proof is not None else []
     return "\n".join(lines)

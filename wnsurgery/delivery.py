@@ -15,9 +15,9 @@ from torch import Tensor
 
 from wnsurgery import __version__
 from wnsurgery.checkpoint import AtOnce, CheckpointReport
-from wnsurgery.deferred import Deferred
 from wnsurgery.errors import InputError, VerificationError, printable
 from wnsurgery.manifest import manifest_text
+from wnsurgery.promises import Promises
 from wnsurgery.proof import Proof
 from wnsurgery.states import every_tensor, flat_tensors
 from wnsurgery.stores import Stored, check_output, committed, format_for, is_file_name, map_store, write_store
@@ -86,11 +86,11 @@ def deliver(output: Output, src: Path_, stored: Stored, report: CheckpointReport
         VerificationError: there are warnings, and they are errors.
         OutputError, OutputExistsError, InputError: as `write_store`.
     """
-    deferred = maker if isinstance(maker, Deferred) else None
+    promises = maker if isinstance(maker, Promises) else None
     planned = replace(report, warnings=(*report.warnings, *_losses(output, stored)))
 
     def whole() -> CheckpointReport:
-        late = deferred.notes if deferred is not None else []
+        late = promises.notes if promises is not None else []
         return replace(planned, warnings=(*late, *planned.warnings))
 
     def last() -> None:
@@ -98,18 +98,18 @@ def deliver(output: Output, src: Path_, stored: Stored, report: CheckpointReport
             stored.source.check_all()
         output.settle(whole())
 
-    if deferred is not None and output.progress is not None:
-        watch(deferred, output.progress)
+    if promises is not None and output.progress is not None:
+        watch(promises, output.progress)
     written = 0
     if not output.write:
-        if deferred is not None:
-            deferred.run_all()
+        if promises is not None:
+            promises.run_all()
         last()
     else:
         with ExitStack() as stack:
             if output.manifest is not None:
                 sink = stack.enter_context(committed(output.manifest, force=output.force))
-            write_store(output.path, stored, force=output.force or output.in_place, values=deferred, last=last)
+            write_store(output.path, stored, force=output.force or output.in_place, values=promises, last=last)
             written = Path(output.path).stat().st_size
             if output.manifest is not None:
                 sink.write(_manifest(output, stored, whole()))
@@ -153,16 +153,16 @@ def _manifest(output: Output, stored: Stored, report: CheckpointReport) -> bytes
         again.source.close()
 
 
-def watch(deferred: Deferred, progress: Progress) -> None:
+def watch(promises: Promises, progress: Progress) -> None:
     """Report what is read of the input as progress."""
-    total, done = deferred.source.size, 0
+    total, done = promises.source.size, 0
 
     def add(count: int) -> None:
         nonlocal done
         done = min(total, done + count)
         progress(done, total)
 
-    deferred.source.watch = add
+    promises.source.watch = add
 
 
 def _losses(output: Output, stored: Stored) -> list[str]:

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from wnsurgery import __version__
 from wnsurgery.checkpoint import CheckpointReport
-from wnsurgery.deferred import Deferred
 from wnsurgery.delivery import Output, every_name, figures, watch
 from wnsurgery.errors import InputError, printable
 from wnsurgery.manifest import file_digest, manifest_text
+from wnsurgery.promises import Promises
 from wnsurgery.stores import Stored, committed, map_store
 from wnsurgery.stores.commit import check_space
 from wnsurgery.stores.dcp import Distributed, map_distributed
@@ -143,7 +143,7 @@ def _fill(
 
 
 def deliver_directory(
-    output: Output, src: Path, folder: Folder, report: CheckpointReport, maker: Deferred
+    output: Output, src: Path, folder: Folder, report: CheckpointReport, maker: Promises
 ) -> CheckpointReport:
     """Write a directory of the input's kind; returns the report with its warnings and figures complete."""
     if output.progress is not None:
@@ -187,7 +187,7 @@ Writer = Callable[[Any], None]
 Planned = tuple[str, int, Writer]
 
 
-def _write_all(staging: Staging, files: Iterable[Planned], maker: Deferred) -> None:
+def _write_all(staging: Staging, files: Iterable[Planned], maker: Promises) -> None:
     for name, _size, write in files:
         if not staging.has(name):
             with staging.file(name) as file:

@@ -138,7 +138,7 @@ def export_onnx(
         fold_weight_norm(plain)
         for module in (original, plain):
             module.eval()
-        cases = [Case.of(inputs)]
+        cases = [Case.of(inputs, plain)]
         if dynamic:
             cases.append(cases[0].doubled())
         expected = [(case.run(plain), case.run(original)) for case in cases]

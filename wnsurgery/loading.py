@@ -28,7 +28,8 @@ from wnsurgery.errors import (
     first_line,
     printable,
 )
-from wnsurgery.mechanism import WeightNormList, rebuild_parametrized
+from wnsurgery.mean_only import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
+from wnsurgery.mechanism import PASSING, WeightNormList, rebuild_parametrized
 from wnsurgery.reparam import Axes, Magnitude, WeightNorm
 from wnsurgery.stores import Stored, read_store
 from wnsurgery.stores.modules import ModulePolicy, modules_in
@@ -141,7 +142,7 @@ def read(path: Path_, trust_pickle: bool) -> Stored:
 
 def _policy() -> ModulePolicy:
     """torch.nn's classes and the ones this package puts into a converted module."""
-    own = (WeightNormList, WeightNorm, Axes)
+    own = (WeightNormList, WeightNorm, Axes, MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d)
     rebuild = rebuild_parametrized
     return ModulePolicy(
         {f"{cls.__module__}.{cls.__qualname__}": cls for cls in own},
@@ -155,7 +156,7 @@ def _fault(module: nn.Module) -> str:
 
     table = module._modules["parametrizations"]
     for name, entry in table._modules.items() if type(table) is nn.ModuleDict else [("", None)]:
-        if type(entry) is not WeightNormList or list(entry._modules) != ["0"] or "_handed_out" in vars(entry):
+        if type(entry) is not WeightNormList or list(entry._modules) != ["0"] or not PASSING.isdisjoint(vars(entry)):
             return "its parametrization is not weight norm"
         rule, g, v = entry._modules["0"], entry._parameters.get("original0"), entry._parameters.get("original1")
         if type(rule) is not WeightNorm or g is None or v is None or not _is_sound_rule(vars(rule), g, v):

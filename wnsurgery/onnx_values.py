@@ -354,6 +354,7 @@ _OPERATIONS: dict[str, Operation] = {
     "And": _truth(np.logical_and),
     "Cast": _cast,
     "CastLike": _cast,
+    "Ceil": _elementwise(np.ceil),
     "Clip": _clip,
     "Concat": _concat,
     "Constant": _constant,
@@ -363,6 +364,7 @@ _OPERATIONS: dict[str, Operation] = {
     "Exp": _elementwise(np.exp),
     "Expand": _expand,
     "Flatten": _flatten,
+    "Floor": _elementwise(np.floor),
     "Gather": lambda call: call.like(
         np.take(call.array(0), call.array(1).astype(np.int64), axis=call.attribute("axis", 0))
     ),
@@ -391,6 +393,7 @@ _OPERATIONS: dict[str, Operation] = {
     "ReduceSum": _reduction(np.sum),
     "ReduceSumSquare": _reduction(lambda x, axis, keepdims: (x * x).sum(axis=axis, keepdims=keepdims)),
     "Reshape": _reshape,
+    "Round": _elementwise(np.round),
     "Shape": _shape,
     "Sign": _elementwise(np.sign),
     "Size": lambda call: Evaluated(np.asarray(call.array(0).size, np.int64), ir.DataType.INT64),

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from wnsurgery.batches import NamedArrays
 from wnsurgery.differences import (
     OutputDifference,
     OutputsReport,
@@ -153,6 +154,8 @@ def run_session(session: Any, inputs: Mapping[str, Any] | Sequence[Any] | Any, n
 
 
 def _feeds(declared: Sequence[Any], inputs: Any, path: Path_) -> dict[str, Array]:
+    if isinstance(inputs, NamedArrays) and {d.name for d in declared}.isdisjoint(inputs):
+        inputs = list(inputs.values())
     if isinstance(inputs, Mapping) and not _is_numbered(inputs):
         given = {str(k): v for k, v in inputs.items()}
     else:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wnsurgery.errors import NonFiniteWeightError, PairError
+from wnsurgery.kept import Rooms
 from wnsurgery.norms import (
     RowScale,
     norm,
@@ -31,7 +32,10 @@ __all__ = ["Axes", "Magnitude", "WeightNorm", "compose", "decompose", "magnitude
 
 Magnitude = Literal["linear", "log"]
 
-_BLOCK = 1 << 18  # elements widened at a time
+_FRESH = 1 << 23  # elements from which the allocator gives fresh pages each time, which cost more than a pass
+_WIDENED = 1 << 18  # elements widened at a time
+_BLOCK = 1 << 20  # elements a block of the backward pass has; smaller ones spend their time on starting threads
+
 ZERO_LOG = -1000.0  # e^-1000 is 0 in float64: the logarithm stored for a row of zeros
 
 
@@ -178,7 +182,12 @@ def compose(g: Tensor, v: Tensor, axes: Axes | None = None, *, magnitude: Magnit
         raise PairError(f"a magnitude of shape {tuple(g.shape)} does not fit {axes} of {tuple(v.shape)}")
     if _needs_plain_operations(g, v):
         return _compose_traceable(g, v, axes, magnitude)
-    return _Compose.apply(g, v, axes, magnitude)  # type: ignore[no-any-return,no-untyped-call]
+    return compose_eagerly(g, v, axes, magnitude)
+
+
+def compose_eagerly(g: Tensor, v: Tensor, axes: Axes, magnitude: Magnitude, rooms: Rooms | None = None) -> Tensor:
+    """`compose` for a pair known to fit, in eager mode; w and later dL/dv in memory of `rooms` where there is some."""
+    return _Compose.apply(g, v, axes, magnitude, rooms)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _fits(g: Tensor, v: Tensor, axes: Axes) -> bool:
@@ -203,6 +212,8 @@ def _per_row(g: Tensor, v: Tensor, axes: Axes) -> Tensor:
     """g with the shape of the reduced (grouped) weight."""
     if axes.groups > 1:
         return g.unsqueeze(1)
+    if g.ndim == v.ndim:
+        return g
     return g.reshape([s if d in axes.kept else 1 for d, s in enumerate(v.shape)])
 
 
@@ -249,19 +260,22 @@ class _Compose(torch.autograd.Function):
     """compose() for eager mode: one pass for the norm, one for the product, the paper's formula backward."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, v: Tensor, axes: Axes, magnitude: str) -> Tensor:
+    def forward(ctx: Any, g: Tensor, v: Tensor, axes: Axes, magnitude: str, rooms: Rooms | None) -> Tensor:
         view, dims, rows = axes.grouped(v), axes.reduced(v.ndim), _per_row(g, v, axes)
-        ctx.axes, ctx.magnitude = axes, magnitude
+        ctx.axes, ctx.magnitude, ctx.rooms = axes, magnitude, rooms
         if v.dtype == torch.float64:
             ctx.save_for_backward(g, v, None)
             return _laid_out_as(_apply_scale(v, row_scale(rows, view, dims, magnitude, blocked=True), axes), v)
         norms = norm(view, dims, blocked=True)
-        factor = plain_scale(rows, norms, magnitude) if v.device.type == "cpu" and v.numel() else None
-        if factor is not None:
-            low, high = torch.aminmax(norms)
-            squarable = low.item() > 2.0**-30 and high.item() < 2.0**30
+        plain = plain_scale(rows, norms, magnitude) if v.device.type == "cpu" and v.numel() else None
+        if plain is not None:
+            factor, squarable = plain
             ctx.save_for_backward(g, v, norms if squarable else None)
-            return _laid_out_as(_in_blocks(_rounded_product, v, axes.spread(factor, v)), v)
+            factor = axes.spread(factor, v)
+            room = rooms.take("w", v) if rooms is not None and v.dtype == torch.float32 else None
+            if room is not None:
+                return torch.mul(v, factor, out=room)
+            return _laid_out_as(_in_blocks(_rounded_product, v, factor), v)
         ctx.save_for_backward(g, v, None)
         scale = RowScale(snapped_quotient(rows, norms, wide_dtype(v), magnitude), None)
         return _laid_out_as(_apply_scale(v, scale, axes), v)
@@ -272,9 +286,11 @@ class _Compose(torch.autograd.Function):
         if norms is None or torch.is_grad_enabled():
             grad_g, grad_v = _gradients(grad_w, g, v, ctx.axes, ctx.magnitude)
         else:
-            grad_g, grad_v = _plain_gradients(grad_w, g, v, norms.float(), ctx.axes, ctx.magnitude)
+            big = v.dtype == torch.float32 and v.numel() >= _FRESH
+            room = ctx.rooms.take("grad", v) if ctx.rooms is not None and big else None
+            grad_g, grad_v = _plain_gradients(grad_w, g, v, norms.float(), ctx.axes, ctx.magnitude, room)
         want_g, want_v = ctx.needs_input_grad[:2]
-        return grad_g if want_g else None, grad_v if want_v else None, None, None
+        return grad_g if want_g else None, grad_v if want_v else None, None, None, None
 
 
 def _laid_out_as(w: Tensor, v: Tensor) -> Tensor:
@@ -304,10 +320,10 @@ def _rounded_product(v: Tensor, factor: Tensor) -> Tensor:
 def _in_blocks(product: Callable[[Tensor, Tensor], Tensor], v: Tensor, factor: Tensor) -> Tensor:
     """product(v, factor) for one value per row, where it widens v a cache-sized block at a time on a CPU."""
     size = v.numel()
-    if v.device.type != "cpu" or size <= _BLOCK or v.dtype == factor.dtype:
+    if v.device.type != "cpu" or size <= _WIDENED or v.dtype == factor.dtype:
         return product(v, factor)
     w = torch.empty_like(v)
-    step = max(1, _BLOCK * v.shape[0] // size)
+    step = max(1, _WIDENED * v.shape[0] // size)
     for start in range(0, v.shape[0], step):
         rows = slice(start, start + step)
         w[rows] = product(v[rows], factor if factor.shape[0] == 1 else factor[rows])
@@ -315,13 +331,16 @@ def _in_blocks(product: Callable[[Tensor, Tensor], Tensor], v: Tensor, factor: T
 
 
 def _plain_gradients(
-    grad_w: Tensor, g: Tensor, v: Tensor, norms: Tensor, axes: Axes, magnitude: str
+    grad_w: Tensor, g: Tensor, v: Tensor, norms: Tensor, axes: Axes, magnitude: str, room: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The paper's equation 3 for ordinary rows, first order only, in as few passes as torch offers."""
     rows = _per_row(g, v, axes)
     size = rows.exp() if magnitude == "log" else rows
     whole = axes.kept == (0,) and v.dtype == torch.float32 == size.dtype and v.is_contiguous()
-    if whole and v.ndim > 1:
+    if whole and v.ndim > 1 and v.numel() >= _FRESH:  # by size alone, so that memory decides no bit
+        grad_v = torch.empty_like(v) if room is None else room
+        radial = _gradients_into(grad_v, grad_w, size, v, norms)
+    elif whole and v.ndim > 1:
         grad_v, radial = torch.ops.aten._weight_norm_interface_backward(
             grad_w.contiguous(), v, size.contiguous(), norms, 0
         )
@@ -333,6 +352,23 @@ def _plain_gradients(
         grad_v = torch.addcmul(grad_v, view.float(), size * radial / norms.square(), value=-1).reshape(v.shape)
     grad_g = radial * size if magnitude == "log" else radial
     return grad_g.to(g.dtype).reshape(g.shape), grad_v.to(v.dtype)
+
+
+def _gradients_into(room: Tensor, grad_w: Tensor, size: Tensor, v: Tensor, norms: Tensor) -> Tensor:
+    """dL/dv into `room`, a cache-sized block of rows at a time; returns dL/dw . v / ||v||. Kept axis 0."""
+    flat_v, flat_w, out = v.flatten(1), grad_w.reshape(v.shape).flatten(1), room.flatten(1)
+    norms, size = norms.flatten(1), size.flatten(1)
+    scale = size / norms
+    radial = torch.empty_like(norms)
+    step = max(1, _BLOCK // max(1, flat_v.shape[1]))
+    for start in range(0, len(flat_v), step):
+        rows = slice(start, start + step)
+        torch.mul(flat_w[rows], flat_v[rows], out=out[rows])
+        torch.sum(out[rows], 1, keepdim=True, out=radial[rows])
+        radial[rows].div_(norms[rows])
+        torch.mul(flat_w[rows], scale[rows], out=out[rows])
+        out[rows].addcmul_(flat_v[rows], scale[rows] * radial[rows] / norms[rows], value=-1)
+    return radial.reshape(-1, *[1] * (v.ndim - 1))
 
 
 def _gradients(grad_w: Tensor, g: Tensor, v: Tensor, axes: Axes, magnitude: str) -> tuple[Tensor, Tensor]:
@@ -383,6 +419,13 @@ class WeightNorm(nn.Module):
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         return compose(g, v, self.axes, magnitude=self.magnitude)
+
+    def compose(self, g: Tensor, v: Tensor, rooms: Rooms) -> Tensor:
+        """`forward` for its own pair in eager mode, with memory that may be used again."""
+        plain = not (self._forward_hooks or self._forward_pre_hooks) and _fits(g, v, self.axes)
+        if not plain or torch.autograd.forward_ad._current_level >= 0:
+            return self(g, v)  # type: ignore[no-any-return]
+        return compose_eagerly(g, v, self.axes, self.magnitude, rooms)
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
         return decompose(w, self.axes, magnitude=self.magnitude, magnitude_dtype=self.magnitude_dtype)

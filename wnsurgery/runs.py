@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from wnsurgery.batches import arguments_of
 from wnsurgery.errors import ExportError, first_line, printable
 
 __all__ = ["Case", "Inputs", "copy_of", "rng_kept", "tensor_outputs", "tracking", "where"]
@@ -74,10 +75,10 @@ class Case:
     kwargs: dict[str, Any]
 
     @classmethod
-    def of(cls, inputs: Inputs) -> Case:
-        """Arguments given as a tensor, a sequence of positional ones, or a mapping of keyword ones."""
+    def of(cls, inputs: Inputs, model: nn.Module) -> Case:
+        """Arguments given as a tensor, a sequence of positional ones, or a mapping, see `batches.arguments_of`."""
         if isinstance(inputs, Mapping):
-            return cls((), dict(inputs))
+            return cls(*arguments_of(model, inputs))
         return cls((inputs,), {}) if isinstance(inputs, Tensor) else cls(tuple(inputs), {})
 
     def fresh(self) -> Case:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from wnsurgery.batches import NamedArrays
 from wnsurgery.differences import OutputsReport, TensorsReport, as_array, compare_outputs, compare_tensors
 from wnsurgery.errors import (
     ExportError,
@@ -363,12 +364,7 @@ def _as_case(inputs: Any, model: nn.Module) -> Case:
         return value.to(place) if isinstance(value, Tensor) else value
 
     if isinstance(inputs, Mapping):
-        case = Case((), {str(k): tensor(v) for k, v in inputs.items()})
-        try:
-            case.named(model)
-        except ExportError:
-            return Case(tuple(case.kwargs.values()), {})  # a graph's names are not always forward's
-        return case
+        return Case.of(NamedArrays((str(k), tensor(v)) for k, v in inputs.items()), model)
     if isinstance(inputs, Tensor | np.ndarray):
         return Case((tensor(inputs),), {})
     return Case(tuple(tensor(value) for value in inputs), {})

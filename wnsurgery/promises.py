@@ -14,7 +14,7 @@ from wnsurgery.steps import Step, ZeroNorm, run_step
 from wnsurgery.stores.mapped import Source
 from wnsurgery.stores.values import Loaded
 
-__all__ = ["Deferred"]
+__all__ = ["Promises"]
 
 _KEEP = 1 << 24  # bytes of magnitudes kept, so that writing g and v apart does not compute them twice
 
@@ -27,7 +27,7 @@ class _Job:
     sources: tuple[Tensor, ...]
 
 
-class Deferred(AtOnce, Loaded):
+class Promises(AtOnce, Loaded):
     """Makes meta tensors that stand for the tensors of a step, and fetches what they stand for.
 
     Args:
@@ -84,7 +84,7 @@ class Deferred(AtOnce, Loaded):
                 self._run(job)
 
     def _run(self, job: _Job) -> tuple[Tensor, ...]:
-        sources = [super(Deferred, self).fetch(t) for t in job.sources]
+        sources = [super(Promises, self).fetch(t) for t in job.sources]
         again = id(job) in self._told
         made = run_step(job.step, sources, self.magnitude, self.zero_norm, None if again else self.notes)
         if not again:
