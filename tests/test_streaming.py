@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from wnsurgery.errors import InputError, OutputError, PairError, VerificationErr
 from wnsurgery.files import convert_checkpoint, fold_checkpoint
 from wnsurgery.proof import ulps_apart
 from wnsurgery.reparam import Axes, compose
+from wnsurgery.states import every_tensor
 from wnsurgery.stores import map_store, read_store
 
 
@@ -271,3 +273,32 @@ def test_mutated_files_fold_or_raise_our_errors(samples, tmp_path_factory, kind,
         fold_checkpoint(folder / f"a{kind}", folder / f"b{kind}")
     except WnsurgeryError:
         assert [p.name for p in folder.iterdir()] == [f"a{kind}"]
+
+
+def test_the_old_serialisation_stays_in_its_file_too(tmp_path: Path) -> None:
+    """A file from before torch 1.6 is read tensor by tensor, ties, views and odd strides as torch.load has them."""
+    of_its_time = {k: t for k, t in content().items() if k not in ("f8", "u16")}  # torch cannot read its own here
+    torch.save(of_its_time, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    stored, theirs = map_store(tmp_path / "a.pt"), torch.load(tmp_path / "a.pt", weights_only=True)
+    assert stored is not None
+    assert stored.source is not None
+    mine = dict(every_tensor(stored.content))
+    for name, tensor in every_tensor(theirs):
+        fetched = stored.source.fetch(mine[name])
+        assert (fetched.dtype, fetched.stride()) == (tensor.dtype, tensor.stride())
+        assert fetched.tolist() == tensor.tolist()
+    stored.source.close()
+    fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt")
+    torch.save(of_its_time, tmp_path / "c.pt")
+    fold_checkpoint(tmp_path / "c.pt", tmp_path / "d.pt")
+    assert (tmp_path / "b.pt").read_bytes() == (tmp_path / "d.pt").read_bytes()
+
+
+@pytest.mark.parametrize("cut", [1, 40, 200])
+def test_a_cut_file_of_the_old_serialisation_is_damaged(tmp_path: Path, cut: int) -> None:
+    """Storages that end early are an input error before anything is written."""
+    torch.save(content(), tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    os.truncate(tmp_path / "a.pt", (tmp_path / "a.pt").stat().st_size - cut)
+    with pytest.raises(InputError):
+        fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]

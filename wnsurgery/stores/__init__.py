@@ -28,7 +28,7 @@ from wnsurgery.stores.torch_file import (
     refuse_pickle,
     write_torch,
 )
-from wnsurgery.stores.torch_map import NotPlainError, map_torch
+from wnsurgery.stores.torch_map import NotPlainError, map_legacy, map_torch
 from wnsurgery.stores.torch_write import plan_archive, write_archive
 from wnsurgery.stores.values import Values
 
@@ -77,7 +77,7 @@ class Stored:
 def map_store(path: str | os.PathLike[str]) -> Stored | None:
     """A checkpoint file with its tensors left in it, to be read one by one; nothing of it is executed.
 
-    None for a file that has to be read whole (modules, sparse tensors, torch's old serialisation) or that cannot be
+    None for a file that has to be read whole (modules, sparse tensors) or that cannot be
     read without running code: `read_store` then reads it, or says why not.
 
     Raises InputMissingError, InputError as `read_store`; damage inside a tensor is found when it is read.
@@ -96,6 +96,9 @@ def map_store(path: str | os.PathLike[str]) -> Stored | None:
             mapped = MappedFile(file, path)
             content = map_torch(mapped, file, path)
             stored = Stored(content, "torch", None, Source([mapped]))
+        elif start == LEGACY_MAGIC:
+            mapped = MappedFile(file, path)
+            stored = Stored(map_legacy(mapped, path), "torch", None, Source([mapped]))
     except NotPlainError:
         return None
     finally:

@@ -53,6 +53,7 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_METADATA = "__metadata__"
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 
@@ -96,7 +97,7 @@ def read_header(file: BinaryIO, path: Path) -> tuple[list[Entry], dict[str, str]
         raise InputError.of(path, "damaged or truncated: the safetensors header is longer than the file")
     try:
         table = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
-        metadata = table.pop("__metadata__", None)
+        metadata = table.pop(_METADATA, None)
         entries = [_entry(name, facts, 8 + length) for name, facts in table.items()]
         _check_metadata(metadata)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -154,7 +155,7 @@ def _plan(
 ) -> tuple[list[str], bytes]:
     """The order of the tensors, and the header."""
     order = sorted(tensors, key=lambda name: (-_checked(tensors[name], name, path, values).element_size(), name))
-    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    table: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
     position = 0
     for name in order:
         tensor = tensors[name]
@@ -171,6 +172,10 @@ def _plan(
 
 def _checked(tensor: Tensor, name: str, path: Path, values: Values) -> Tensor:
     meta = tensor.is_meta and not values.promised(tensor)
+    if name == _METADATA or not _is_text(name):
+        raise InputError.of(
+            path, f"the name {printable(name)} does not fit into a .safetensors file", "write a .pt file instead"
+        )
     if tensor.layout != torch.strided or tensor.is_quantized or meta or tensor.dtype not in _NAMES:
         kind = f"{tensor.dtype}".removeprefix("torch.")
         kind = "meta" if meta else kind if tensor.layout == torch.strided else f"sparse {kind}"
@@ -178,6 +183,15 @@ def _checked(tensor: Tensor, name: str, path: Path, values: Values) -> Tensor:
             path, f"{printable(name)} ({kind}) does not fit into a .safetensors file", "write a .pt file instead"
         )
     return tensor
+
+
+def _is_text(name: str) -> bool:
+    """Whether a string is text that UTF-8 can write: JSON and pickles may hold half of a surrogate pair."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -188,6 +202,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, facts: dict[str, Any], offset: int) -> Entry:
+    if not _is_text(name):
+        raise ValueError(f"{name}: not text")
     if set(facts) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name}: has {sorted(facts)}")
     dtype = DTYPES.get(facts["dtype"])
@@ -196,7 +212,7 @@ def _entry(name: str, facts: dict[str, Any], offset: int) -> Entry:
     shape, (start, stop) = facts["shape"], facts["data_offsets"]
     if any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
         raise ValueError(f"{name}: sizes are not natural numbers")
-    if len(shape) > 64 or any(n >= 1 << 63 for n in shape):
+    if len(shape) > 64 or prod(n or 1 for n in shape) * dtype.itemsize >= 1 << 63:
         raise ValueError(f"{name}: impossible shape")
     if stop - start != prod(shape) * dtype.itemsize:
         raise ValueError(f"{name}: {stop - start} bytes do not make a tensor of shape {tuple(shape)}")
@@ -205,9 +221,9 @@ def _entry(name: str, facts: dict[str, Any], offset: int) -> Entry:
 
 def _check_metadata(metadata: Any) -> None:
     if metadata is not None and not (
-        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+        isinstance(metadata, dict) and all(isinstance(v, str) and _is_text(k + v) for k, v in metadata.items())
     ):
-        raise ValueError("__metadata__ holds something else than strings")
+        raise ValueError(f"{_METADATA} holds something else than strings")
 
 
 def _check_cover(entries: list[Entry], start: int, size: int, path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from wnsurgery.errors import InputError, OutputError, UnsafeFileError, printable
 from wnsurgery.stores.archive import check_archive
-from wnsurgery.stores.pickles import Scan, scan
+from wnsurgery.stores.pickles import LEGACY_PICKLES, Scan, scan
 
 __all__ = ["LEGACY_MAGIC", "ZIP_MAGIC", "Allow", "Sink", "read_torch", "refuse_pickle", "write_torch"]
 
@@ -24,7 +24,6 @@ LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 Allow = Callable[[Scan, Path], "list[tuple[Callable[..., Any], str]]"]
 
-_LEGACY_PICKLES = 5  # magic number, version, system, the object, the storage keys
 _LOCK = threading.RLock()  # torch's list of allowed classes is one per process
 _TRUST = "if you trust whoever made the file: trust_pickle=True (--trust-pickle)"
 _STRETCH = 1 << 28  # bytes a tensor may claim beyond its storage (an expanded buffer is legitimate)
@@ -48,7 +47,7 @@ def read_torch(file: BinaryIO, path: Path, *, trust_pickle: bool = False, allow:
     if zipped:
         seen = scan(io.BytesIO(check_archive(file, path)))
     else:
-        seen = scan(file, _LEGACY_PICKLES)
+        seen = scan(file, LEGACY_PICKLES)
         file.seek(0)
     extra: list[tuple[Callable[..., Any], str]] = []
     if not trust_pickle:
