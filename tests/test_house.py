@@ -23,7 +23,7 @@ LAYERS = [
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
     {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step"},
     {"graph", "parity", "choice", "following"},
-    {"walk", "steps"},
+    {"walk", "steps", "flat_magnitudes"},
     {"plan", "mechanism", "checkpoint", "tracing"},
     {"affine", "pairs", "targets", "promises", "manifest", "loading"},
     {"batchnorm", "data_init", "fans"},

@@ -82,9 +82,13 @@ class ByName(Choice):
         return self._axes(state, key, tensor)
 
     def _axes(self, state: StateDict, key: str, tensor: Tensor) -> Axes:
+        return self.told(state, key, tensor) or Axes((0,))
+
+    def told(self, state: StateDict, key: str, tensor: Tensor) -> Axes | None:
+        """The kept axes the user named for a weight, None where the names leave it to us."""
         wish = next((d for p, d in self.dim.items() if _matches(p, key, state.path)), self.fallback)
         if wish == "auto":
-            return Axes((0,))
+            return None
         if isinstance(wish, bool) or not (wish is None or isinstance(wish, int | tuple)):
             raise SelectionError(f'dim must be "auto", an int, a tuple, None or a mapping, not {wish!r}')
         kept = () if wish is None else wish if isinstance(wish, tuple) else (wish,)

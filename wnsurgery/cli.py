@@ -191,6 +191,13 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
     show_default=True,
     help="What a row with v = 0 and g != 0 becomes, which has no direction.",
 )
+@click.option(
+    "--dim",
+    "dims",
+    multiple=True,
+    metavar="[PATTERN=]AXIS",
+    help="The axis of magnitudes stored as a plain list, which does not tell; repeat.",
+)
 @_filing
 @_common
 def fold(model: Path, as_json: bool, **options: Any) -> None:
@@ -211,7 +218,8 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
 
         if options["dry_run"]:
             raise SelectionError("--dry-run does not apply to ONNX files", hint="wnsurgery inspect shows what is there")
-        given = [f"--{n.replace('_', '-')}" for n in ("strict", "manifest", "resume") if options[n]]
+        names = {"strict": "strict", "manifest": "manifest", "resume": "resume", "dims": "dim"}
+        given = [f"--{name}" for key, name in names.items() if options[key]]
         if given:
             raise SelectionError(f"{given[0]} does not apply to ONNX files")
         report = fold_onnx(model, output, force=options["force"], in_place=options["in_place"])
@@ -219,8 +227,9 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
         return
     from wnsurgery.files import fold_checkpoint
 
+    dim = _parse_dims(options.pop("dims"))
     with progress(f"folding {model}") as told:
-        folded = fold_checkpoint(model, output, progress=told, **options)
+        folded = fold_checkpoint(model, output, dim=dim, progress=told, **options)
     show(folded, as_json=as_json)
 
 

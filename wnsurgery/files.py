@@ -35,6 +35,7 @@ from wnsurgery.checkpoint import (
 from wnsurgery.delivery import Output, Progress, deliver
 from wnsurgery.directory import Folder, deliver_directory, map_directory
 from wnsurgery.errors import InputError, PairError, SelectionError, printable
+from wnsurgery.flat_magnitudes import spread_magnitudes
 from wnsurgery.keys import Layout
 from wnsurgery.loading import (
     WEIGHT_NORM,
@@ -78,6 +79,7 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
     *,
     magnitude: Magnitude = "linear",
     zero_norm: ZeroNorm = "error",
+    dim: DimOption | Mapping[str, DimOption] = "auto",
     arch: Arch | None = None,
     force: bool = False,
     in_place: bool = False,
@@ -102,6 +104,8 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
         dst: the output; its suffix decides the format, where it has one of these. A directory gives a directory.
         magnitude: "log" when pairs store the logarithm of g without saying so, as our own do.
         zero_norm: what a row with v = 0 and g != 0 becomes, which has no direction: "error", "zero" or "nan".
+        dim: the axis that magnitudes stored as a plain list belong to, for all or by pattern; every other magnitude
+            tells by its shape.
         arch: a model the folded state dict must load into, strictly.
         force: overwrite an existing output.
         in_place: let the output be the input.
@@ -125,6 +129,10 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
     whole = trust_pickle or arch is not None
     with named(src), _open(src, magnitude, zero_norm, whole=whole, trust=trust_pickle) as (stored, maker, folder):
         _refuse_empty(src, stored.content)
+        if dim != "auto":
+            choose, states = ByName(dim=dim), state_dicts(stored.content)
+            spread_magnitudes(states, choose)
+            choose.check(states)
         report = fold_state(stored.content, magnitude=magnitude, maker=maker)
         for where, module in modules_in(stored.content):
             with _surgery_on(src):
@@ -325,6 +333,7 @@ def _convert(
         reason = "a state dict alone does not say what a BatchNorm follows: batch_norm needs the model"
         raise SelectionError(reason, hint="arch='package.module:factory' (--arch)")
     choose = ByName(selection["include"], selection["exclude"], selection["dim"])
+    spread_magnitudes(state_dicts(content), choose)
     return convert_state(content, choose, layout=layout, magnitude=selection["magnitude"], maker=maker)
 
 
