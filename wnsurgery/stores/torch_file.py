@@ -15,6 +15,7 @@ import torch
 
 from wnsurgery.errors import InputError, OutputError, UnsafeFileError, printable
 from wnsurgery.stores.archive import check_archive
+from wnsurgery.stores.claims import refuse_stretched
 from wnsurgery.stores.pickles import LEGACY_PICKLES, Scan, scan
 
 __all__ = ["LEGACY_MAGIC", "ZIP_MAGIC", "Allow", "Sink", "read_torch", "refuse_pickle", "write_torch"]
@@ -26,7 +27,6 @@ Allow = Callable[[Scan, Path], "list[tuple[Callable[..., Any], str]]"]
 
 _LOCK = threading.RLock()  # torch's list of allowed classes is one per process
 _TRUST = "if you trust whoever made the file: trust_pickle=True (--trust-pickle)"
-_STRETCH = 1 << 28  # bytes a tensor may claim beyond its storage (an expanded buffer is legitimate)
 
 
 def read_torch(file: BinaryIO, path: Path, *, trust_pickle: bool = False, allow: Allow | None = None) -> Any:
@@ -59,7 +59,7 @@ def read_torch(file: BinaryIO, path: Path, *, trust_pickle: bool = False, allow:
             content = torch.load(file, map_location="cpu", weights_only=not trust_pickle)
         except Exception as error:  # torch lets every kind through: RuntimeError, EOFError, AttributeError, ...
             raise _load_error(path, error, seen, zipped, trust_pickle) from error
-    _refuse_stretched(content, path)
+    refuse_stretched(content, path)
     return content
 
 
@@ -166,18 +166,3 @@ def _load_error(path: Path, error: Exception, seen: Scan, zipped: bool, trust_pi
             return UnsafeFileError(f"{path}: refused, its pickle calls what no checkpoint needs", hint=_TRUST)
         reason = "its pickle is not one that torch.save writes"
     return InputError.of(path, f"damaged or truncated ({reason})")
-
-
-def _refuse_stretched(content: Any, path: Path) -> None:
-    """A tensor of a terabyte over a storage of four bytes costs nothing until someone copies it."""
-    stack, seen = [content], set[int]()
-    while stack:
-        item = stack.pop()
-        if isinstance(item, torch.Tensor):
-            if item.layout == torch.strided and type(item) in (torch.Tensor, torch.nn.Parameter):
-                claimed = item.numel() * item.element_size()
-                if not item.is_meta and claimed - item.untyped_storage().nbytes() > _STRETCH:
-                    raise InputError.of(path, f"a tensor of shape {tuple(item.shape)} has only a fraction of its data")
-        elif isinstance(item, dict | list | tuple) and id(item) not in seen:
-            seen.add(id(item))
-            stack += item.values() if isinstance(item, dict) else item

@@ -16,6 +16,7 @@ import torch
 
 from wnsurgery.errors import InputError, printable
 from wnsurgery.stores.archive import read_directory
+from wnsurgery.stores.claims import refuse_stretched
 from wnsurgery.stores.mapped import MappedFile, Record, no_bytes
 from wnsurgery.stores.pickles import LEGACY_PICKLES, scan
 
@@ -60,6 +61,7 @@ def map_torch(mapped: MappedFile, file: IO[bytes], path: Path, *, base: int = 0)
             raise NotPlainError
     storages = _Storages(mapped, records, path)
     content = _unpickle(io.BytesIO(pickled), storages)
+    refuse_stretched(content, path)
     unused = (r for name, r in records.items() if name.startswith("data/") and name[5:] not in storages.known)
     mapped.records += unused  # no tensor needs them, but damage in them is damage
     return content
@@ -91,7 +93,9 @@ def map_legacy(mapped: MappedFile, path: Path) -> Any:
         raise NotPlainError
     records = _legacy_records(mapped, keys, sizes.known, file.tell(), path)
     file.seek(start)
-    return _unpickle(file, _Storages(mapped, records, path))
+    content = _unpickle(file, _Storages(mapped, records, path))
+    refuse_stretched(content, path)
+    return content
 
 
 def _legacy_records(
