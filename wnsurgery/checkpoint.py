@@ -353,7 +353,7 @@ def _table(report: CheckpointReport) -> str:
 def _figures(report: CheckpointReport, proof: Proof) -> list[tuple[str, ...]]:
     done = ", ".join(f"{len(report.named(a))} {a}" for a in ("folded", "converted", "rekeyed"))
     rows: list[tuple[str, ...]] = [("pairs found", f"{proof.pairs}"), ("done", done), ("pairs left", f"{proof.left}")]
-    rows += [("axes", f"{shape}: {count}") for shape, count in proof.axes]
+    rows += [("kept axes", f"{axes.removeprefix('kept ')}: {count}") for axes, count in proof.axes]
     if proof.max_ulp is not None:
         rows.append(("max ulp against float64", f"{proof.max_ulp:.3g} in {printable(proof.worst)}"))
     out = f"{proof.bytes_out:,} bytes out" if proof.bytes_out else "nothing written"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wnsurgery.errors import InputError
+from wnsurgery.errors import InputError, printable
 from wnsurgery.norms import norm
 from wnsurgery.plan import Skipped, plan_weight_norm
 from wnsurgery.reparam import Axes, Magnitude
@@ -58,7 +58,7 @@ class Inspection:
         lines = [head, *(columns(rows) if self.weights else [])]
         if self.others:
             lines += ["", f"{len(self.others)} other tensors of 2 or more dimensions"]
-            table = [(s.name, by(s.shape), s.reason) for s in self.others]
+            table = [(printable(s.name), by(s.shape), printable(s.reason)) for s in self.others]
             lines += columns([("tensor", "shape", "why"), *table])
         return "\n".join(lines)
 
@@ -200,8 +200,8 @@ def _spread(values: Tensor) -> tuple[float, float, float] | None:
 def _row(w: WeightFacts) -> tuple[str, ...]:
     kept = ",".join(map(str, w.kept)) or "none"
     kept += f" in {w.groups} groups" if w.groups > 1 else ""
-    notes = [f"= {n}" for n in w.also] + ([f"{w.zero_rows} rows with v = 0"] if w.zero_rows else [])
-    return (w.name, w.form, by(w.shape), kept, _three(w.magnitude), _three(w.norm), "; ".join(notes))
+    notes = [f"= {printable(n)}" for n in w.also] + ([f"{w.zero_rows} rows with v = 0"] if w.zero_rows else [])
+    return (printable(w.name), w.form, by(w.shape), kept, _three(w.magnitude), _three(w.norm), "; ".join(notes))
 
 
 def _three(values: tuple[float, float, float] | None) -> str:
