@@ -19,15 +19,16 @@ PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
     {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"},
-    {"keys", "reparam", "stores", "differences", "onnx_values"}
+    {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
-    {"layers", "checkpoint", "onnx_file", "chain_rule", "after_step"},
-    {"graph", "parity", "following"},
-    {"walk"},
-    {"plan", "mechanism", "tracing"},
-    {"affine", "pairs", "targets"},
+    {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step"},
+    {"graph", "parity", "choice", "following"},
+    {"walk", "steps", "flat_magnitudes"},
+    {"plan", "mechanism", "checkpoint", "tracing"},
+    {"affine", "pairs", "targets", "promises", "manifest", "loading"},
     {"batchnorm", "data_init", "fans"},
-    {"surgery", "renormalize", "magnitudes", "param_groups"},
+    {"surgery", "renormalize", "magnitudes", "param_groups", "delivery"},
+    {"directory"},
     {"files", "runs", "benchmark"},
     {"export", "inout"},
     {"verification", "inspection"},

@@ -17,7 +17,7 @@ import click
 
 from wnsurgery import __version__
 from wnsurgery.errors import SelectionError, WnsurgeryError
-from wnsurgery.report import escape, say, show, working
+from wnsurgery.report import escape, progress, say, show, working
 
 __all__ = ["cli", "main"]
 
@@ -72,6 +72,14 @@ _stored = click.option(
     default="linear",
     show_default=True,
     help="What pairs of a state dict store that do not say: g, or s with g = e^s.",
+)
+_filing = _options(
+    click.option("--dry-run", is_flag=True, help="Show what would change and write nothing."),
+    click.option("--strict", is_flag=True, help="Treat warnings as errors: write nothing, exit code 7."),
+    click.option(
+        "--manifest", type=click.Path(path_type=Path), help="Write a JSON table of every tensor with its SHA-256 here."
+    ),
+    click.option("--resume", is_flag=True, help="Go on where a killed run on a directory left off."),
 )
 _entry = click.option("--entry", metavar="PATH", help="Which state dict of MODEL to take, where several fit: ema.")
 _model = click.argument("model", type=click.Path(path_type=Path))
@@ -138,12 +146,13 @@ def cli() -> None:
     type=click.Path(path_type=Path),
     help="Example inputs that show --batch-norm the data flow.",
 )
-@click.option("--dry-run", is_flag=True, help="Show what would change and write nothing.")
+@_filing
 @_common
 def convert(model: Path, as_json: bool, **options: Any) -> None:
     """Replace weights w of MODEL by (g, v) with w = g * v / ||v||.
 
-    MODEL is a state dict (.pt .pth .bin .ckpt .safetensors) or a whole module saved with torch.save.
+    MODEL is a state dict (.pt .pth .bin .ckpt .safetensors), a directory of them as the Hugging Face hub or
+    torch.distributed.checkpoint has it, or a whole module saved with torch.save.
 
     \b
     Examples:
@@ -164,8 +173,8 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
     options["include"], options["exclude"] = options["include"] or None, options["exclude"] or None
     dim = _parse_dims(options.pop("dims"))
     options["init_scale"] = _parse_scales(options.pop("scales"))
-    with working(f"converting {model}"):
-        report = convert_checkpoint(model, output, dim=dim, **options)
+    with progress(f"converting {model}") as told:
+        report = convert_checkpoint(model, output, dim=dim, progress=told, **options)
     show(report, as_json=as_json)
 
 
@@ -175,12 +184,27 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
 @_in_place
 @_loading
 @_stored
-@click.option("--dry-run", is_flag=True, help="Show what would change and write nothing.")
+@click.option(
+    "--zero-norm",
+    type=click.Choice(["error", "zero", "nan"]),
+    default="error",
+    show_default=True,
+    help="What a row with v = 0 and g != 0 becomes, which has no direction.",
+)
+@click.option(
+    "--dim",
+    "dims",
+    multiple=True,
+    metavar="[PATTERN=]AXIS",
+    help="The axis of magnitudes stored as a plain list, which does not tell; repeat.",
+)
+@_filing
 @_common
 def fold(model: Path, as_json: bool, **options: Any) -> None:
     """Fold every (g, v) of MODEL back into a plain weight g * v / ||v||.
 
-    MODEL is a state dict or whole module (.pt .pth .bin .ckpt .safetensors), or an ONNX graph (.onnx).
+    MODEL is a state dict or whole module (.pt .pth .bin .ckpt .safetensors), a directory of state dicts as the
+    Hugging Face hub or torch.distributed.checkpoint has it, or an ONNX graph (.onnx).
 
     \b
     Examples:
@@ -194,13 +218,18 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
 
         if options["dry_run"]:
             raise SelectionError("--dry-run does not apply to ONNX files", hint="wnsurgery inspect shows what is there")
+        names = {"strict": "strict", "manifest": "manifest", "resume": "resume", "dims": "dim"}
+        given = [f"--{name}" for key, name in names.items() if options[key]]
+        if given:
+            raise SelectionError(f"{given[0]} does not apply to ONNX files")
         report = fold_onnx(model, output, force=options["force"], in_place=options["in_place"])
         show(report, as_json=as_json)
         return
     from wnsurgery.files import fold_checkpoint
 
-    with working(f"folding {model}"):
-        folded = fold_checkpoint(model, output, **options)
+    dim = _parse_dims(options.pop("dims"))
+    with progress(f"folding {model}") as told:
+        folded = fold_checkpoint(model, output, dim=dim, progress=told, **options)
     show(folded, as_json=as_json)
 
 
@@ -336,6 +365,9 @@ def bench(model: Path, as_json: bool, **options: Any) -> None:
 
 
 def _beside(model: Path, word: str) -> Path:
+    if model.is_dir():
+        model = model.resolve() if model.name in ("", "..") else model
+        return model.with_name(f"{model.name}.{word}")
     return model.with_name(f"{model.stem}.{word}{model.suffix}")
 
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import BinaryIO
 
 from wnsurgery.errors import InputError, OutputError, OutputExistsError
 
-__all__ = ["check_output", "committed"]
+__all__ = ["check_output", "check_space", "committed"]
 
 
 def check_output(
@@ -55,6 +56,16 @@ def check_output(
     return path
 
 
+def check_space(output: str | os.PathLike[str], needed: int) -> None:
+    """Raise OutputError where the file system has less room than `needed` bytes, before any work is done."""
+    try:
+        free = shutil.disk_usage(Path(output).parent).free
+    except OSError:
+        return  # the write itself will tell
+    if free < needed:
+        raise OutputError(f"{output}: no space left on the device ({needed:,} bytes needed, {free:,} free)")
+
+
 @contextmanager
 def committed(output: str | os.PathLike[str], *, force: bool) -> Iterator[BinaryIO]:
     """A file to write to that becomes `output` when the block ends well, and vanishes when it does not.
@@ -75,10 +86,9 @@ def committed(output: str | os.PathLike[str], *, force: bool) -> Iterator[Binary
     """
     path = Path(output)
     temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(6)}.tmp")
-    file = _create(temporary, path)
     try:
         try:
-            with file:
+            with _create(temporary, path) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -90,8 +100,12 @@ def committed(output: str | os.PathLike[str], *, force: bool) -> Iterator[Binary
         except OSError as error:
             raise OutputError(f"{path}: {_reason(error)}") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        try:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        finally:  # a signal may have ended the first attempt
+            with contextlib.suppress(OSError):
+                temporary.unlink()
     _sync_directory(path.parent)
 
 
