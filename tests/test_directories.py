@@ -20,12 +20,16 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from wnsurgery.errors import InputError, OutputError, OutputExistsError, UnsafeFileError, WnsurgeryError
 from wnsurgery.files import convert_checkpoint, fold_checkpoint
 from wnsurgery.inspection import inspect
 from wnsurgery.reparam import compose
+from wnsurgery.states import every_tensor
 from wnsurgery.stores.dcp import map_distributed
+from wnsurgery.surgery import apply_weight_norm
 
 A, B = "model-00001-of-00002", "model-00002-of-00002"
 
@@ -302,3 +306,34 @@ def test_mutated_distributed_checkpoints_raise_our_errors(distributed: Path, cha
     finally:
         for which, data in before.items():
             files[which].write_bytes(data)
+
+
+@pytest.mark.parametrize("form", ["numbers", "names", "flat names"])
+def test_optimizer_state_in_a_distributed_checkpoint_goes_with_its_parameters(tmp_path: Path, form: str) -> None:
+    """What an optimizer kept for folded halves is dropped and it is said, in each form torch saves; the rest stays."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    apply_weight_norm(model, include="0")
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    if form != "numbers":
+        options = StateDictOptions(flatten_optimizer_state_dict=form == "flat names")
+        state = get_optimizer_state_dict(model, optimizer, options=options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": model.state_dict(), "optim": state, "step": 3}, checkpoint_id=str(tmp_path / "dcp"))
+    report = fold_checkpoint(tmp_path / "dcp", tmp_path / "out")
+    assert any("2 of 5 parameters were replaced" in text for text in report.warnings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp_to_torch_save(tmp_path / "out", tmp_path / "out.pt")
+    made = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert set(made["model"]) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    kept = [t for t in every_tensor(made["optim"]) if t[0].endswith("exp_avg")]
+    moments = {tuple(t.shape) for _, t in kept}
+    assert len(kept) == 3
+    assert moments == {(4,), (2, 4), (2,)}
+    assert made["step"] == 3
+    fold_checkpoint(tmp_path / "dcp", tmp_path / "whole.pt")
+    assert set(torch.load(tmp_path / "whole.pt", weights_only=True)) == {"model", "optim", "step"}

@@ -222,6 +222,7 @@ def _carry_out(content: Any, plan: Planner, maker: Maker, assumptions: tuple[str
     told = []
     for path, item, fewer in optimizers if changed else ():
         if fewer is not None:
+            item.clear()
             item.update(fewer[0])
             told.append(f"optimizer {printable(path or 'state')}: {fewer[1]}")
     for state, entries in zip(states, renewed, strict=True):

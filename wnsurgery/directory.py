@@ -62,7 +62,7 @@ def map_directory(path: Path) -> Folder:
     """
     if (path / ".metadata").is_symlink() or (path / ".metadata").exists():
         spread = map_distributed(path)
-        return Folder(Stored(spread.content, "safetensors", None, spread.source), spread)
+        return Folder(Stored(spread.nested(), "safetensors", None, spread.source), spread)
     hub = _map_hub(path)
     content: Any = hub.content if len(hub.sets) > 1 else next(iter(hub.content.values()))
     metadata = next(iter(hub.sets[0].metadata.values()), None)
@@ -159,7 +159,7 @@ def deliver_directory(
         return replace(whole(), proof=figures(output, whole(), maker, folder.source.size, 0))
     target = Path(output.path)
     lay = folder.layout
-    files = _hub_files(src, lay, report, maker) if isinstance(lay, Hub) else _distributed_files(lay, report, maker)
+    files = _hub_files(src, lay, report, maker) if isinstance(lay, Hub) else _distributed_files(folder, lay, maker)
     check_space(target, sum(size for _, size, _ in files))
     with ExitStack() as stack:
         if output.manifest is not None:
@@ -255,9 +255,10 @@ def _copier(path: Path) -> Writer:
 # torch's distributed checkpoints -------------------------------------------------------------------------
 
 
-def _distributed_files(spread: Distributed, report: CheckpointReport, values: Values) -> list[Planned]:
+def _distributed_files(folder: Folder, spread: Distributed, values: Values) -> list[Planned]:
     """One data file with an archive for every entry, and the metadata that says where each begins."""
-    plans = {name: plan_archive(value, values) for name, value in spread.content.items()}
+    content, paths = spread.flattened(folder.stored.content)
+    plans = {name: plan_archive(value, values) for name, value in content.items()}
     places: dict[str, tuple[int, int]] = {}
 
     def write(file: Any) -> None:
@@ -267,18 +268,20 @@ def _distributed_files(spread: Distributed, report: CheckpointReport, values: Va
             places[name] = (start, file.tell() - start)
 
     def tell(file: Any) -> None:
-        file.write(_metadata(spread, places, report))
+        file.write(_metadata(content, paths, places))
 
     return [(_DATA, sum(p.size for p in plans.values()), write), (".metadata", 256 * len(plans), tell)]
 
 
-def _metadata(spread: Distributed, places: Mapping[str, tuple[int, int]], report: CheckpointReport) -> bytes:
+def _metadata(
+    content: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]], places: Mapping[str, tuple[int, int]]
+) -> bytes:
     from torch.distributed.checkpoint import metadata as dcp
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     tables: dict[str, Any] = {}
     stored: dict[Any, Any] = {}
-    for name, value in spread.content.items():
+    for name, value in content.items():
         info = _StorageInfo(_DATA, *places[name])
         if isinstance(value, Tensor):
             size = torch.Size(value.shape)
@@ -289,16 +292,4 @@ def _metadata(spread: Distributed, places: Mapping[str, tuple[int, int]], report
         else:
             tables[name] = dcp.BytesStorageMetadata()
             stored[dcp.MetadataIndex(name)] = info
-    whole = dcp.Metadata(tables, planner_data=_new_paths(spread, report), storage_data=stored)
-    return pickle.dumps(whole, protocol=4)
-
-
-def _new_paths(spread: Distributed, report: CheckpointReport) -> dict[str, tuple[Any, ...]]:
-    """The nested keys of the new names: beside the ones they came from."""
-    paths = {name: path for name, path in spread.paths.items() if name in spread.content}
-    for step in report.steps:
-        beside = spread.paths[step.sources[1 if len(step.sources) > 1 else 0]][:-1]
-        start = "".join(f"{part}." for part in beside)
-        for target in step.targets:
-            paths[target] = (*beside, target.removeprefix(start)) if target.startswith(start) else (target,)
-    return paths
+    return pickle.dumps(dcp.Metadata(tables, planner_data=dict(paths), storage_data=stored), protocol=4)

@@ -56,6 +56,7 @@ from wnsurgery.promises import Promises
 from wnsurgery.reparam import Axes, Magnitude
 from wnsurgery.steps import ZeroNorm, rows_without_direction
 from wnsurgery.stores import Stored, check_output, format_for, is_file_name, map_store, write_store
+from wnsurgery.stores.dcp import Distributed
 from wnsurgery.stores.modules import modules_in
 from wnsurgery.surgery import apply_weight_norm, fold_weight_norm, is_weight_normed
 from wnsurgery.walk import slots
@@ -174,9 +175,11 @@ def _deliver(
     output: Output, src: Path_, stored: Stored, report: CheckpointReport, maker: AtOnce, folder: Folder | None
 ) -> CheckpointReport:
     if folder is not None and format_for(output.path, "torch") == "safetensors" and is_file_name(output.path):
-        other = [key for key, value in stored.content.items() if not isinstance(value, Tensor | dict)]
-        for key in other:
-            del stored.content[key]
+        flat = stored.content
+        if isinstance(folder.layout, Distributed):
+            flat = folder.layout.flattened(flat)[0]
+        other = [key for key, value in flat.items() if not isinstance(value, Tensor | dict)]
+        stored = replace(stored, content={key: value for key, value in flat.items() if key not in set(other)})
         left = f"{len(other)} entries that are no tensors are left out: {printable(', '.join(map(str, other[:5])))}"
         report = replace(report, warnings=(*report.warnings, left)) if other else report
     if folder is None or is_file_name(output.path):

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Parameters", "without_states"]
+__all__ = ["Parameters", "is_flat_optimizer", "without_states"]
 
+_FLAT = ("state.", "param_groups.")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "log_scale", "_log_scale")
 
 
@@ -45,6 +46,8 @@ def without_states(optimizer: Mapping[Any, Any], states: Sequence[Parameters]) -
 
     None where nothing of it belongs to a replaced parameter.
     """
+    if is_flat_optimizer(optimizer):
+        return _without_flat_states(optimizer, states)
     state, groups = optimizer["state"], optimizer["param_groups"]
     if not isinstance(state, Mapping) or not isinstance(groups, list | tuple):
         return None
@@ -63,6 +66,35 @@ def without_states(optimizer: Mapping[Any, Any], states: Sequence[Parameters]) -
     return {**optimizer, "state": kept, "param_groups": fewer}, told
 
 
+def _without_flat_states(entries: Mapping[Any, Any], states: Sequence[Parameters]) -> tuple[dict[Any, Any], str] | None:
+    """The same for a state flattened by names: `state.NAME.exp_avg`, `param_groups.NAME.lr`."""
+    gone = _full_names(states)
+    owners = {key: key.partition(".")[2].rpartition(".")[0] for key in entries if isinstance(key, str)}
+    ours = {key: owner for key, owner in owners.items() if key.startswith(_FLAT) and owner}
+    lost = {key for key, owner in ours.items() if owner in gone}
+    if not lost:
+        return None
+    told = (
+        f"{len({ours[k] for k in lost})} of {len(set(ours.values()))} parameters were replaced; their state is dropped"
+    )
+    return {key: value for key, value in entries.items() if key not in lost}, told
+
+
+def is_flat_optimizer(entries: Mapping[Any, Any]) -> bool:
+    """Whether all keys of a dict are those of an optimizer's state flattened by names.
+
+    >>> is_flat_optimizer({"state.fc.weight.step": 1, "param_groups.fc.weight.lr": 0.1})
+    True
+    """
+    named = all(isinstance(key, str) and key.startswith(_FLAT) for key in entries)
+    return named and len({key.partition(".")[0] for key in entries}) == len(_FLAT)
+
+
+def _full_names(states: Sequence[Parameters]) -> set[str]:
+    """The keys that go, with and without the path of their state dict."""
+    return {full for s in states for key in s.gone for full in (key, f"{s.path}.{key}")}
+
+
 def _listed(group: Mapping[Any, Any]) -> list[Any]:
     listed = group.get("params")
     return list(listed) if isinstance(listed, list | tuple) else []
@@ -71,7 +103,7 @@ def _listed(group: Mapping[Any, Any]) -> list[Any]:
 def _matched(numbers: list[Any], state: Mapping[Any, Any], states: Sequence[Parameters]) -> dict[Any, bool] | None:
     """For every parameter of the optimizer whether it is replaced; None where that cannot be told."""
     if numbers and all(isinstance(n, str) for n in numbers):  # saved by name, as distributed training does
-        gone = {full for s in states for key in s.gone for full in (key, f"{s.path}.{key}")}
+        gone = _full_names(states)
         return {n: n in gone for n in numbers}
     if len(set(map(repr, numbers))) != len(numbers) or not numbers:
         return None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wnsurgery.errors import InputError, PairError, printable
 from wnsurgery.keys import Found, find_pairs
+from wnsurgery.optimizer_state import is_flat_optimizer
 from wnsurgery.reparam import Axes
 
 __all__ = [
@@ -109,8 +110,8 @@ def dicts(content: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
 
 
 def is_optimizer(item: dict[Any, Any]) -> bool:
-    """Whether a dict is what an optimizer's `state_dict` gives."""
-    return "param_groups" in item and "state" in item
+    """Whether a dict is what an optimizer's `state_dict` gives, or torch.distributed.checkpoint makes of it."""
+    return ("param_groups" in item and "state" in item) or is_flat_optimizer(item)
 
 
 def found_in(state: StateDict) -> Found:

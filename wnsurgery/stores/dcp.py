@@ -22,6 +22,7 @@ from torch import Tensor
 from wnsurgery.errors import InputError, UnsafeFileError, printable
 from wnsurgery.stores.hub import check_regular, plain_name
 from wnsurgery.stores.mapped import Assembly, MappedFile, Source
+from wnsurgery.stores.nesting import flattened, nested
 from wnsurgery.stores.torch_file import read_torch
 from wnsurgery.stores.torch_map import NotPlainError, map_torch
 
@@ -50,6 +51,14 @@ class Distributed:
     content: dict[str, Any]
     paths: dict[str, tuple[Any, ...]]
     source: Source
+
+    def nested(self) -> dict[Any, Any]:
+        """The containers the names stood for."""
+        return nested(self.content, self.paths)
+
+    def flattened(self, content: dict[Any, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
+        """Such containers as one level again, and the path of each name."""
+        return flattened(content, {path: name for name, path in self.paths.items()})
 
 
 class _Record:
@@ -134,6 +143,7 @@ def map_distributed(directory: Path) -> Distributed:
     try:
         content, assemblies = _content(directory, facts, files)
         paths = _paths(facts, content)
+        nested(content, paths)  # raises where they contradict each other
         source = Source([*files.values()], assemblies)
         done = True
         return Distributed(content, paths, source)
@@ -302,5 +312,7 @@ def _paths(facts: _Record, content: Mapping[str, Any]) -> dict[str, tuple[Any, .
     planned = facts.facts.get("planner_data") if isinstance(facts.facts, dict) else None
     if not isinstance(planned, dict):
         return {name: (name,) for name in content}
-    plain: Callable[[Any], bool] = lambda path: isinstance(path, tuple) and all(isinstance(p, str | int) for p in path)  # noqa: E731
+    plain: Callable[[Any], bool] = lambda path: (
+        isinstance(path, tuple) and bool(path) and all(isinstance(p, str | int) for p in path)
+    )  # noqa: E731
     return {name: planned[name] if plain(planned.get(name)) else (name,) for name in content}
