@@ -1,4 +1,4 @@
-"""Nested containers as flat names and back: torch.distributed.checkpoint stores one level, and the path of each name."""
+"""Nested containers as flat names and back: torch.distributed.checkpoint stores one level and the path of each."""
 
 from __future__ import annotations
 
