@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -312,7 +312,8 @@ def _paths(facts: _Record, content: Mapping[str, Any]) -> dict[str, tuple[Any, .
     planned = facts.facts.get("planner_data") if isinstance(facts.facts, dict) else None
     if not isinstance(planned, dict):
         return {name: (name,) for name in content}
-    plain: Callable[[Any], bool] = lambda path: (
-        isinstance(path, tuple) and bool(path) and all(isinstance(p, str | int) for p in path)
-    )  # noqa: E731
-    return {name: planned[name] if plain(planned.get(name)) else (name,) for name in content}
+    return {name: planned[name] if _is_path(planned.get(name)) else (name,) for name in content}
+
+
+def _is_path(path: Any) -> bool:
+    return isinstance(path, tuple) and bool(path) and all(isinstance(part, str | int) for part in path)
