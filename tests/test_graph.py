@@ -181,6 +181,14 @@ SPELLINGS = {
     "transposed": """t = Transpose <perm = [1, 0]> (v) n = ReduceL2 <keepdims = 1> (t, axes0) h = Transpose(g)
         q = Div(h, n) p = Mul(t, q) w = Transpose <perm = [1, 0]> (p)""",
     "flat g": "n = ReduceL2(v, axes) f = Flatten <axis = 0> (g) u = Transpose(f) q = Div(u, n) w = Mul(v, q)",
+    "Einsum": """s = Einsum <equation = "oi,oi->o"> (v, v) r = Sqrt(s) n = Unsqueeze(r, axes) q = Div(g, n)
+        w = Mul(v, q)""",
+    "squares of two copies": """i = Identity(v) s = Mul(v, i) m = ReduceSum(s, axes) n = Sqrt(m) q = Div(g, n)
+        w = Mul(v, q)""",
+    "mean of squares": """s = Mul(v, v) m = ReduceMean(s, axes) k = Mul(m, six) n = Sqrt(k) q = Div(g, n)
+        w = Mul(v, q)""",
+    "scaled by the largest element": """a = Abs(v) m = ReduceMax(a, axes) u = Div(v, m) n = ReduceL2(u, axes)
+        q = Div(g, n) w = Mul(u, q)""",
     "Identity and Squeeze": """i = Identity(v) n = ReduceL2(i, axes) z = Squeeze(g, axes) u = Unsqueeze(z, axes)
         q = Div(u, n) w = Mul(i, q)""",
 }
@@ -190,7 +198,7 @@ SPELLINGS = {
 def test_every_spelling_is_found(tmp_path: Path, spelling: str) -> None:
     """The same arithmetic in other words is the same weight norm."""
     arrays = {"g": G, "v": V, "axes": AXES, "axes0": np.int64([0]), "two": TWO}
-    arrays |= {"half": np.float32(0.5), "eps": np.float32(1e-12)}
+    arrays |= {"six": np.float32(6), "half": np.float32(0.5), "eps": np.float32(1e-12)}
     used = {k: a for k, a in arrays.items() if f"({k})" in spelling or k in SPELLINGS[spelling].replace(")", ",")}
     tail = " y = Gemm <transB = 1> (x, w)"
     path = _save(tmp_path / "a.onnx", SPELLINGS[spelling] + tail, **used)
@@ -204,6 +212,33 @@ def test_every_spelling_is_found(tmp_path: Path, spelling: str) -> None:
     np.testing.assert_allclose(weight, _exact(G, V, 1), rtol=2e-7)
     np.testing.assert_allclose(_run(tmp_path / "b.onnx", X)[0], X @ weight.T, rtol=1e-5, atol=1e-6)
     assert _norms_of_constants(tmp_path / "b.onnx") == []
+
+
+@pytest.mark.parametrize("opset", range(9, onnx.defs.onnx_opset_version() + 1))
+def test_every_opset_folds(tmp_path: Path, opset: int) -> None:
+    """From opset 9 to the newest, axes being attributes or inputs as each one has it."""
+    given = "v, axes" if opset >= 13 else "v"
+    reduced = "ReduceSum(s, axes)" if opset >= 13 else "ReduceSum <axes = [1]> (s)"
+    l2 = f"ReduceL2({given})" if opset >= 18 else "ReduceL2 <axes = [1]> (v)"
+    for body in (f"n = {l2}", f"s = Pow(v, two) m = {reduced} n = Sqrt(m)"):
+        text = body + " q = Div(g, n) w = Mul(v, q) y = Gemm <transB = 1> (x, w, b)"
+        arrays = {"axes": AXES} if "axes)" in text else {}
+        arrays |= {"two": TWO} if "two" in text else {}
+        path = _save(tmp_path / "a.onnx", text, opset=opset, ir=9 if opset < 22 else 10, g=G, v=V,
+                     b=np.zeros(4, np.float32), **arrays)  # fmt: skip
+        report = fold_onnx(path, tmp_path / "b.onnx", force=True)
+        assert (len(report.found), report.nodes_after) == (1, 1)
+        weight = _initializers(tmp_path / "b.onnx")["w"]
+        assert weight.tobytes() == compose(torch.from_numpy(G), torch.from_numpy(V)).numpy().tobytes()
+        assert onnx.load(tmp_path / "b.onnx").opset_import[0].version == opset
+
+
+def test_a_magnitude_that_is_computed_from_constants(tmp_path: Path) -> None:
+    """g = softplus(s) is a magnitude like any other."""
+    body = "p = Softplus(g) n = ReduceL2(v, axes) q = Div(p, n) w = Mul(v, q) y = Gemm <transB = 1> (x, w)"
+    fold_onnx(_save(tmp_path / "a.onnx", body, g=G, v=V, axes=AXES), tmp_path / "b.onnx")
+    weight = _initializers(tmp_path / "b.onnx")["w"]
+    np.testing.assert_allclose(weight, _exact(np.log1p(np.exp(G.astype(np.float64))), V, 1), rtol=4e-7)
 
 
 def test_old_opsets_give_axes_as_attributes(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "wnsurgery"
 LAYERS = [
     {"errors", "norms", "text"},
     {"keys", "reparam", "stores", "differences", "onnx_values"},
-    {"layers", "checkpoint", "onnx_file"},
+    {"layers", "checkpoint", "onnx_file", "onnx_layout", "onnx_functions"},
     {"graph", "parity"},
     {"walk"},
     {"plan", "mechanism"},

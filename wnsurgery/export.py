@@ -301,7 +301,7 @@ def _write(
     from wnsurgery.graph import fold_model
     from wnsurgery.onnx_file import staged_onnx
 
-    report = fold_model(graph, name=path)
+    report = fold_model(graph)
     _strip(graph)
     with staged_onnx(graph, path, force=force) as staged:
         _check_file(staged)

@@ -7,8 +7,9 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -81,7 +82,13 @@ def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: 
     try:
         with _output_errors(path):
             work.mkdir()
-            ir.save(model, work / path.name, external_data=data.name if external else None, size_threshold_bytes=_SMALL)
+            ir.save(
+                model,
+                work / path.name,
+                external_data=data.name if external else None,
+                size_threshold_bytes=_SMALL,
+                callback=_release_previous(),
+            )
             names = [name for name in (data.name, path.name) if (work / name).exists()]
             for name in names:
                 _flush(work / name)
@@ -90,6 +97,18 @@ def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: 
             _publish(work, path.parent, names)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _release_previous() -> Callable[[Any, Any], None]:
+    """Let go of the mapped file behind each tensor once the next one is written: its pages would pile up."""
+    previous: list[Any] = []
+
+    def step(tensor: Any, _: Any) -> None:
+        if previous and isinstance(previous[0], ir.ExternalTensor):
+            previous[0].release()
+        previous[:] = [tensor]
+
+    return step
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ float64 throughout: the question is what an expression *means*, not how a runtim
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
@@ -13,11 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["Constants", "Evaluated", "Unknown", "is_norm"]
+__all__ = ["Constants", "Evaluated", "Memo", "Unknown", "apply", "is_norm", "native"]
 
 Array = np.ndarray[Any, Any]
 
 _MAX_GROWTH = 1 << 28  # elements; a hostile Expand must not fill the memory
+_SUMS = frozenset(
+    ("Einsum", "LpNormalization", "ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare")
+)  # in any norm
+_KEPT = 1 << 14  # elements; larger intermediate results are given up as soon as nothing waits for them
 
 
 class Unknown(Exception):  # noqa: N818 - not an error: an answer
@@ -31,8 +36,30 @@ class Evaluated(NamedTuple):
     dtype: ir.DataType
 
 
+class Memo:
+    """What was evaluated: small arrays are kept, of large ones only shape and type, so that memory stays bounded.
+
+    Attributes:
+        arrays: values that are at hand.
+        kinds: shape and type of everything that was ever evaluated.
+    """
+
+    def __init__(self) -> None:
+        self.arrays: dict[ir.Value, Evaluated] = {}
+        self.kinds: dict[ir.Value, tuple[tuple[int, ...], ir.DataType]] = {}
+
+    def put(self, value: ir.Value, found: Evaluated) -> None:
+        self.arrays[value] = found
+        self.kinds[value] = found.array.shape, found.dtype
+
+    def let_go(self, value: ir.Value) -> None:
+        found = self.arrays.get(value)
+        if found is not None and found.array.size > _KEPT:
+            del self.arrays[value]
+
+
 class Constants:
-    """Which values of a model are constant, which of those come out of a norm, and what they are.
+    """Which values of a model are constant, which of those come out of a sum over axes, and what they are.
 
     A value is constant when it is an initializer that no caller can override, or comes out of known,
     deterministic operations on such values.
@@ -61,7 +88,7 @@ class Constants:
         if any(attribute.is_ref() for attribute in node.attributes.values()) or not all(map(self.is_constant, inputs)):
             return
         self._constant.add(node.outputs[0])
-        if is_norm(node) or any(value in self.normed for value in inputs):
+        if node.op_type in _SUMS or any(value in self.normed for value in inputs):
             self.normed.add(node.outputs[0])
 
     def cone(self, value: ir.Value) -> list[ir.Value]:
@@ -81,26 +108,78 @@ class Constants:
                     todo.extend((v, False) for v in producer.inputs if v is not None and v not in seen)
         return order
 
-    def evaluate(self, value: ir.Value, memo: dict[ir.Value, Evaluated]) -> Evaluated:
+    def evaluate(self, value: ir.Value, memo: Memo) -> Evaluated:
         """The value of a constant; `memo` holds what was computed on the way.
 
         Raises Unknown where an operation cannot be carried out.
         """
-        for step in self.cone(value):
-            if step not in memo:
-                memo[step] = self._compute(step, memo)
-        return memo[value]
+        if value in memo.arrays:
+            return memo.arrays[value]
+        steps = self._steps(value, memo)
+        waiting = Counter(v for step in steps for v in _inputs(step))
+        for step in steps:
+            if step not in memo.arrays:
+                memo.put(step, self._compute(step, memo))
+            for used in _inputs(step):
+                waiting[used] -= 1
+                if not waiting[used]:
+                    memo.let_go(used)
+        found = memo.arrays[value]
+        memo.let_go(value)
+        return found
 
-    def _compute(self, value: ir.Value, memo: dict[ir.Value, Evaluated]) -> Evaluated:
+    def _steps(self, value: ir.Value, memo: Memo) -> list[ir.Value]:
+        """What has to be computed, in order; nothing beyond what is at hand."""
+        order: list[ir.Value] = []
+        seen: set[ir.Value] = set()
+        todo: list[tuple[ir.Value, bool]] = [(value, False)]
+        while todo:
+            current, ready = todo.pop()
+            if ready:
+                order.append(current)
+            elif current not in seen:
+                seen.add(current)
+                todo.append((current, True))
+                if current not in memo.arrays:
+                    todo.extend((v, False) for v in _inputs(current) if v not in seen)
+        return order
+
+    def _compute(self, value: ir.Value, memo: Memo) -> Evaluated:
         node = value.producer()
         if node is None:
             return _of_tensor(value.const_value)
-        inputs = [None if v is None else memo[v] for v in node.inputs]
-        try:
-            with np.errstate(all="ignore"):
-                return _OPERATIONS[node.op_type](_Call(node, inputs))
-        except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-            raise Unknown(f"{node.op_type}: {error}") from error
+        return apply(node, [None if v is None else memo.arrays[v] for v in node.inputs])
+
+
+def apply(node: ir.Node, inputs: Sequence[Evaluated | None]) -> Evaluated:
+    """One operation on evaluated inputs; raises Unknown where it cannot be carried out."""
+    try:
+        with np.errstate(all="ignore"):
+            return _OPERATIONS[node.op_type](_Call(node, inputs))
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        raise Unknown(f"{node.op_type}: {error}") from error
+
+
+def _inputs(value: ir.Value) -> list[ir.Value]:
+    node = value.producer()
+    return [] if node is None else [v for v in node.inputs if v is not None]
+
+
+def native(tensor: Any) -> Array:
+    """A tensor's elements in its own type, read and not mapped: pages of a mapped file would pile up.
+
+    Raises Unknown where they cannot be had.
+    """
+    if tensor is None:
+        raise Unknown("no value")
+    try:
+        if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype.bitwidth < 8:
+            return np.asarray(tensor.numpy())
+        stored = np.dtype(tensor.dtype.numpy()).newbyteorder("<")
+        array = np.fromfile(tensor.path, stored, count=tensor.size, offset=tensor.offset or 0)
+        return array.astype(stored.newbyteorder("="), copy=False).reshape(tensor.shape.numpy())
+    except (ValueError, TypeError, OSError) as error:
+        raise Unknown(f"{tensor.name}: {error}") from error
 
 
 def is_norm(node: ir.Node) -> bool:
@@ -138,12 +217,7 @@ def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def _of_tensor(tensor: Any) -> Evaluated:
-    if tensor is None:
-        raise Unknown("no value")
-    try:
-        array = tensor.numpy()
-    except (ValueError, TypeError, OSError) as error:
-        raise Unknown(f"{tensor.name}: {error}") from error
+    array = native(tensor)
     return Evaluated(np.asarray(array, np.float64) if tensor.dtype.is_floating_point() else array, tensor.dtype)
 
 
@@ -338,6 +412,18 @@ def _lp_normalization(call: _Call) -> Evaluated:
     return call.like(np.where(size == 0, 0.0, x / size))
 
 
+def _einsum(call: _Call) -> Evaluated:
+    equation = call.attribute("equation").replace(" ", "")
+    arrays = [call.array(i) for i in range(len(call.inputs))]
+    sizes: dict[str, int] = {}
+    for letters, array in zip(equation.split("->")[0].split(","), arrays, strict=True):
+        if "." in letters:
+            raise Unknown("an Einsum with an ellipsis")
+        sizes.update(zip(letters, array.shape, strict=True))
+    _bounded(sizes.values())
+    return call.like(np.einsum(equation, *arrays))
+
+
 def _concat(call: _Call) -> Evaluated:
     arrays = [call.array(i) for i in range(len(call.inputs))]
     return call.like(np.concatenate(arrays, axis=call.attribute("axis")))
@@ -352,16 +438,19 @@ _OPERATIONS: dict[str, Operation] = {
     "Abs": _elementwise(np.abs),
     "Add": _elementwise(np.add),
     "And": _truth(np.logical_and),
+    "Ceil": _elementwise(np.ceil),
     "Cast": _cast,
     "CastLike": _cast,
     "Clip": _clip,
     "Concat": _concat,
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
+    "Einsum": _einsum,
     "Div": _elementwise(_divide),
     "Equal": _truth(np.equal),
     "Exp": _elementwise(np.exp),
     "Expand": _expand,
+    "Floor": _elementwise(np.floor),
     "Flatten": _flatten,
     "Gather": lambda call: call.like(
         np.take(call.array(0), call.array(1).astype(np.int64), axis=call.attribute("axis", 0))
@@ -389,15 +478,20 @@ _OPERATIONS: dict[str, Operation] = {
     "ReduceMean": _reduction(np.mean),
     "ReduceMin": _reduction(np.min),
     "ReduceSum": _reduction(np.sum),
+    "Relu": _elementwise(lambda x: np.maximum(x, 0)),
     "ReduceSumSquare": _reduction(lambda x, axis, keepdims: (x * x).sum(axis=axis, keepdims=keepdims)),
+    "Round": _elementwise(np.round),
     "Reshape": _reshape,
+    "Sigmoid": _elementwise(lambda x: 1.0 / (1.0 + np.exp(-x))),
     "Shape": _shape,
     "Sign": _elementwise(np.sign),
     "Size": lambda call: Evaluated(np.asarray(call.array(0).size, np.int64), ir.DataType.INT64),
+    "Softplus": _elementwise(lambda x: np.logaddexp(x, 0)),
     "Slice": _slice,
     "Sqrt": _elementwise(np.sqrt),
     "Squeeze": _squeeze,
     "Sub": _elementwise(np.subtract),
+    "Tanh": _elementwise(np.tanh),
     "Sum": _fold_left(np.add),
     "Tile": _tile,
     "Transpose": lambda call: call.like(np.transpose(call.array(0), call.attribute("perm"))),

@@ -208,7 +208,7 @@ def _of_graph(path: Path) -> _Side:
     from wnsurgery.onnx_file import read_onnx
 
     model = read_onnx(path)
-    fold_model(model, name=path)
+    fold_model(model)
     values = model.graph.initializers.values()
     tensors = {str(value.name): value.const_value.numpy() for value in values if value.const_value is not None}
     return _Side(str(path), tensors, session=open_session(path))
