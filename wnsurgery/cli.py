@@ -246,6 +246,12 @@ def run(model: Path, input_file: Path, output: Path, provider: str, force: bool,
 @_feeding
 @click.option("--rtol", type=float, help="Relative tolerance on outputs; default: by type.")
 @click.option("--atol", type=float, help="Absolute tolerance on outputs; default: by type.")
+@click.option(
+    "--random", "n_inputs", type=click.IntRange(1), default=3, show_default=True, help="Random sets of inputs."
+)
+@click.option("--more", type=click.Path(path_type=Path), multiple=True, help="A further file of inputs; repeat.")
+@click.option("--bisect", is_flag=True, help="If outputs differ, name the layer where the two part.")
+@click.option("--any-dtype", is_flag=True, help="Let the sides be of different types (fp16 against fp32).")
 @_common
 def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
     """Compare two artefacts: weights in units in the last place, outputs in absolute and relative difference.
@@ -257,10 +263,17 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
     Examples:
       wnsurgery verify model.pt model.wn.pt
       wnsurgery verify model.pt model.onnx --input-shape 1x3x32x32
+      wnsurgery verify before.pt after.pt --input-shape 1x3x32x32 --bisect
     """
     from wnsurgery.verification import verify as compare
 
-    inputs = _inputs(options.pop("input_file"), options.pop("input_shape"))
+    shapes = options.pop("input_shape")
+    inputs = _inputs(options.pop("input_file"), shapes)
+    options["more"] = [_read_inputs(path) for path in options["more"]]
+    if shapes:
+        from wnsurgery.inout import random_inputs
+
+        options["more"] += [random_inputs(shapes, seed) for seed in range(1, options["n_inputs"])]
     with working(f"comparing {a} and {b}"):
         report = compare(a, b, inputs, **options)
     show(report, as_json=as_json)

@@ -189,7 +189,12 @@ def _check_external(tensor: ir.ExternalTensor, path: Path, base: Path) -> None:
         raise InputError.of(path, f"{name}: its weights file {place} cannot be found") from error
     if not target.is_relative_to(base):
         raise UnsafeFileError(f"{path}: {name}: its weights file {place} lies outside the model's directory")
+    if target != base / os.path.normpath(tensor.location):
+        raise UnsafeFileError(f"{path}: {name}: its weights file {place} is a link")
     size = _refuse_irregular(target, path)
+    if target.stat().st_nlink > 1:
+        # as onnx and onnxruntime do: whoever may make links here can bring in a file he may not read
+        raise UnsafeFileError(f"{path}: {name}: its weights file {place} has several names (hard links)")
     offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
     if offset < 0 or length < 0 or offset + length > size:
         raise InputError.of(path, f"{name}: bytes {offset} to {offset + length} do not exist in {place} ({size} bytes)")

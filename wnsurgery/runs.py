@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -79,6 +80,35 @@ class Case:
         if isinstance(inputs, Mapping):
             return cls((), dict(inputs))
         return cls((inputs,), {}) if isinstance(inputs, Tensor) else cls(tuple(inputs), {})
+
+    @classmethod
+    def fitting(cls, inputs: Any, model: nn.Module) -> Case:
+        """Inputs of any kind for a module: tensors on its device, by name where `forward` has the names."""
+        place = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+        def tensor(value: Any) -> Any:
+            if isinstance(value, np.ndarray):
+                value = torch.from_numpy(np.array(value))
+            return value.to(place) if isinstance(value, Tensor) else value
+
+        if isinstance(inputs, Mapping):
+            case = cls((), {str(k): tensor(v) for k, v in inputs.items()})
+            try:
+                case.named(model)
+            except ExportError:
+                return cls(tuple(case.kwargs.values()), {})  # a graph's names are not always forward's
+            return case
+        if isinstance(inputs, Tensor | np.ndarray):
+            return cls((tensor(inputs),), {})
+        return cls(tuple(tensor(value) for value in inputs), {})
+
+    def cast_for(self, model: nn.Module) -> Case:
+        """Floating-point arguments in the type of the model's parameters."""
+        kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda x: x.to(kind) if x.is_floating_point() else x, (self.args, self.kwargs)
+        )
+        return Case(args, kwargs)
 
     def fresh(self) -> Case:
         """The same values in tensors of their own: models may write into their inputs."""
