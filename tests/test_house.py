@@ -28,7 +28,7 @@ LAYERS = [
     {"surgery"},
     {"files", "runs", "benchmark"},
     {"export", "inout", "bisection"},
-    {"verification", "inspection"},
+    {"verification", "inspection", "deployment", "folder"},
     {"report"},
     {"cli"},
     {"__init__", "__main__"},

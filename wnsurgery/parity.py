@@ -50,6 +50,7 @@ __all__ = [
     "open_with_all_values",
     "run_onnx",
     "run_session",
+    "time_session",
     "tolerance",
     "ulp_distance",
 ]
@@ -207,6 +208,21 @@ def run_session(session: Any, inputs: Mapping[str, Any] | Sequence[Any] | Any, n
     except Exception as error:
         raise InputError.of(name, f"onnxruntime could not run it: {_reason(error)}") from error
     return dict(zip(names, results, strict=True))
+
+
+def time_session(session: Any, inputs: Any, name: Path_, repeats: int) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of the milliseconds that a run takes, after one that warms up."""
+    import statistics
+    import time
+
+    run_session(session, inputs, name)
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run_session(session, inputs, name)
+        times.append(1e3 * (time.perf_counter() - started))
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if repeats > 1 else times * 3
+    return low, middle, high
 
 
 def cast_to_declared(session: Any, inputs: Any) -> Any:

@@ -7,6 +7,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,12 +116,21 @@ class Case:
         args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), (self.args, self.kwargs))
         return Case(args, kwargs)
 
-    def doubled(self) -> Case:
-        """Everything twice along the first axis: 1 would be taken for a constant."""
-        args, kwargs = pytree.tree_map_only(
-            Tensor, lambda x: torch.cat([x, x]) if x.ndim else x, (self.args, self.kwargs)
-        )
-        return Case(args, kwargs)
+    def doubled(self, axes: Mapping[str, Sequence[int]], model: nn.Module) -> Case:
+        """Everything twice along these axes of these parameters of `forward`: 1 would be taken for a constant."""
+
+        def twice(tensor: Tensor, along: Sequence[int]) -> Tensor:
+            for axis in along if tensor.ndim else ():
+                tensor = torch.cat([tensor, tensor], axis)
+            return tensor
+
+        arguments = {
+            name: pytree.tree_map_only(Tensor, partial(twice, along=axes.get(name, ())), value)
+            for name, value in self.named(model).items()
+        }
+        bound = inspect.signature(model.forward).bind(*self.args, **self.kwargs)
+        bound.arguments.update(arguments)
+        return Case(bound.args, dict(bound.kwargs))
 
     def named(self, model: nn.Module) -> dict[str, Any]:
         """The arguments by parameter name of `forward`, in its order."""
