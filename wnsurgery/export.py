@@ -9,6 +9,7 @@ model computes.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import os
@@ -159,7 +160,7 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
         if half:
             plain = plain.half()
             cases = [case.cast_for(plain) for case in cases]
-            wanted = [[x.half() if x.is_floating_point() else x for x in outputs] for outputs in wanted]
+            wanted = [[_halved(x, path) for x in outputs] for outputs in wanted]
         expected = [(case.run(plain), outputs) for case, outputs in zip(cases, wanted, strict=True)]
         graph = (_traced if exporter == "torchscript" else _exported)(plain, cases[-1], opset, axes)
     try:
@@ -185,6 +186,16 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
         original=_worst(tuple(proof[1] for proof in proofs)),
         exporter=exporter,
     )
+
+
+def _halved(output: Tensor, path: Path) -> Tensor:
+    """An output of the original in float16, which must be able to hold it."""
+    if not output.is_floating_point():
+        return output
+    half = output.half()
+    if bool((half.isinf() & output.isfinite()).any()):
+        raise VerificationError(f"{path}: float16 ends at 65504, and an output reaches {float(output.abs().max()):.3g}")
+    return half
 
 
 def export_unfolded(model: nn.Module, inputs: Inputs, path: str | os.PathLike[str]) -> None:
@@ -259,20 +270,26 @@ def _traced(model: nn.Module, case: Case, opset: int | None, axes: Mapping[str, 
     """The same by the TorchScript exporter, which runs the model once and writes down what it did."""
     import onnx_ir as ir
 
-    fresh = case.fresh()
     file: Any = io.BytesIO()
-    arguments = case.named(model)
+    fresh = case.fresh()
+    bound = inspect.signature(model.forward).bind(*fresh.args, **fresh.kwargs)
+    arguments, forward = dict(bound.arguments), model.forward
+
+    def positional(*values: Any) -> Any:
+        bound.arguments.update(zip(arguments, values, strict=True))
+        return forward(*bound.args, **bound.kwargs)
+
     shapes = _dynamic_shapes(arguments, axes)
     names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # its fused operations have no translation
+        model.forward = positional  # the exporter would turn defaults such as is_causal=False into tensors
         with _silence():
             torch.onnx.export(
                 model,
-                fresh.args,
+                tuple(arguments.values()),
                 file,
-                kwargs=fresh.kwargs,
                 dynamo=False,
                 opset_version=opset,
                 input_names=names if len(names) == len(arguments) else None,
@@ -280,8 +297,10 @@ def _traced(model: nn.Module, case: Case, opset: int | None, axes: Mapping[str, 
                 verbose=False,
             )
     except Exception as error:
+        model.forward = forward
         raise ExportError(f"{_culprit(model, case, error)}the exporter failed: {first_line(error)}") from error
     finally:
+        model.forward = forward
         torch.backends.mha.set_fastpath_enabled(fast)
     import onnx
 
