@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -547,3 +550,57 @@ def test_a_failing_compose_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="second"):
         fold_onnx(path, tmp_path / "b.onnx", compose=flaky)
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
+
+
+_FOLD = """
+import sys, numpy, onnx_ir, onnxruntime, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from wnsurgery import reparam
+from wnsurgery.graph import fold_onnx
+fold_onnx(sys.argv[1] + "/small.onnx", sys.argv[1] + "/out.onnx", force=True)
+Path("/proc/self/clear_refs").write_text("5")
+status = lambda name: int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
+before = status("VmRSS")
+report = fold_onnx(sys.argv[1] + "/big.onnx", sys.argv[1] + "/out.onnx", force=True)
+print(len(report.found), status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to tell the peak of memory")
+def test_memory_is_that_of_some_weights_and_not_of_the_model(tmp_path: Path) -> None:
+    """Folding external weights takes the memory of a dozen of the largest, however many there are."""
+    size, count = 1024, 30
+    for name, layers in (("small", 1), ("big", count)):
+        nodes, tensors = [], [numpy_helper.from_array(AXES, "axes")]
+        with (tmp_path / f"{name}.bin").open("wb") as file:
+            for i in range(layers):
+                for kind, shape in (("g", (size, 1)), ("v", (size, size))):
+                    tensor = onnx.TensorProto(name=f"{i}.weight_{kind}", data_type=1, dims=shape, data_location=1)
+                    data = RNG.standard_normal(shape).astype(np.float32).tobytes()
+                    entries = {"location": f"{name}.bin", "offset": file.tell(), "length": len(data)}
+                    for key, value in entries.items():
+                        tensor.external_data.add(key=key, value=str(value))
+                    file.write(data)
+                    tensors.append(tensor)
+                nodes += [
+                    helper.make_node("ReduceL2", [f"{i}.weight_v", "axes"], [f"n{i}"]),
+                    helper.make_node("Div", [f"{i}.weight_g", f"n{i}"], [f"q{i}"]),
+                    helper.make_node("Mul", [f"{i}.weight_v", f"q{i}"], [f"w{i}"]),
+                    helper.make_node("MatMul", [f"h{i}" if i else "x", f"w{i}"], [f"h{i + 1}"]),
+                ]
+        ends = [helper.make_tensor_value_info(n, 1, [1, size]) for n in ("x", f"h{layers}")]
+        graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+        (tmp_path / f"{name}.onnx").write_bytes(model.SerializeToString())
+    done = subprocess.run(
+        [sys.executable, "-c", _FOLD, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    found, kilobytes = map(int, done.stdout.split())
+    assert found == count
+    assert kilobytes < 16 * size * size * 4 // 1024 < count * size * size * 4 // 1024

@@ -271,6 +271,7 @@ def run(model: Path, input_file: Path, output: Path, provider: str, force: bool,
     write_arrays(output, outputs, force=force)
     shapes = {escape(name): tuple(value.shape) for name, value in outputs.items()}
     lines = [f"{name}: {shape}" for name, shape in shapes.items()]
+    lines.append(f"ran on {session.get_providers()[0]}")
     if options["repeats"]:
         low, middle, high = time_session(session, arrays, model, options["repeats"])
         lines.append(f"{middle:.3f} ms ({low:.3f} .. {high:.3f}) in {options['repeats']} runs on {provider}")

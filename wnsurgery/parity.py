@@ -67,7 +67,26 @@ PROVIDERS: Mapping[str, tuple[str, str]] = {
     "dml": ("DmlExecutionProvider", "onnxruntime-directml"),
     "openvino": ("OpenVINOExecutionProvider", "onnxruntime-openvino"),
 }
+# what else onnxruntime has names for
+_OTHERS = frozenset(
+    (
+        "acl",
+        "armnn",
+        "azure",
+        "cann",
+        "dnnl",
+        "js",
+        "migraphx",
+        "nnapi",
+        "nvtensorrtrtx",
+        "qnn",
+        "rknpu",
+        "rocm",
+        "snpe",
+    )
+) | frozenset(("vitisai", "vsinpu", "webgpu", "webnn", "xnnpack"))
 _FLOATS = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
+_BOUND = ("CUDAExecutionProvider", "TensorrtExecutionProvider")  # they take bound inputs and outputs
 _AUTO = ("tensorrt", "cuda", "coreml", "dml", "openvino", "cpu")
 
 
@@ -97,8 +116,7 @@ def open_session(
     """
     from wnsurgery.onnx_file import external_tensors, read_onnx
 
-    if provider != "auto" and provider not in PROVIDERS:
-        raise SelectionError(f"provider={provider!r} is none of {', '.join((*PROVIDERS, 'auto'))}")
+    provider = _known(provider)
     model = read_onnx(path)  # damaged files and weights outside the directory are refused before onnxruntime sees them
     ort = _onnxruntime()
     installed = ort.get_available_providers()
@@ -136,6 +154,17 @@ def open_with_all_values(path: Path_, *, trusted: bool = False) -> tuple[ir.Mode
                 model.graph.outputs.append(value)
     options = {"session.model_external_initializers_file_folder_path": os.fspath(Path(path).resolve().parent)}
     return model, _session(_onnxruntime(), ir.to_proto(model).SerializeToString(), "cpu", path, options)
+
+
+def _known(provider: str) -> str:
+    """A provider's short name; onnxruntime's own names count too."""
+    short = provider.removesuffix("ExecutionProvider").lower()
+    if short == "auto" or short in PROVIDERS:
+        return short
+    if short in _OTHERS:
+        reason = "runs nothing here" if short == "azure" else "this package does not know how to prove that it is used"
+        raise ProviderError(f"{provider}: {reason}", hint=f"providers: {', '.join((*PROVIDERS, 'auto'))}")
+    raise SelectionError(f"provider={provider!r} is none of {', '.join((*PROVIDERS, 'auto'))}")
 
 
 def _is_tensor(value: ir.Value) -> bool:
@@ -202,12 +231,27 @@ def run_session(session: Any, inputs: Mapping[str, Any] | Sequence[Any] | Any, n
     names = [output.name for output in session.get_outputs()]
     try:
         with _quiet():
-            results = session.run(names, feeds)
+            if session.get_providers()[0] in _BOUND:
+                results = _run_bound(session, feeds, names)
+            else:
+                results = session.run(names, feeds)
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:
         raise InputError.of(name, f"onnxruntime could not run it: {_reason(error)}") from error
     return dict(zip(names, results, strict=True))
+
+
+def _run_bound(session: Any, feeds: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
+    """Inputs go to the device once and intermediate copies are left out; outputs come back at the end."""
+    binding = session.io_binding()
+    for name, array in feeds.items():
+        binding.bind_cpu_input(name, array)
+    for name in names:
+        binding.bind_output(name)
+    session.run_with_iobinding(binding)
+    results: list[Array] = binding.copy_outputs_to_cpu()
+    return results
 
 
 def time_session(session: Any, inputs: Any, name: Path_, repeats: int) -> tuple[float, float, float]:
