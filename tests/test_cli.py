@@ -116,6 +116,28 @@ def test_convert_with_data(run: Any, model_file: Path) -> None:
     assert "--data" in err
 
 
+def test_convert_with_scales_and_without_data(run: Any, model_file: Path) -> None:
+    """`--init-scale PATTERN=X` goes by pattern, `--init fan` needs no data; unfit data is 3, an unfit scale 2."""
+    np.save(model_file.with_name("batch.npy"), torch.randn(64, 1, 8, 8).numpy())
+    np.save(model_file.with_name("wrong.npy"), torch.randn(64, 5).numpy())
+    out_file = model_file.with_name("init.pt")
+    data = ("--init", "data", "--data", model_file.with_name("batch.npy"), "-o", out_file, "--force")
+    assert run("convert", model_file, *data, "--init-scale", "0=0.5", "--init-scale", "2", "--json")[0] == 0
+    batch = torch.from_numpy(np.load(model_file.with_name("batch.npy")))
+    with torch.no_grad():
+        first = wn.load_model(out_file)[0](batch)  # type: ignore[index]
+    assert torch.allclose(first.std((0, 2, 3), unbiased=False), torch.full((4,), 0.5), atol=1e-3)
+    code, out, _ = run("convert", model_file, "--init", "fan", "-o", out_file, "--force")
+    assert code == 0
+    assert "without data" in out
+    wrong = ("--init", "data", "--data", model_file.with_name("wrong.npy"), "-o", out_file, "--force")
+    code, _, err = run("convert", model_file, *wrong)
+    assert code == 3
+    assert "forward failed on batch 0" in err
+    for scale in ("nope=1", "0=x", "-1"):
+        assert run("convert", model_file, *data, "--init-scale", scale)[0] == 2
+
+
 def test_json_is_json(run: Any, model_file: Path) -> None:
     """With `--json`, stdout is one JSON document and nothing else."""
     for arguments in (("convert", model_file), ("inspect", model_file.with_name("model.wn.pt"))):
@@ -374,6 +396,31 @@ def test_inputs_that_do_not_fit_are_the_users_error(run: Any, model_file: Path, 
     """A wrong shape or type is named in one line and ends with 3, whichever command meets it."""
     files = [model_file, model_file] if command == "verify" else [model_file]
     code, _, err = run(command, *files, "--input-shape", shape)
+    assert code == 3
+    assert err.count("\n") <= 2 and "internal" not in err
+
+
+@pytest.mark.parametrize("names", [("arr_0",), ("input",), ("image",)], ids=str)
+def test_named_inputs_mean_the_same_to_every_command(run: Any, model_file: Path, tmp_path: Path, names: Any) -> None:
+    """Arrays under numpy's names, `forward`'s or others: the same arguments for every command."""
+    file = tmp_path / "x.npz"
+    np.savez(file, **{name: np.random.default_rng(0).standard_normal((4, 1, 8, 8), np.float32) for name in names})
+    onnx, converted = tmp_path / "m.onnx", tmp_path / "c.pt"
+    assert run("convert", model_file, "--init", "data", "--data", file, "-o", converted)[0] == 0
+    assert run("verify", model_file, model_file, "--input", file)[0] == 0
+    assert run("bench", model_file, "--input", file, "--repeats", 3)[0] == 0
+    assert run("export", converted, "--input", file, "-o", onnx)[0] == 0
+    assert run("verify", converted, onnx, "--input", file)[0] == 0
+    assert run("run", onnx, "--input", file, "-o", tmp_path / "y.npz")[0] == 0
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (4, 1), ()])
+def test_a_batch_that_does_not_fit_is_the_users_error(
+    run: Any, model_file: Path, tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    """`convert --init data` with a batch of a wrong shape, a wrong name or nothing at all ends with 3, in one line."""
+    np.savez(tmp_path / "x.npz", **({"arr_0": np.zeros(shape, np.float32)} if shape else {}))
+    code, _, err = run("convert", model_file, "--init", "data", "--data", tmp_path / "x.npz")
     assert code == 3
     assert err.count("\n") <= 2 and "internal" not in err
 

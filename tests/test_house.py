@@ -18,14 +18,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
-    {"errors", "norms", "text"},
-    {"keys", "reparam", "stores", "differences", "onnx_values"},
-    {"layers", "checkpoint", "onnx_file", "onnx_layout", "onnx_functions", "onnx_guard"},
-    {"graph", "parity"},
+    {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"},
+    {"keys", "reparam", "stores", "differences", "onnx_values"}
+    | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
+    {"layers", "checkpoint", "onnx_file", "chain_rule", "after_step", "onnx_layout", "onnx_functions", "onnx_guard"},
+    {"graph", "parity", "following"},
     {"walk"},
-    {"plan", "mechanism"},
-    {"data_init"},
-    {"surgery"},
+    {"plan", "mechanism", "tracing"},
+    {"affine", "pairs", "targets"},
+    {"batchnorm", "data_init", "fans"},
+    {"surgery", "renormalize", "magnitudes", "param_groups"},
     {"files", "runs", "benchmark"},
     {"export", "inout", "bisection"},
     {"verification", "inspection", "deployment", "folder"},

@@ -183,14 +183,14 @@ def test_a_failing_forward_changes_nothing() -> None:
     """When the forward pass raises in the middle, every g and b is what it was; apply gives the plain net back."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(6, 2))
     before = {n: p.clone() for n, p in model.named_parameters()}
-    with pytest.raises(RuntimeError):
+    with pytest.raises(wn.InputError, match="failed on batch 0: RuntimeError"):
         wn.apply_weight_norm(model, init="data", data=torch.randn(8, 3))
     assert not wn.is_weight_normed(model)
     assert list(before) == [n for n, _ in model.named_parameters()]
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     wn.apply_weight_norm(model)
     kept = {n: p.clone() for n, p in model.named_parameters()}
-    with pytest.raises(RuntimeError):
+    with pytest.raises(wn.InputError, match="failed on batch 0: RuntimeError"):
         wn.data_dependent_init(model, torch.randn(8, 3))
     assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters())
     with pytest.raises(wn.InputError, match="not finite"):
@@ -230,7 +230,7 @@ def test_all_in_one_call_with_frozen_magnitude() -> None:
 
 
 def test_kinds_of_data() -> None:
-    """A tensor, positional and keyword arguments, a loader's first batch without its labels, and a function."""
+    """A tensor, positional and keyword arguments, a loader's batches without their labels, and a function."""
 
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -547,3 +547,13 @@ def test_parameters_replaced_behind_the_version_counter() -> None:
     torch.testing.assert_close(host.weight * 2, doubled)
     used = host.weight.detach().clone()
     assert same_bits(wn.fold_weight_norm(host).weight, used)
+
+
+def test_folding_a_shallow_copy_leaves_both_usable() -> None:
+    """copy.copy shares the tables of its original: both then hold the plain weight."""
+    layer = wn.apply_weight_norm(nn.Linear(5, 6))
+    shallow, before = copy.copy(layer), layer.weight.detach().clone()
+    wn.fold_weight_norm(shallow)
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(shallow.weight, before)
+    assert layer(torch.randn(2, 5)).shape == (2, 6)

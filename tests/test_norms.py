@@ -195,3 +195,21 @@ def test_numbers_that_are_not_finite_are_not_hidden(dtype: torch.dtype) -> None:
     assert w[1].isnan().all()
     assert not w[2].isfinite().any()
     assert w[3].isfinite().all()
+
+
+@pytest.mark.parametrize("magnitude", ["linear", "log"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_that_never_moved_among_rows_that_did(dtype: torch.dtype, magnitude: Any) -> None:
+    """Dead rows keep their bits beside trained ones, and every path through the arithmetic gives the same weight."""
+    w = torch.randn(24, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    g, v = decompose(w, Axes((0,)), magnitude=magnitude)
+    g, v = g.clone(), v.clone()
+    moved = torch.arange(24) % 3 == 0
+    g[moved] += 0.125
+    v[torch.arange(24) % 5 == 0] *= 4  # rescaled by a power of two: still the same weight
+    together = compose(g, v, magnitude=magnitude)
+    assert same_bits(together[~moved], w[~moved])
+    alone = torch.cat([compose(g[i : i + 1], v[i : i + 1], magnitude=magnitude) for i in range(24)])
+    assert same_bits(together, alone)
+    traced = torch.func.vmap(lambda a, b: compose(a, b, Axes(()), magnitude=magnitude))(g[:, 0], v)
+    assert same_bits(together, traced)

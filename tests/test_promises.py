@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel
 
 import wnsurgery as wn
+from wnsurgery.mechanism import PASSING
 
 from nets import NETS, effective, net, same_bits
 
@@ -30,7 +31,7 @@ def state(model: nn.Module) -> dict[str, Any]:
     """All that surgery could leave a trace in."""
     return {
         "classes": {n: type(m) for n, m in model.named_modules()},
-        "attributes": {n: [a for a in m.__dict__ if a != "_handed_out"] for n, m in model.named_modules()},
+        "attributes": {n: [a for a in m.__dict__ if a not in PASSING] for n, m in model.named_modules()},
         "hooks": {n: [k for k, v in m.__dict__.items() if "hook" in k and v] for n, m in model.named_modules()},
         "parameters": [
             (n, type(p), p.requires_grad, p.stride(), p.dtype)

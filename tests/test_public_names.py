@@ -30,7 +30,7 @@ def test_no_function_hides_behind_a_module_of_its_name() -> None:
     """Importing every submodule leaves the public functions callable."""
     for module in set(wnsurgery._NAMES.values()):
         __import__(f"wnsurgery.{module}")
-    for name in ("inspect", "verify", "bench", "compose", "fold_weight_norm"):
+    for name in ("inspect", "verify", "bench", "compose", "fan_init", "fold_weight_norm"):
         assert callable(getattr(wnsurgery, name)), name
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from wnsurgery.batches import call_with
 from wnsurgery.errors import InputError, first_line
 from wnsurgery.plan import Plan, plan_weight_norm
 from wnsurgery.surgery import apply_weight_norm, fold_weight_norm
@@ -147,9 +148,7 @@ def _evaluation(model: nn.Module, inputs: Any) -> Callable[[], None]:
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else call_with(model, inputs)
 
 
 def _loss(output: Any) -> Tensor:

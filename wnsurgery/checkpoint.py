@@ -156,6 +156,7 @@ class CheckpointReport:
         assumptions: what had to be assumed because the model's code is not there.
         warnings: what the user should look at (values not finite, optimizer states that no longer fit).
         initialisation: the report of data-dependent initialisation, where there was one.
+        batch_norm: what became of each BatchNorm, where it was asked for.
     """
 
     steps: tuple[Step, ...] = ()
@@ -163,6 +164,7 @@ class CheckpointReport:
     assumptions: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     initialisation: Any = None
+    batch_norm: Any = None
 
     def named(self, action: Action) -> tuple[Step, ...]:
         """The steps of one kind."""
@@ -709,6 +711,7 @@ def _table(report: CheckpointReport) -> str:
         )
     lines += [f"assumed: {text}" for text in report.assumptions]
     lines += [f"warning: {text}" for text in report.warnings]
+    lines += ["", str(report.batch_norm)] if report.batch_norm is not None else []
     lines += ["", str(report.initialisation)] if report.initialisation is not None else []
     return "\n".join(lines)
 

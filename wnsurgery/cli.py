@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import sys
@@ -95,16 +96,20 @@ def cli() -> None:
 @_selection
 @click.option(
     "--init",
-    type=click.Choice(["preserve", "data"]),
+    type=click.Choice(["preserve", "data", "fan"]),
     default="preserve",
     show_default=True,
-    help="Keep the function bit for bit, or set g and biases from --data.",
+    help="Keep the function bit for bit, set g and biases from --data, or g, v and biases anew without data.",
 )
 @click.option(
     "--data", type=click.Path(path_type=Path), help="One batch for --init data: .npz, .npy, .pt, .safetensors."
 )
 @click.option(
-    "--init-scale", type=float, default=1.0, show_default=True, help="Standard deviation --init data aims at."
+    "--init-scale",
+    "scales",
+    multiple=True,
+    metavar="[PATTERN=]X",
+    help="Standard deviation --init data aims at, factor of g for --init fan; default 1; repeat.",
 )
 @click.option(
     "--layout",
@@ -120,6 +125,19 @@ def cli() -> None:
     show_default=True,
     help="Store g, or s with g = e^s.",
 )
+@click.option(
+    "--batch-norm",
+    type=click.Choice(["keep", "fold", "mean-only"]),
+    default="keep",
+    show_default=True,
+    help="Fold each BatchNorm into its layer, or keep its mean only; needs the model.",
+)
+@click.option(
+    "--input",
+    "input_file",
+    type=click.Path(path_type=Path),
+    help="Example inputs that show --batch-norm the data flow.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would change and write nothing.")
 @_common
 def convert(model: Path, as_json: bool, **options: Any) -> None:
@@ -132,6 +150,7 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
       wnsurgery convert model.pt
       wnsurgery convert model.pt --init data --data batch.npz -o model.wn.pt
       wnsurgery convert weights.safetensors --dim 'ups.*=1' --exclude '*embed*'
+      wnsurgery convert model.pt --batch-norm mean-only
     """
     from wnsurgery.files import convert_checkpoint
 
@@ -141,8 +160,10 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
         raise SelectionError("--init data and --data FILE go together")
     if batch is not None:
         options["data"] = _read_inputs(batch)
+    options["inputs"] = _inputs(options.pop("input_file"), ())
     options["include"], options["exclude"] = options["include"] or None, options["exclude"] or None
     dim = _parse_dims(options.pop("dims"))
+    options["init_scale"] = _parse_scales(options.pop("scales"))
     with working(f"converting {model}"):
         report = convert_checkpoint(model, output, dim=dim, **options)
     show(report, as_json=as_json)
@@ -406,6 +427,27 @@ def _parse_axes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def _parse_scales(scales: tuple[str, ...]) -> Any:
+    """`0.5` for all weights, or `PATTERN=0.1` for some, these first."""
+    parsed: dict[str, float] = {}
+    rest: float | None = None
+    for text in scales:
+        pattern, _, number = text.rpartition("=")
+        try:
+            scale = float(number)
+        except ValueError:
+            raise click.BadParameter(
+                f"{text!r} is not [PATTERN=]X, e.g. 'head=0.1'", param_hint="--init-scale"
+            ) from None
+        if pattern:
+            parsed.setdefault(pattern, scale)
+        else:
+            rest = scale
+    if not parsed:
+        return 1.0 if rest is None else rest
+    return parsed if rest is None else {**parsed, "*": rest}
+
+
 def _read_inputs(path: Path) -> Any:
     from wnsurgery.inout import read_batch
 
@@ -431,7 +473,21 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command and leave the process with its exit code."""
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _show_warnings()
     sys.exit(_run(arguments, debug))
+
+
+def _show_warnings() -> None:
+    """What the library logs as a warning, as a line on stderr."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(f"wnsurgery: {record.levelname.lower()}: {escape(record.getMessage())}")
+
+    logger = logging.getLogger("wnsurgery")
+    if not any(type(handler).__name__ == "Lines" for handler in logger.handlers):
+        handler = Lines(logging.WARNING)
+        logger.addHandler(handler)
 
 
 def _run(arguments: list[str] | None, debug: bool) -> int:

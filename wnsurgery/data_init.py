@@ -1,309 +1,541 @@
 """Data-dependent initialisation: set g and the bias so that every pre-activation starts with mean 0, variance 1.
 
-The paper's recipe (section 3, equation 6): with t = v.x / ||v|| over one batch, g = 1/std[t] and b = -mean[t]/std[t],
+The paper's recipe (section 3, equation 6): with t = v.x / ||v|| over the data, g = 1/std[t] and b = -mean[t]/std[t],
 layer by layer in execution order, later layers seeing the outputs of initialised earlier ones. One forward
-pass does it: each layer runs with g = 1 and b = 0, its output is measured, g and b are set, and the output is
-replaced by what the layer now gives.
+pass per batch does it: each layer runs with g = 1 and b = 0, its output is measured, all batches (of all ranks) meet
+there, g and b are set from their joint moments, and each output is replaced by what the layer now gives.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from wnsurgery.errors import InputError, SelectionError
-from wnsurgery.layers import layer_of
-from wnsurgery.plan import Pattern, Skipped, matches, patterns
+from wnsurgery.batches import batches_of, call_with, in_one_line, is_batch, moved
+from wnsurgery.errors import InputError, SelectionError, WnsurgeryError
+from wnsurgery.joint_norm import JointNorms
+from wnsurgery.lockstep import Guard, Lockstep, Paused, Replay
+from wnsurgery.masks import Mask, fitting, masks_of
+from wnsurgery.moments import Moments
+from wnsurgery.own_state import Attributes, Spill
+from wnsurgery.plan import Pattern, Skipped
+from wnsurgery.ranks import Ranks
+from wnsurgery.targets import Scale, bias_of, is_log, scales_of, select, settable_bias, sort_out
+from wnsurgery.text import columns
 from wnsurgery.walk import Slot, slots
 
-__all__ = ["InitReport", "LayerInit", "data_dependent_init"]
+__all__ = ["Channels", "InitReport", "LayerInit", "data_dependent_init"]
 
-_FORMS = ("ours", "torch", "legacy")
+Memory = Literal["spill", "live", "recompute"]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Mean and standard deviation of a layer's pre-activations, one value per output channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, mean: Tensor, std: Tensor) -> Channels:
+        return cls(tuple(mean.tolist()), tuple(std.tolist()))
 
 
 @dataclass(frozen=True)
 class LayerInit:
     """One initialised weight: its name, number of channels, and the channels left as they were.
 
-    `constant` are channels whose pre-activation did not vary over the batch; `scale_only` says that the layer
-    has no bias to take the mean away with: none at all, a frozen one, or one shared with another layer.
+    `constant` are channels whose pre-activation did not vary over the data; `scale_only` says that the layer
+    has no bias to take the mean away with: none at all, a frozen one, or one shared with another layer. `before` and
+    `after` are the pre-activations' mean and standard deviation with the old and with the new g and b, on the same
+    inputs: those the layer sees once all before it are initialised. Both follow from the measured moments and the
+    stored g and b; no second look is taken. `positions` is the number of values per channel that were measured,
+    `masked` whether a mask fitted.
     """
 
     name: str
     channels: int
     constant: tuple[int, ...]
     scale_only: bool
+    before: Channels | None = field(default=None, repr=False)
+    after: Channels | None = field(default=None, repr=False)
+    positions: int = 0
+    masked: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The layer as plain data."""
+        moments = {
+            when: {"mean": list(found.mean), "std": list(found.std)}
+            for when, found in (("before", self.before), ("after", self.after))
+            if found is not None
+        }
+        return {
+            "name": self.name,
+            "channels": self.channels,
+            "constant": list(self.constant),
+            "scale_only": self.scale_only,
+            "positions": self.positions,
+            "masked": self.masked,
+            **moments,
+        }
 
 
 @dataclass(frozen=True)
 class InitReport:
-    """What data-dependent initialisation did; prints as text.
+    """What data-dependent initialisation did; prints as a table.
 
     Attributes:
         initialised: the weights whose g (and bias) were set, in execution order.
         left: the weight-normalized weights that keep their g, each with the reason.
+        batches: the number of batches used, of all ranks together.
     """
 
     initialised: tuple[LayerInit, ...]
     left: tuple[Skipped, ...]
+    batches: int = 1
 
     def __str__(self) -> str:
         lines = [f"{len(self.initialised)} weights initialised from data, {len(self.left)} left as they were"]
-        for layer in self.initialised:
-            notes = [f"{len(layer.constant)} of {layer.channels} channels constant"] if layer.constant else []
-            notes += ["scale only: no bias"] if layer.scale_only else []
-            lines.append(f"  {layer.name}: {layer.channels} channels" + "".join(f"; {n}" for n in notes))
-        return "\n".join([*lines, *(f"  {skip.name}: {skip.reason}" for skip in self.left)])
+        if self.initialised:
+            head = ("weight", "channels", "mean before", "after", "std before", "after", "note")
+            lines += columns([head, *map(_row, self.initialised)])
+        if self.left:
+            lines += columns([("left", "reason"), *((skip.name, skip.reason) for skip in self.left)])
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {"initialised": self.initialised, "left": self.left, "batches": self.batches}
 
 
-def data_dependent_init(
+def _row(layer: LayerInit) -> tuple[str, ...]:
+    notes = [f"{len(layer.constant)} of {layer.channels} channels constant"] if layer.constant else []
+    notes += ["scale only: no bias"] if layer.scale_only else []
+    notes += ["masked"] if layer.masked else []
+    none = Channels((), ())
+    before, after = layer.before or none, layer.after or none
+    ranges = (_range(before.mean), _range(after.mean), _range(before.std), _range(after.std))
+    return (layer.name, str(layer.channels), *ranges, "; ".join(notes))
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = (f"{round(f(values), 9):.3g}" for f in (min, max)) if values else ("", "")
+    return low if low == high else f"{low} to {high}"
+
+
+def data_dependent_init(  # noqa: PLR0913 - one call with the options of one recipe, all but two by name
     model: nn.Module,
     data: Any,
     *,
     include: Pattern | None = None,
     exclude: Pattern | None = None,
-    init_scale: float = 1.0,
+    init_scale: Scale = 1.0,
     training: bool | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    mask: Mask | None = None,
+    max_batches: int | None = None,
+    memory: Memory = "spill",
+    process_group: Any = None,
 ) -> InitReport:
-    """Set g and the bias of weight-normalized layers from one batch of data, in place.
+    """Set g and the bias of weight-normalized layers from data, in place.
 
-    Afterwards every pre-activation the batch reaches has mean 0 and standard deviation `init_scale` per output
-    channel, over the batch and all positions. Directions v stay. A layer called several times is set by its
-    first call; one without a bias of its own gets its scale only; a channel that does not vary over the batch keeps
+    Afterwards every pre-activation the data reaches has mean 0 and standard deviation `init_scale` per output
+    channel, over all batches and positions. Directions v stay. A layer called several times is set by its
+    first call; one without a bias of its own gets its scale only; a channel that does not vary over the data keeps
     its g and b. Recurrent, attention-packed and lookup weights keep theirs, as do weights tied to these and layers the
     data never reaches: each is named in the report. Modes, random state, buffers (running statistics) and gradients
     are as before; on an error g and b are, too. Calling again with the same data gives the same result.
 
+    Any number of batches of any sizes gives what all of them concatenated would, up to rounding, in one forward
+    pass per batch; with torch.distributed, the batches of all ranks. BatchNorm in training mode normalises over all
+    batches together. Dropout draws differ from those of one large batch.
+
     >>> model = apply_weight_norm(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)))
-    >>> report = data_dependent_init(model, torch.randn(500, 3))
+    >>> report = data_dependent_init(model, [torch.randn(500, 3), torch.randn(20, 3)])
     >>> [layer.name for layer in report.initialised]
     ['0.weight', '2.weight']
 
     Args:
-        model: a module tree with weight-normalized layers.
+        model: a module tree with weight-normalized layers. Of DistributedDataParallel, the inner module is run.
         data: one batch (a tensor; a tuple of positional arguments; a mapping of keyword arguments) or an
-            iterable of batches such as a DataLoader, whose first batch is taken. Of a tuple or list as many
+            iterable of batches such as a list or a DataLoader. Of a tuple or list as many
             elements are passed as `model.forward` requires, so the labels in (inputs, labels) are left out.
         include, exclude: patterns as in `plan_weight_norm`.
-        init_scale: target standard deviation, e.g. 0.1 for the last layer of a residual branch.
+        init_scale: target standard deviation, or a mapping from patterns to these, the first that fits, 1 where none
+            does: `{"blocks.*.conv2": 0.1}` for the last layer of residual branches.
         training: run in training (True) or evaluation mode (False); None keeps each module's own mode. The paper's
             authors ran it with dropout on.
         forward: `forward(model, batch)` for models that are called in another way.
+        mask: which positions count: a key of the batch ("attention_mask"), or a function of the batch that returns a
+            bool tensor, several, or None. Each layer takes the first whose shape is that of its output without the
+            channel axis, or of the leading axes of that; where none fits (after pooling), every position counts
+            and the report says `masked=False`. It must fit at least one layer.
+        max_batches: use at most so many batches.
+        memory: where a batch waits while the others catch up. "spill": its activations are moved out, to a temporary
+            file (from a GPU: to the CPU's memory), so that one batch at a time is in memory; "live": they stay;
+            "recompute": nothing is kept but the inputs, and the batch is run again up to each layer, for models that
+            cannot be interrupted. One batch alone never waits. FSDP2 models always recompute, whole passes at a time.
+        process_group: the ranks to reduce over: None takes the default group if torch.distributed is initialised,
+            False only this process. All ranks must call, with the same model; a rank may have no data.
 
     Raises:
-        SelectionError: no weight-normalized weight is selected, init_scale is not positive and finite, or the model
-            holds lazy tensors.
-        InputError: data is empty or gives pre-activations that are not finite.
+        SelectionError: no weight-normalized weight is selected, init_scale is not positive and finite or names
+            nothing, or the model holds lazy tensors.
+        InputError: data is empty or gives pre-activations that are not finite, the model's forward fails on a batch
+            (which is named), or another rank failed.
+        OutputError: no room for the temporary file.
     """
-    if not 0 < init_scale < math.inf:
-        raise SelectionError(f"init_scale must be positive, not {init_scale!r}")
+    if memory not in ("spill", "live", "recompute"):
+        raise SelectionError(f'memory must be "spill", "live" or "recompute", not {memory!r}')
     found = slots(model)
-    chosen = _select(found, include, exclude)
-    run = _Run(init_scale, chosen, found)
-    with _undisturbed(model, training), run.hooks():
-        batch = _to_device(_first_batch(data), model)
-        (forward or _call)(model, batch)
-    return run.report(chosen)
+    scales = scales_of(init_scale, found)
+    chosen = select(found, include, exclude)
+    batches = batches_of(data, max_batches)
+    ranks = Ranks.of(process_group)
+    inner = _unwrapped(model)
+    with _undisturbed(model, training):
+        try:
+            run = _Run(inner, chosen, found, scales, ranks, forward or call_with, mask)
+            with run.hooks():
+                count = run.through(batches, memory, kept=is_batch(data) or isinstance(data, Sequence))
+        except Exception as error:
+            ranks.fail(error.message if isinstance(error, WnsurgeryError) else in_one_line(error))
+            raise
+    return run.report(chosen, count)
 
 
-def _select(everything: list[Slot], include: Pattern | None, exclude: Pattern | None) -> list[Slot]:
-    found = [slot for slot in everything if slot.form in _FORMS]
-    names = [slot.fqn for slot in found]
-    for option, wish in (("include", include), ("exclude", exclude)):
-        for pattern in patterns(wish):
-            if not any(matches(pattern, slot) for slot in found):
-                raise SelectionError.no_match(option, str(pattern), names)
-    chosen = [s for s in found if include is None or any(matches(p, s) for p in patterns(include))]
-    chosen = [s for s in chosen if not any(matches(p, s) for p in patterns(exclude))]
-    if not chosen:
-        raise SelectionError("no weight-normalized weight to initialise", hint="call apply_weight_norm first")
-    return chosen
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside data-parallel wrappers, whose forward would wait for other ranks or split the batch."""
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model.module
+    return model
 
 
-# One pass ------------------------------------------------------------------------------------------------
+# One pass per batch --------------------------------------------------------------------------------------
 
 
 class _Run:
-    """The hooks of one pass and what they saw."""
+    """The layers to set, what was seen of them, and how the batches meet."""
 
-    def __init__(self, init_scale: float, chosen: list[Slot], everything: list[Slot]) -> None:
-        self.init_scale = init_scale
+    def __init__(
+        self,
+        model: nn.Module,
+        chosen: list[Slot],
+        everything: list[Slot],
+        scales: Mapping[int, float],
+        ranks: Ranks,
+        forward: Callable[[nn.Module, Any], Any],
+        mask: Mask | None,
+    ) -> None:
+        self.model, self.ranks, self.forward, self.mask = model, ranks, forward, mask
+        self.sharded = _is_sharded(model)
         self.done: list[LayerInit] = []
-        self.reasons: dict[str, str] = {}
-        self.set_by: dict[int, str] = {}  # id(g) -> the weight whose module set it
-        self.undo: list[tuple[Tensor, Tensor]] = []
-        self.targets: list[tuple[Slot, int]] = []
-        beside, sharing, owners = defaultdict(list), defaultdict(list), Counter[int]()
-        for slot in everything:
-            beside[id(slot.module)].append(slot)
-            sharing[id(slot.magnitude)].append(slot)
-            owners[id(slot.tensor)] += 1
-        self.shared = {key for key, count in owners.items() if count > 1}
-        for slot in chosen:
-            reason, axis = _how(slot)
-            reason = reason or _entangled(slot, beside[id(slot.module)], sharing[id(slot.magnitude)])
-            if reason or axis is None:
-                self.reasons[slot.fqn] = reason
-            else:
-                self.targets.append((slot, axis))
+        self.set_by: dict[int, tuple[str, Tensor]] = {}  # id(g) -> the weight that set it, its scale
+        targets, self.reasons = sort_out(chosen, everything)
+        free = settable_bias(everything)
+        self.layers = {s.fqn: _Layer(self, s, axis, scales[id(s)], id(bias_of(s)) in free) for s, axis in targets}
+        self.masks: dict[int, tuple[Tensor, ...]] = {}
+        self.mask_fitted = False
+        self.spill: Spill | None = None
+        self.passes: Lockstep | Replay = Lockstep(self)
+        self.norms = JointNorms(model, lambda: self.passes)
+        if len({tuple(names) for names in ranks.gather(list(self.layers))}) > 1:
+            raise InputError("the ranks hold different weight-normalized layers")
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
         handles = []
         try:
-            for slot, axis in self.targets:
-                layer = _Layer(self, slot, axis)
-                handles.append(slot.module.register_forward_pre_hook(layer.before, prepend=True))
-                handles.append(slot.module.register_forward_hook(layer.after, prepend=True))
+            for layer in self.layers.values():
+                module = layer.slot.module
+                handles.append(module.register_forward_pre_hook(layer.before, prepend=True))
+                handles.append(module.register_forward_hook(layer.after, prepend=True, with_kwargs=True))
             yield
         except BaseException:
-            for tensor, old in reversed(self.undo):
-                tensor.copy_(old)
+            for layer in self.layers.values():
+                layer.restore()
             raise
         finally:
             for handle in handles:
                 handle.remove()
+        for layer in self.layers.values():
+            if not layer.settled:
+                layer.restore()
 
-    def report(self, chosen: list[Slot]) -> InitReport:
+    def through(self, batches: Iterator[Any], memory: Memory, *, kept: bool) -> int:
+        """Run every batch; returns how many there were on all ranks. `kept`: the caller holds them all anyway."""
+        spill = self.spill = Spill() if memory == "spill" and not self.sharded else None
+        if self.sharded or memory == "recompute":
+            queue = list(batches)
+            self.passes = self._replay(queue) if self.sharded else self._one_by_one(queue)
+            jobs: Iterator[Callable[[], None]] = (partial(self._pass, n, [b]) for n, b in enumerate(queue))
+        else:
+            guards: list[Guard] = [Attributes(self.model)]
+            if spill is not None:
+                guards.append(spill)
+            self.passes = together = Lockstep(self, guards)
+            if spill is not None:
+                spill.on_one_thread = together.on_callers_thread
+            jobs = self._drawn(batches, fresh=spill is not None and not kept)
+        try:
+            count = self._all(jobs)
+        finally:
+            if spill is not None:
+                spill.close()
+        total: int = sum(self.ranks.gather(count))
+        if not total:
+            raise InputError("data is empty: it gives no batch")
+        if self.mask is not None and not any(self.ranks.gather(self.mask_fitted)):
+            raise InputError("the mask fits the output of no layer: it must be shaped like one without its channels")
+        return total
+
+    def _all(self, jobs: Iterator[Callable[[], None]]) -> int:
+        if self.sharded:
+            for layer in self.layers.values():
+                layer.neutral()
+        several = self.ranks.size > 1
+        first, second = next(jobs, None), next(jobs, None)
+        queue = chain((job for job in (first, second) if job is not None), jobs)
+        several = several or second is not None
+        del first, second
+        with self.norms.patched() if several and self.norms else nullcontext():
+            return self.passes.run(queue)
+
+    def _drawn(self, batches: Iterator[Any], *, fresh: bool) -> Iterator[Callable[[], None]]:
+        for number, batch in enumerate(batches):
+            held = [batch]
+            del batch  # the pass alone holds it, and may let go of it
+            yield partial(self._pass, number, held, fresh=fresh, once=True)
+            del held
+
+    def _one_by_one(self, queue: list[Any]) -> Lockstep | Replay:
+        return Lockstep(self) if len(queue) == 1 == self.ranks.size else Replay(self)
+
+    def _replay(self, queue: list[Any]) -> Replay:
+        """Whole passes, as many on every rank: the collectives in their forwards must find each other."""
+        counts = self.ranks.gather(len(queue))
+        spare = None
+        if min(counts) < max(counts) and not all(counts):
+            donor = next(rank for rank, count in enumerate(counts) if count)
+            lent = self.ranks.gather(moved(queue[0], torch.device("cpu")) if self.ranks.rank == donor else None)
+            spare = partial(self._pass, 0, [lent[donor]])
+        return Replay(self, whole=True, rounds_of=max(counts), spare=spare)
+
+    def _pass(self, number: int, held: list[Any], *, fresh: bool = False, once: bool = False) -> None:
+        """One batch through the model."""
+        self.norms.begin(number)
+        alone = isinstance(self.passes, Lockstep) and self.passes.alone
+        try:
+            batch = moved(held.pop() if once else held[0], _device(self.model), fresh=fresh and not alone)
+            self.masks[number] = masks_of(self.mask, batch)
+            self.forward(self.model, batch)
+        except InputError as error:
+            if alone:
+                raise
+            raise InputError(f"batch {number}: {error.message}", hint=error.hint) from error
+        except WnsurgeryError:
+            raise
+        except Exception as error:
+            # models raise what they like; all of it means that this batch does not work
+            raise InputError(f"the model's forward failed on batch {number}: {in_one_line(error)}") from error
+        finally:
+            self.masks.pop(number, None)
+            if self.sharded:
+                for module in self.model.modules():
+                    if callable(getattr(module, "reshard", None)):
+                        module.reshard()  # type: ignore[operator]
+
+    # how batches meet: see `lockstep.Meeting`
+
+    def choose(self, waiting: Mapping[int, Any]) -> Any:
+        return self.ranks.most_wanted(waiting)
+
+    def settle(self, point: Any, waiting: Mapping[int, Paused]) -> Collection[int]:
+        mine = [waiting[number].value for number in sorted(waiting) if waiting[number].point == point]
+        if self.spill is not None:
+            self.spill.touch([(m.mean, m.m2, m.peak) for m in mine])  # made by runs that are paused now
+        if self.ranks.size > 1:
+            part = Moments.merged(mine).to("cpu") if mine else None
+            mine = [theirs for theirs in self.ranks.gather(part) if theirs is not None]
+        moments = Moments.merged(mine)
+        kind, name, _ = point
+        if kind == "layer":
+            self.layers[name].set(moments)
+        else:
+            self.norms.settle(point, moments)
+        return [number for number, paused in waiting.items() if paused.point == point or self._is_settled(paused.point)]
+
+    def _is_settled(self, point: Any) -> bool:
+        kind, name, _ = point
+        return kind == "layer" and self.layers[name].settled
+
+    def report(self, chosen: list[Slot], batches: int) -> InitReport:
         reached = {layer.name for layer in self.done}
         left = []
         for slot in chosen:
             if slot.fqn not in reached:
-                setter = self.set_by.get(id(slot.magnitude))
+                setter, _ = self.set_by.get(id(slot.magnitude), ("", None))
                 tied = f"shares its magnitude with {setter}" if setter else ""
                 reason = self.reasons.get(slot.fqn) or tied or "the data never reaches it through a module call"
                 left.append(Skipped(slot.fqn, slot.shape, reason))
-        return InitReport(tuple(self.done), tuple(left))
+        return InitReport(tuple(self.done), tuple(left), batches)
 
 
 class _Layer:
-    """One layer during the pass: measured at its first call."""
+    """One layer: measured at each batch's first call, with g = 1 and b = 0; then set."""
 
-    def __init__(self, run: _Run, slot: Slot, axis: int) -> None:
-        self.run, self.slot, self.axis = run, slot, axis
-        self.measuring = False
+    def __init__(self, run: _Run, slot: Slot, axis: int, target: float, settable: bool) -> None:
+        self.run, self.slot, self.axis, self.target, self.settable = run, slot, axis, target, settable
+        self.open: set[int] = set()  # the batches inside its forward
+        self.refused = self.masked = False
+        self.own_shift: Tensor | None = None
+        g, bias = slot.magnitude, bias_of(slot)
+        assert g is not None
+        self.g, self.bias = g, bias
+        self.old = [(t, t.detach().clone()) for t in (g, bias) if t is not None]
+
+    @property
+    def settled(self) -> bool:
+        return id(self.g) in self.run.set_by
+
+    def neutral(self) -> None:
+        """g = 1 and b = 0."""
+        with torch.no_grad():
+            self.g.fill_(0.0 if is_log(self.slot) else 1.0)
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for tensor, value in self.old:
+                tensor.copy_(value)
 
     def before(self, module: nn.Module, args: Any) -> None:
-        g = self._g
-        if id(g) in self.run.set_by:
+        passes = self.run.passes
+        if self.settled or self.refused or not passes.listening or passes.current in self.open:
             return
-        self.run.set_by[id(g)] = self.slot.fqn
-        self.measuring = True
-        self.old = [(t, t.detach().clone()) for t in (g, self._bias) if t is not None]
-        self.run.undo += self.old
-        with torch.no_grad():
-            g.fill_(0.0 if _is_log(self.slot) else 1.0)
-            if self._bias is not None:
-                self._bias.zero_()
+        self.open.add(passes.current)
+        if not self.run.sharded:
+            self.neutral()
 
-    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not self.measuring:
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        number = self.run.passes.current
+        if number not in self.open:
             return None
-        self.measuring = False
+        self.open.discard(number)
+        if self.settled:
+            return None
+        if not self.run.sharded:
+            self.restore()
+        channels = self.g.numel()
+        if (
+            not isinstance(output, Tensor)
+            or output.ndim < -self.axis
+            or output.shape[self.axis] != channels
+            or not output.is_floating_point()
+        ):
+            self.refused = True
+            self.run.reasons[self.slot.fqn] = "its output is not one value per output channel"
+            return module(*args, **kwargs)  # that output was made with g = 1
         with torch.no_grad():
-            return self._set(output)
+            return self._meet(output, number)
 
-    def _set(self, output: Any) -> Tensor | None:
-        g, bias, name = self._g, self._bias, self.slot.fqn
-        size = g.numel()
-        if not isinstance(output, Tensor) or output.ndim < -self.axis or output.shape[self.axis] != size:
-            for tensor, old in self.old:
-                tensor.copy_(old)
-            self.run.reasons[name] = "its output is not one value per output channel"
+    def _meet(self, output: Tensor, number: int) -> Tensor | None:
+        keep = fitting(self.run.masks.get(number, ()), output, self.axis)
+        self.masked = self.masked or keep is not None
+        moments = Moments.of(output, self.axis, keep)
+        if not bool(torch.isfinite(moments.std).all()) and moments.count:
+            raise _not_finite(self.slot.fqn)
+        self.run.mask_fitted = self.run.mask_fitted or keep is not None
+        self.run.passes.meet(("layer", self.slot.fqn, 0), moments)
+        if not self.settled:  # a whole pass that goes on for the sake of others
             return None
-        mean, std, constant = _moments(output, self.axis, name)
-        old_g = self.old[0][1].double().reshape(-1)
-        old_g = old_g.exp() if _is_log(self.slot) else old_g
-        old_b = torch.zeros_like(mean) if bias is None else self.old[1][1].double()
-        scale = torch.where(constant, old_g, self.run.init_scale / torch.where(constant, 1.0, std))
-        shift = torch.where(constant, old_b, -mean * scale)
-        settable = bias is not None and bias.requires_grad and id(bias) not in self.run.shared
-        if not settable:
-            shift = old_b
-        stored = torch.where(
-            constant, self.old[0][1].double().reshape(-1), scale.log() if _is_log(self.slot) else scale
-        )
-        g.copy_(stored.reshape(g.shape))
-        if bias is not None:
-            bias.copy_(shift)
-        channels = tuple(constant.nonzero().flatten().tolist())
-        self.run.done.append(LayerInit(name, size, channels, scale_only=not settable))
+        _, scale = self.run.set_by[id(self.g)]
+        shift = _wide(self.old[1][1]) if self.own_shift is None and self.bias is not None else self.own_shift
         view = [1] * output.ndim
-        view[self.axis] = size
+        view[self.axis] = self.g.numel()
         work = torch.promote_types(output.dtype, torch.float32)
-        return (output.to(work) * scale.to(work).reshape(view) + shift.to(work).reshape(view)).to(output.dtype)
+        result = output.to(work) * scale.to(output.device, work).reshape(view)
+        return (result if shift is None else result + shift.to(output.device, work).reshape(view)).to(output.dtype)
 
-    @property
-    def _g(self) -> Tensor:
-        assert self.slot.magnitude is not None
-        return self.slot.magnitude
+    def set(self, moments: Moments) -> None:
+        """Set g and b such that outputs with these moments (at g = 1, b = 0) get mean 0 and the target deviation."""
+        log, (g, old_g) = is_log(self.slot), self.old[0]
+        if not moments.count:
+            raise InputError(f"{self.slot.fqn}: no position of the data counts; the batches are empty or masked out")
+        mean, std, constant = moments.mean, moments.std, moments.constant
+        if not bool(torch.isfinite(std).all()):
+            raise _not_finite(self.slot.fqn)
+        stored = _wide(old_g).to(mean).reshape(-1)
+        old_scale = stored.exp() if log else stored
+        old_shift = torch.zeros_like(mean) if self.bias is None else _wide(self.old[1][1]).to(mean)
+        scale = torch.where(constant, old_scale, self.target / torch.where(constant, 1.0, std))
+        shift = torch.where(constant, old_shift, -mean * scale) if self.settable else old_shift
+        _assign(g, torch.where(constant, stored, scale.log() if log else scale))
+        if self.bias is not None:
+            _assign(self.bias, shift)
+        self.run.set_by[id(g)] = (self.slot.fqn, scale)
+        self.own_shift = shift
+        self.run.done.append(
+            LayerInit(
+                self.slot.fqn,
+                g.numel(),
+                tuple(constant.nonzero().flatten().tolist()),
+                scale_only=not self.settable,
+                before=Channels.of(mean * old_scale + old_shift, std * old_scale.abs()),
+                after=Channels.of(*self._now(mean, std, log)),
+                positions=moments.count,
+                masked=self.masked,
+            )
+        )
 
-    @property
-    def _bias(self) -> Tensor | None:
-        row = layer_of(self.slot.module)
-        return None if row is None or row.bias is None else self.slot.module._parameters.get(row.bias)
-
-
-def _how(slot: Slot) -> tuple[str, int | None]:
-    """The channel axis of a layer's output, or the reason why data cannot set its g."""
-    row = layer_of(slot.module)
-    own = None if row is None else row.axes(slot.module, slot.parameter)
-    g, v = slot.magnitude, slot.tensor
-    if row is None or own is None or row.output_axis is None:
-        note = row.note if row else ""
-        return note or f"{type(slot.module).__name__}: the layer table names no output axis", None
-    if g is None or v is None:
-        return "one half of its pair is missing", None
-    if not g.requires_grad:
-        return "its magnitude is frozen", None
-    if g.is_meta or v.is_meta:
-        return "on the meta device: it holds no values yet", None
-    per_channel = own.magnitude_shape(v.shape)
-    if g.numel() != torch.Size(per_channel).numel() or (g.numel() > 1 and tuple(g.shape) != per_channel):
-        return f"its magnitude {tuple(g.shape)} is not one value per output channel", None
-    return "", row.output_axis
-
-
-def _entangled(slot: Slot, beside: list[Slot], sharing: list[Slot]) -> str:
-    """Why g and b alone do not decide a layer's output, or decide more than that; empty if neither.
-
-    `beside` are all tensors of its module, `sharing` all weights with the same g.
-    """
-    row = layer_of(slot.module)
-    weights = [s for s in beside if row is not None and row.axes(s.module, s.parameter)]
-    if len(weights) > 1:
-        return f"{', '.join(s.parameter for s in weights)}: several weights make its output"
-    if any(row is not None and s.parameter == row.bias and s.form != "plain" for s in beside):
-        return "its bias is parametrized"
-    fixed = next((s.fqn for s in sharing if _how(s)[1] is None), None)
-    return "" if fixed is None else f"shares its magnitude with {fixed}, which data cannot set"
+    def _now(self, mean: Tensor, std: Tensor, log: bool) -> tuple[Tensor, Tensor]:
+        """Mean and deviation with g and b as they are stored."""
+        g = _wide(self.g.detach()).to(mean).reshape(-1)
+        g = g.exp() if log else g
+        shift = 0.0 if self.bias is None else _wide(self.bias.detach()).to(mean)
+        return mean * g + shift, std * g.abs()
 
 
-def _is_log(slot: Slot) -> bool:
-    entry: Any = getattr(slot.module, "parametrizations", {})
-    return slot.form == "ours" and entry[slot.parameter][0].magnitude == "log"
+def _not_finite(name: str) -> InputError:
+    return InputError(f"{name}: its pre-activations on this data are not finite")
 
 
-def _moments(output: Tensor, axis: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and (population) standard deviation per channel in float64, and which channels do not vary."""
-    rows = output.detach().movedim(axis, 0).flatten(1)
-    rows = rows.to(torch.float32 if output.device.type == "mps" else torch.float64)
-    mean = rows.mean(1)
-    std = (rows - mean[:, None]).square().mean(1).sqrt()
-    if not bool(torch.isfinite(std).all()):
-        raise InputError(f"{name}: its pre-activations on this data are not finite, or the batch is empty")
-    noise = 8 * torch.finfo(output.dtype).eps * rows.abs().amax(1)
-    return mean, std, std <= noise
+def _wide(tensor: Tensor) -> Tensor:
+    """All values of a tensor, the shards of other ranks included, in the widest type its device has."""
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.to(torch.float32 if whole.device.type == "mps" else torch.float64)
+
+
+def _assign(tensor: Tensor, value: Tensor) -> None:
+    """Write values into a parameter, or this rank's slice of them into its shard."""
+    value = value.reshape(tensor.shape)
+    with torch.no_grad():
+        if hasattr(tensor, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            mesh, places = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+            value = value.to(tensor.device, tensor.dtype)
+            value = distribute_tensor(value, mesh, places, src_data_rank=None)
+        tensor.copy_(value)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(hasattr(p, "full_tensor") for p in model.parameters())
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    """Where a model's first parameter is."""
+    first = next(iter(model.parameters()), None)
+    return None if first is None else first.device
 
 
 # Running the model without a trace -----------------------------------------------------------------------
@@ -333,51 +565,3 @@ def _undisturbed(model: nn.Module, training: bool | None) -> Iterator[None]:
             for module, name, buffer, value in buffers:
                 buffer.copy_(value)
                 module._buffers[name] = buffer
-
-
-def _first_batch(data: Any) -> Any:
-    """One batch: data itself, or the first of an iterable of batches."""
-    if isinstance(data, Tensor | Mapping | tuple) or hasattr(data, "keys"):
-        return data
-    if not isinstance(data, Iterable):
-        raise InputError(f"data must be a batch or an iterable of batches, not {type(data).__name__}")
-    for batch in data:
-        return batch
-    raise InputError("data is empty: it gives no batch")
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping) or hasattr(batch, "keys"):
-        return model(**{key: batch[key] for key in batch.keys()})  # noqa: SIM118 - BatchEncoding iterates differently
-    if isinstance(batch, tuple | list):
-        return model(*batch[: _required(model, len(batch))])
-    return model(batch)
-
-
-def _required(model: nn.Module, available: int) -> int:
-    """How many positional arguments `model.forward` cannot do without; all there are if it takes any number."""
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):
-        return available
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return available
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return max(1, sum(p.default is p.empty for p in positional))
-
-
-def _to_device(batch: Any, model: nn.Module) -> Any:
-    """The batch on the device of the model's first parameter."""
-    first = next(iter(model.parameters()), None)
-    if first is None:
-        return batch
-    if isinstance(batch, Tensor):
-        return batch.to(first.device)
-    if isinstance(batch, tuple | list):
-        moved = [_to_device(part, model) for part in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-    if isinstance(batch, Mapping) or hasattr(batch, "keys"):
-        return {key: _to_device(batch[key], model) for key in batch.keys()}  # noqa: SIM118
-    return batch

@@ -100,7 +100,7 @@ def bench_deployment(model: nn.Module, inputs: Inputs, *, repeats: int = 20, com
     Raises ExportError when the net does not run on these inputs.
     """
     rows: list[DeploymentRow] = []
-    case = Case.of(inputs)
+    case = Case.of(inputs, model)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), rng_kept(model):
         plain = fold_weight_norm(copy.deepcopy(model)).eval().cpu()
         normed = torch_weight_norm(copy.deepcopy(plain)).eval()

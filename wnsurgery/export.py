@@ -152,7 +152,7 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
         original, plain = copy_of(model).eval(), copy_of(model).eval()
         folded = _count_folded(plain)
         fold_weight_norm(plain)
-        cases = [Case.of(inputs)]
+        cases = [Case.of(inputs, plain)]
         axes = _axes(cases[0].named(plain), dynamic)
         if axes:
             cases.append(cases[0].doubled(axes, plain))
@@ -206,7 +206,7 @@ def export_unfolded(model: nn.Module, inputs: Inputs, path: str | os.PathLike[st
     from wnsurgery.onnx_file import write_onnx
 
     with torch.no_grad(), rng_kept(model):
-        graph = _traced(copy_of(model).eval(), Case.of(inputs), None, {})
+        graph = _traced(copy_of(model).eval(), Case.of(inputs, model), None, {})
     _strip(graph)
     write_onnx(graph, path, force=True)
 

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from wnsurgery.batchnorm import BatchNormMode, BatchNormPlan, without_batch_norm
 from wnsurgery.checkpoint import (
     ByModel,
     ByName,
@@ -49,7 +50,8 @@ from wnsurgery.errors import (
     printable,
 )
 from wnsurgery.keys import Layout
-from wnsurgery.mechanism import WeightNormList, rebuild_parametrized
+from wnsurgery.mean_only import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
+from wnsurgery.mechanism import PASSING, WeightNormList, rebuild_parametrized
 from wnsurgery.plan import Plan, plan_weight_norm
 from wnsurgery.reparam import Axes, Magnitude, WeightNorm
 from wnsurgery.stores import Stored, check_output, format_for, read_store, write_store
@@ -158,7 +160,7 @@ def _read(path: Path_, trust_pickle: bool) -> Stored:
 
 def _policy() -> ModulePolicy:
     """torch.nn's classes and the ones this package puts into a converted module."""
-    own = (WeightNormList, WeightNorm, Axes)
+    own = (WeightNormList, WeightNorm, Axes, MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d)
     rebuild = rebuild_parametrized
     return ModulePolicy(
         {f"{cls.__module__}.{cls.__qualname__}": cls for cls in own},
@@ -172,7 +174,7 @@ def _fault(module: nn.Module) -> str:
 
     table = module._modules["parametrizations"]
     for name, entry in table._modules.items() if type(table) is nn.ModuleDict else [("", None)]:
-        if type(entry) is not WeightNormList or list(entry._modules) != ["0"] or "_handed_out" in vars(entry):
+        if type(entry) is not WeightNormList or list(entry._modules) != ["0"] or not PASSING.isdisjoint(vars(entry)):
             return "its parametrization is not weight norm"
         rule, g, v = entry._modules["0"], entry._parameters.get("original0"), entry._parameters.get("original1")
         if type(rule) is not WeightNorm or g is None or v is None or not _is_sound_rule(vars(rule), g, v):
@@ -394,9 +396,11 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
     exclude: str | Sequence[str] | None = None,
     dim: DimOption | Mapping[str, DimOption] = "auto",
     magnitude: Magnitude = "linear",
-    init: Literal["preserve", "data"] = "preserve",
+    init: Literal["preserve", "data", "fan"] = "preserve",
     data: Any = None,
-    init_scale: float = 1.0,
+    init_scale: float | Mapping[str, float] = 1.0,
+    batch_norm: BatchNormMode = "keep",
+    inputs: Any = None,
     arch: Arch | None = None,
     force: bool = False,
     in_place: bool = False,
@@ -417,9 +421,13 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
         include, exclude, dim: which weights and which kept axes; globs or `re:` patterns on names, see `ByName`.
         magnitude: "linear" stores g, "log" its logarithm; pairs already in a state dict that do not say are taken
             to do the same.
-        init: "data" sets g and biases from `data`; needs a model (`arch`, or a module saved whole).
+        init: "data" sets g and biases from `data`, "fan" sets g, v and biases without; both need a model (`arch`, or a
+            module saved whole).
         data: one batch, see `data_dependent_init`.
-        init_scale: standard deviation that "data" aims at.
+        init_scale: standard deviation that "data" aims at, factor of g for "fan"; a mapping goes by pattern.
+        batch_norm: what becomes of each BatchNorm, see `apply_weight_norm`; anything but "keep" needs a model (`arch`,
+            or a module saved whole), and the file then fits the model after the same surgery.
+        inputs: example arguments that show the data flow for `batch_norm`; `data` serves, too.
         arch: "package.module:factory" of the model whose state dict it is.
 
     Raises:
@@ -431,7 +439,7 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
         check_output(dst, src, force=force, in_place=in_place)
     stored = _read(src, trust_pickle)
     selection = {"include": include, "exclude": exclude, "dim": dim, "magnitude": magnitude}
-    setup = {"init": init, "data": data, "init_scale": init_scale}
+    setup = {"init": init, "data": data, "init_scale": init_scale, "batch_norm": batch_norm, "inputs": inputs}
     with _named(src):
         _refuse_empty(src, stored.content)
         report = _convert(src, stored.content, layout, arch, selection, setup)
@@ -467,35 +475,52 @@ def _convert(
         report = CheckpointReport()
         for where, module in modules:
             with _surgery_on(path):
-                own = _convert_module(where, module, selection)
-            report = _merged(report, replace(own, initialisation=_from_data(module, setup)))
+                own = _convert_module(where, module, selection, setup)
+            report = _merged(report, replace(own, initialisation=_initialised(module, setup)))
         return report
     if arch is not None:
         return _convert_with_model(path, content, _build(arch), layout, selection, setup)
-    if setup["init"] == "data":
-        raise SelectionError("init='data' needs the model", hint="arch='package.module:factory' (--arch)")
+    if setup["init"] != "preserve":
+        raise SelectionError(f"init={setup['init']!r} needs the model", hint="arch='package.module:factory' (--arch)")
+    if setup["batch_norm"] != "keep":
+        reason = "a state dict alone does not say what a BatchNorm follows: batch_norm needs the model"
+        raise SelectionError(reason, hint="arch='package.module:factory' (--arch)")
     choose = ByName(selection["include"], selection["exclude"], selection["dim"])
     return convert_state(content, choose, layout=layout, magnitude=selection["magnitude"])
 
 
-def _convert_module(where: str, module: nn.Module, selection: Options) -> CheckpointReport:
-    plan = _plan(module, selection)
-    steps = []
-    for site in plan.sites:
-        name, shape = _joined(where, site.fqn), tuple(site.weight.shape)
-        steps.append(Step("converted", name, (name,), (name,), site.axes, shape, _type(site.weight)))
-    large = [s for s in plan.skipped if s.shape is None or len(s.shape) > 1]
-    apply_weight_norm(module, **selection)
-    return CheckpointReport(tuple(steps), tuple(Skip(_joined(where, s.name), s.shape or (), s.reason) for s in large))
+def _convert_module(where: str, module: nn.Module, selection: Options, setup: Options) -> CheckpointReport:
+    with without_batch_norm(module, setup["batch_norm"], setup["inputs"], data=setup["data"]) as done:
+        plan = _plan(module, selection)
+        steps = []
+        for site in plan.sites:
+            name, shape = _joined(where, site.fqn), tuple(site.weight.shape)
+            steps.append(Step("converted", name, (name,), (name,), site.axes, shape, _type(site.weight)))
+        large = [s for s in plan.skipped if s.shape is None or len(s.shape) > 1]
+        apply_weight_norm(module, **selection)
+    left = tuple(Skip(_joined(where, s.name), s.shape or (), s.reason) for s in large)
+    return CheckpointReport(tuple(steps), left, batch_norm=_norm_report(where, done, setup))
+
+
+def _norm_report(where: str, done: BatchNormPlan, setup: Options) -> BatchNormPlan | None:
+    """What became of each BatchNorm, under its name in the file; None where nobody asked."""
+    if setup["batch_norm"] == "keep":
+        return None
+    steps = (replace(s, name=_joined(where, s.name), layer=_joined(where, s.layer)) for s in done.steps)
+    return BatchNormPlan(tuple(steps), tuple(replace(k, name=_joined(where, k.name)) for k in done.kept))
 
 
 def _plan(model: nn.Module, selection: Options) -> Plan:
     return plan_weight_norm(model, **{k: selection[k] for k in ("include", "exclude", "dim")})
 
 
-def _from_data(model: nn.Module, setup: Options) -> Any:
-    if setup["init"] != "data":
+def _initialised(model: nn.Module, setup: Options) -> Any:
+    if setup["init"] == "preserve":
         return None
+    if setup["init"] == "fan":
+        from wnsurgery.fans import fan_init
+
+        return fan_init(model, init_scale=setup["init_scale"])
     from wnsurgery.data_init import data_dependent_init
 
     return data_dependent_init(model, setup["data"], init_scale=setup["init_scale"])
@@ -507,19 +532,42 @@ def _convert_with_model(
     """Convert a state dict with the axes its model's layers have."""
     fold_weight_norm(model)
     state, prefix = _state_for(path, content, model, None)
-    plan = _plan(model, selection)
+    with _cut_state(path, state, prefix, model, selection, setup) as done:
+        plan = _plan(model, selection)
     axes = {name: site.axes for site in plan.sites for slot in site.owners for name in slot.names}
     choose = ByModel(state.path, prefix, axes, {s.name: s.reason for s in plan.skipped})
     report = convert_state(content, choose, layout=layout, magnitude=selection["magnitude"])
-    if setup["init"] == "data":
+    report = replace(report, batch_norm=_norm_report(_joined(state.path, prefix.rstrip(".")), done, setup))
+    if setup["init"] != "preserve":
         # the file has its new keys; the model, initialised in memory, gives them new values
         _load_into(model, _stripped(state, prefix), path, selection["magnitude"])
         apply_weight_norm(model, **selection)
-        report = replace(report, initialisation=_from_data(model, setup))
+        report = replace(report, initialisation=_initialised(model, setup))
         ours = StateDict("", dict(model.state_dict()))
         for name, tensor in translate(ours, _stripped(state, prefix), magnitude=selection["magnitude"]).items():
             state.entries[prefix + name] = tensor
     return report
+
+
+@contextmanager
+def _cut_state(
+    path: Path_, state: StateDict, prefix: str, model: nn.Module, selection: Options, setup: Options
+) -> Iterator[BatchNormPlan]:
+    """BatchNorm surgery on a model with the file's values, and then on the file's entries."""
+    if setup["batch_norm"] == "keep":
+        yield BatchNormPlan()
+        return
+    magnitude = selection["magnitude"]
+    _load_into(model, _stripped(state, prefix), path, magnitude)
+    before = dict(model.state_dict())
+    with without_batch_norm(model, setup["batch_norm"], setup["inputs"], data=setup["data"]) as done:
+        after = dict(model.state_dict())
+        fresh = {k: v for k, v in after.items() if k not in before or v.data_ptr() != before[k].data_ptr()}
+        new = translate(StateDict("", fresh), _stripped(state, prefix), magnitude=magnitude)
+        for name in before.keys() - after.keys():
+            del state.entries[prefix + name]
+        state.entries.update((prefix + name, tensor) for name, tensor in new.items())
+        yield done
 
 
 # Writing -------------------------------------------------------------------------------------------------
@@ -568,7 +616,12 @@ def _merged(a: CheckpointReport, b: CheckpointReport) -> CheckpointReport:
         a.assumptions + b.assumptions,
         a.warnings + b.warnings,
         b.initialisation or a.initialisation,
+        _merged_norms(a.batch_norm, b.batch_norm),
     )
+
+
+def _merged_norms(a: BatchNormPlan | None, b: BatchNormPlan | None) -> BatchNormPlan | None:
+    return b if a is None else a if b is None else BatchNormPlan(a.steps + b.steps, a.kept + b.kept)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wnsurgery.batches import NamedArrays
 from wnsurgery.errors import InputError, InputMissingError, SelectionError, first_line
 from wnsurgery.stores.commit import check_output, committed
 
@@ -38,7 +39,7 @@ def read_arrays(path: str | os.PathLike[str]) -> Arrays:
         with loaded:
             named = {name: loaded[name] for name in loaded.files}
             numbered = all(name == f"arr_{i}" for i, name in enumerate(named))
-            return list(named.values()) if numbered else named
+            return list(named.values()) if numbered else NamedArrays(named)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise InputError.of(path, f"damaged or not numbers: {' '.join(str(error).split())}") from error
 
@@ -54,7 +55,7 @@ def read_batch(path: str | os.PathLike[str]) -> Any:
         arrays = read_arrays(path)
         if isinstance(arrays, list):
             return _unwrap([torch.from_numpy(value) for value in arrays])
-        return {name: torch.from_numpy(value) for name, value in arrays.items()}
+        return NamedArrays((name, torch.from_numpy(value)) for name, value in arrays.items())
     from wnsurgery.files import load_object
 
     return _unwrap(load_object(path))

@@ -15,7 +15,7 @@ from torch import nn
 from wnsurgery.errors import SelectionError
 from wnsurgery.reparam import Axes
 
-__all__ = ["KeptAxes", "Layer", "layer_of", "register_layer"]
+__all__ = ["KeptAxes", "Layer", "layer_of", "own_row", "register_layer"]
 
 KeptAxes = int | tuple[int, ...] | Axes | Callable[[nn.Module], Axes]
 
@@ -139,10 +139,16 @@ def layer_of(module: nn.Module) -> Layer | None:
     for cls in type(module).__mro__:
         if cls in (nn.Module, torch.jit.ScriptModule):
             break
-        name = f"{cls.__module__}.{cls.__qualname__}"
-        row = _by_type.get(cls) or _by_name.get(name)
-        if row is None:
-            row = next((r for pattern, r in _by_name.items() if fnmatchcase(name, pattern)), None)
+        row = own_row(cls)
         if row is not None:
             return row
     return None
+
+
+def own_row(cls: type) -> Layer | None:
+    """The row of a class itself, whatever its base classes have."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    row = _by_type.get(cls) or _by_name.get(name)
+    if row is None:
+        row = next((r for pattern, r in _by_name.items() if fnmatchcase(name, pattern)), None)
+    return row

@@ -20,11 +20,13 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError, WnsurgeryError
+from wnsurgery.kept import Kept, Rooms
 from wnsurgery.reparam import ZERO_LOG, WeightNorm
 
 __all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_parameter"]
 
 _MAX_HANDLES = 63  # weights handed out and still alive that are watched for writes
+PASSING = frozenset({"_handed_out", "_kept", "_lent"})  # attributes that belong to this process and this moment
 _ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
 
 
@@ -38,17 +40,35 @@ class WeightNormList(ParametrizationList):
             return super().forward()
         if _is_watched(g, v):
             return rule(g, v)  # type: ignore[no-any-return]
+        kept = self.__dict__.get("_kept")
+        training = torch.is_grad_enabled()
+        if kept is not None:
+            if not training and kept.is_of(g, v):
+                return kept.w  # type: ignore[no-any-return]
+            if not kept.is_written():
+                del self.__dict__["_kept"]  # its memory serves the next weight
+                kept = None
         self.absorb()
-        if torch.is_inference_mode_enabled():  # an ordinary tensor, so that its version tells of writes
-            with torch.inference_mode(False), torch.no_grad():
-                w: Tensor = rule(g, v)
-        else:
-            w = rule(g, v)
-        self._hand_out(w, g, v)
-        if not torch.is_grad_enabled() and (g.requires_grad or v.requires_grad):
+        if training:
+            w: Tensor = rule.compose(g, v, self._rooms())
+            self._hand_out(w, g, v)
+            return w
+        with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, so that its version tells of writes
+            w = rule.compose(g, v, self._rooms())
+        if g.requires_grad or v.requires_grad:
             # as a Parameter would under no_grad: matmul chooses its kernel, and so the last bit, by this flag
             w.requires_grad_()
+        if Kept.can_hold(g, v):
+            self.__dict__["_kept"] = Kept(w, g, v)
+        else:
+            self._hand_out(w, g, v)
         return w
+
+    def _rooms(self) -> Rooms:
+        rooms: Rooms | None = self.__dict__.get("_lent")
+        if rooms is None:
+            rooms = self.__dict__["_lent"] = Rooms()
+        return rooms
 
     def _hand_out(self, w: Tensor, g: Tensor, v: Tensor) -> None:
         """Watch a computed weight for as long as somebody holds it, to see whether it is written into."""
@@ -83,10 +103,18 @@ class WeightNormList(ParametrizationList):
         `nn.init.zeros_(module.weight)` writes into a computed tensor. Its version counter tells; the write is
         taken over before anything else reads the pair, unless g or v themselves changed in between.
         """
+        kept = self.__dict__.get("_kept")
         records = self.__dict__.pop("_handed_out", None)
-        if not records:
+        if kept is None and not records:
             return
         now_g, now_v = self._pair()
+        if kept is not None and kept.is_written():
+            del self.__dict__["_kept"]
+            if kept.was_of(now_g, now_v):
+                self._store(kept.w)
+                return
+        if not records:
+            return
         live = []
         for record in records:
             handle, alias, version, g, g_version, v, v_version = record
@@ -118,6 +146,7 @@ class WeightNormList(ParametrizationList):
             g.copy_(new_g)
             v.copy_(new_v)
         self.__dict__.pop("_handed_out", None)
+        self.__dict__.pop("_kept", None)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("original0", "original1") and not torch.compiler.is_compiling():
@@ -126,7 +155,7 @@ class WeightNormList(ParametrizationList):
 
     def __getstate__(self) -> dict[str, Any]:
         self.absorb()
-        return {name: value for name, value in self.__dict__.items() if name != "_handed_out"}
+        return {name: value for name, value in self.__dict__.items() if name not in PASSING}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.absorb()
@@ -134,18 +163,20 @@ class WeightNormList(ParametrizationList):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.absorb()
+        for name in PASSING:
+            self.__dict__.pop(name, None)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 def _is_watched(g: Tensor, v: Tensor) -> bool:
     """Whether tracing or a function transform is on: then nothing may be remembered between accesses."""
     return (
-        torch.compiler.is_compiling()
+        type(v) is not nn.Parameter
+        or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or g.is_meta
         or v.is_meta
-        or type(v.data) is not Tensor
     )
 
 
@@ -334,11 +365,26 @@ def _give_class(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
     _mend(cls)
     for name in names:
         parametrize._inject_property(module, name)
+        _shorten(cls, name)
     allowed = torch.serialization.get_safe_globals()
     if rebuild_parametrized in allowed:
         # a reader that executes nothing only sets the state of classes it was told of
         torch.serialization.add_safe_globals([(cls, f"{__name__}.{cls.__name__}.{id(cls)}")])
     return module
+
+
+def _shorten(cls: type, name: str) -> None:
+    """Let `module.weight` go straight to our list, past two module calls, where nobody has hooks there."""
+    torchs: property = vars(cls)[name]
+
+    def weight(self: nn.Module) -> Tensor:
+        table = self._modules.get("parametrizations")
+        entry: Any = None if table is None else table._modules.get(name)
+        if type(entry) is WeightNormList and not (entry._forward_hooks or entry._forward_pre_hooks):
+            return entry.forward() if not parametrize._cache_enabled else torchs.fget(self)  # type: ignore[misc]
+        return torchs.fget(self)  # type: ignore[misc,no-any-return]
+
+    setattr(cls, name, property(weight, torchs.fset))
 
 
 def _load_any_layout(

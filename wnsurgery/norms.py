@@ -4,7 +4,8 @@ Three rules make conversion exact and folding accurate:
 
 * norms of 16- and 32-bit weights are taken in float64, norms of float64 weights in pairs of float64, so
   that neither the number of threads nor the device decides a bit of the result;
-* where g is the stored value of ||v||, the factor is exactly one, so v is returned bit for bit;
+* where g is the stored value of ||v||, the factor is exactly one, so v is returned bit for bit; where it is
+  that of 2^k ||v||, the factor is exactly 2^k, so that rescaling v by powers of two changes no bit of w;
 * factors outside the range of the weight's type stay finite, and a row of zeros gets the factor zero.
 
 A *row* is one kept index of the weight; "small" tensors below have one element per row.
@@ -13,6 +14,7 @@ A *row* is one kept index of the weight; "small" tensors below have one element 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,7 +32,8 @@ __all__ = [
     "wide_dtype",
 ]
 
-_BLOCK = 1 << 18  # elements widened at a time: 2 MiB of float64, about one core's cache
+_BLOCK = 1 << 20  # elements widened at a time: 8 MiB of float64; smaller blocks spend their time on starting threads
+_SMALL = 1 << 15  # elements up to which one call is quicker than a copy into warm memory
 
 
 class RowScale(NamedTuple):
@@ -56,20 +59,45 @@ def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
     wide = wide_dtype(v)
     if not dims:
         return v.to(wide).abs()
-    if not blocked or v.numel() <= _BLOCK or v.device.type != "cpu":
+    if not blocked or v.numel() <= _SMALL or v.device.type != "cpu":
         short: Tensor = torch.linalg.vector_norm(v, 2, tuple(dims), keepdim=True, dtype=wide)
         return short
-    total = torch.zeros([1 if d in dims else s for d, s in enumerate(v.shape)], dtype=wide, device=v.device)
     step = max(1, _BLOCK * v.shape[0] // v.numel())
-    room = torch.empty((min(step, v.shape[0]), *v.shape[1:]), dtype=wide, device=v.device)
+    shape = [1 if d in dims else s for d, s in enumerate(v.shape)]
+    total = torch.zeros(shape, dtype=wide, device=v.device) if 0 in dims else _empty(shape, v)
+    room = _scratch(v[:step])
     for start in range(0, v.shape[0], step):
-        part = room[: min(step, v.shape[0] - start)].copy_(v[start : start + step]).square_()
-        if 0 in dims:  # inner axes first: one reduction over both is several times slower
-            inner = tuple(d for d in dims if d)
-            total += (part.sum(inner, keepdim=True) if inner else part).sum(0, keepdim=True)
-        else:
-            torch.sum(part, tuple(dims), keepdim=True, out=total[start : start + step])
-    return total.sqrt_()
+        part = room[: min(step, v.shape[0] - start)].copy_(v[start : start + step])
+        if 0 not in dims:
+            torch.linalg.vector_norm(part, 2, tuple(dims), keepdim=True, out=total[start : start + step])
+            continue
+        inner = tuple(d for d in dims if d)  # inner axes first: one reduction over both is several times slower
+        part.square_()
+        total += (part.sum(inner, keepdim=True) if inner else part).sum(0, keepdim=True)
+    return total.sqrt_() if 0 in dims else total
+
+
+class _Scratch(threading.local):
+    """One block of float64 for each thread, warm: allocating it anew costs more than the arithmetic."""
+
+    memory: Tensor | None = None
+
+
+_scratches = _Scratch()
+
+
+def _scratch(like: Tensor) -> Tensor:
+    """Uninitialised float64 memory of a block's shape, the thread's own where it fits."""
+    if like.numel() > _BLOCK:
+        return _empty(like.shape, like)
+    if _scratches.memory is None:
+        with torch.inference_mode(False):
+            _scratches.memory = _empty((_BLOCK,), like)
+    return _scratches.memory[: like.numel()].view(like.shape)
+
+
+def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.empty(tuple(shape), dtype=torch.float64, device=like.device)
 
 
 def row_peak(v: Tensor, dims: Sequence[int]) -> Tensor:
@@ -107,25 +135,44 @@ def row_scale(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str, *, bloc
     return RowScale(snapped_quotient(g, norms, wide, magnitude), None)
 
 
-def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> Tensor | None:
+def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> tuple[Tensor, bool] | None:
     """`row_scale` in float32 for norms already taken, in a few operations, where every row is an ordinary one.
 
-    None where some row needs the long way: its factor leaves float32, is zero or not finite, or is so close to one
-    that g may be the stored norm while other rows' are not, or g is so large that it may stand for a norm beyond
-    its type. Looks at values: for eager mode on a CPU.
+    Also says whether the norms can be squared in float32. None where some row needs the long way: its factor leaves
+    float32, is zero or not finite, or g is so large that it may stand for a norm beyond its type. Looks at values: for
+    eager mode on a CPU.
     """
-    low, high = torch.aminmax(g)
-    if magnitude == "linear" and max(-low.item(), high.item()) >= _large(g.dtype):
-        return None
+    low, high = torch.aminmax(norms)
+    least, most = low.item(), high.item()
+    squarable = least > 2.0**-30 and most < 2.0**30
+    if not squarable or g.dtype == torch.float16:  # else g is bounded by the factor
+        low, high = torch.aminmax(g)
+        if magnitude == "linear" and max(-low.item(), high.item()) >= _large(g.dtype):
+            return None
     factor = torch.div(g.to(norms.dtype).exp() if magnitude == "log" else g, norms).float()
-    low, high = torch.aminmax(factor.abs())
-    if not (low.item() >= 2.0**-60 and high.item() <= 2.0**60):
+    low, high = torch.aminmax(factor)
+    sizes, least, most = factor, low.item(), high.item()
+    if least < 0:
+        sizes = factor.abs()
+        low, high = torch.aminmax(sizes)
+        least, most = low.item(), high.item()
+    if not (least >= 2.0**-60 and most <= 2.0**60):
         return None
-    if (factor - 1).abs_().min().item() > (2.0**-12 if magnitude == "log" else 2.0**-21):
-        return factor
-    dtype = torch.promote_types(g.dtype, torch.float32)
-    untouched = torch.equal(_store(norms.log() if magnitude == "log" else norms, dtype), g.to(dtype))
-    return torch.ones_like(factor) if untouched else None
+    if _may_be_powers(sizes, magnitude):
+        if magnitude == "linear" and g.dtype == torch.float32:
+            stored = g == norms.float()  # rows that have not moved since conversion: all at first, dead ones later
+            factor = factor.masked_fill(stored, 1.0)
+            if not _may_be_powers(sizes.masked_fill(stored, 0.75), magnitude):
+                return factor, squarable
+        factor = snapped_quotient(g, norms, norms.dtype, magnitude).float()
+    return factor, squarable
+
+
+def _may_be_powers(sizes: Tensor, magnitude: str) -> bool:
+    """Whether a factor is so close to a power of two that g may be the stored norm of the row, or of a rescaled one."""
+    low, high = torch.aminmax(torch.frexp(sizes)[0])
+    near = 2.0**-12 if magnitude == "log" else 2.0**-21
+    return not (low.item() > 0.5 + near and high.item() < 1 - near)
 
 
 def _large(dtype: torch.dtype) -> float:
@@ -147,8 +194,19 @@ def snapped_quotient(g: Tensor, norms: Tensor, wide: torch.dtype, magnitude: str
         quotient = torch.where(narrow, quotient.float().to(wide), quotient)
     stored = torch.promote_types(g.dtype, torch.float32)
     slack = 2.0**-40 if wide == torch.float64 else 2.0**-22
+    power = _nearest_power(torch.where(zero, torch.ones_like(quotient), quotient))
     same = _is_stored_norm(g.to(stored), norms, slack, magnitude)
-    return torch.where(same & ~zero, torch.ones_like(quotient), quotient)
+    quotient = torch.where(_is_stored_norm(g.to(stored), norms * power, slack, magnitude), power, quotient)
+    quotient = torch.where(same, torch.ones_like(quotient), quotient)
+    return torch.where(zero, torch.zeros_like(quotient), quotient)
+
+
+def _nearest_power(x: Tensor) -> Tensor:
+    """The power of two nearest to |x| in ratio to within a factor sqrt(2), one for zero and what is not finite."""
+    size = x.detach().abs()
+    usable = torch.isfinite(size) & (size > 0)
+    exponent = torch.where(usable, size, torch.ones_like(size)).log2().round()
+    return torch.pow(2.0, exponent)  # exact for whole numbers; exporters know no exp2
 
 
 def _is_stored_norm(g: Tensor, norms: Tensor, slack: float, magnitude: str) -> Tensor:
@@ -208,7 +266,12 @@ class _Float64Rows:
     @property
     def log(self) -> Tensor:
         """log ||v||, finite for every row but zeros."""
-        return (self.high + self.low).log() + self.exponent * math.log(2)
+        return self.log_mantissa + self.exponent.to(self.high.dtype) * math.log(2)
+
+    @property
+    def log_mantissa(self) -> Tensor:
+        """log ||v|| of the scaled rows."""
+        return (self.high + self.low).log()
 
 
 def _row_scale_float64(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str) -> RowScale:
@@ -219,6 +282,13 @@ def _row_scale_float64(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str
     scaled = size * _power_of_two(-exponent)
     quotient = scaled / root
     quotient = quotient + (_minus_product(scaled, quotient, root) - quotient * rows.low) / root
+    power = _nearest_power(quotient)
+    if magnitude == "log":
+        near = _is_stored_log(g.to(v.dtype), rows.log_mantissa + (exponent + power.log2()) * math.log(2))
+    else:
+        slack = root * 2.0**-62
+        near = ((root + (rows.low - slack)) * power <= scaled) & (scaled <= (root + (rows.low + slack)) * power)
+    quotient = torch.where(near, power, quotient)
     same = _is_stored_norm_float64(g.to(v.dtype), rows, magnitude)
     shift = torch.where(same, torch.zeros_like(exponent), exponent - rows.exponent)
     half = torch.div(shift - shift.clamp(-900, 900), 2, rounding_mode="trunc")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from wnsurgery.batches import NamedArrays
 from wnsurgery.differences import (
     OutputDifference,
     OutputsReport,
@@ -286,6 +287,8 @@ def cast_to_declared(session: Any, inputs: Any) -> Any:
 
 
 def _feeds(declared: Sequence[Any], inputs: Any, path: Path_) -> dict[str, Array]:
+    if isinstance(inputs, NamedArrays) and {d.name for d in declared}.isdisjoint(inputs):
+        inputs = list(inputs.values())
     if isinstance(inputs, Mapping) and not _is_numbered(inputs):
         given = {str(k): v for k, v in inputs.items()}
     else:

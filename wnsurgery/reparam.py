@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wnsurgery.errors import NonFiniteWeightError, PairError
+from wnsurgery.kept import Rooms
 from wnsurgery.norms import (
     RowScale,
     norm,
@@ -30,6 +31,9 @@ from wnsurgery.norms import (
 __all__ = ["Axes", "Magnitude", "WeightNorm", "compose", "decompose", "magnitude_dtype_for"]
 
 Magnitude = Literal["linear", "log"]
+
+_FRESH = 1 << 23  # elements from which the allocator gives fresh pages each time, which cost more than a pass
+_BLOCK = 1 << 20  # elements a block of the backward pass has; smaller ones spend their time on starting threads
 
 ZERO_LOG = -1000.0  # e^-1000 is 0 in float64: the logarithm stored for a row of zeros
 
@@ -177,7 +181,12 @@ def compose(g: Tensor, v: Tensor, axes: Axes | None = None, *, magnitude: Magnit
         raise PairError(f"a magnitude of shape {tuple(g.shape)} does not fit {axes} of {tuple(v.shape)}")
     if _needs_plain_operations(g, v):
         return _compose_traceable(g, v, axes, magnitude)
-    return _Compose.apply(g, v, axes, magnitude)  # type: ignore[no-any-return,no-untyped-call]
+    return compose_eagerly(g, v, axes, magnitude)
+
+
+def compose_eagerly(g: Tensor, v: Tensor, axes: Axes, magnitude: Magnitude, rooms: Rooms | None = None) -> Tensor:
+    """`compose` for a pair known to fit, in eager mode; w and later dL/dv in memory of `rooms` where there is some."""
+    return _Compose.apply(g, v, axes, magnitude, rooms)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _fits(g: Tensor, v: Tensor, axes: Axes) -> bool:
@@ -202,6 +211,8 @@ def _per_row(g: Tensor, v: Tensor, axes: Axes) -> Tensor:
     """g with the shape of the reduced (grouped) weight."""
     if axes.groups > 1:
         return g.unsqueeze(1)
+    if g.ndim == v.ndim:
+        return g
     return g.reshape([s if d in axes.kept else 1 for d, s in enumerate(v.shape)])
 
 
@@ -248,19 +259,23 @@ class _Compose(torch.autograd.Function):
     """compose() for eager mode: one pass for the norm, one for the product, the paper's formula backward."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, v: Tensor, axes: Axes, magnitude: str) -> Tensor:
+    def forward(ctx: Any, g: Tensor, v: Tensor, axes: Axes, magnitude: str, rooms: Rooms | None) -> Tensor:
         view, dims, rows = axes.grouped(v), axes.reduced(v.ndim), _per_row(g, v, axes)
-        ctx.axes, ctx.magnitude = axes, magnitude
+        ctx.axes, ctx.magnitude, ctx.rooms = axes, magnitude, rooms
         if v.dtype == torch.float64:
             ctx.save_for_backward(g, v, None)
             return _laid_out_as(_apply_scale(v, row_scale(rows, view, dims, magnitude, blocked=True), axes), v)
         norms = norm(view, dims, blocked=True)
-        factor = plain_scale(rows, norms, magnitude) if v.device.type == "cpu" and v.numel() else None
-        if factor is not None:
-            low, high = torch.aminmax(norms)
-            squarable = low.item() > 2.0**-30 and high.item() < 2.0**30
+        plain = plain_scale(rows, norms, magnitude) if v.device.type == "cpu" and v.numel() else None
+        if plain is not None:
+            factor, squarable = plain
             ctx.save_for_backward(g, v, norms if squarable else None)
-            return _laid_out_as((v * axes.spread(factor, v)).to(v.dtype), v)
+            factor = axes.spread(factor, v)
+            room = rooms.take("w", v) if rooms is not None and v.dtype == torch.float32 else None
+            if room is not None:
+                return torch.mul(v, factor, out=room)
+            w = v * factor
+            return _laid_out_as(w if w.dtype == v.dtype else w.to(v.dtype), v)
         ctx.save_for_backward(g, v, None)
         scale = RowScale(snapped_quotient(rows, norms, wide_dtype(v), magnitude), None)
         return _laid_out_as(_apply_scale(v, scale, axes), v)
@@ -271,9 +286,11 @@ class _Compose(torch.autograd.Function):
         if norms is None or torch.is_grad_enabled():
             grad_g, grad_v = _gradients(grad_w, g, v, ctx.axes, ctx.magnitude)
         else:
-            grad_g, grad_v = _plain_gradients(grad_w, g, v, norms.float(), ctx.axes, ctx.magnitude)
+            big = v.dtype == torch.float32 and v.numel() >= _FRESH
+            room = ctx.rooms.take("grad", v) if ctx.rooms is not None and big else None
+            grad_g, grad_v = _plain_gradients(grad_w, g, v, norms.float(), ctx.axes, ctx.magnitude, room)
         want_g, want_v = ctx.needs_input_grad[:2]
-        return grad_g if want_g else None, grad_v if want_v else None, None, None
+        return grad_g if want_g else None, grad_v if want_v else None, None, None, None
 
 
 def _laid_out_as(w: Tensor, v: Tensor) -> Tensor:
@@ -297,13 +314,16 @@ def _apply_scale(v: Tensor, scale: RowScale, axes: Axes) -> Tensor:
 
 
 def _plain_gradients(
-    grad_w: Tensor, g: Tensor, v: Tensor, norms: Tensor, axes: Axes, magnitude: str
+    grad_w: Tensor, g: Tensor, v: Tensor, norms: Tensor, axes: Axes, magnitude: str, room: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The paper's equation 3 for ordinary rows, first order only, in as few passes as torch offers."""
     rows = _per_row(g, v, axes)
     size = rows.exp() if magnitude == "log" else rows
     whole = axes.kept == (0,) and v.dtype == torch.float32 == size.dtype and v.is_contiguous()
-    if whole and v.ndim > 1:
+    if whole and v.ndim > 1 and v.numel() >= _FRESH:  # by size alone, so that memory decides no bit
+        grad_v = torch.empty_like(v) if room is None else room
+        radial = _gradients_into(grad_v, grad_w, size, v, norms)
+    elif whole and v.ndim > 1:
         grad_v, radial = torch.ops.aten._weight_norm_interface_backward(
             grad_w.contiguous(), v, size.contiguous(), norms, 0
         )
@@ -315,6 +335,23 @@ def _plain_gradients(
         grad_v = torch.addcmul(grad_v, view.float(), size * radial / norms.square(), value=-1).reshape(v.shape)
     grad_g = radial * size if magnitude == "log" else radial
     return grad_g.to(g.dtype).reshape(g.shape), grad_v.to(v.dtype)
+
+
+def _gradients_into(room: Tensor, grad_w: Tensor, size: Tensor, v: Tensor, norms: Tensor) -> Tensor:
+    """dL/dv into `room`, a cache-sized block of rows at a time; returns dL/dw . v / ||v||. Kept axis 0."""
+    flat_v, flat_w, out = v.flatten(1), grad_w.reshape(v.shape).flatten(1), room.flatten(1)
+    norms, size = norms.flatten(1), size.flatten(1)
+    scale = size / norms
+    radial = torch.empty_like(norms)
+    step = max(1, _BLOCK // max(1, flat_v.shape[1]))
+    for start in range(0, len(flat_v), step):
+        rows = slice(start, start + step)
+        torch.mul(flat_w[rows], flat_v[rows], out=out[rows])
+        torch.sum(out[rows], 1, keepdim=True, out=radial[rows])
+        radial[rows].div_(norms[rows])
+        torch.mul(flat_w[rows], scale[rows], out=out[rows])
+        out[rows].addcmul_(flat_v[rows], scale[rows] * radial[rows] / norms[rows], value=-1)
+    return radial.reshape(-1, *[1] * (v.ndim - 1))
 
 
 def _gradients(grad_w: Tensor, g: Tensor, v: Tensor, axes: Axes, magnitude: str) -> tuple[Tensor, Tensor]:
@@ -365,6 +402,13 @@ class WeightNorm(nn.Module):
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         return compose(g, v, self.axes, magnitude=self.magnitude)
+
+    def compose(self, g: Tensor, v: Tensor, rooms: Rooms) -> Tensor:
+        """`forward` for its own pair in eager mode, with memory that may be used again."""
+        plain = not (self._forward_hooks or self._forward_pre_hooks) and _fits(g, v, self.axes)
+        if not plain or torch.autograd.forward_ad._current_level >= 0:
+            return self(g, v)  # type: ignore[no-any-return]
+        return compose_eagerly(g, v, self.axes, self.magnitude, rooms)
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
         return decompose(w, self.axes, magnitude=self.magnitude, magnitude_dtype=self.magnitude_dtype)

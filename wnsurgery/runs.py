@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from wnsurgery.batches import NamedArrays, arguments_of
 from wnsurgery.errors import ExportError, first_line, printable
 
 __all__ = ["Case", "Inputs", "copy_of", "rng_kept", "tensor_outputs", "tracking", "where"]
@@ -76,10 +77,10 @@ class Case:
     kwargs: dict[str, Any]
 
     @classmethod
-    def of(cls, inputs: Inputs) -> Case:
-        """Arguments given as a tensor, a sequence of positional ones, or a mapping of keyword ones."""
+    def of(cls, inputs: Inputs, model: nn.Module) -> Case:
+        """Arguments given as a tensor, a sequence of positional ones, or a mapping, see `batches.arguments_of`."""
         if isinstance(inputs, Mapping):
-            return cls((), dict(inputs))
+            return cls(*arguments_of(model, inputs))
         return cls((inputs,), {}) if isinstance(inputs, Tensor) else cls(tuple(inputs), {})
 
     @classmethod
@@ -93,12 +94,7 @@ class Case:
             return value.to(place) if isinstance(value, Tensor) else value
 
         if isinstance(inputs, Mapping):
-            case = cls((), {str(k): tensor(v) for k, v in inputs.items()})
-            try:
-                case.named(model)
-            except ExportError:
-                return cls(tuple(case.kwargs.values()), {})  # a graph's names are not always forward's
-            return case
+            return cls.of(NamedArrays((str(k), tensor(v)) for k, v in inputs.items()), model)
         if isinstance(inputs, Tensor | np.ndarray):
             return cls((tensor(inputs),), {})
         return cls(tuple(tensor(value) for value in inputs), {})

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from wnsurgery.data_init import data_dependent_init
+from wnsurgery.batchnorm import BatchNormMode, folded_means, without_batch_norm
+from wnsurgery.data_init import InitReport, data_dependent_init
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
+from wnsurgery.fans import FanReport, fan_init
+from wnsurgery.following import Follower, Optimizers, Swap
 from wnsurgery.mechanism import WeightNormList, install, reorder_parameters, restore_parameter
-from wnsurgery.plan import Dim, Pattern, Plan, plan_weight_norm
+from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
 from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, decompose
 from wnsurgery.walk import Slot, legacy_hooks, slots
 
@@ -25,7 +29,7 @@ _WEIGHT_NORM = ("ours", "torch", "legacy")
 M = TypeVar("M", bound=nn.Module)
 
 
-def apply_weight_norm(
+def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms, and where g starts
     model: M,
     *,
     include: Pattern | None = None,
@@ -34,8 +38,11 @@ def apply_weight_norm(
     magnitude: Magnitude = "linear",
     magnitude_dtype: torch.dtype | None = None,
     freeze_magnitude: bool = False,
-    init: Literal["preserve", "data"] = "preserve",
+    init: Literal["preserve", "data", "fan"] = "preserve",
     data: Any = None,
+    optimizer: Optimizers | None = None,
+    batch_norm: BatchNormMode = "keep",
+    inputs: Any = None,
     **init_options: Any,
 ) -> M:
     """Replace weights w by g * v / ||v||, in place, keeping the function in every bit; returns the model.
@@ -56,33 +63,65 @@ def apply_weight_norm(
         magnitude_dtype: type of g; None means float32 (float64 for float64 weights), which 16-bit weights
             need to keep every bit.
         freeze_magnitude: g gets no gradient: the norm of every weight row stays what it is.
-        init: "preserve" keeps the function; "data" then sets g and biases from `data`, the paper's recipe.
-        data: a batch or an iterable of batches for init="data"; see `data_dependent_init`, which also names the
-            further options (`init_scale`, `training`, `forward`). What it left alone is logged as "wnsurgery".
+        init: "preserve" keeps the function; "data" then sets g and biases from `data`, the paper's recipe; "fan" sets
+            g, orthogonal v and zero biases without data, see `fan_init`.
+        data: a batch or an iterable of batches for init="data"; see `data_dependent_init` and `fan_init`, which also
+            name the further options (`init_scale`, `mask`, `generator`, ...). What they left alone is logged as
+            "wnsurgery".
+        optimizer: the optimizer in use, or a sequence of them, to train on with: g and v take the place of w in its
+            groups, and what it keeps for w (momentum, Adam's averages) and gradients already accumulated pass to g
+            and v by the chain rule. Optimizers whose state has no known rule forget these weights' state, as all do
+            when the function changes (init, batch_norm); a warning is logged. Schedulers go on working.
+        batch_norm: what becomes of each BatchNorm, see `plan_batch_norm`; the evaluation function stays the same to
+            rounding. "fold" folds it into the layer beside it, which then gets its weight norm; "mean-only" puts a
+            `MeanOnlyBatchNorm` in its place, its scale going into g. Those kept are logged as "wnsurgery", with the
+            reason.
+        inputs: example arguments that show the data flow for `batch_norm`; the first batch of `data` serves, too.
 
     Raises:
-        SelectionError: a pattern matches nothing, or the model holds no weight to convert.
+        SelectionError: a pattern matches nothing, the model holds no weight to convert, or the optimizer
+            (LBFGS, Muon) cannot follow.
         NonFiniteWeightError: a weight holds NaN or infinity; named.
     """
-    if init not in ("preserve", "data"):
-        raise SelectionError(f'init must be "preserve" or "data", not {init!r}')
+    if init not in ("preserve", "data", "fan"):
+        raise SelectionError(f'init must be "preserve", "data" or "fan", not {init!r}')
     if (init == "data") != (data is not None):
         raise SelectionError('init="data" and data=... go together')
     if init == "preserve" and init_options:
         raise TypeError(f"apply_weight_norm got unexpected arguments: {', '.join(sorted(init_options))}")
-    plan = plan_weight_norm(model, include=include, exclude=exclude, dim=dim)
-    options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
-    with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
-        apply_plan(model, plan, **options, freeze_magnitude=freeze_magnitude and init == "preserve")
-        if init == "data" and plan.sites:
-            names = {site.fqn for site in plan.sites}
-            report = data_dependent_init(model, data, include=lambda _, name: name in names, **init_options)
-            for skip in report.left:
-                _log.warning("%s keeps its magnitude: %s", skip.name, skip.reason)
-            for site in plan.sites if freeze_magnitude else ():
-                entry: Any = site.slot.module.parametrizations[site.slot.parameter]  # type: ignore[index]
-                entry.original0.requires_grad_(False)
+    _refuse_wrapped(model)
+    follower = Follower(model, optimizer)
+    carry = init == "preserve" and batch_norm == "keep"
+    with without_batch_norm(model, batch_norm, inputs, data=data) as norms:
+        plan = plan_weight_norm(model, include=include, exclude=exclude, dim=dim)
+        options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
+        with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
+            apply_plan(model, plan, **options, freeze_magnitude=freeze_magnitude and init == "preserve")
+            if init != "preserve" and plan.sites:
+                names = {site.fqn for site in plan.sites}
+                init_options["include"] = lambda _, name: name in names
+                make = fan_init if init == "fan" else partial(data_dependent_init, data=data)
+                _finish_init(plan, make(model, **init_options), freeze_magnitude)
+            with _plain_grad_mode():
+                follower.split(map(_swap_at, plan.sites), carry=carry)
+                follower.settle(p for step in norms.steps for p in model.get_submodule(step.layer).parameters())
     return model
+
+
+def _finish_init(plan: Plan, report: InitReport | FanReport, freeze_magnitude: bool) -> None:
+    """Say what an initialisation left alone; freeze g only now, if it is to be."""
+    for skip in report.left:
+        _log.warning("%s keeps its magnitude: %s", skip.name, skip.reason)
+    for site in plan.sites if freeze_magnitude else ():
+        entry: Any = site.slot.module.parametrizations[site.slot.parameter]  # type: ignore[index]
+        entry.original0.requires_grad_(False)
+
+
+def _swap_at(site: Site) -> Swap:
+    """The weight of a site just converted, and its pair."""
+    entry: Any = site.slot.module.parametrizations[site.slot.parameter]  # type: ignore[index]
+    weight: Any = site.weight
+    return Swap(weight, entry.original0, entry.original1, site.axes, entry[0].magnitude)
 
 
 def apply_plan(
@@ -129,7 +168,7 @@ def is_weight_normed(model: nn.Module) -> bool:
     return any(slot.form in _WEIGHT_NORM or _is_stacked(slot) for slot in slots(model))
 
 
-def fold_weight_norm(model: M) -> M:
+def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     """Replace every (g, v) by the plain weight g * v / ||v||, in place; returns the model.
 
     Knows our weight norm, torch's `parametrizations.weight_norm` and torch's legacy `weight_norm`, any tensor name
@@ -145,19 +184,33 @@ def fold_weight_norm(model: M) -> M:
     >>> torch.equal(fold_weight_norm(apply_weight_norm(layer)).weight, before), type(layer).__name__
     (True, 'Linear')
 
-    Raises PairError when a pair does not fit together or another parametrization is stacked on it.
+    A mean-only batch normalization goes into the bias of the layer before it and leaves an `nn.Identity`: the layer it
+    was converted from, or the one that tracing finds. One without such a layer stays, which is logged as "wnsurgery".
+
+    Args:
+        model: any module tree.
+        optimizer: the optimizer in use, or a sequence of them: w takes the place of v in its groups (of g, where
+            only that is being trained; g and v may be in different groups), and momentum, Adam's averages and
+            gradients pass back to w by the chain rule. A row with g = 0 keeps no part across its direction.
+
+    Raises PairError when a pair does not fit together or another parametrization is stacked on it, SelectionError
+    when the optimizer (LBFGS) cannot follow.
     """
     _refuse_wrapped(model)
+    follower = Follower(model, optimizer)
+    means = folded_means(model)
     found = [slot for slot in slots(model) if slot.form in _WEIGHT_NORM]
     for slot in slots(model):
         if _is_stacked(slot):
             raise PairError(f"{slot.fqn}: another parametrization is stacked on its weight norm; remove that first")
     with _plain_grad_mode():
         folded: dict[tuple[int, int], nn.Parameter] = {}
+        swaps: list[Swap] = []
         for slot in found:
             key = (id(slot.magnitude), id(slot.tensor))
             if key not in folded:
                 folded[key] = _plain_weight(slot)
+                swaps.append(_swap_from(slot, folded[key]))
         with _all_or_nothing(slot.module for slot in found):
             for slot in found:
                 weight = folded[id(slot.magnitude), id(slot.tensor)]
@@ -167,6 +220,10 @@ def fold_weight_norm(model: M) -> M:
                     _remove_parametrized(slot, weight)
             for slot in found:
                 _refresh_recurrent(slot.module)
+            follower.join(swaps)
+        for fold_mean in means:
+            fold_mean()
+        follower.settle()
     _log.info("weight norm folded out of %d weights", len(folded))
     return model
 
@@ -184,6 +241,13 @@ def _plain_weight(slot: Slot) -> nn.Parameter:
     weight = nn.Parameter(w.detach(), requires_grad=g.requires_grad or v.requires_grad)
     weight.__dict__.update(v.__dict__)
     return weight
+
+
+def _swap_from(slot: Slot, weight: nn.Parameter) -> Swap:
+    g: Any = slot.magnitude
+    v: Any = slot.tensor
+    axes, magnitude = _rule_of(slot)
+    return Swap(weight, g, v, axes or Axes.of_pair(g.shape, v.shape), magnitude)
 
 
 def _rule_of(slot: Slot) -> tuple[Axes | None, Magnitude]:

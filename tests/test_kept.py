@@ -1,0 +1,239 @@
+"""Weights and memory kept between uses: never stale, never shared with somebody who still looks."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wnsurgery as wn
+from wnsurgery.kept import Rooms
+
+from nets import same_bits
+
+Layer = Any
+
+
+@pytest.fixture(autouse=True)
+def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are computed into kept memory for small weights already, so that these tests are quick."""
+    monkeypatch.setattr("wnsurgery.reparam._FRESH", 1 << 16)
+
+
+def layer(size: int = 8, **options: Any) -> Layer:
+    torch.manual_seed(0)
+    return wn.apply_weight_norm(nn.Linear(size, size), **options)
+
+
+def now(module: Layer) -> Tensor:
+    """The weight from g and v as they are, past everything that may be kept."""
+    pair = module.parametrizations.weight
+    return wn.compose(pair.original0.detach().clone(), pair.original1.detach().clone())
+
+
+def _optimizer(kind: type[torch.optim.Optimizer], **options: Any) -> Callable[[Layer], None]:
+    def write(module: Layer) -> None:
+        optimizer = kind(module.parameters(), lr=0.1, **options)  # type: ignore[call-arg]
+        for p in module.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return write
+
+
+def _swap(module: Layer) -> None:
+    for p in module.parameters():
+        p.data = p.data.clone() * 2
+
+
+def _ema(module: Layer) -> None:
+    average = torch.optim.swa_utils.AveragedModel(copy.deepcopy(module))
+    module.load_state_dict(average.module.state_dict())
+    with torch.no_grad():
+        for p, q in zip(module.parameters(), average.module.parameters(), strict=True):
+            p.lerp_(q * 3, 0.5)
+
+
+def _data_copy(module: Layer) -> None:
+    for p in module.parameters():
+        p.data.copy_(p.data * 2 + 1)
+
+
+def _numpy(module: Layer) -> None:
+    module.parametrizations.weight.original0.detach().numpy()[:] *= 2
+
+
+def _in_place(module: Layer) -> None:
+    with torch.no_grad():
+        module.parametrizations.weight.original1[3, 4] += 1
+
+
+def _load(module: Layer) -> None:
+    module.load_state_dict({k: v + 1 if v.is_floating_point() else v for k, v in module.state_dict().items()})
+
+
+def _load_assigned(module: Layer) -> None:
+    module.load_state_dict({k: v + 1 for k, v in module.state_dict().items()}, assign=True)
+
+
+def _write_weight(module: Layer) -> None:
+    with torch.no_grad():
+        nn.init.uniform_(module.weight)
+
+
+WRITES: dict[str, Callable[[Layer], None]] = {
+    "sgd": _optimizer(torch.optim.SGD),
+    "sgd foreach": _optimizer(torch.optim.SGD, foreach=True),
+    "sgd fused": _optimizer(torch.optim.SGD, fused=True),
+    "adamw fused": _optimizer(torch.optim.AdamW, fused=True),
+    "adam": _optimizer(torch.optim.Adam, foreach=False),
+    "data swap": _swap,
+    "ema": _ema,
+    "data copy": _data_copy,
+    "numpy": _numpy,
+    "one element": _in_place,
+    "load": _load,
+    "load assign": _load_assigned,
+    "write": _write_weight,
+    "to and back": lambda m: m.to(torch.float64).to(torch.float32),
+    "type": lambda m: m.to(torch.bfloat16).to(torch.float32),
+    "reset": lambda m: m.reset_parameters(),
+    "assign": lambda m: setattr(m, "weight", torch.eye(len(m.weight))),
+}
+
+
+@pytest.mark.parametrize("size", [8, 300])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_an_evaluation_weight_is_never_stale(write: Callable[[Layer], None], size: int) -> None:
+    """Whatever changes g, v or the weight itself, the next evaluation sees it, to the bit."""
+    module = layer(size).eval()
+    for _ in range(3):
+        with torch.no_grad():
+            before = module.weight
+            assert module.weight is before
+        write(module)
+        with torch.no_grad():
+            found = module.weight
+        assert same_bits(found, now(module))
+        with torch.inference_mode():
+            assert same_bits(module.weight, now(module))
+
+
+@pytest.mark.parametrize("size", [8, 300])
+def test_training_and_evaluation_take_turns(size: int) -> None:
+    """A weight kept for evaluation is not the one training differentiates, and steps reach the next evaluation."""
+    module = layer(size)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    x = torch.randn(4, size)
+    for _ in range(3):
+        with torch.no_grad():
+            assert same_bits(module(x), nn.functional.linear(x, now(module), module.bias))
+        module(x).square().sum().backward()
+        assert module.parametrizations.weight.original1.grad.abs().max() > 0
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_weight_somebody_holds_is_left_alone() -> None:
+    """Memory is used again only when the last weight computed in it is gone, views, graphs and arrays included."""
+    module = layer(300)
+    x = torch.randn(2, 300)
+    held = module.weight
+    view, array, copied = module.weight.t(), module.weight.detach().numpy(), held.detach().clone()
+    graph = module(x).square().sum()
+    with torch.no_grad():
+        module.parametrizations.weight.original0.mul_(2)
+        evaluated = module.weight
+    other = module(x)
+    assert same_bits(held, copied)
+    assert same_bits(view.t().contiguous(), copied)
+    assert same_bits(torch.from_numpy(array), copied)
+    assert same_bits(evaluated, now(module))
+    del graph, other
+
+
+def test_two_graphs_of_one_step_do_not_share_memory() -> None:
+    """A discriminator on real and on fake images, then backward through both: the gradients of a plain net."""
+    module, x, y = layer(300), torch.randn(2, 300), torch.randn(2, 300)
+    w = module.weight.detach().clone().requires_grad_()
+    for _ in range(2):
+        module.zero_grad()
+        a, b = module(x), module(y)
+        (a.square().sum() + b.exp().sum()).backward()
+    plain = nn.functional.linear(x, w, module.bias).square().sum() + nn.functional.linear(y, w, module.bias).exp().sum()
+    (grad,) = torch.autograd.grad(plain, w)
+    pair = module.parametrizations.weight
+    v, norm = pair.original1.detach(), pair.original1.detach().norm(dim=1, keepdim=True)
+    radial = (grad * v).sum(1, keepdim=True) / norm
+    g = pair.original0.detach()
+    assert torch.allclose(pair.original0.grad, radial, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(pair.original1.grad, g / norm * (grad - radial * v / norm), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_do_not_depend_on_memory() -> None:
+    """The same step gives the same bits whether memory was free or held, so that a resumed run is the same run."""
+    x = torch.randn(3, 300)
+    grads = []
+    for hold in (False, True):
+        module, held = layer(300), []
+        for _ in range(3):
+            module.zero_grad()
+            held.append(module.weight if hold else None)
+            module(x).square().sum().backward()
+            held.append(module.parametrizations.weight.original1.grad if hold else None)
+        grads.append(module.parametrizations.weight.original1.grad.clone())
+    assert same_bits(*grads)
+
+
+def test_a_kept_gradient_is_not_overwritten() -> None:
+    """A gradient that the user, or a second backward, still holds keeps its values."""
+    module, x = layer(300), torch.randn(3, 300)
+    module(x).square().sum().backward()
+    kept = module.parametrizations.weight.original1.grad
+    values = kept.clone()
+    module.zero_grad()
+    module(x).exp().sum().backward()
+    assert same_bits(kept, values)
+    module(x).exp().sum().backward()  # accumulates
+    single = layer(300)
+    single(x).exp().sum().backward()
+    total = module.parametrizations.weight.original1.grad
+    assert torch.allclose(total, 2 * single.parametrizations.weight.original1.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_kept_goes_into_copies_or_files() -> None:
+    """Copies and pickles hold g and v alone, and keep their own weights."""
+    module = layer(300).eval()
+    with torch.no_grad():
+        first = module.weight
+    copied, loaded = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    assert len(pickle.dumps(module)) < 4 * (300 * 300 + 3 * 300) + 20_000
+    with torch.no_grad():
+        module.parametrizations.weight.original0.mul_(2)
+        assert same_bits(copied.weight, first)
+        assert same_bits(loaded.weight, first)
+        assert same_bits(module.weight, now(module))
+
+
+def test_rooms_lend_once() -> None:
+    """A room is lent again only when its last loan is gone; small or other tensors get none or their own."""
+    rooms, like = Rooms(), torch.zeros(1 << 16)
+    loan = rooms.take("w", like)
+    assert loan is not None
+    assert rooms.take("w", like) is None
+    assert rooms.take("grad", like) is not None
+    kept = loan[5:]
+    del loan
+    assert rooms.take("w", like) is None
+    del kept
+    gc.collect()
+    assert rooms.take("w", like) is not None
+    assert rooms.take("w", torch.zeros(1 << 16, dtype=torch.float64)).dtype == torch.float64  # type: ignore[union-attr]
+    assert rooms.take("w", torch.zeros((1 << 16) - 1)) is None

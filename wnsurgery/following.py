@@ -1,0 +1,461 @@
+"""Optimizers follow surgery: their groups, their state and gradients pass from weights to pairs (g, v) and back.
+
+What an optimizer keeps for a parameter is one of a few kinds of thing, each with its own way over:
+
+| kind | what it is | w -> g, v | v rescaled to c v |
+| --- | --- | --- | --- |
+| count | step numbers and other scalars | copied | kept |
+| gradient | an average of gradients (SGD's momentum_buffer, Adam's exp_avg) | the chain rule | 1/c |
+| square | an average or sum of squared gradients (exp_avg_sq, Adagrad's sum) | second moments of the above | 1/c^2 |
+| bound | a running maximum of |gradients| (Adamax's exp_inf) | root of its square's | 1/c |
+| step | an average of steps (RMSprop's momentum_buffer) | the step of w, taken by the pair | c |
+| squared step | an average of squared steps (Adadelta's acc_delta) | second moments of the above | c^2 |
+| weight | an average of weights (ASGD's ax) | decomposed, composed | c |
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from wnsurgery.chain_rule import ChainRule
+from wnsurgery.errors import SelectionError
+from wnsurgery.reparam import Axes, Magnitude, compose, decompose
+
+__all__ = ["Follower", "Optimizers", "Swap", "as_optimizers", "rescale_state"]
+
+_log = logging.getLogger("wnsurgery")
+
+Optimizers = Optimizer | Sequence[Optimizer]
+State = dict[str, Any]
+Kind = Literal["count", "gradient", "square", "bound", "step", "squared step", "weight"]
+
+_POWER: dict[Kind, int] = {"gradient": -1, "square": -2, "bound": -1, "step": 1, "squared step": 2, "weight": 1}
+
+_ADAM: dict[str, Kind] = {"step": "count", "exp_avg": "gradient", "exp_avg_sq": "square", "max_exp_avg_sq": "square"}
+_KNOWN: tuple[tuple[type[Optimizer], dict[str, Kind]], ...] = (
+    (torch.optim.SGD, {"momentum_buffer": "gradient"}),
+    (torch.optim.Adam, _ADAM),
+    (torch.optim.AdamW, _ADAM),
+    (torch.optim.NAdam, _ADAM | {"mu_product": "count"}),
+    (torch.optim.RAdam, _ADAM),
+    (torch.optim.SparseAdam, _ADAM),
+    (torch.optim.Adamax, {"step": "count", "exp_avg": "gradient", "exp_inf": "bound"}),
+    (torch.optim.Adagrad, {"step": "count", "sum": "square"}),
+    (
+        torch.optim.RMSprop,
+        {"step": "count", "square_avg": "square", "grad_avg": "gradient", "momentum_buffer": "step"},
+    ),
+    (torch.optim.Adadelta, {"step": "count", "square_avg": "square", "acc_delta": "squared step"}),
+    (torch.optim.ASGD, {"step": "count", "eta": "count", "mu": "count", "ax": "weight"}),
+    (torch.optim.Muon, {"momentum_buffer": "gradient"}),
+)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One weight and the pair it becomes or came from, at the values they have in common."""
+
+    weight: nn.Parameter
+    g: nn.Parameter
+    v: nn.Parameter
+    axes: Axes
+    magnitude: Magnitude
+
+
+def as_optimizers(optimizer: Optimizers | None, *, flat: bool = False) -> tuple[Optimizer, ...]:
+    """One optimizer, several, or none, as a tuple; SelectionError for anything else, and for LBFGS unless `flat`."""
+    if optimizer is None:
+        return ()
+    several = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+    for one in several:
+        if not (isinstance(getattr(one, "param_groups", None), list) and hasattr(one, "state")):
+            hint = "give the optimizer it schedules" if hasattr(one, "optimizer") else None
+            raise SelectionError(f"optimizer must be a torch.optim.Optimizer, not {type(one).__name__}", hint=hint)
+        if isinstance(one, torch.optim.LBFGS) and not flat:
+            raise SelectionError(
+                "LBFGS keeps its history as flat vectors over all parameters, which cannot follow surgery",
+                hint="make a new LBFGS afterwards",
+            )
+    return several
+
+
+class Follower:
+    """Moves optimizers along with a model: made before surgery, told afterwards what was swapped.
+
+    New parameters stand in the groups of the old ones, at their place; where a group listed its parameters in the
+    model's order, it lists them in the model's order afterwards, so that `state_dict()` fits an optimizer newly
+    built over the model. Everything is computed before anything is changed. Without optimizers it does nothing.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizers | None) -> None:
+        self.model = model
+        self.optimizers = as_optimizers(optimizer)
+        self.before = _names(model) if self.optimizers else {}
+
+    def split(self, swaps: Iterable[Swap], *, carry: bool = True) -> None:
+        """Weights became pairs. `carry=False` drops state and gradients: the function has changed."""
+        swaps = list(swaps) if self.optimizers else []
+        if carry:
+            _warn_of_unknown(self.optimizers, [swap.weight for swap in swaps])
+        elif any(one.state.get(swap.weight) for one in self.optimizers for swap in swaps):
+            _log.warning("initialisation from data changes the function: optimizer state of its weights starts anew")
+        for one in self.optimizers:
+            held = _held(one)
+            if isinstance(one, torch.optim.Muon) and any(id(swap.weight) in held for swap in swaps):
+                raise SelectionError("Muon turns whole matrices, which magnitudes are not", hint="use AdamW for them")
+        grads: list[tuple[Tensor, Tensor | None]] = []
+        states: list[tuple[Optimizer, nn.Parameter, State]] = []
+        for swap in swaps if carry else ():
+            rule = ChainRule.of_gradients(swap.g, swap.v, swap.axes, swap.magnitude)
+            grads += _split_grad(swap, rule)
+            for one in self.optimizers:
+                state = one.state.get(swap.weight)
+                table = _table(one, swap.weight)
+                if state and table is not None:
+                    for_g, for_v = _split_state(swap, rule, state, table, _settings(one, swap.weight))
+                    states += [(one, swap.g, for_g)] if swap.g.requires_grad else []
+                    states.append((one, swap.v, for_v))
+        places = {id(swap.weight): [swap.g, swap.v] for swap in swaps}
+        self._commit([places] * len(self.optimizers), [s.weight for s in swaps], grads, states)
+
+    def join(self, swaps: Iterable[Swap]) -> None:
+        """Pairs became weights: each takes the place of its v, or of its g where only that was being trained."""
+        swaps = list(swaps) if self.optimizers else []
+        _warn_of_unknown(self.optimizers, [p for swap in swaps for p in (swap.v, swap.g)])
+        held = [_held(one) for one in self.optimizers]
+        places: list[dict[int, list[nn.Parameter]]] = [{} for _ in self.optimizers]
+        grads: list[tuple[Tensor, Tensor | None]] = []
+        states: list[tuple[Optimizer, nn.Parameter, State]] = []
+        for swap in swaps:
+            rule = ChainRule.of_gradients(swap.g, swap.v, swap.axes, swap.magnitude)
+            grads += _joined_grad(swap, rule)
+            anywhere = any(id(swap.v) in ids for ids in held)
+            for one, ids, place in zip(self.optimizers, held, places, strict=True):
+                place[id(swap.g)] = [] if anywhere else [swap.weight]
+                place[id(swap.v)] = [swap.weight]
+                if id(swap.v if anywhere else swap.g) in ids:
+                    state = self._joined_state(one, swap, rule)
+                    states += [(one, swap.weight, state)] if state else []
+        self._commit(places, [p for swap in swaps for p in (swap.g, swap.v)], grads, states)
+
+    def settle(self, changed: Iterable[nn.Parameter] = ()) -> None:
+        """Other parameters that came and went (biases, BatchNorms): drop those gone, adopt those new.
+
+        A new one goes into the first group that holds a parameter of the same module. The state of `changed` starts
+        anew: their values were rescaled under the optimizer.
+        """
+        now = {id(p): (name, p) for name, p in self.model.named_parameters()} if self.optimizers else {}
+        changed = list(changed)
+        for one in self.optimizers:
+            for group in one.param_groups:
+                lost = [p for p in group["params"] if id(p) in self.before and id(p) not in now]
+                keep = [i for i, p in enumerate(group["params"]) if not any(p is q for q in lost)]
+                if "param_names" in group:
+                    group["param_names"] = [group["param_names"][i] for i in keep]
+                group["params"][:] = [group["params"][i] for i in keep]
+                for parameter in lost:
+                    one.state.pop(parameter, None)
+            for parameter in changed:
+                one.state.pop(parameter, None)
+        held = set().union(*map(_held, self.optimizers)) if self.optimizers else set()
+        for key, (name, parameter) in now.items():
+            if parameter.requires_grad and key not in self.before and key not in held:
+                self._adopt(name, parameter, now)
+
+    def _adopt(self, name: str, parameter: nn.Parameter, now: Mapping[int, tuple[str, nn.Parameter]]) -> None:
+        """Put a new parameter into its module's group: at its place if the group lists the model's order."""
+        order = {key: i for i, key in enumerate(now)}
+        for one in self.optimizers:
+            for group in one.param_groups:
+                mine = [p for p in group["params"] if id(p) in now]
+                if not any(_module_of(now[id(p)][0]) == _module_of(name) for p in mine):
+                    continue
+                ranks, rank = [order[id(p)] for p in mine], order[id(parameter)]
+                later = next((p for p in mine if order[id(p)] > rank), None) if ranks == sorted(ranks) else None
+                place = (
+                    len(group["params"])
+                    if later is None
+                    else next(i for i, p in enumerate(group["params"]) if p is later)
+                )
+                group["params"].insert(place, parameter)
+                if "param_names" in group:
+                    group["param_names"].insert(place, name)
+                return
+        _log.warning("%s is new and no optimizer holds a parameter of its module: it is not being trained", name)
+
+    def _joined_state(self, one: Optimizer, swap: Swap, rule: ChainRule) -> State:
+        """The state of a folded weight, from that of v and g; g may be with another optimizer of the same type."""
+        for_v = one.state.get(swap.v) or {}
+        table = _table(one, swap.v)
+        others = (o for o in (one, *self.optimizers) if type(o) is type(one))
+        for_g, g_home = next(((o.state[swap.g], o) for o in others if o.state.get(swap.g)), ({}, one))
+        if _table(g_home, swap.g) is None:
+            for_g = {}
+        if table is None or not (for_v or for_g):
+            return {}
+        return _join_state(
+            swap, rule, (for_g, for_v), table, (_settings(g_home, swap.g), _settings(one, swap.v if for_v else swap.g))
+        )
+
+    def _commit(
+        self,
+        places: Sequence[Mapping[int, list[nn.Parameter]]],
+        gone: Sequence[nn.Parameter],
+        grads: Sequence[tuple[Tensor, Tensor | None]],
+        states: Sequence[tuple[Optimizer, nn.Parameter, State]],
+    ) -> None:
+        """Change groups, state and gradients; nothing here can fail."""
+        after = _names(self.model) if self.optimizers else {}
+        contents = [
+            (group, *self._contents(group, place, after))
+            for one, place in zip(self.optimizers, places, strict=True)
+            for group in one.param_groups
+        ]
+        for group, parameters, names in contents:
+            group["params"][:] = parameters
+            if names is not None:
+                group["param_names"] = names
+        for one in self.optimizers:
+            for parameter in gone:
+                one.state.pop(parameter, None)
+        for one, parameter, state in states:
+            one.state[parameter] = state
+        for owner, grad in grads:
+            owner.grad = grad
+
+    def _contents(
+        self,
+        group: Mapping[str, Any],
+        place: Mapping[int, list[nn.Parameter]],
+        after: Mapping[int, tuple[int, str]],
+    ) -> tuple[list[nn.Parameter], list[str] | None]:
+        """The parameters of a group after the surgery, and their names where it has names."""
+        old = group["params"]
+        ranks = [self.before[id(p)][0] for p in old if id(p) in self.before]
+        named = group.get("param_names") or [""] * len(old)
+        entries: list[tuple[nn.Parameter, str]] = []
+        for parameter, name in zip(old, named, strict=True):
+            new = place.get(id(parameter))
+            if new is None:
+                entries.append((parameter, name))
+                continue
+            known = self.before.get(id(parameter), (0, ""))[1]
+            prefix = name.removesuffix(known) if name.endswith(known) else ""
+            entries += [(p, prefix + after[id(p)][1] if id(p) in after else name) for p in new]
+        if ranks == sorted(ranks):
+            mine = [i for i, (p, _) in enumerate(entries) if id(p) in after]
+            ordered = sorted((entries[i] for i in mine), key=lambda entry: after[id(entry[0])][0])
+            for i, entry in zip(mine, ordered, strict=True):
+                entries[i] = entry
+        return [p for p, _ in entries], [n for _, n in entries] if "param_names" in group else None
+
+
+def rescale_state(optimizers: Sequence[Optimizer], v: nn.Parameter, factor: Tensor) -> Callable[[], None]:
+    """v becomes factor * v: how gradient and state follow. Returns the action, which cannot fail.
+
+    `factor` broadcasts against v and is positive.
+    """
+    changes: list[tuple[Optimizer, State]] = []
+    wide = factor.double() if factor.device.type != "mps" else factor
+    _warn_of_unknown(optimizers, [v])
+    for one in optimizers:
+        state = one.state.get(v)
+        if state:
+            table = _table(one, v)
+            scaled = {} if table is None else {k: _rescaled(x, table[k], wide) for k, x in state.items()}
+            changes.append((one, scaled))
+    grad = None if v.grad is None else _rescaled(v.grad, "gradient", wide)
+
+    def act() -> None:
+        for one, scaled in changes:
+            one.state.pop(v)
+            if scaled:
+                one.state[v] = scaled
+        if grad is not None:
+            v.grad = grad
+
+    return act
+
+
+def _rescaled(x: Any, kind: Kind, factor: Tensor) -> Any:
+    if kind == "count" or not isinstance(x, Tensor):
+        return x
+    return torch.empty_like(x).copy_(x.to(factor.dtype) * factor.to(x.device) ** _POWER[kind])
+
+
+# What an optimizer holds ---------------------------------------------------------------------------------
+
+
+def _names(model: nn.Module) -> dict[int, tuple[int, str]]:
+    """Parameter identity -> its place in `model.parameters()` and its name."""
+    return {id(p): (i, name) for i, (name, p) in enumerate(model.named_parameters())}
+
+
+def _module_of(name: str) -> str:
+    """The module a parameter belongs to; the halves of a pair belong to their host."""
+    host, marker, _ = name.partition("parametrizations.")
+    return host.removesuffix(".") if marker else name.rpartition(".")[0]
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _table(optimizer: Optimizer, parameter: Tensor) -> dict[str, Kind] | None:
+    """What each entry of a parameter's state is; None where some entry is unknown or not of its parameter's shape, so
+    that the state has to start anew."""
+    table = next((kinds for kind, kinds in _KNOWN if isinstance(optimizer, kind)), {})
+    for key, x in (optimizer.state.get(parameter) or {}).items():
+        if key not in table or (isinstance(x, Tensor) and table[key] != "count" and x.shape != parameter.shape):
+            return None
+    return table
+
+
+def _warn_of_unknown(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+    """Say once per optimizer whose state starts anew."""
+    parameters = list(parameters)
+    for one in optimizers:
+        lost = [set(one.state[p]) for p in parameters if one.state.get(p) and _table(one, p) is None]
+        if lost:
+            keys = ", ".join(sorted(set().union(*lost)))
+            name = type(one).__name__
+            _log.warning("%s: no rule for its state (%s), which starts anew for %d weights", name, keys, len(lost))
+
+
+def _settings(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Any]:
+    """The options of the group a parameter is in."""
+    return next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), optimizer.defaults)
+
+
+def _mean_of(state: State, settings: Mapping[str, Any]) -> tuple[Any, float, float]:
+    """The average gradient beside the second moments, if there is one, and by how much each falls short of a mean.
+
+    Averages start at zero: after t steps with decay b they hold 1 - b^t of what they average.
+    """
+    count = float(state.get("step", 0) or 0)
+    if "betas" in settings:
+        mean, decays = state.get("exp_avg"), settings["betas"]
+    else:
+        mean, decays = state.get("grad_avg"), [settings.get("alpha", 0.0)] * 2
+    if mean is None:
+        return None, 1.0, 1.0
+    first, second = (1 - float(b) ** count if count else 1.0 for b in decays)
+    return mean, first or 1.0, second or 1.0
+
+
+# One weight ----------------------------------------------------------------------------------------------
+
+
+def _split_state(
+    swap: Swap, rule: ChainRule, state: State, table: Mapping[str, Kind], settings: Mapping[str, Any]
+) -> tuple[State, State]:
+    mean, first, second = _mean_of(state, settings)
+    mean = None if mean is None else mean.to(rule.unit.dtype) / first
+    for_g: State = {}
+    for_v: State = {}
+    for key, x in state.items():
+        kind = table[key]
+        if kind == "count" or not isinstance(x, Tensor):
+            for_g[key], for_v[key] = _copied(x), _copied(x)
+            continue
+        if kind == "gradient":
+            pair = rule.split(x)
+        elif kind == "step":
+            pair = rule.of_steps().split(x)
+        elif kind == "square":
+            pair = tuple(s * second for s in rule.split_squares(x.to(rule.unit.dtype) / second, mean))  # type: ignore[assignment]
+        elif kind == "bound":
+            pair = tuple(s.sqrt() for s in rule.split_squares(x.to(rule.unit.dtype).square()))  # type: ignore[assignment]
+        elif kind == "squared step":
+            pair = rule.of_steps().split_squares(x)
+        else:
+            pair = decompose(x.to(swap.v.dtype), swap.axes, magnitude=swap.magnitude, magnitude_dtype=swap.g.dtype)
+        for_g[key] = _stored(pair[0], swap.g, x, swap.weight)
+        for_v[key] = _stored(pair[1], swap.v, x, swap.weight)
+    return for_g, for_v
+
+
+def _join_state(
+    swap: Swap,
+    rule: ChainRule,
+    states: tuple[State, State],
+    table: Mapping[str, Kind],
+    settings: tuple[Mapping[str, Any], Mapping[str, Any]],
+) -> State:
+    for_g, for_v = states
+    (mean_g, first_g, second_g), (mean_v, first_v, second_v) = (
+        _mean_of(state, setting) for state, setting in zip(states, settings, strict=True)
+    )
+    lead = for_v or for_g
+    second = second_v if for_v else second_g
+    first = first_v if for_v else first_g
+    mean_g, mean_v = (
+        None if m is None else m.to(rule.unit.dtype) / f for m, f in ((mean_g, first_g), (mean_v, first_v))
+    )
+    joined: State = {}
+    for key, x in lead.items():
+        kind = table[key]
+        if kind == "count" or not isinstance(x, Tensor):
+            joined[key] = _copied(x)
+            continue
+        a, b = _wide(for_g.get(key), rule), _wide(for_v.get(key), rule)
+        if kind == "gradient":
+            a = None if a is None else a * (first / first_g)
+            w = rule.join(a, b)
+        elif kind == "step":
+            w = rule.of_steps().join(a, b)
+        elif kind == "square":
+            a = None if a is None else a / second_g
+            b = None if b is None else b / second_v
+            w = rule.join_squares(a, b, mean_g, mean_v) * second
+        elif kind == "bound":
+            w = rule.join_squares(_square(a), _square(b)).sqrt()
+        elif kind == "squared step":
+            w = rule.of_steps().join_squares(a, b)
+        else:
+            g = for_g.get(key, swap.g).detach()
+            w = compose(g, for_v.get(key, swap.v).detach(), swap.axes, magnitude=swap.magnitude)
+        joined[key] = _stored(w, swap.weight, x, swap.v if for_v else swap.g)
+    return joined
+
+
+def _wide(x: Any, rule: ChainRule) -> Tensor | None:
+    return x.detach().to(rule.unit.device, rule.unit.dtype) if isinstance(x, Tensor) else None
+
+
+def _square(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.square()
+
+
+def _copied(x: Any) -> Any:
+    return x.detach().clone() if isinstance(x, Tensor) else x
+
+
+def _stored(x: Tensor, parameter: Tensor, old_state: Tensor, old_parameter: Tensor) -> Tensor:
+    """State laid out as its parameter, in its type where the old state had its parameter's, where the old one was."""
+    dtype = parameter.dtype if old_state.dtype == old_parameter.dtype else old_state.dtype
+    return torch.empty_like(parameter, dtype=dtype, device=old_state.device, requires_grad=False).copy_(x)
+
+
+def _split_grad(swap: Swap, rule: ChainRule) -> list[tuple[Tensor, Tensor | None]]:
+    grad = swap.weight.grad
+    if grad is None:
+        return []
+    for_g, for_v = rule.split(grad)
+    pairs = [(swap.g, for_g), (swap.v, for_v)]
+    return [(p, _stored(x, p, grad, swap.weight)) for p, x in pairs if p.requires_grad]
+
+
+def _joined_grad(swap: Swap, rule: ChainRule) -> list[tuple[Tensor, Tensor | None]]:
+    for_g, for_v = swap.g.grad, swap.v.grad
+    if (for_g is None and for_v is None) or not swap.weight.requires_grad:
+        return []
+    joined = rule.join(for_g, for_v)
+    return [(swap.weight, _stored(joined, swap.weight, joined, joined))]

@@ -1,0 +1,127 @@
+"""What a converted layer keeps between uses: memory for its weight, and the weight itself while nothing changes.
+
+A weight over 32 MiB gets fresh pages from the system at every allocation, and touching them for the first time costs
+several times the arithmetic. `Rooms` lends the same memory again once nobody holds what was computed in it.
+
+In evaluation the weight is the same from one call to the next. `Kept` holds it, and tells whether it still is: tensor
+versions count every in-place operation; optimizer steps are counted apart, since torch's fused optimizers leave the
+versions as they are; and because writes through `.data` leave no count anywhere, a few bytes of g and v are compared.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+__all__ = ["LARGE", "Kept", "Rooms"]
+
+LARGE = 1 << 16  # elements from which memory is worth keeping; smaller blocks come warm from the allocator
+_ALONE = 2  # storage references when only the lender holds it: its tensor, and the handle that counting takes
+_PROBE = 32  # bytes compared at each of a few places
+
+
+class Rooms:
+    """Memory for tensors of one shape each, by name; in use as long as any tensor or graph holds the last loan.
+
+    >>> rooms, like = Rooms(), torch.zeros(1 << 16)
+    >>> first = rooms.take("w", like)
+    >>> start, first = first.data_ptr(), None
+    >>> rooms.take("w", like).data_ptr() == start
+    True
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor) -> Tensor | None:
+        """Uninitialised memory laid out like a tensor, None where none is kept or somebody still holds it.
+
+        What is returned is a tensor of its own: writing to it counts no version of an earlier loan.
+        """
+        if like.device.type != "cpu" or like.numel() < LARGE:
+            return None
+        memory = self._memory.pop(name, None)  # nobody else finds it while it is looked at
+        if memory is None or not _alike(memory, like):
+            memory = torch.empty_like(like, requires_grad=False)
+        elif torch._C._storage_Use_Count(memory.untyped_storage()._cdata) != _ALONE:
+            self._memory[name] = memory
+            return None
+        loan = torch.empty(0, dtype=memory.dtype, device=memory.device)
+        loan.set_(memory.untyped_storage(), memory.storage_offset(), memory.shape, memory.stride())
+        self._memory[name] = memory
+        return loan
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+
+
+class _Steps:
+    """How many optimizer steps this process has seen since somebody first kept a weight."""
+
+    def __init__(self) -> None:
+        self.count, self.counting = 0, False
+
+    def start(self) -> None:
+        if not self.counting:
+            self.counting = True
+            register_optimizer_step_post_hook(self._one_more)
+
+    def _one_more(self, *_: Any) -> None:
+        self.count += 1
+
+
+_steps = _Steps()
+
+
+class Kept:
+    """A computed weight with everything that tells whether its g and v, or it itself, have been written to since."""
+
+    __slots__ = ("_g", "_places", "_probed", "_starts", "_step", "_v", "_versions", "w")
+
+    def __init__(self, w: Tensor, g: Tensor, v: Tensor) -> None:
+        _steps.start()
+        self.w, self._g, self._v = w, g, v
+        self._versions = (w._version, g._version, v._version)
+        self._starts = (g.data_ptr(), v.data_ptr())
+        self._places = (*_places(g, (2,)), *_places(v, (1, 3)))
+        self._probed = b"".join(ctypes.string_at(*place) for place in self._places)
+        self._step = _steps.count
+
+    def is_written(self) -> bool:
+        """Whether somebody wrote into the weight itself."""
+        return self.w._version != self._versions[0]
+
+    def was_of(self, g: Tensor, v: Tensor) -> bool:
+        """Whether this pair has not been written to since, so that a write into the weight is the latest word."""
+        return g is self._g and v is self._v and (g._version, v._version) == self._versions[1:]
+
+    def is_of(self, g: Tensor, v: Tensor) -> bool:
+        """Whether it is still the weight of this pair."""
+        return (
+            g is self._g
+            and v is self._v
+            and self._step == _steps.count
+            and (self.w._version, g._version, v._version) == self._versions
+            and (g.data_ptr(), v.data_ptr()) == self._starts
+            and b"".join([ctypes.string_at(*place) for place in self._places]) == self._probed
+        )
+
+    @staticmethod
+    def can_hold(g: Tensor, v: Tensor) -> bool:
+        """Whether changes of this pair can be seen: ordinary tensors in the CPU's memory."""
+        return v.device.type == "cpu" and g.device.type == "cpu" and not (v.is_inference() or g.is_inference())
+
+
+def _places(tensor: Tensor, quarters: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Addresses and lengths of a few bytes inside a tensor's memory, some quarters of the way in."""
+    start = tensor.data_ptr()
+    size = int(tensor.untyped_storage().nbytes()) - int(tensor.storage_offset()) * tensor.element_size()
+    if not tensor.numel() or size <= 0:
+        return []
+    length = min(size, _PROBE)
+    return [(start + (size - length) * quarter // 4, length) for quarter in quarters]

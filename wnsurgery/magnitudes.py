@@ -1,0 +1,153 @@
+"""Control of the magnitudes: freeze and thaw g, clamp it once or after every step, train it or its logarithm."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from wnsurgery.after_step import StepHandle
+from wnsurgery.errors import SelectionError
+from wnsurgery.following import Optimizers, as_optimizers
+from wnsurgery.pairs import Pair, pairs
+from wnsurgery.plan import Pattern
+from wnsurgery.reparam import ZERO_LOG
+
+__all__ = ["clamp_magnitude_", "freeze_magnitude", "keep_magnitude_within", "unfreeze_magnitude"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def freeze_magnitude(
+    model: M,
+    *,
+    at: Literal["current", "unit"] | float = "current",
+    include: Pattern | None = None,
+    exclude: Pattern | None = None,
+) -> M:
+    """Stop training g: at its present values, at one, or at any number; in place, returns the model.
+
+    "current" keeps the function and the learned scale. "unit" sets every g to one, as the last layer of a DINO head has
+    it, and a number to that number: both change the function. A gradient waiting in g is dropped; an optimizer may
+    go on holding g and skips it. Which g are frozen is not part of a state dict: freeze the fresh model too before
+    resuming.
+
+    >>> model = freeze_magnitude(apply_weight_norm(nn.Linear(3, 2)), at="unit")
+    >>> g = model.parametrizations.weight.original0
+    >>> g.requires_grad, g.flatten().tolist()
+    (False, [1.0, 1.0])
+
+    Args:
+        model: a module tree under weight norm: ours, torch's or torch's legacy one.
+        at: "current", "unit", or a positive number.
+        include, exclude: patterns as in `plan_weight_norm`.
+
+    Raises SelectionError when nothing is selected or `at` is none of these.
+    """
+    value = {"current": None, "unit": 1.0}.get(at, math.nan) if isinstance(at, str) else float(at)
+    if value is not None and not 0 < value < math.inf:
+        raise SelectionError(f'at must be "current", "unit" or a positive number, not {at!r}')
+    with torch.inference_mode(False), torch.no_grad():
+        for pair in pairs(model, include, exclude):
+            if value is not None:
+                pair.g.fill_(math.log(value) if pair.magnitude == "log" else value)
+            pair.g.requires_grad_(False)
+            pair.g.grad = None
+    return model
+
+
+def unfreeze_magnitude(model: M, *, include: Pattern | None = None, exclude: Pattern | None = None) -> M:
+    """Train g again, in place, where v is trained; a weight frozen as a whole stays frozen. Returns the model.
+
+    The optimizer must hold g: one that followed the conversion does; `stale_parameters` tells.
+
+    >>> model = apply_weight_norm(nn.Linear(3, 2), freeze_magnitude=True)
+    >>> unfreeze_magnitude(model).parametrizations.weight.original0.requires_grad
+    True
+
+    Raises SelectionError when nothing is selected.
+    """
+    for pair in pairs(model, include, exclude):
+        if pair.v.requires_grad:
+            pair.g.requires_grad_(True)
+    return model
+
+
+def clamp_magnitude_(
+    model: M,
+    min: float | None = None,
+    max: float | None = None,
+    *,
+    include: Pattern | None = None,
+    exclude: Pattern | None = None,
+) -> M:
+    """Bring |g| of every row into [min, max], once and in place; the sign of g stays. Returns the model.
+
+    A log-scale magnitude is held in [log min, log max], so the bounds hold to
+    rounding. g = 0 becomes +min. Frozen magnitudes are clamped too.
+
+    >>> model = clamp_magnitude_(apply_weight_norm(nn.Linear(3, 2)), max=0.25)
+    >>> bool((model.weight.norm(dim=1) < 0.2501).all())
+    True
+
+    Raises SelectionError when no bound is given, a bound is negative, min exceeds max, or nothing is selected.
+    """
+    bounds = _bounds(min, max)
+    _clamp(pairs(model, include, exclude), bounds)
+    return model
+
+
+def keep_magnitude_within(
+    model: nn.Module,
+    optimizer: Optimizers,
+    min: float | None = None,
+    max: float | None = None,
+    *,
+    include: Pattern | None = None,
+    exclude: Pattern | None = None,
+) -> StepHandle:
+    """`clamp_magnitude_` now and after each step of the optimizer, until the handle is removed.
+
+    Optimizer state is left alone: momentum may go on pushing against the bound. A value within the bounds is not
+    touched, so that training resumes from a checkpoint in the same bits: load, then call this again. Remove the handle
+    before folding.
+
+    >>> model = apply_weight_norm(nn.Linear(3, 2))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
+    >>> with keep_magnitude_within(model, optimizer, max=1.0):
+    ...     model(torch.ones(1, 3)).sum().backward()
+    ...     optimizer.step()
+    >>> bool((model.parametrizations.weight.original0.abs() <= 1).all())
+    True
+
+    Returns a handle with `remove()`, also a context manager. Raises as `clamp_magnitude_`, and for LBFGS.
+    """
+    bounds = _bounds(min, max)
+    optimizers = as_optimizers(optimizer)
+    if not optimizers:
+        raise SelectionError("keep_magnitude_within needs the optimizer whose steps it follows")
+    chosen = pairs(model, include, exclude)
+    _clamp(chosen, bounds)
+    return StepHandle(optimizers, lambda: _clamp(chosen, bounds))
+
+
+def _bounds(low: float | None, high: float | None) -> tuple[float, float]:
+    if low is None and high is None:
+        raise SelectionError("give min, max or both")
+    bounds = (0.0 if low is None else float(low), math.inf if high is None else float(high))
+    if not 0 <= bounds[0] <= bounds[1]:
+        raise SelectionError(f"0 <= min <= max does not hold for min={low}, max={high}")
+    return bounds
+
+
+def _clamp(chosen: list[Pair], bounds: tuple[float, float]) -> None:
+    low, high = bounds
+    with torch.inference_mode(False), torch.no_grad():
+        for pair in chosen:
+            g: Tensor = pair.g
+            if pair.magnitude == "log":
+                g.clamp_(math.log(low) if low else -math.inf, math.log(high) if high else ZERO_LOG)
+            else:
+                g.copy_(torch.where(g < 0, -1.0, 1.0).to(g.dtype) * g.abs().clamp(low, high))

@@ -1,0 +1,114 @@
+"""Count, mean and spread per channel, measured piece by piece and merged exactly.
+
+Source: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", the pairwise update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Moments"]
+
+_BLOCK = 2**18  # elements widened at a time
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of a set of values per channel, in float64 (float32 where the device has no float64).
+
+    Attributes:
+        count: values per channel.
+        mean: their mean, shape (channels,).
+        m2: the sum of their squared distances from the mean, shape (channels,).
+        peak: the largest absolute value, shape (channels,).
+        eps: relative rounding error of the type the values were stored in.
+
+    >>> halves = [Moments.of(torch.tensor([[1.0], [3.0]]), -1), Moments.of(torch.tensor([[8.0]]), -1)]
+    >>> whole = Moments.merged(halves)
+    >>> whole.count, whole.mean.item(), round(whole.std.item() ** 2, 6)
+    (3, 4.0, 8.666667)
+    """
+
+    count: int
+    mean: Tensor
+    m2: Tensor
+    peak: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, values: Tensor, axis: int, keep: Tensor | None = None) -> Moments:
+        """Moments of a tensor over every axis but `axis`; of the positions where the bool `keep` holds, if given.
+
+        keep: shaped like `values` without `axis`.
+        """
+        axis %= values.ndim
+        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        eps = torch.finfo(values.dtype).eps
+        nothing = torch.zeros(values.shape[axis], dtype=wide, device=values.device)
+        if keep is not None:
+            values, axis = values.detach().movedim(axis, -1)[keep], 1
+        cube = values.detach().flatten(axis + 1) if axis + 1 < values.ndim else values.detach()[..., None]
+        cube = cube.flatten(0, axis - 1) if axis > 0 else cube[None]
+        empty = cls(0, nothing, nothing, nothing, eps)
+        # blocks that stay in the cache: a copy of the whole in float64 would cost more than the layer itself
+        rows = max(1, _BLOCK // max(1, cube[0].numel())) if len(cube) else 1
+        blocks = (
+            part.to(wide)
+            for block in torch.split(cube, rows)
+            for part in torch.split(block, max(1, _BLOCK // max(1, len(block) * block.shape[1])), dim=2)
+        )
+        return cls.merged([empty, *(cls._of_block(block, eps) for block in blocks if block.numel())])
+
+    @classmethod
+    def _of_block(cls, block: Tensor, eps: float) -> Moments:
+        """Of a wide block (outer, channels, inner)."""
+        mean = block.mean((0, 2))
+        m2 = (block - mean[:, None]).square_().sum((0, 2))
+        return cls(block.shape[0] * block.shape[2], mean, m2, block.abs().amax((0, 2)), eps)
+
+    @classmethod
+    def merged(cls, parts: Iterable[Moments]) -> Moments:
+        """The moments of all parts together, merged in their order; ValueError when there is none."""
+        total: Moments | None = None
+        for part in parts:
+            total = part if total is None else total._with(part)
+        if total is None:
+            raise ValueError("no moments to merge")
+        return total
+
+    def _with(self, other: Moments) -> Moments:
+        count = self.count + other.count
+        if not self.count or not other.count:
+            return other if other.count else self
+        step = other.mean - self.mean
+        share = other.count / count
+        return Moments(
+            count,
+            self.mean + step * share,
+            self.m2 + other.m2 + step.square() * (self.count * share),
+            torch.maximum(self.peak, other.peak),
+            max(self.eps, other.eps),
+        )
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance per channel, shape (channels,); NaN where there are no values."""
+        return self.m2 / self.count if self.count else torch.full_like(self.m2, torch.nan)
+
+    @property
+    def std(self) -> Tensor:
+        """Population standard deviation per channel, shape (channels,)."""
+        return self.variance.sqrt()
+
+    @property
+    def constant(self) -> Tensor:
+        """Channels whose values differ by no more than their own rounding, bool, shape (channels,)."""
+        return self.std <= 8 * self.eps * self.peak
+
+    def to(self, device: torch.device | str) -> Moments:
+        """The same moments on another device."""
+        return Moments(self.count, self.mean.to(device), self.m2.to(device), self.peak.to(device), self.eps)

@@ -1,0 +1,132 @@
+"""Which weight-normalized weights an initialisation may set, which it leaves and why, and the scale wished for each."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wnsurgery.errors import SelectionError
+from wnsurgery.layers import layer_of
+from wnsurgery.plan import Pattern, matches, patterns
+from wnsurgery.walk import Slot
+
+__all__ = ["Scale", "bias_of", "is_log", "scales_of", "select", "settable_bias", "sort_out"]
+
+Scale = float | Mapping[str, float]
+
+_FORMS = ("ours", "torch", "legacy")
+
+
+def select(everything: list[Slot], include: Pattern | None, exclude: Pattern | None) -> list[Slot]:
+    """The weight-normalized weights of a selection; SelectionError where a pattern or the whole of it fits none."""
+    found = [slot for slot in everything if slot.form in _FORMS]
+    for option, wish in (("include", include), ("exclude", exclude)):
+        for pattern in patterns(wish):
+            _check(option, pattern, found)
+    chosen = [s for s in found if include is None or any(matches(p, s) for p in patterns(include))]
+    chosen = [s for s in chosen if not any(matches(p, s) for p in patterns(exclude))]
+    if not chosen:
+        raise SelectionError("no weight-normalized weight to initialise", hint="call apply_weight_norm first")
+    return chosen
+
+
+def scales_of(wish: Scale, everything: list[Slot]) -> dict[int, float]:
+    """The scale of every weight-normalized weight, by the identity of its slot; the first pattern that fits wins.
+
+    Raises SelectionError for a scale that is not positive and finite, and for a pattern that fits nothing.
+    """
+    found = [slot for slot in everything if slot.form in _FORMS]
+    table = wish if isinstance(wish, Mapping) else {"*": wish}
+    for pattern, scale in table.items():
+        number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        if not number or not 0 < scale < math.inf:
+            where = f" for {pattern!r}" if isinstance(wish, Mapping) else ""
+            raise SelectionError(f"init_scale must be positive{where}, not {scale!r}")
+        if isinstance(wish, Mapping):
+            _check("init_scale", pattern, found)
+    return {id(s): float(next((x for p, x in table.items() if matches(p, s)), 1.0)) for s in found}
+
+
+def _check(option: str, pattern: Any, found: list[Slot]) -> None:
+    if not any(matches(pattern, slot) for slot in found):
+        raise SelectionError.no_match(option, str(pattern), [slot.fqn for slot in found])
+
+
+def sort_out(chosen: list[Slot], everything: list[Slot]) -> tuple[list[tuple[Slot, int]], dict[str, str]]:
+    """The weights whose g decides the scale of an output axis, with that axis; the others with the reason."""
+    beside, sharing = defaultdict(list), defaultdict(list)
+    for slot in everything:
+        beside[id(slot.module)].append(slot)
+        sharing[id(slot.magnitude)].append(slot)
+    targets: list[tuple[Slot, int]] = []
+    reasons: dict[str, str] = {}
+    for slot in chosen:
+        reason, axis = _how(slot)
+        reason = reason or _entangled(slot, beside[id(slot.module)], sharing[id(slot.magnitude)])
+        if reason or axis is None:
+            reasons[slot.fqn] = reason
+        else:
+            targets.append((slot, axis))
+    return targets, reasons
+
+
+def bias_of(slot: Slot) -> Tensor | None:
+    """The bias of a weight's layer as it is registered now."""
+    row = layer_of(slot.module)
+    return None if row is None or row.bias is None else slot.module._parameters.get(row.bias)
+
+
+def settable_bias(everything: list[Slot]) -> set[int]:
+    """The identities of all parameters that one module alone owns and training may change."""
+    owners = Counter(id(slot.tensor) for slot in everything if slot.tensor is not None)
+    return {
+        id(s.tensor)
+        for s in everything
+        if s.tensor is not None and s.form == "plain" and s.tensor.requires_grad and owners[id(s.tensor)] == 1
+    }
+
+
+def is_log(slot: Slot) -> bool:
+    """Whether a weight's g is stored as its logarithm."""
+    entry: Any = getattr(slot.module, "parametrizations", {})
+    return slot.form == "ours" and entry[slot.parameter][0].magnitude == "log"
+
+
+def _how(slot: Slot) -> tuple[str, int | None]:
+    """The channel axis of a layer's output, or the reason why its g cannot be set for it."""
+    row = layer_of(slot.module)
+    own = None if row is None else row.axes(slot.module, slot.parameter)
+    g, v = slot.magnitude, slot.tensor
+    if row is None or own is None or row.output_axis is None:
+        note = row.note if row else ""
+        return note or f"{type(slot.module).__name__}: the layer table names no output axis", None
+    if g is None or v is None:
+        return "one half of its pair is missing", None
+    if not g.requires_grad:
+        return "its magnitude is frozen", None
+    if g.is_meta or v.is_meta:
+        return "on the meta device: it holds no values yet", None
+    per_channel = own.magnitude_shape(v.shape)
+    if g.numel() != torch.Size(per_channel).numel() or (g.numel() > 1 and tuple(g.shape) != per_channel):
+        return f"its magnitude {tuple(g.shape)} is not one value per output channel", None
+    return "", row.output_axis
+
+
+def _entangled(slot: Slot, beside: list[Slot], sharing: list[Slot]) -> str:
+    """Why g and b alone do not decide a layer's output, or decide more than that; empty if neither.
+
+    `beside` are all tensors of its module, `sharing` all weights with the same g.
+    """
+    row = layer_of(slot.module)
+    weights = [s for s in beside if row is not None and row.axes(s.module, s.parameter)]
+    if len(weights) > 1:
+        return f"{', '.join(s.parameter for s in weights)}: several weights make its output"
+    if any(row is not None and s.parameter == row.bias and s.form != "plain" for s in beside):
+        return "its bias is parametrized"
+    fixed = next((s.fqn for s in sharing if _how(s)[1] is None), None)
+    return "" if fixed is None else f"shares its magnitude with {fixed}, which data cannot set"
