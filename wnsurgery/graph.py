@@ -25,7 +25,7 @@ from wnsurgery.errors import PairError, printable
 from wnsurgery.onnx_file import all_graphs, external_tensors, read_onnx, write_onnx
 from wnsurgery.onnx_functions import function_norms, open_norm_functions
 from wnsurgery.onnx_layout import drop_unused, put_initializer, settle
-from wnsurgery.onnx_values import Constants, Evaluated, Memo, Unknown
+from wnsurgery.onnx_values import Constants, Evaluated, Memo, Unknown, is_large
 from wnsurgery.text import by, columns
 
 __all__ = ["Compose", "Found", "OnnxFoldReport", "find_weight_norms", "fold_model", "fold_onnx"]
@@ -279,20 +279,15 @@ class _Matcher:
     def _agrees(self, match: _Match, memo: Memo, weight: Array) -> bool:
         try:
             g, v = match.magnitude_array(self.constants, memo), match.direction_array(self.constants, memo)
-            expected = self.compose(g, v, match.magnitude)
+            empty = 0
+            for rows, magnitude in _rows(g, v):
+                expected = self.compose(magnitude, v[rows], match.magnitude)
+                found = _zeros_for_nan(weight[rows], expected, match.dtype, is_large(weight.size, match.dtype))
+                if found is None:
+                    return False
+                empty += found
         except (Unknown, PairError, ValueError):
             return False
-        eps, tiny = _resolution(match.dtype)
-        slack = 64 if match.dtype == ir.DataType.DOUBLE else 4
-        empty = 0
-        for block in _blocks(weight.size):
-            w, e = weight.reshape(-1)[block], expected.reshape(-1)[block].astype(np.float64)
-            close = np.abs(e - w) <= slack * (eps * np.abs(w) + tiny)
-            # 0 / 0: the graph gives NaN for a row of zeros, where the folded weight is zero
-            nothing = np.isnan(w) & (e == 0)
-            if not bool((close | nothing).all()):
-                return False
-            empty += int(np.count_nonzero(nothing))
         return empty < weight.size
 
     def weight_of(self, match: _Match) -> Callable[[], Array]:
@@ -377,7 +372,34 @@ def _blocks(size: int) -> Iterator[slice]:
 
 def _sum_of_squares(array: Array) -> float:
     flat = array.reshape(-1)
-    return float(sum(np.nansum(flat[block] * flat[block]) for block in _blocks(flat.size)))
+    return float(sum(np.nansum(np.square(flat[block], dtype=np.float64)) for block in _blocks(flat.size)))
+
+
+def _rows(g: Array, v: Array) -> Iterator[tuple[slice, Array]]:
+    """Rows of v with their magnitudes, as many at a time as are compared in one go; all where rows share a norm."""
+    if g.ndim != v.ndim or g.shape[0] != v.shape[0] or set(g.shape[1:]) - {1}:
+        yield slice(None), g
+        return
+    step = max(1, _BLOCK * 16 // max(1, v[:1].size))
+    for start in range(0, len(v), step):
+        yield slice(start, start + step), g[start : start + step]
+
+
+def _zeros_for_nan(weight: Array, expected: Array, dtype: ir.DataType, large: bool) -> int | None:
+    """How many elements are NaN where zero is expected; None where the two differ."""
+    eps, tiny = _resolution(dtype)
+    slack = 64 if dtype == ir.DataType.DOUBLE else 8 if large else 4  # a large one was rounded at every step
+    empty = 0
+    for block in _blocks(weight.size):
+        w = weight.reshape(-1)[block].astype(np.float64, copy=False)
+        e = expected.reshape(-1)[block].astype(np.float64)
+        close = np.abs(e - w) <= slack * (eps * np.abs(w) + tiny)
+        # 0 / 0: the graph gives NaN for a row of zeros, where the folded weight is zero
+        nothing = np.isnan(w) & (e == 0)
+        if not bool((close | nothing).all()):
+            return None
+        empty += int(np.count_nonzero(nothing))
+    return empty
 
 
 def _rounded_before(value: ir.Value, memo: Memo) -> bool:
@@ -418,7 +440,9 @@ def _unit_shapes(v: tuple[int, ...]) -> set[tuple[int, ...]]:
 
 def _exactly(array: Array, dtype: np.dtype[Any]) -> Array | None:
     """float64 values in a narrower type, if they survive the trip."""
-    narrow = array.astype(dtype)
+    narrow = array.astype(dtype, copy=False)
+    if narrow is array:
+        return array
     for block in _blocks(array.size):
         if not np.array_equal(narrow.reshape(-1)[block].astype(np.float64), array.reshape(-1)[block], equal_nan=True):
             return None

@@ -127,6 +127,8 @@ class _Recipe:
             raise Unknown("more than a rearrangement")
         self.tensors = {value: value.const_value for value, node, _ in self.steps if node is None}
         first = next(value for value, node, _ in self.steps if node is None)
+        tensors: list[Any] = list(self.tensors.values())
+        self.limit = 2 * sum(tensor.size for tensor in tensors)
         self.dtype: ir.DataType = self.tensors[first].dtype  # type: ignore[union-attr]
 
     def run(self) -> Array:
@@ -136,6 +138,6 @@ class _Recipe:
                 tensor: Any = self.tensors[value]
                 found[value] = Evaluated(native(tensor), tensor.dtype)
             else:
-                found[value] = apply(node, [None if v is None else found[v] for v in inputs])
+                found[value] = apply(node, [None if v is None else found[v] for v in inputs], self.limit)
         self.dtype = found[self.end].dtype
         return np.ascontiguousarray(found[self.end].array)

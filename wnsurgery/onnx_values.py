@@ -1,7 +1,8 @@
 """What an ONNX graph computes from its constants alone, evaluated in float64.
 
 The graph's own types are followed, so that a value knows its type, but floating-point numbers are computed in
-float64 throughout: the question is what an expression *means*, not how a runtime would round it.
+float64: the question is what an expression *means*, not how a runtime would round it. Only where values are large and
+of 32 bits or fewer is float32 taken, with sums in float64, so that memory stays within a few times that of one weight.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["Constants", "Evaluated", "Memo", "Unknown", "apply", "is_norm", "native"]
+__all__ = ["Constants", "Evaluated", "Memo", "Unknown", "apply", "is_large", "is_norm", "native"]
 
 Array = np.ndarray[Any, Any]
 
-_MAX_GROWTH = 1 << 28  # elements; a hostile Expand must not fill the memory
+_GROWTH = 2  # a result may be so many times as big as the largest constant: a hostile Expand must not fill the memory
+_LARGE = 1 << 22  # elements; what is larger is held in float32
+_SMALL = 1 << 20  # elements that any result may have
 _SUMS = frozenset(
     ("Einsum", "LpNormalization", "ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare")
 )  # in any norm
@@ -30,7 +33,7 @@ class Unknown(Exception):  # noqa: N818 - not an error: an answer
 
 
 class Evaluated(NamedTuple):
-    """A constant: its value (floats as float64) and the type it has in the graph."""
+    """A constant: its value (floats as float64, large ones as float32) and the type it has in the graph."""
 
     array: Array
     dtype: ir.DataType
@@ -70,7 +73,9 @@ class Constants:
         self._constant: set[ir.Value] = set()
         self.normed: set[ir.Value] = set()
         self.norms: list[ir.Node] = []
-        for node in _nodes(model.graph):
+        nodes = list(_nodes(model.graph))
+        self._limit = max((_SMALL, *(_GROWTH * size for size in _sizes(model.graph, nodes))))
+        for node in nodes:
             self._visit(node)
 
     def is_constant(self, value: ir.Value) -> bool:
@@ -148,16 +153,27 @@ class Constants:
         node = value.producer()
         if node is None:
             return _of_tensor(value.const_value)
-        return apply(node, [None if v is None else memo.arrays[v] for v in node.inputs])
+        return apply(node, [None if v is None else memo.arrays[v] for v in node.inputs], self._limit)
 
 
-def apply(node: ir.Node, inputs: Sequence[Evaluated | None]) -> Evaluated:
-    """One operation on evaluated inputs; raises Unknown where it cannot be carried out."""
+def apply(node: ir.Node, inputs: Sequence[Evaluated | None], limit: int) -> Evaluated:
+    """One operation on evaluated inputs; raises Unknown where it cannot be carried out in `limit` elements."""
     try:
         with np.errstate(all="ignore"):
-            return _OPERATIONS[node.op_type](_Call(node, inputs))
-    except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+            return _OPERATIONS[node.op_type](_Call(node, inputs, limit))
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        # numpy raises any of these for attributes and shapes that make no sense, RuntimeError for too many axes
         raise Unknown(f"{node.op_type}: {error}") from error
+
+
+def _sizes(graph: ir.Graph, nodes: Iterable[ir.Node]) -> Iterator[int]:
+    """How many elements the constants of a graph and its subgraphs have."""
+    graphs = {graph: None, **{node.graph: None for node in nodes if isinstance(node.graph, ir.Graph)}}
+    yield from (v.const_value.size for g in graphs for v in g.initializers.values() if v.const_value is not None)
+    for node in nodes:
+        value = node.attributes.get("value") if node.op_type == "Constant" else None
+        if value is not None and value.type == ir.AttributeType.TENSOR:
+            yield value.value.size
 
 
 def _inputs(value: ir.Value) -> list[ir.Value]:
@@ -218,7 +234,12 @@ def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
 
 def _of_tensor(tensor: Any) -> Evaluated:
     array = native(tensor)
-    return Evaluated(np.asarray(array, np.float64) if tensor.dtype.is_floating_point() else array, tensor.dtype)
+    return _as(array, tensor.dtype)
+
+
+def is_large(size: int, dtype: ir.DataType) -> bool:
+    """Whether so many elements of a type are held in float32."""
+    return size > _LARGE and dtype.is_floating_point() and dtype.itemsize <= 4
 
 
 # The operations ------------------------------------------------------------------------------------------
@@ -227,9 +248,10 @@ def _of_tensor(tensor: Any) -> Evaluated:
 class _Call:
     """One operation on evaluated inputs, with the readings of attributes that differ between opsets."""
 
-    def __init__(self, node: ir.Node, inputs: Sequence[Evaluated | None]) -> None:
+    def __init__(self, node: ir.Node, inputs: Sequence[Evaluated | None], limit: int) -> None:
         self.node = node
         self.inputs = inputs
+        self.limit = limit
 
     def array(self, index: int) -> Array:
         found = self.inputs[index]
@@ -261,6 +283,13 @@ class _Call:
         """A result of the type of one of the inputs."""
         return Evaluated(np.asarray(array), self.dtype(index))
 
+    def bounded(self, shape: Iterable[int]) -> tuple[int, ...]:
+        """The shape of a result, after a look at its size."""
+        sizes = tuple(int(s) for s in shape)
+        if any(s < 0 for s in sizes) or np.prod([float(s) for s in sizes]) > self.limit:
+            raise Unknown(f"a result of shape {sizes}")
+        return sizes
+
 
 Operation = Callable[[_Call], Evaluated]
 
@@ -277,7 +306,9 @@ def _together(call: _Call) -> list[Array]:
     arrays = [call.array(i) for i in range(len(call.inputs))]
     shape = np.broadcast_shapes(*(a.shape for a in arrays))
     if np.prod([float(s) for s in shape]) > max(a.size for a in arrays):
-        _bounded(shape)
+        call.bounded(shape)
+    if is_large(int(np.prod(shape)), call.dtype(len(arrays) - 1)):
+        return [a.astype(np.float32) if a.dtype == np.float64 else a for a in arrays]
     return arrays
 
 
@@ -308,7 +339,11 @@ def _reduction(function: Callable[..., Any]) -> Operation:
 
 
 def _l2(x: Array, axis: tuple[int, ...], keepdims: bool) -> Any:
-    return np.sqrt(np.sum(x * x, axis=axis, keepdims=keepdims))
+    return np.sqrt(_sum(x * x, axis, keepdims))
+
+
+def _sum(x: Array, axis: tuple[int, ...], keepdims: bool) -> Any:
+    return np.sum(x, axis=axis, keepdims=keepdims, dtype=np.float64 if x.dtype.kind == "f" else None)
 
 
 def _divide(a: Array, b: Array) -> Any:
@@ -323,8 +358,9 @@ def _cast(call: _Call) -> Evaluated:
 
 
 def _as(x: Array, target: ir.DataType) -> Evaluated:
-    kind = np.float64 if target.is_floating_point() else target.numpy()
-    return Evaluated(x.astype(kind), target)
+    if not target.is_floating_point():
+        return Evaluated(x.astype(target.numpy()), target)
+    return Evaluated(x.astype(np.float32 if is_large(x.size, target) else np.float64, copy=False), target)
 
 
 def _constant(call: _Call) -> Evaluated:
@@ -341,14 +377,7 @@ def _constant(call: _Call) -> Evaluated:
 def _constant_of_shape(call: _Call) -> Evaluated:
     fill = call.attribute("value")
     value = Evaluated(np.zeros(1), ir.DataType.FLOAT) if fill is None else _of_tensor(fill)
-    return Evaluated(np.full(_bounded(call.array(0).tolist()), value.array.reshape(-1)[0]), value.dtype)
-
-
-def _bounded(shape: Iterable[int]) -> tuple[int, ...]:
-    sizes = tuple(int(s) for s in shape)
-    if any(s < 0 for s in sizes) or np.prod([float(s) for s in sizes]) > _MAX_GROWTH:
-        raise Unknown(f"a result of shape {sizes}")
-    return sizes
+    return Evaluated(np.full(call.bounded(call.array(0).tolist()), value.array.reshape(-1)[0]), value.dtype)
 
 
 def _reshape(call: _Call) -> Evaluated:
@@ -375,12 +404,12 @@ def _unsqueeze(call: _Call) -> Evaluated:
 
 def _expand(call: _Call) -> Evaluated:
     shape = np.broadcast_shapes(call.array(0).shape, tuple(call.array(1).tolist()))
-    return call.like(np.broadcast_to(call.array(0), _bounded(shape)))
+    return call.like(np.broadcast_to(call.array(0), call.bounded(shape)))
 
 
 def _tile(call: _Call) -> Evaluated:
     x, repeats = call.array(0), call.array(1).tolist()
-    _bounded([a * b for a, b in zip(x.shape, repeats, strict=True)])
+    call.bounded([a * b for a, b in zip(x.shape, repeats, strict=True)])
     return call.like(np.tile(x, repeats))
 
 
@@ -402,8 +431,8 @@ def _clip(call: _Call) -> Evaluated:
     x = call.array(0)
     low = call.array(1) if call.has(1) else call.attribute("min")
     high = call.array(2) if call.has(2) else call.attribute("max")
-    x = x if low is None else np.maximum(x, low)
-    return call.like(x if high is None else np.minimum(x, high))
+    x = x if low is None else np.maximum(x, np.asarray(low, x.dtype))
+    return call.like(x if high is None else np.minimum(x, np.asarray(high, x.dtype)))
 
 
 def _lp_normalization(call: _Call) -> Evaluated:
@@ -420,13 +449,20 @@ def _einsum(call: _Call) -> Evaluated:
         if "." in letters:
             raise Unknown("an Einsum with an ellipsis")
         sizes.update(zip(letters, array.shape, strict=True))
-    _bounded(sizes.values())
+    call.bounded(sizes.values())
     return call.like(np.einsum(equation, *arrays))
 
 
 def _concat(call: _Call) -> Evaluated:
     arrays = [call.array(i) for i in range(len(call.inputs))]
+    call.bounded([sum(array.size for array in arrays)])
     return call.like(np.concatenate(arrays, axis=call.attribute("axis")))
+
+
+def _gather(call: _Call) -> Evaluated:
+    x, index, axis = call.array(0), call.array(1).astype(np.int64), call.attribute("axis", 0)
+    call.bounded([x.size // max(1, x.shape[axis]), index.size])
+    return call.like(np.take(x, index, axis=axis))
 
 
 def _shape(call: _Call) -> Evaluated:
@@ -452,9 +488,7 @@ _OPERATIONS: dict[str, Operation] = {
     "Expand": _expand,
     "Floor": _elementwise(np.floor),
     "Flatten": _flatten,
-    "Gather": lambda call: call.like(
-        np.take(call.array(0), call.array(1).astype(np.int64), axis=call.attribute("axis", 0))
-    ),
+    "Gather": _gather,
     "Greater": _truth(np.greater),
     "GreaterOrEqual": _truth(np.greater_equal),
     "Identity": _elementwise(lambda x: x),
@@ -477,9 +511,9 @@ _OPERATIONS: dict[str, Operation] = {
     "ReduceMax": _reduction(np.max),
     "ReduceMean": _reduction(np.mean),
     "ReduceMin": _reduction(np.min),
-    "ReduceSum": _reduction(np.sum),
+    "ReduceSum": _reduction(_sum),
     "Relu": _elementwise(lambda x: np.maximum(x, 0)),
-    "ReduceSumSquare": _reduction(lambda x, axis, keepdims: (x * x).sum(axis=axis, keepdims=keepdims)),
+    "ReduceSumSquare": _reduction(lambda x, axis, keepdims: _sum(x * x, axis, keepdims)),
     "Round": _elementwise(np.round),
     "Reshape": _reshape,
     "Sigmoid": _elementwise(lambda x: 1.0 / (1.0 + np.exp(-x))),
