@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils import weight_norm as legacy_weight_norm
 from torch.nn.utils.parametrizations import weight_norm
 
+from wnsurgery import onnx_values
 from wnsurgery.errors import (
     InputError,
     InputMissingError,
@@ -197,9 +198,12 @@ SPELLINGS = {
 }
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_is_found(tmp_path: Path, spelling: str) -> None:
-    """The same arithmetic in other words is the same weight norm."""
+def test_every_spelling_is_found(tmp_path: Path, spelling: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same arithmetic in other words is the same weight norm, also where arrays are held in float32."""
+    if large:
+        monkeypatch.setattr(onnx_values, "_LARGE", 4)
     arrays = {"g": G, "v": V, "axes": AXES, "axes0": np.int64([0]), "two": TWO}
     arrays |= {"six": np.float32(6), "half": np.float32(0.5), "eps": np.float32(1e-12)}
     used = {k: a for k, a in arrays.items() if f"({k})" in spelling or k in SPELLINGS[spelling].replace(")", ",")}

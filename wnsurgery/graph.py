@@ -254,7 +254,7 @@ class _Matcher:
         magnitudes = list(self._magnitudes(sources, memo, weight.array))
         for v, (g, shape, magnitude) in product(directions, magnitudes):
             match = _Match(value, g, shape, v, magnitude, weight.dtype, weight.array.shape)
-            if g is not v and self._agrees(match, memo, weight.array):
+            if (g is None or _origin(g) is not _origin(v)) and self._agrees(match, memo, weight.array):
                 return match
         return None
 
