@@ -21,7 +21,8 @@ LAYERS = [
     {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"},
     {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
-    {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step"},
+    {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step"}
+    | {"onnx_layout", "onnx_functions", "onnx_guard"},
     {"graph", "parity", "choice", "following"},
     {"walk", "steps", "flat_magnitudes"},
     {"plan", "mechanism", "checkpoint", "tracing"},
@@ -30,8 +31,8 @@ LAYERS = [
     {"surgery", "renormalize", "magnitudes", "param_groups", "delivery"},
     {"directory"},
     {"files", "runs", "benchmark"},
-    {"export", "inout"},
-    {"verification", "inspection"},
+    {"export", "inout", "bisection"},
+    {"verification", "inspection", "deployment", "folder"},
     {"report"},
     {"cli"},
     {"__init__", "__main__"},
