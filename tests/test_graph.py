@@ -608,3 +608,23 @@ def test_memory_is_that_of_some_weights_and_not_of_the_model(tmp_path: Path) -> 
     found, kilobytes = map(int, done.stdout.split())
     assert found == count
     assert kilobytes < 16 * size * size * 4 // 1024 < count * size * size * 4 // 1024
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_long_rows_of_a_traced_graph_fold_whole(tmp_path: Path, groups: int) -> None:
+    """Rows of hundreds of float32 elements differ by some units from the exact weight; they fold to it all the same,
+    and nothing of the arithmetic that made them is taken for a weight of its own."""
+    torch.manual_seed(1)
+    model = apply_weight_norm(nn.Sequential(nn.ConvTranspose1d(192, 96, 8, groups=groups)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model.eval(), (torch.randn(1, 192, 9),), tmp_path / "a.onnx", dynamo=False, opset_version=17)
+    report = fold_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    graph = onnx.load(tmp_path / "b.onnx").graph
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    assert [node.op_type for node in graph.node] == ["ConvTranspose"]
+    assert len(report.found) == 1
+    assert np.array_equal(arrays[graph.node[0].input[1]], fold_weight_norm(model)[0].weight.detach().numpy())

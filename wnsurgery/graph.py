@@ -10,6 +10,7 @@ agrees, the pair is found, and `compose` gives the weight, as it does for module
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -185,6 +186,11 @@ class _Match:
     dtype: ir.DataType
     shape: tuple[int, ...]
 
+    @property
+    def is_trivial(self) -> bool:
+        """Whether every row has one element, so that the weight is g up to signs."""
+        return math.prod(self.g_shape) == math.prod(self.shape)
+
     def magnitude_array(self, constants: Constants, memo: Memo) -> Array:
         """g as `compose` takes it: float32 for 16- and 32-bit weights, wherever that holds it exactly."""
         wide = np.dtype(np.float64 if self.dtype == ir.DataType.DOUBLE else np.float32)
@@ -226,6 +232,8 @@ class _Matcher:
                     continue
                 seen.add(value)
                 match = self._match(value, memo)
+                if match is not None and value is not root and match.is_trivial:
+                    match = None  # g itself, in the arithmetic of a larger weight
                 if match is not None and not _rounded_before(value, memo):
                     matches.append(match)
                 else:
@@ -280,9 +288,10 @@ class _Matcher:
         try:
             g, v = match.magnitude_array(self.constants, memo), match.direction_array(self.constants, memo)
             empty = 0
+            slack = _slack(match, weight.size)
             for rows, magnitude in _rows(g, v):
                 expected = self.compose(magnitude, v[rows], match.magnitude)
-                found = _zeros_for_nan(weight[rows], expected, match.dtype, is_large(weight.size, match.dtype))
+                found = _zeros_for_nan(weight[rows], expected, match.dtype, slack)
                 if found is None:
                     return False
                 empty += found
@@ -385,10 +394,18 @@ def _rows(g: Array, v: Array) -> Iterator[tuple[slice, Array]]:
         yield slice(start, start + step), g[start : start + step]
 
 
-def _zeros_for_nan(weight: Array, expected: Array, dtype: ir.DataType, large: bool) -> int | None:
-    """How many elements are NaN where zero is expected; None where the two differ."""
+def _slack(match: _Match, size: int) -> float:
+    """By how many units a graph's own arithmetic may differ: float32 sums of a row lose a little with each doubling."""
+    if match.dtype == ir.DataType.DOUBLE:
+        return 64
+    slack = 8 if is_large(size, match.dtype) else 4  # a large one was rounded at every step
+    row = max(1, math.prod(match.shape) // max(1, math.prod(match.g_shape)))
+    return slack + 2 * math.log2(row) if match.dtype == ir.DataType.FLOAT else slack
+
+
+def _zeros_for_nan(weight: Array, expected: Array, dtype: ir.DataType, slack: float) -> int | None:
+    """How many elements are NaN where zero is expected; None where the two differ by more than `slack` units."""
     eps, tiny = _resolution(dtype)
-    slack = 64 if dtype == ir.DataType.DOUBLE else 8 if large else 4  # a large one was rounded at every step
     empty = 0
     for block in _blocks(weight.size):
         w = weight.reshape(-1)[block].astype(np.float64, copy=False)
