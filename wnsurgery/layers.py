@@ -66,6 +66,13 @@ _EXPERTS_OUT_IN = Layer(
     note="experts: only some rows see a given batch",
 )
 _EXPERTS_IN_OUT = Layer({"gate_up_proj": (0, 2), "down_proj": (0, 2)}, note="experts: only some rows see a given batch")
+_ROUTER = Layer({"weight": 0}, note="a router: what it chooses is its output, not one linear map")
+_STACK_OUT_IN = Layer({"weight": (0, 1)}, note="a stack of linear maps: only some of them see a given batch")
+_STACK_IN_OUT = Layer({"weight": (0, 2)}, note="a stack of linear maps: their outputs are not one module's channels")
+_GATES = Layer(
+    {"input_gate_weight": (0, 2), "recurrent_gate_weight": (0, 2)},
+    note="recurrent: its pre-activations feed back, so one pass over data cannot set them",
+)
 _LOOKUP = Layer({"weight": 0}, by_default=False, note="a lookup table; name it in `include` to convert it")
 
 _by_type: dict[type, Layer] = {
@@ -94,7 +101,13 @@ _by_name: dict[str, Layer] = {
     "transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts": _EXPERTS_IN_OUT,
     "transformers.models.openai_privacy_filter.*Experts": _EXPERTS_IN_OUT,
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts": _EXPERTS_IN_OUT,
+    "transformers.models.*.modeling_*ParallelExperts": _STACK_OUT_IN,
     "transformers.models.*.modeling_*Experts": _EXPERTS_OUT_IN,
+    "transformers.models.*.modeling_*Router": _ROUTER,
+    "transformers.models.*.modeling_*FlexibleLinear": _STACK_OUT_IN,
+    "transformers.models.convbert.modeling_convbert.GroupedLinearLayer": _STACK_IN_OUT,
+    "transformers.models.csm.modeling_csm.CsmCodebooksHead": _STACK_IN_OUT,
+    "transformers.models.recurrent_gemma.modeling_recurrent_gemma.RecurrentGemmaRglru": _GATES,
 }
 
 
