@@ -29,7 +29,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore")  # the libraries' own
 @pytest.mark.parametrize("name", gallery.NETS)
 def test_net(name: str) -> None:
-    """Every tensor is planned, converting and folding change no bit, each pair trains, state dicts load, removal agrees."""
+    """Every tensor is planned, converting and folding change no bit, pairs train, state dicts load, removal agrees."""
     row = gallery.measure(name)
     assert row.converted
     assert row.missed == ()
