@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from wnsurgery.errors import PairError, SelectionError
 from wnsurgery.layers import Layer, layer_of
 from wnsurgery.reparam import Axes
+from wnsurgery.spread import is_spread
 from wnsurgery.text import by, columns
 from wnsurgery.walk import Slot, slots
 
@@ -298,7 +299,9 @@ def _refusal(slot: Slot) -> str:
         return f"sparse ({str(t.layout).removeprefix('torch.')}): a norm would need its dense form"
     if t.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"{str(t.dtype).removeprefix('torch.')}: too narrow to hold a direction"
-    if type(t.data) is not Tensor or type(t) is not nn.Parameter:
+    if slot.is_fully_sharded:
+        return "under fully_shard, which keeps a list of its own: convert before sharding"
+    if not is_spread(t) and (type(t.data) is not Tensor or type(t) is not nn.Parameter):
         return f"a tensor subclass ({type(t if type(t.data) is Tensor else t.data).__name__})"
     if t.is_inference():
         return "made under inference_mode: it cannot be trained"

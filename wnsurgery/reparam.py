@@ -27,6 +27,7 @@ from wnsurgery.norms import (
     stored_magnitude,
     wide_dtype,
 )
+from wnsurgery.spread import count_not_finite, is_spread, local_rows, spread_over
 
 __all__ = ["Axes", "Magnitude", "WeightNorm", "compose", "decompose", "magnitude_dtype_for"]
 
@@ -142,6 +143,8 @@ def decompose(
     dtype = magnitude_dtype or magnitude_dtype_for(w.dtype)
     shape = axes.magnitude_shape(w.shape)
     with torch.no_grad():
+        if is_spread(w):
+            return _decompose_spread(w.detach(), axes, magnitude, dtype)
         if w.is_meta:
             return torch.empty(shape, dtype=dtype, device=w.device), w.detach()
         if w.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(w.detach())):
@@ -156,6 +159,17 @@ def decompose(
             v = _laid_out_as(torch.where(axes.spread(zero, w), fixed, v), v)
             stored = torch.where(zero, ZERO_LOG if magnitude == "log" else 0.0, stored).to(dtype)
         return stored.reshape(shape), v
+
+
+def _decompose_spread(w: Tensor, axes: Axes, magnitude: Magnitude, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`decompose` of a DTensor: g and v are DTensors, v placed like w."""
+    bad = 0 if w.is_meta else count_not_finite(w)
+    if bad:
+        raise NonFiniteWeightError(f"{bad} of {w.numel()} elements are NaN or infinite")
+    _, spread = spread_over(w, axes.kept, axes.groups, axes.magnitude_shape(w.shape))
+    rows, back = local_rows(w, axes.kept, axes.groups)
+    g, v = decompose(rows, axes, magnitude=magnitude, magnitude_dtype=dtype)
+    return spread(g), back(v)
 
 
 def compose(
@@ -181,7 +195,11 @@ def compose(
     """
     if axes is None:
         axes = Axes.of_pair(g.shape, v.shape)
-    elif torch._C._get_tracing_state() is None and not _fits(g, v, axes):
+    if is_spread(v):
+        gather, _ = spread_over(v, axes.kept, axes.groups, g.shape)
+        part, back = local_rows(v, axes.kept, axes.groups)
+        return back(compose(gather(g), part, axes, magnitude=magnitude))
+    if torch._C._get_tracing_state() is None and not _fits(g, v, axes):
         raise PairError(f"a magnitude of shape {tuple(g.shape)} does not fit {axes} of {tuple(v.shape)}")
     if _needs_plain_operations(g, v):
         return _compose_traceable(g, v, axes, magnitude)

@@ -16,6 +16,7 @@ from wnsurgery.errors import InputError, PairError, printable
 from wnsurgery.keys import Found, find_pairs
 from wnsurgery.optimizer_state import is_flat_optimizer
 from wnsurgery.reparam import Axes
+from wnsurgery.spread import is_spread
 
 __all__ = [
     "StateDict",
@@ -138,7 +139,7 @@ def refusal(tensor: Tensor) -> str:
         return "sparse or quantized"
     if tensor.dtype not in _FLOATS:
         return f"{dtype_name(tensor)}: not a floating-point weight of 16 bits or more"
-    if type(tensor) not in (Tensor, nn.Parameter):
+    if type(tensor) not in (Tensor, nn.Parameter) and not is_spread(tensor):
         return f"a tensor subclass ({type(tensor).__name__})"
     return ""
 
@@ -151,6 +152,8 @@ def dtype_name(tensor: Tensor) -> str:
 def identity(tensor: Tensor) -> Any:
     """Equal for two names of one tensor (a tie), however the file came to share it."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or not tensor.numel():
+        return id(tensor)
+    if is_spread(tensor):  # its memory differs from process to process; a decision must not
         return id(tensor)
     start = tensor.untyped_storage().data_ptr()
     return start, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype

@@ -14,6 +14,7 @@ from wnsurgery.errors import NonFiniteWeightError, PairError, printable
 from wnsurgery.kept import Rooms
 from wnsurgery.keys import Layout, Pair, pair_of
 from wnsurgery.reparam import Axes, Magnitude, compose, decompose
+from wnsurgery.spread import count_not_finite, is_spread
 from wnsurgery.states import StateDict, dtype_name, found_in, refusal
 
 __all__ = [
@@ -153,7 +154,7 @@ def rows_without_direction(g: Tensor, v: Tensor, axes: Axes, magnitude: Magnitud
     >>> rows_without_direction(torch.ones(2, 1), torch.tensor([[1.0], [0.0]]), Axes((0,))).flatten().tolist()
     [False, True]
     """
-    if v.is_meta or not v.numel():
+    if v.is_meta or not v.numel() or is_spread(v):  # rows of a DTensor without direction fold to zeros
         return None
     view, dims = axes.grouped(v), axes.reduced(v.ndim)
     first = view
@@ -174,6 +175,8 @@ def set_rows_nan(weight: Tensor, rows: Tensor, axes: Axes) -> None:
 
 def _is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite; one pass, no copy."""
+    if is_spread(tensor):
+        return not count_not_finite(tensor)
     return not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))
 
 

@@ -203,6 +203,11 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     for slot in slots(model):
         if _is_stacked(slot):
             raise PairError(f"{slot.fqn}: another parametrization is stacked on its weight norm; remove that first")
+        if slot.form in _WEIGHT_NORM and slot.is_fully_sharded:
+            raise SelectionError(
+                f"{slot.fqn}: fully_shard keeps a list of its own of what it manages",
+                hint="do the surgery before sharding, or fold the state dict: fold_state(state)",
+            )
     with _plain_grad_mode():
         folded: dict[tuple[int, int], nn.Parameter] = {}
         swaps: list[Swap] = []
