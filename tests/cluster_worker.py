@@ -188,6 +188,24 @@ def not_finite(rank: int, world: int, directory: Path) -> None:
     assert type(model[0]) is nn.Linear  # type: ignore[index]
 
 
+def failing_fold(rank: int, world: int, directory: Path) -> None:
+    """The last process cannot write its files."""
+    from wnsurgery import directory as home
+
+    def broken(*_: Any) -> None:
+        raise wn.OutputError("no space left on the device")
+
+    if rank == world - 1:
+        home._write_all = broken
+    try:
+        wn.fold_checkpoint(directory / "source", directory / "output", process_group=None)
+    except wn.WnsurgeryError as error:
+        said = "no space left on the device"
+        assert error.message == (said if rank == world - 1 else f"rank {world - 1}: {said}"), error
+    else:
+        raise AssertionError("a failure went unnoticed")
+
+
 if __name__ == "__main__":
     folder, own, size, cases = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 import wnsurgery as wn
 
@@ -61,3 +63,61 @@ def test_fully_sharded(tmp_path: Path, world: int) -> None:
     }
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+# Files ---------------------------------------------------------------------------------------------------
+
+
+def torchrun(arguments: list[str], world: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "-m", "wnsurgery", *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def shards(folder: Path) -> Path:
+    """A directory of 5 files with their index; each magnitude lies in another file than its direction."""
+    torch.manual_seed(0)
+    state = wn.apply_weight_norm(nn.Sequential(*[nn.Linear(30 + i, 31 + i) for i in range(9)])).state_dict()
+    state = {k: v * 1.25 if k.endswith("original0") else v.clone() for k, v in state.items()}
+    folder.mkdir()
+    names = [f"model-{i:05}-of-00005.safetensors" for i in range(1, 6)]
+    owners = {key: names[i % 5] for i, key in enumerate(state)}
+    for name in names:
+        part = {k: v for k, v in state.items() if owners[k] == name}
+        safetensors.torch.save_file(part, folder / name, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": owners}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_several_processes_fold_one_directory(tmp_path: Path) -> None:
+    """`torchrun -m wnsurgery fold` shares the files and gives the bytes of one process, one report and one manifest."""
+    source = shards(tmp_path / "source")
+    alone = wn.fold_checkpoint(source, tmp_path / "alone", manifest=tmp_path / "alone.json")
+    together = ["fold", str(source), "-o", str(tmp_path / "together"), "--manifest", str(tmp_path / "together.json")]
+    done = torchrun([*together, "--json"], 2)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "together") == contents(tmp_path / "alone")
+    assert (tmp_path / "together.json").read_bytes() == (tmp_path / "alone.json").read_bytes()
+    report = json.loads(done.stdout)
+    assert len(report["steps"]) == len(alone.folded) == 9
+    assert alone.proof is not None
+    assert report["proof"]["max_ulp"] == alone.proof.max_ulp
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["source", "alone", "together", "alone.json", "together.json"]
+    )
+
+
+def test_an_error_in_one_process_leaves_nothing(tmp_path: Path) -> None:
+    """Where one of several processes fails at its share, all fail, and neither output nor litter is left."""
+    source = shards(tmp_path / "source")
+    run(tmp_path, 2, "failing_fold")
+    left = {p.name for p in tmp_path.iterdir() if not p.name.startswith("store")}
+    assert left == {"source"}, source

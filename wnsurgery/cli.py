@@ -211,6 +211,7 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
       wnsurgery fold model.wn.pt -o model.pt
       wnsurgery fold generator.safetensors
       wnsurgery fold exported.onnx -o clean.onnx
+      torchrun --nproc-per-node 4 -m wnsurgery fold sharded-model -o plain-model
     """
     output = options.pop("output") or _beside(model, "folded")
     if model.suffix.lower() == ".onnx":
@@ -227,9 +228,18 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
         return
     from wnsurgery.files import fold_checkpoint
 
+    from wnsurgery.ranks import launched
+    from wnsurgery.stores import is_file_name
+
     dim = _parse_dims(options.pop("dims"))
-    with counting(f"folding {model}", data=True) as told:
-        folded = fold_checkpoint(model, output, dim=dim, progress=told, **options)
+    with launched() as ranks:
+        group = None if model.is_dir() and not is_file_name(output) and ranks.size > 1 else False
+        if ranks.rank > 0:
+            if group is None:
+                fold_checkpoint(model, output, dim=dim, process_group=group, **options)
+            return
+        with counting(f"folding {model}", data=True) as told:
+            folded = fold_checkpoint(model, output, dim=dim, progress=told, process_group=group, **options)
     show(folded, as_json=as_json)
 
 

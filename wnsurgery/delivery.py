@@ -19,6 +19,7 @@ from wnsurgery.errors import InputError, VerificationError, printable
 from wnsurgery.manifest import manifest_text
 from wnsurgery.promises import Promises
 from wnsurgery.proof import Proof
+from wnsurgery.ranks import Ranks
 from wnsurgery.states import every_tensor, flat_tensors
 from wnsurgery.stores import Stored, check_output, committed, format_for, is_file_name, map_store, write_store
 from wnsurgery.stores.modules import modules_in
@@ -44,6 +45,7 @@ class Output:
         resume: go on where a killed run left a directory.
         progress: told (bytes done, bytes in all).
         started: when the operation began.
+        ranks: the processes that write a directory together.
     """
 
     path: Path_
@@ -56,6 +58,7 @@ class Output:
     resume: bool = False
     progress: Progress | None = None
     started: float = field(default_factory=time.perf_counter)
+    ranks: Ranks = field(default_factory=Ranks)
 
     def check(self, src: Path_) -> None:
         """Refuse before any work what must not be written."""

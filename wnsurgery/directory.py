@@ -11,8 +11,8 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from wnsurgery.delivery import Output, every_name, figures, watch
 from wnsurgery.errors import InputError, printable
 from wnsurgery.manifest import file_digest, manifest_text
 from wnsurgery.promises import Promises
+from wnsurgery.ranks import Ranks
 from wnsurgery.stores import Stored, committed, map_store
 from wnsurgery.stores.commit import check_space
 from wnsurgery.stores.dcp import Distributed, map_distributed
@@ -161,17 +162,23 @@ def deliver_directory(
     lay = folder.layout
     files = _hub_files(src, lay, report, maker) if isinstance(lay, Hub) else _distributed_files(folder, lay, maker)
     check_space(target, sum(size for _, size, _ in files))
+    ranks = output.ranks
+    mine = _share(files, ranks) if isinstance(lay, Hub) else files if ranks.rank == 0 else []
     with ExitStack() as stack:
-        if output.manifest is not None:
+        if output.manifest is not None and ranks.rank == 0:
             sink = stack.enter_context(committed(output.manifest, force=output.force))
         work = _digest_of_work(output, src, report)
-        replace_it = output.force or output.in_place
-        with staged(target, work, force=replace_it, resume=output.resume) as staging:
-            _write_all(staging, files, maker)
-            if output.strict or output.manifest is not None:
-                maker.run_all()  # what an earlier run wrote has its warnings, too
-            folder.source.check_all()
-            output.settle(whole())
+        with _staged_by_first(output, target, work) as staging:
+            _write_all(staging, mine, maker)
+            maker.learn(ranks.gather(maker.findings()))
+            if ranks.rank == 0:
+                if output.strict or output.manifest is not None:
+                    maker.run_all()  # what an earlier run wrote has its warnings, too
+                folder.source.check_all()
+                output.settle(whole())
+        if ranks.rank > 0:
+            ranks.gather(None)
+            return replace(whole(), proof=figures(output, whole(), maker, folder.source.size, 0))
         names = list_files(target)
         written = sum((target / name).stat().st_size for name in names)
         if output.manifest is not None:
@@ -180,11 +187,34 @@ def deliver_directory(
             tensors = every_name(again.stored.content)
             sink.write(manifest_text(output.operation, __version__, whole(), tensors, again.source.fetch, digests))
             again.source.close()
+    ranks.gather(None)
     return replace(whole(), proof=figures(output, whole(), maker, folder.source.size, written))
+
+
+@contextmanager
+def _staged_by_first(output: Output, target: Path, work: str) -> Iterator[Staging]:
+    """The staging directory of the first process, which alone makes and publishes it; the others write into it."""
+    if output.ranks.rank > 0:
+        yield Staging(Path(output.ranks.gather(None)[0]))
+        return
+    with staged(target, work, force=output.force or output.in_place, resume=output.resume) as staging:
+        output.ranks.gather(str(staging.payload))
+        yield staging
 
 
 Writer = Callable[[Any], None]
 Planned = tuple[str, int, Writer]
+
+
+def _share(files: Sequence[Planned], ranks: Ranks) -> list[Planned]:
+    """This process's files, in order: the largest first, each to whoever has least to write."""
+    loads, mine = [0] * ranks.size, set()
+    for name, size, _ in sorted(files, key=lambda file: (-file[1], file[0])):
+        owner = loads.index(min(loads))
+        loads[owner] += size + 1
+        if owner == ranks.rank:
+            mine.add(name)
+    return [file for file in files if file[0] in mine]
 
 
 def _write_all(staging: Staging, files: Iterable[Planned], maker: Promises) -> None:

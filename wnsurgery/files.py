@@ -34,7 +34,7 @@ from wnsurgery.checkpoint import (
 )
 from wnsurgery.delivery import Output, Progress, deliver
 from wnsurgery.directory import Folder, deliver_directory, map_directory
-from wnsurgery.errors import InputError, PairError, SelectionError, printable
+from wnsurgery.errors import InputError, PairError, SelectionError, WnsurgeryError, printable
 from wnsurgery.flat_magnitudes import spread_magnitudes
 from wnsurgery.keys import Layout
 from wnsurgery.loading import (
@@ -53,6 +53,7 @@ from wnsurgery.loading import (
 )
 from wnsurgery.plan import Plan, plan_weight_norm
 from wnsurgery.promises import Promises
+from wnsurgery.ranks import Ranks
 from wnsurgery.reparam import Axes, Magnitude
 from wnsurgery.steps import ZeroNorm, rows_without_direction
 from wnsurgery.stores import Stored, check_output, format_for, is_file_name, map_store, write_store
@@ -90,6 +91,7 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
     manifest: Path_ | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    process_group: Any = False,
 ) -> CheckpointReport:
     """Write a copy of a checkpoint with every (g, v) folded into a plain weight; all else stays as it is.
 
@@ -116,6 +118,8 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
         manifest: where to write a JSON table of every tensor, what was done to it, and its SHA-256.
         resume: go on where a killed run on a directory left off.
         progress: called with (bytes done, bytes in all).
+        process_group: None or a group of torch.distributed, all of whose processes make this call, to share the files
+            of a directory among them; False works alone. The output is the same to the byte.
 
     Raises:
         InputMissingError, InputError, UnsafeFileError: about the input, see `load_object`.
@@ -125,26 +129,38 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
     """
     if zero_norm not in ("error", "zero", "nan"):
         raise SelectionError(f'zero_norm must be "error", "zero" or "nan", not {zero_norm!r}')
-    output = Output(dst, "fold", force, in_place, not dry_run, strict, manifest, resume, progress)
-    output.check(src)
-    whole = trust_pickle or arch is not None
-    with named(src), _open(src, magnitude, zero_norm, whole=whole, trust=trust_pickle) as (stored, maker, folder):
-        _refuse_empty(src, stored.content)
-        if dim != "auto":
-            choose, states = ByName(dim=dim), state_dicts(stored.content)
-            spread_magnitudes(states, choose)
-            choose.check(states)
-        report = fold_state(stored.content, magnitude=magnitude, maker=maker)
-        for where, module in modules_in(stored.content):
-            with _surgery_on(src):
-                report = _merged(report, _fold_module(where, module, maker))
-        if arch is not None:
-            model = fold_weight_norm(build(arch))
-            state, prefix = state_for(src, stored.content, model, None)
-            load_into(model, stripped(state, prefix), src, magnitude)
-        if not report.steps:
-            report = replace(report, warnings=(*report.warnings, "no weight norm in this file: nothing to fold"))
-        return _deliver(output, src, stored, report, maker, folder)
+    ranks = Ranks.of(process_group)
+    output = Output(dst, "fold", force, in_place, not dry_run, strict, manifest, resume, progress, ranks=ranks)
+    with _told(ranks):
+        output.check(src)
+        whole = trust_pickle or arch is not None
+        with named(src), _open(src, magnitude, zero_norm, whole=whole, trust=trust_pickle) as (stored, maker, folder):
+            _refuse_empty(src, stored.content)
+            if dim != "auto":
+                choose, states = ByName(dim=dim), state_dicts(stored.content)
+                spread_magnitudes(states, choose)
+                choose.check(states)
+            report = fold_state(stored.content, magnitude=magnitude, maker=maker)
+            for where, module in modules_in(stored.content):
+                with _surgery_on(src):
+                    report = _merged(report, _fold_module(where, module, maker))
+            if arch is not None:
+                model = fold_weight_norm(build(arch))
+                state, prefix = state_for(src, stored.content, model, None)
+                load_into(model, stripped(state, prefix), src, magnitude)
+            if not report.steps:
+                report = replace(report, warnings=(*report.warnings, "no weight norm in this file: nothing to fold"))
+            return _deliver(output, src, stored, report, maker, folder)
+
+
+@contextmanager
+def _told(ranks: Ranks) -> Iterator[None]:
+    """Let the other processes know when this one fails."""
+    try:
+        yield
+    except Exception as error:
+        ranks.fail(error.message if isinstance(error, WnsurgeryError) else f"{type(error).__name__}: {error}")
+        raise
 
 
 @contextmanager

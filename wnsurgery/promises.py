@@ -85,6 +85,17 @@ class Promises(AtOnce, Loaded):
             if id(job) not in self._told and index == 0:
                 self._run(job)
 
+    def findings(self) -> tuple[list[str], float | None, str]:
+        """What this process found out about the weights it made."""
+        return self.notes, self.max_ulp, self.worst
+
+    def learn(self, theirs: Sequence[tuple[list[str], float | None, str]]) -> None:
+        """Take over what all processes found, in the order of ranks."""
+        self.notes[:] = list(dict.fromkeys(note for notes, _, _ in theirs for note in notes))
+        known = [(ulp, worst) for _, ulp, worst in theirs if ulp is not None]
+        if known:
+            self.max_ulp, self.worst = max(known, key=lambda entry: entry[0])
+
     def _run(self, job: _Job) -> tuple[Tensor, ...]:
         sources = [super(Promises, self).fetch(t) for t in job.sources]
         again = id(job) in self._told

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from wnsurgery.errors import InputError, SelectionError
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "launched"]
 
 
 class Ranks:
@@ -75,3 +77,16 @@ class Ranks:
             for point in theirs.values():
                 count[point] = count.get(point, 0) + 1
         return max(count, key=lambda point: count[point]) if count else None
+
+
+@contextmanager
+def launched() -> Iterator[Ranks]:
+    """The group `torchrun` has started this process in, for as long as the block lasts; alone where nothing has."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield Ranks()
+        return
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield Ranks.of()
+    finally:
+        torch.distributed.destroy_process_group()
