@@ -9,6 +9,7 @@ saved whole and deep-copied, and copies are independent; `reset_parameters()` an
 from __future__ import annotations
 
 import copyreg
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
+from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError, WnsurgeryError
 from wnsurgery.kept import Kept, Rooms
 from wnsurgery.reparam import ZERO_LOG, WeightNorm
@@ -26,18 +28,24 @@ from wnsurgery.reparam import ZERO_LOG, WeightNorm
 __all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_parameter"]
 
 _MAX_HANDLES = 63  # weights handed out and still alive that are watched for writes
-PASSING = frozenset({"_handed_out", "_kept", "_lent"})  # attributes that belong to this process and this moment
+PASSING = frozenset({"_deferred", "_handed_out", "_kept", "_lent"})  # attributes that belong to this process and this moment
 _ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
 
 
 class WeightNormList(ParametrizationList):
     """`module.parametrizations.weight` of a converted module: original0 is g, original1 is v."""
 
+    _deferred: DeferredWeight | None = None  # in deferred mode
+
     def forward(self) -> Tensor:
         rule: Any = self._modules["0"]
         g, v = self._pair()
         if "1" in self._modules:  # something is stacked on top
             return super().forward()
+        if self._deferred is not None:
+            leaf = self._leaf(self._deferred, g, v)
+            if leaf is not None:
+                return leaf
         if _is_watched(g, v):
             return rule(g, v)  # type: ignore[no-any-return]
         kept = self.__dict__.get("_kept")
@@ -63,6 +71,44 @@ class WeightNormList(ParametrizationList):
         else:
             self._hand_out(w, g, v)
         return w
+
+    def _leaf(self, weight: DeferredWeight, g: Tensor, v: Tensor) -> Tensor | None:
+        """The weight of deferred mode, None where whoever is watching must see it computed from g and v."""
+        if torch.compiler.is_compiling():  # kept current by optimizer steps and loading
+            return weight.leaf if type(v) is DeferredParameter and not torch.compiler.is_exporting() else None
+        return None if torch._C._get_tracing_state() is not None else weight.current(g, v)
+
+    def defer(self, weight: DeferredWeight | None, group: DeferredGroup) -> DeferredWeight | None:
+        """Enter deferred mode, with the weight another owner of the pair has made if there is one; None where something
+        is stacked on top."""
+        if "1" in self._modules:
+            return None
+        self.absorb()
+        for name in PASSING:
+            self.__dict__.pop(name, None)
+        g, v = self._pair()
+        rule: Any = self._modules["0"]
+        weight = DeferredWeight(group, rule, g, v) if weight is None else weight  # type: ignore[arg-type]
+        self.__dict__["_deferred"] = weight
+        return weight
+
+    def undefer(self, *, settle: bool = True) -> None:
+        """Leave deferred mode; `settle=False` for a pair that is of no use any more."""
+        weight = self._deferred
+        if weight is not None:
+            weight.release(settle=settle)
+            del self.__dict__["_deferred"]
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As any module's; but to DistributedDataParallel, which asks module by module whose gradients to exchange, a
+        deferred pair names its leaf, which is what gets one."""
+        leaf = None if recurse or self._deferred is None else self._deferred.leaf
+        if leaf is not None and sys._getframe(1).f_globals.get("__name__") == "torch.nn.parallel.distributed":
+            yield (f"{prefix}." if prefix else "") + "leaf", leaf
+            return
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
 
     def _rooms(self) -> Rooms:
         rooms: Rooms | None = self.__dict__.get("_lent")
@@ -103,6 +149,9 @@ class WeightNormList(ParametrizationList):
         `nn.init.zeros_(module.weight)` writes into a computed tensor. Its version counter tells; the write is
         taken over before anything else reads the pair, unless g or v themselves changed in between.
         """
+        if self._deferred is not None:
+            self._deferred.settle()
+            return
         kept = self.__dict__.get("_kept")
         records = self.__dict__.pop("_handed_out", None)
         if kept is None and not records:
@@ -147,6 +196,16 @@ class WeightNormList(ParametrizationList):
             v.copy_(new_v)
         self.__dict__.pop("_handed_out", None)
         self.__dict__.pop("_kept", None)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Let compiled code, which runs on the leaf without asking, see what has become of g and v."""
+        weight = self._deferred
+        if weight is not None:
+            g, v = self._pair()
+            if (g is not weight.g or v is not weight.v) and type(g) is type(v) is nn.Parameter:
+                weight.adopt(g, v)
+            weight.current(g, v)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("original0", "original1") and not torch.compiler.is_compiling():
@@ -161,11 +220,22 @@ class WeightNormList(ParametrizationList):
         self.absorb()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.absorb()
+        super()._load_from_state_dict(*arguments)
+        self._refresh()
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.absorb()
+        weight = self._deferred
         for name in PASSING:
             self.__dict__.pop(name, None)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if weight is not None:
+            weight.adopt(*self._pair())  # type: ignore[arg-type]
+            self.__dict__["_deferred"] = weight
+            self._refresh()
+        return self
 
 
 def _is_watched(g: Tensor, v: Tensor) -> bool:
@@ -308,7 +378,7 @@ def _as_plain(module: nn.Module) -> Iterator[None]:
         yield  # another parametrization sits beside ours: its weights cannot be laid open
         return
     kept = dict(module._parameters)
-    weights = {n: nn.Parameter(e().detach(), requires_grad=e._pair()[1].requires_grad) for n, e in lists.items()}
+    weights = {n: _plain_copy(e) for n, e in lists.items()}
     before = {n: w._version for n, w in weights.items()}
     module.__class__ = _made_by_parametrize(cls).__bases__[0]
     del module._modules["parametrizations"]
@@ -326,6 +396,11 @@ def _as_plain(module: nn.Module) -> Iterator[None]:
         module._parameters.update(kept)
         module._modules["parametrizations"] = table
         module.__class__ = cls
+
+
+def _plain_copy(entry: WeightNormList) -> nn.Parameter:
+    w = entry().detach()
+    return nn.Parameter(w if entry._deferred is None else w.clone(), requires_grad=entry._pair()[1].requires_grad)
 
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:

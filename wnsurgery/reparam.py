@@ -313,6 +313,20 @@ def _apply_scale(v: Tensor, scale: RowScale, axes: Axes) -> Tensor:
     return (v.to(factor.dtype) * factor).float().to(v.dtype)
 
 
+def first_order_gradients(
+    grad_w: Tensor, g: Tensor, v: Tensor, norms: Tensor | None, axes: Axes, magnitude: str, *, private: bool = False
+) -> tuple[Tensor, Tensor]:
+    """dL/dg and dL/dv from dL/dw outside of autograd, as the backward pass of `compose` gives them.
+
+    `norms` is ||v|| per row in float32, None where rows are extreme. With `private`, nobody else looks at `grad_w`, and
+    dL/dv may be written over it.
+    """
+    if norms is None:
+        return _gradients(grad_w, g, v, axes, magnitude)
+    room = grad_w if private and grad_w.stride() == v.stride() and grad_w.dtype == v.dtype else None
+    return _plain_gradients(grad_w, g, v, norms, axes, magnitude, room)
+
+
 def _plain_gradients(
     grad_w: Tensor, g: Tensor, v: Tensor, norms: Tensor, axes: Axes, magnitude: str, room: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -338,16 +352,20 @@ def _plain_gradients(
 
 
 def _gradients_into(room: Tensor, grad_w: Tensor, size: Tensor, v: Tensor, norms: Tensor) -> Tensor:
-    """dL/dv into `room`, a cache-sized block of rows at a time; returns dL/dw . v / ||v||. Kept axis 0."""
+    """dL/dv into `room`, which may be `grad_w` itself, a cache-sized block of rows at a time; returns
+    dL/dw . v / ||v||. Kept axis 0."""
     flat_v, flat_w, out = v.flatten(1), grad_w.reshape(v.shape).flatten(1), room.flatten(1)
     norms, size = norms.flatten(1), size.flatten(1)
     scale = size / norms
     radial = torch.empty_like(norms)
     step = max(1, _BLOCK // max(1, flat_v.shape[1]))
+    over = room is grad_w  # then the products need a place of their own
+    scratch = torch.empty_like(flat_v[:step]) if over else out
     for start in range(0, len(flat_v), step):
         rows = slice(start, start + step)
-        torch.mul(flat_w[rows], flat_v[rows], out=out[rows])
-        torch.sum(out[rows], 1, keepdim=True, out=radial[rows])
+        products = scratch[: len(flat_v[rows])] if over else out[rows]
+        torch.mul(flat_w[rows], flat_v[rows], out=products)
+        torch.sum(products, 1, keepdim=True, out=radial[rows])
         radial[rows].div_(norms[rows])
         torch.mul(flat_w[rows], scale[rows], out=out[rows])
         out[rows].addcmul_(flat_v[rows], scale[rows] * radial[rows] / norms[rows], value=-1)

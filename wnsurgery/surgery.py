@@ -13,10 +13,12 @@ from torch import nn
 
 from wnsurgery.batchnorm import BatchNormMode, folded_means, without_batch_norm
 from wnsurgery.data_init import InitReport, data_dependent_init
+from wnsurgery.deferred import OWNER
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
 from wnsurgery.fans import FanReport, fan_init
 from wnsurgery.following import Follower, Optimizers, Swap
 from wnsurgery.mechanism import WeightNormList, install, reorder_parameters, restore_parameter
+from wnsurgery.modes import Mode, check_mode, set_weight_norm_mode
 from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
 from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, decompose
 from wnsurgery.walk import Slot, legacy_hooks, slots
@@ -43,6 +45,7 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
     optimizer: Optimizers | None = None,
     batch_norm: BatchNormMode = "keep",
     inputs: Any = None,
+    mode: Mode = "parametrized",
     **init_options: Any,
 ) -> M:
     """Replace weights w by g * v / ||v||, in place, keeping the function in every bit; returns the model.
@@ -77,6 +80,8 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
             `MeanOnlyBatchNorm` in its place, its scale going into g. Those kept are logged as "wnsurgery", with the
             reason.
         inputs: example arguments that show the data flow for `batch_norm`; the first batch of `data` serves, too.
+        mode: "deferred" runs the net on plain leaf weights and does the work of weight norm once per optimizer step:
+            the same training at nearly the price of the plain net; see `set_weight_norm_mode`.
 
     Raises:
         SelectionError: a pattern matches nothing, the model holds no weight to convert, or the optimizer
@@ -89,6 +94,7 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
         raise SelectionError('init="data" and data=... go together')
     if init == "preserve" and init_options:
         raise TypeError(f"apply_weight_norm got unexpected arguments: {', '.join(sorted(init_options))}")
+    check_mode(mode)
     _refuse_wrapped(model)
     follower = Follower(model, optimizer)
     carry = init == "preserve" and batch_norm == "keep"
@@ -105,6 +111,8 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
             with _plain_grad_mode():
                 follower.split(map(_swap_at, plan.sites), carry=carry)
                 follower.settle(p for step in norms.steps for p in model.get_submodule(step.layer).parameters())
+    if mode == "deferred":
+        set_weight_norm_mode(model, mode)
     return model
 
 
@@ -211,6 +219,7 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
             if key not in folded:
                 folded[key] = _plain_weight(slot)
                 swaps.append(_swap_from(slot, folded[key]))
+        deferred = [entry for slot in found if isinstance(entry := _entry(slot), WeightNormList)]
         with _all_or_nothing(slot.module for slot in found):
             for slot in found:
                 weight = folded[id(slot.magnitude), id(slot.tensor)]
@@ -221,6 +230,8 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
             for slot in found:
                 _refresh_recurrent(slot.module)
             follower.join(swaps)
+        for entry in deferred:
+            entry.undefer(settle=False)
         for fold_mean in means:
             fold_mean()
         follower.settle()
@@ -239,7 +250,7 @@ def _plain_weight(slot: Slot) -> nn.Parameter:
     except PairError as error:
         raise PairError(f"{slot.fqn}: {error.message}") from error
     weight = nn.Parameter(w.detach(), requires_grad=g.requires_grad or v.requires_grad)
-    weight.__dict__.update(v.__dict__)
+    weight.__dict__.update((name, value) for name, value in v.__dict__.items() if name != OWNER)
     return weight
 
 
@@ -258,6 +269,11 @@ def _rule_of(slot: Slot) -> tuple[Axes | None, Magnitude]:
         entry.absorb()
     rule: WeightNorm = entry[0]
     return rule.axes, rule.magnitude
+
+
+def _entry(slot: Slot) -> Any:
+    table: Any = slot.module._modules.get("parametrizations")
+    return None if table is None else table._modules.get(slot.parameter)
 
 
 def _is_stacked(slot: Slot) -> bool:
