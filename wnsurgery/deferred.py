@@ -38,7 +38,7 @@ class DeferredParameter(nn.Parameter):
     """
 
     @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
+    def grad(self) -> Tensor | None:
         self._settle()
         return _GRAD.__get__(self)  # type: ignore[no-any-return]
 
@@ -173,14 +173,8 @@ class DeferredWeight:
         """dL/dw into dL/dg and dL/dv, added to what they hold."""
         leaf: Any = self.leaf
         grad, leaf.grad = leaf.grad, None
-        if grad.requires_grad:
-            raise ModeError(
-                "a weight in deferred mode has no second derivatives with respect to g and v",
-                hint='set_weight_norm_mode(model, "parametrized") before backward(create_graph=True)',
-            )
         private = (
-            sys.getrefcount(grad) == _ALONE
-            and torch._C._storage_Use_Count(grad.untyped_storage()._cdata) == _ALONE
+            sys.getrefcount(grad) == _ALONE and torch._C._storage_Use_Count(grad.untyped_storage()._cdata) == _ALONE
         )
         valid = self.kept is not None and self.kept.was_of(self.g, self.v)
         if grad.layout != torch.strided:
@@ -222,7 +216,7 @@ def _can_defer(g: Tensor, v: Tensor) -> bool:
 def _set_plain(half: nn.Parameter) -> None:
     half.__dict__.pop(OWNER, None)
     if type(half) is DeferredParameter:
-        half.__class__ = nn.Parameter
+        half.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
 class DeferredGroup:
@@ -243,6 +237,8 @@ class DeferredGroup:
     def renew(self, weights: Iterable[DeferredWeight]) -> None:
         """Compute the weights of these anew, each into its memory."""
         weights = [weight for weight in weights if weight.leaf is not None]
+        if not weights:
+            return
         with self._lock, torch.inference_mode(False), torch.no_grad():
             norms = compose_into([weight._item() for weight in weights])
             for weight, rows in zip(weights, norms, strict=True):
@@ -251,9 +247,16 @@ class DeferredGroup:
     def project(self) -> None:
         """Pass on what has gathered on all weights."""
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            for weight in self.weights:
-                if weight.leaf is not None and weight.leaf.grad is not None:
-                    weight.project()
+            waiting = [w for w in self.weights if w.leaf is not None and w.leaf.grad is not None]
+            if any(w.leaf.grad.requires_grad for w in waiting):  # type: ignore[union-attr]
+                for weight in waiting:
+                    weight.leaf.grad = None  # type: ignore[union-attr]
+                raise ModeError(
+                    "a weight in deferred mode has no second derivatives with respect to g and v",
+                    hint='set_weight_norm_mode(model, "parametrized") before backward(create_graph=True)',
+                )
+            for weight in waiting:
+                weight.project()
 
     def after_step(self, optimizer: optimizers.Optimizer) -> None:
         """An optimizer has moved its parameters: also one whose kernels leave tensor versions as they are."""

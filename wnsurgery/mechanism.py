@@ -28,7 +28,9 @@ from wnsurgery.reparam import ZERO_LOG, WeightNorm
 __all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_parameter"]
 
 _MAX_HANDLES = 63  # weights handed out and still alive that are watched for writes
-PASSING = frozenset({"_deferred", "_handed_out", "_kept", "_lent"})  # attributes that belong to this process and this moment
+PASSING = frozenset(
+    {"_deferred", "_handed_out", "_kept", "_lent"}
+)  # attributes that belong to this process and this moment
 _ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
 
 

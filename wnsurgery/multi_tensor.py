@@ -66,21 +66,15 @@ def _alike(items: Sequence[Item]) -> Iterable[Tensor | None]:
     else:
         plain = plain_scale(g, flat, first.magnitude)
         if plain is None or not plain[1]:
-            return list(map(_alone, items)) if len(items) > 1 else [_in_full(first)]
+            if len(items) > 1:  # extreme rows of one do not slow the others
+                return [compose_into([item])[0] for item in items]
+            first.w.copy_(compose_eagerly(first.g, first.v, first.axes, first.magnitude))
+            return [None]
         factor = plain[0]
-        short = flat.float().split(sizes)
-    for item, n, rows in zip(items, norms, factor.split(sizes), strict=True):
+        short = torch.split(flat.float(), sizes)
+    for item, n, rows in zip(items, norms, torch.split(factor, sizes), strict=True):
         torch.mul(item.v, item.axes.spread(rows.view(n.shape), item.v), out=item.w)
     return [None if s is None else s.view(n.shape) for s, n in zip(short, norms, strict=True)]
-
-
-def _alone(item: Item) -> Tensor | None:
-    """A weight by itself, so that extreme rows of one do not slow the others."""
-    return compose_into([item])[0]
-
-
-def _in_full(item: Item) -> None:
-    item.w.copy_(compose_eagerly(item.g, item.v, item.axes, item.magnitude))
 
 
 def gradients(item: Item, norms: Tensor | None, grad: Tensor, *, private: bool) -> tuple[Tensor, Tensor]:
