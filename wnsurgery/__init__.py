@@ -45,6 +45,7 @@ _NAMES = {
     "WnsurgeryError": "errors",
     "apply_weight_norm": "surgery",
     "bench": "benchmark",
+    "bench_suite": "suite",
     "clamp_magnitude_": "magnitudes",
     "compose": "reparam",
     "convert_checkpoint": "files",
