@@ -109,11 +109,13 @@ class Kept:
         """Whether this pair has not been written to since, so that a write into the weight is the latest word."""
         return g is self._g and v is self._v and (g._version, v._version) == self._versions[1:]
 
-    def is_of(self, g: Tensor, v: Tensor) -> bool:
+    def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether it is still the weight of this pair."""
         return (
             g is self._g
+            and g is not None
             and v is self._v
+            and v is not None
             and self._step == self._counted.count
             and (self.w._version, g._version, v._version) == self._versions
             and (g.data_ptr(), v.data_ptr()) == self._starts

@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ _MAX_HANDLES = 63  # weights handed out and still alive that are watched for wri
 PASSING = frozenset(
     {"_deferred", "_handed_out", "_kept", "_lent"}
 )  # attributes that belong to this process and this moment
+_is_compiling, _tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
 _ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
 
 
@@ -38,8 +40,14 @@ class WeightNormList(ParametrizationList):
     """`module.parametrizations.weight` of a converted module: original0 is g, original1 is v."""
 
     _deferred: DeferredWeight | None = None  # in deferred mode
+    _kept: Kept | None = None
 
     def forward(self) -> Tensor:
+        kept, halves = self._kept, self._parameters
+        if kept is not None and not torch.is_grad_enabled() and not _is_compiling():
+            known = kept.is_of(halves.get("original0"), halves.get("original1"))
+            if known and len(self._modules) == 1 and _tracing() is None:
+                return kept.w
         rule: Any = self._modules["0"]
         g, v = self._pair()
         if "1" in self._modules:  # something is stacked on top
@@ -76,9 +84,9 @@ class WeightNormList(ParametrizationList):
 
     def _leaf(self, weight: DeferredWeight, g: Tensor, v: Tensor) -> Tensor | None:
         """The weight of deferred mode, None where whoever is watching must see it computed from g and v."""
-        if torch.compiler.is_compiling():  # kept current by optimizer steps and loading
+        if _is_compiling():  # kept current by optimizer steps and loading
             return weight.leaf if type(v) is DeferredParameter and not torch.compiler.is_exporting() else None
-        return None if torch._C._get_tracing_state() is not None else weight.current(g, v)
+        return weight.current(g, v) if _tracing() is None else None
 
     def defer(self, weight: DeferredWeight | None, group: DeferredGroup) -> DeferredWeight | None:
         """Enter deferred mode, with the weight another owner of the pair has made if there is one; None where something
@@ -347,27 +355,16 @@ def reorder_parameters(module: nn.Module, order: tuple[str, ...]) -> None:
 # The host's class ----------------------------------------------------------------------------------------
 
 
-def _mend(cls: Any) -> None:
-    """Give a class made by `parametrize` what torch's lacks: pickling, copying, all layouts, resetting."""
-    for name in ("__getstate__", "__deepcopy__"):
-        if name in cls.__dict__:
-            delattr(cls, name)
-    base: type = cls.__bases__[0]
-    cls.__reduce_ex__ = _reduce_ex
-    cls._load_from_state_dict = _load_any_layout
-    for name in ("reset_parameters", "_reset_parameters"):
-        if callable(getattr(base, name, None)):
-            setattr(cls, name, _plain_method(base, name))
-
-
-def _plain_method(base: type, name: str) -> Any:
-    method = getattr(base, name)
+@cache
+def _plain_method(name: str) -> Any:
+    """A method that writes into parameters, run on the module as it was before conversion."""
 
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(_made_by_parametrize(type(self)).__bases__[0], name)
         with _as_plain(self):
             return method(self, *args, **kwargs)
 
-    wrapper.__name__, wrapper.__doc__ = name, method.__doc__
+    wrapper.__name__ = name
     return wrapper
 
 
@@ -437,12 +434,17 @@ def _rebuild_by(function: Any, arguments: tuple[Any, ...], names: tuple[str, ...
 
 
 def _give_class(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    parametrize._inject_new_class(module)
-    cls = type(module)
-    _mend(cls)
-    for name in names:
-        parametrize._inject_property(module, name)
-        _shorten(cls, name)
+    """A class of the module's own over its present one, as torch's `parametrize` makes it, with what torch's lacks:
+    pickling, copying, all layouts, resetting, and `module.weight` by a short way."""
+    base: Any = type(module)
+    members: dict[str, Any] = {"__module__": parametrize.__name__}
+    members |= {"__reduce_ex__": _reduce_ex, "_load_from_state_dict": _load_any_layout}
+    for name in ("reset_parameters", "_reset_parameters"):
+        if callable(getattr(base, name, None)):
+            members[name] = _plain_method(name)
+    members |= {name: _computed(name) for name in names}
+    cls: Any = type(f"Parametrized{base.__name__}", (base,), members)
+    module.__class__ = cls
     allowed = torch.serialization.get_safe_globals()
     if rebuild_parametrized in allowed:
         # a reader that executes nothing only sets the state of classes it was told of
@@ -450,18 +452,38 @@ def _give_class(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
     return module
 
 
-def _shorten(cls: type, name: str) -> None:
-    """Let `module.weight` go straight to our list, past two module calls, where nobody has hooks there."""
-    torchs: property = vars(cls)[name]
+@cache
+def _computed(name: str) -> property:
+    """`module.weight`: straight from our list, past two module calls, where nobody has hooks there."""
 
     def weight(self: nn.Module) -> Tensor:
         table = self._modules.get("parametrizations")
         entry: Any = None if table is None else table._modules.get(name)
-        if type(entry) is WeightNormList and not (entry._forward_hooks or entry._forward_pre_hooks):
-            return entry.forward() if not parametrize._cache_enabled else torchs.fget(self)  # type: ignore[misc]
-        return torchs.fget(self)  # type: ignore[misc,no-any-return]
+        if type(entry) is WeightNormList and not (
+            entry._forward_hooks or entry._forward_pre_hooks or parametrize._cache_enabled
+        ):
+            return entry.forward()
+        return _as_torch_does(self, name)
 
-    setattr(cls, name, property(weight, torchs.fset))
+    def assign(self: nn.Module, value: Tensor) -> None:
+        entry: Any = self.parametrizations[name]  # type: ignore[index]
+        entry.right_inverse(value)
+
+    return property(weight, assign)
+
+
+def _as_torch_does(module: nn.Module, name: str) -> Tensor:
+    """With hooks, and within `parametrize.cached()`."""
+    entry: Any = module.parametrizations[name]  # type: ignore[index]
+    if not parametrize._cache_enabled:
+        return entry()  # type: ignore[no-any-return]
+    if _tracing() is not None:
+        raise RuntimeError("Cannot trace a model while caching parametrizations.")
+    cached: Any = parametrize._cache
+    key = (id(module), name)
+    if cached.get(key) is None:
+        cached[key] = entry()
+    return cached[key]  # type: ignore[no-any-return]
 
 
 def _load_any_layout(
