@@ -166,15 +166,17 @@ LOOPS: dict[str, Loop] = {
 }
 
 
-@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
-@pytest.mark.parametrize("kind", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_hundred_steps_take_torchs_course(kind: Callable[[Any], torch.optim.Optimizer], loop: Loop) -> None:
+@pytest.mark.parametrize(
+    ("kind", "loop"),
+    [(kind, loop) for kind in OPTIMIZERS for loop in LOOPS if kind in ("sgd", "adamw") or loop == "plain_loop"],
+)
+def test_a_hundred_steps_take_torchs_course(kind: str, loop: str) -> None:
     """Whatever optimizer and loop, a hundred steps end where torch's weight norm ends, to rounding."""
     ours, theirs = made(), torchs()
-    optimizer = kind(ours.parameters())
+    optimizer = OPTIMIZERS[kind](ours.parameters())
     wn.apply_weight_norm(ours, optimizer=optimizer, mode="deferred")
-    loop(ours, optimizer)
-    loop(theirs, kind(theirs.parameters()))
+    LOOPS[loop](ours, optimizer)
+    LOOPS[loop](theirs, OPTIMIZERS[kind](theirs.parameters()))
     found, expected = ours.state_dict(), theirs.state_dict()
     start = torchs().state_dict()
     assert list(found) == list(expected)

@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError, WnsurgeryError
 from wnsurgery.kept import Kept, Rooms
-from wnsurgery.reparam import ZERO_LOG, WeightNorm
+from wnsurgery.reparam import ZERO_LOG, WeightNorm, copied_module
 
 __all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_parameter"]
 
@@ -225,6 +225,9 @@ class WeightNormList(ParametrizationList):
     def __getstate__(self) -> dict[str, Any]:
         self.absorb()
         return {name: value for name, value in self.__dict__.items() if name not in PASSING}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightNormList:
+        return copied_module(self, memo)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.absorb()

@@ -7,10 +7,12 @@ Source: Salimans & Kingma 2016, "Weight Normalization", equations 2 and 3 (arXiv
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -431,6 +433,29 @@ class WeightNorm(nn.Module):
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
         return decompose(w, self.axes, magnitude=self.magnitude, magnitude_dtype=self.magnitude_dtype)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightNorm:
+        return copied_module(self, memo)
+
     def extra_repr(self) -> str:
         groups = f", groups={self.axes.groups}" if self.axes.groups > 1 else ""
         return f"kept={self.axes.kept}{groups}, magnitude={self.magnitude!r}"
+
+
+_SHARED = (bool, int, str, Axes, torch.dtype, type(None))  # what a copy may have in common with its original
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def copied_module(module: _Module, memo: dict[int, Any]) -> _Module:
+    """A deep copy of one of our own modules, whose dozen empty tables need no copier each."""
+    twin: _Module = type(module).__new__(type(module))
+    memo[id(module)] = twin
+    state: dict[str, Any] = getattr(module, "__getstate__", lambda: module.__dict__)()  # not before Python 3.11
+    for name, value in state.items():
+        kind = type(value)
+        if kind in _SHARED:
+            twin.__dict__[name] = value
+        else:
+            empty = kind in (dict, set, OrderedDict) and not value
+            twin.__dict__[name] = kind() if empty else copy.deepcopy(value, memo)
+    return twin
