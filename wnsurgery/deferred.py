@@ -39,7 +39,12 @@ class DeferredParameter(nn.Parameter):
 
     @property
     def grad(self) -> Tensor | None:
-        self._settle()
+        reference = self.__dict__.get(OWNER)  # in one frame: an optimizer's step asks several times
+        weight = None if reference is None else reference()
+        if weight is not None and weight.leaf is not None:
+            kept = weight.kept
+            if weight.leaf.grad is not None or (kept is not None and kept.is_written()):
+                weight.settle()
         return _GRAD.__get__(self)  # type: ignore[no-any-return]
 
     @grad.setter
@@ -193,7 +198,7 @@ class DeferredWeight:
 
     def _item(self) -> Item:
         assert self.leaf is not None
-        return Item(self.g.detach(), self.v.detach(), self.rule.axes, self.rule.magnitude, self.leaf.detach())
+        return Item(self.g, self.v, self.rule.axes, self.rule.magnitude, self.leaf)
 
     def renewed(self, norms: Tensor | None) -> None:
         assert self.leaf is not None
