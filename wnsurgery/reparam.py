@@ -290,7 +290,7 @@ class _Compose(torch.autograd.Function):
         else:
             big = v.dtype == torch.float32 and v.numel() >= _FRESH
             room = ctx.rooms.take("grad", v) if ctx.rooms is not None and big else None
-            grad_g, grad_v = _plain_gradients(grad_w, g, v, norms.float(), ctx.axes, ctx.magnitude, room)
+            grad_g, grad_v = _plain_gradients(grad_w, g, v, norms.float(), ctx.axes, ctx.magnitude, room, _FRESH)
         want_g, want_v = ctx.needs_input_grad[:2]
         return grad_g if want_g else None, grad_v if want_v else None, None, None, None
 
@@ -326,17 +326,25 @@ def first_order_gradients(
     if norms is None:
         return _gradients(grad_w, g, v, axes, magnitude)
     room = grad_w if private and grad_w.stride() == v.stride() and grad_w.dtype == v.dtype else None
-    return _plain_gradients(grad_w, g, v, norms, axes, magnitude, room)
+    # two gradients of one weight at a time, a new and an old one, outgrow what the allocator keeps warm much sooner
+    return _plain_gradients(grad_w, g, v, norms, axes, magnitude, room, _FRESH // 8)
 
 
 def _plain_gradients(
-    grad_w: Tensor, g: Tensor, v: Tensor, norms: Tensor, axes: Axes, magnitude: str, room: Tensor | None
+    grad_w: Tensor,
+    g: Tensor,
+    v: Tensor,
+    norms: Tensor,
+    axes: Axes,
+    magnitude: str,
+    room: Tensor | None,
+    large: int,
 ) -> tuple[Tensor, Tensor]:
     """The paper's equation 3 for ordinary rows, first order only, in as few passes as torch offers."""
     rows = _per_row(g, v, axes)
     size = rows.exp() if magnitude == "log" else rows
     whole = axes.kept == (0,) and v.dtype == torch.float32 == size.dtype and v.is_contiguous()
-    if whole and v.ndim > 1 and v.numel() >= _FRESH:  # by size alone, so that memory decides no bit
+    if whole and v.ndim > 1 and v.numel() >= large:  # by size alone, so that memory decides no bit
         grad_v = torch.empty_like(v) if room is None else room
         radial = _gradients_into(grad_v, grad_w, size, v, norms)
     elif whole and v.ndim > 1:
