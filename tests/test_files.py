@@ -33,6 +33,7 @@ from wnsurgery.errors import (
 )
 from wnsurgery.files import convert_checkpoint, fold_checkpoint, load_model, load_object, load_tensors, save_model
 from wnsurgery.mechanism import rebuild_parametrized
+from wnsurgery.stores import Stored, write_store
 from wnsurgery.surgery import apply_weight_norm, fold_weight_norm, is_weight_normed
 
 
@@ -662,3 +663,30 @@ def test_load_tensors_flattens_everything(tmp_path):
     original = copy.deepcopy(plain_net())
     torch.save(original, tmp_path / "n.pt")
     assert sorted(load_tensors(tmp_path / "n.pt")) == sorted(original.state_dict())
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_axis_of_a_list_of_magnitudes_is_asked_for(tmp_path, suffix, axis):
+    """g of shape (n,) does not tell its axis: an error that names the key and --dim, and then what --dim says."""
+    g, v = torch.rand(4) + 0.5, torch.randn(4, 4)
+    source = tmp_path / f"a{suffix}"
+    write_store(source, Stored({"fc.weight_g": g, "fc.weight_v": v}, "torch"))
+    with pytest.raises(PairError, match=r"fc\.weight_g: magnitude \(4,\) may belong to axis 0 or 1") as caught:
+        fold_checkpoint(source, tmp_path / f"b{suffix}")
+    assert "--dim 'fc.weight=AXIS'" in caught.value.hint
+    assert [p.name for p in tmp_path.iterdir()] == [source.name]
+    fold_checkpoint(source, tmp_path / f"b{suffix}", dim={"fc": axis})
+    convert_checkpoint(source, tmp_path / f"c{suffix}", dim=axis)
+    shape = [1, 1]
+    shape[axis] = 4
+    expected = v.double() * g.double().reshape(shape) / v.double().norm(dim=1 - axis, keepdim=True)
+    torch.testing.assert_close(load_tensors(tmp_path / f"b{suffix}")["fc.weight"].double(), expected)
+    assert load_tensors(tmp_path / f"c{suffix}")["fc.parametrizations.weight.original0"].shape == tuple(shape)
+
+
+def test_a_list_of_magnitudes_must_fit_the_axis_named(tmp_path):
+    """The axis named for a list of magnitudes has their number, or it is an error that names the key."""
+    torch.save({"fc.weight_g": torch.ones(4), "fc.weight_v": torch.ones(4, 3)}, tmp_path / "a.pt")
+    with pytest.raises(PairError, match=r"fc\.weight_g: 4 magnitudes do not fit the kept axis 1"):
+        fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", dim=1)

@@ -19,18 +19,20 @@ PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
     {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"},
-    {"keys", "reparam", "stores", "differences", "onnx_values"}
+    {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
-    {"layers", "checkpoint", "onnx_file", "chain_rule", "after_step", "multi_tensor"},
-    {"graph", "parity", "following", "deferred"},
-    {"walk"},
-    {"plan", "mechanism", "tracing"},
-    {"affine", "pairs", "targets"},
+    {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step", "multi_tensor"}
+    | {"onnx_layout", "onnx_functions", "onnx_guard"},
+    {"graph", "parity", "choice", "following", "deferred"},
+    {"walk", "steps", "flat_magnitudes"},
+    {"plan", "mechanism", "checkpoint", "tracing"},
+    {"affine", "pairs", "targets", "promises", "manifest", "loading"},
     {"batchnorm", "data_init", "fans", "modes"},
-    {"surgery", "renormalize", "magnitudes", "param_groups"},
+    {"surgery", "renormalize", "magnitudes", "param_groups", "delivery"},
+    {"directory"},
     {"files", "runs", "benchmark", "bench_models", "bench_works"},
-    {"export", "inout", "bench_surgery"},
-    {"verification", "inspection", "suite"},
+    {"export", "inout", "bisection", "bench_surgery"},
+    {"verification", "inspection", "deployment", "folder", "suite"},
     {"report"},
     {"cli"},
     {"__init__", "__main__"},

@@ -29,7 +29,7 @@ from wnsurgery.errors import (
     UnsafeFileError,
     WnsurgeryError,
 )
-from wnsurgery.stores import Stored, check_output, read_store, write_store
+from wnsurgery.stores import Stored, check_output, map_store, read_store, write_store
 from wnsurgery.stores.commit import committed
 from wnsurgery.stores.pickles import scan
 from wnsurgery.stores.safetensors_file import DTYPES
@@ -604,3 +604,19 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path):
     with pytest.raises(OutputError, match="cannot be saved"):
         write_store(tmp_path / "x.pt", Stored({"f": lambda: 0}, "torch"))
     assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("way", ["one", "many"])
+def test_tensors_that_claim_terabytes_are_refused_before_anyone_computes(tmp_path, old, way):
+    """A few bytes stretched by strides, in one tensor or in thousands, are damage; the read costs nothing."""
+    if way == "one":
+        v = torch.zeros(1, 1).expand(2**18, 2**18)
+        content = {"a.weight_g": torch.ones(1, 1).expand(2**18, 1), "a.weight_v": v}
+    else:
+        flat = torch.zeros(1 << 16)
+        content = {f"{i}": flat.as_strided((1 << 12, 1 << 12), (1, 1), i) for i in range(100)}
+    torch.save(content, tmp_path / "m.pt", _use_new_zipfile_serialization=not old)
+    for read in (map_store, read_store):
+        with pytest.raises(InputError, match=r"fraction of its data|claim"):
+            read(tmp_path / "m.pt")

@@ -1,30 +1,24 @@
-"""Checkpoint files, end to end: fold and convert a file, load a model or its tensors, save a model.
+"""Checkpoint files, end to end: fold and convert a file, save a model.
 
     fold_checkpoint("generator.pth", "plain.pth")
     convert_checkpoint("plain.safetensors", "wn.safetensors", dim={"ups.*": 1})
-    model = load_model("weights.pt", arch="mypackage.nets:build")
 
-Whole modules are read without executing the file when they consist of torch.nn classes; anything else needs
-`trust_pickle`, or a state dict together with `arch`.
+State dicts go from file to file one tensor at a time; whole modules, and whatever needs a model, through memory.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from wnsurgery.batchnorm import BatchNormMode, BatchNormPlan, without_batch_norm
 from wnsurgery.checkpoint import (
+    AtOnce,
     ByModel,
     ByName,
     CheckpointReport,
@@ -33,31 +27,39 @@ from wnsurgery.checkpoint import (
     StateDict,
     Step,
     convert_state,
-    flat_tensors,
     fold_state,
-    plain_keys,
     plan_fold,
     state_dicts,
     translate,
 )
-from wnsurgery.errors import (
-    InputError,
-    NonFiniteWeightError,
-    PairError,
-    SelectionError,
-    WnsurgeryError,
-    first_line,
-    printable,
-)
+from wnsurgery.delivery import Output, Progress, deliver
+from wnsurgery.directory import Folder, deliver_directory, map_directory
+from wnsurgery.errors import InputError, PairError, SelectionError, printable
+from wnsurgery.flat_magnitudes import spread_magnitudes
 from wnsurgery.keys import Layout
-from wnsurgery.mean_only import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
-from wnsurgery.mechanism import PASSING, WeightNormList, rebuild_parametrized
+from wnsurgery.loading import (
+    WEIGHT_NORM,
+    Arch,
+    Path_,
+    build,
+    load_into,
+    load_model,
+    load_object,
+    load_tensors,
+    named,
+    read,
+    state_for,
+    stripped,
+)
 from wnsurgery.plan import Plan, plan_weight_norm
-from wnsurgery.reparam import Axes, Magnitude, WeightNorm
-from wnsurgery.stores import Stored, check_output, format_for, read_store, write_store
-from wnsurgery.stores.modules import ModulePolicy, modules_in
+from wnsurgery.promises import Promises
+from wnsurgery.reparam import Axes, Magnitude
+from wnsurgery.steps import ZeroNorm, rows_without_direction
+from wnsurgery.stores import Stored, check_output, format_for, is_file_name, map_store, write_store
+from wnsurgery.stores.dcp import Distributed
+from wnsurgery.stores.modules import modules_in
 from wnsurgery.surgery import apply_weight_norm, fold_weight_norm, is_weight_normed
-from wnsurgery.walk import Slot, slots
+from wnsurgery.walk import slots
 
 __all__ = [
     "convert_checkpoint",
@@ -68,320 +70,156 @@ __all__ = [
     "save_model",
 ]
 
-_WEIGHT_NORM = ("ours", "torch", "legacy")
-
-Path_ = str | os.PathLike[str]
-Arch = str | Callable[[], nn.Module]
-
-
-# Reading -------------------------------------------------------------------------------------------------
-
-
-def load_object(path: Path_, *, trust_pickle: bool = False) -> Any:
-    """Whatever a checkpoint file holds, tensors on the CPU; nothing of the file is executed without trust.
-
-    >>> load_object("run.ckpt")["epoch"]  # doctest: +SKIP
-    3
-
-    Raises:
-        InputMissingError, InputError: not there, damaged, or no checkpoint.
-        UnsafeFileError: it needs more than tensors, plain containers and torch.nn modules.
-    """
-    return _read(path, trust_pickle).content
-
-
-def load_tensors(path: Path_, *, trust_pickle: bool = False) -> dict[str, Tensor]:
-    """Every tensor of the state dicts and modules in a file, under its dotted name, as stored (pairs unfolded).
-
-    >>> sorted(load_tensors("generator.pth"))  # doctest: +SKIP
-    ['generator.conv_pre.bias', 'generator.conv_pre.weight_g', 'generator.conv_pre.weight_v']
-
-    Raises as `load_object`.
-    """
-    content = load_object(path, trust_pickle=trust_pickle)
-    tensors = flat_tensors(content)
-    for where, module in modules_in(content):
-        tensors.update(flat_tensors({where: module.state_dict()} if where else module.state_dict()))
-    return tensors
-
-
-def load_model(
-    path: Path_,
-    *,
-    arch: Arch | None = None,
-    trust_pickle: bool = False,
-    entry: str | None = None,
-    magnitude: Magnitude = "linear",
-) -> nn.Module:
-    """The model in a file: a whole module, or a state dict loaded strictly into what `arch` builds.
-
-    A state dict in another layout than the model's is folded, converted or re-keyed on the way in.
-
-    >>> load_model("weights.safetensors", arch="torchvision.models:resnet18")  # doctest: +SKIP
-
-    Args:
-        path: file that `torch.save` or safetensors wrote.
-        arch: "package.module:factory", or the factory itself; called without arguments. The working directory
-            is searched for the package, too.
-        trust_pickle: let the file's pickle run code.
-        entry: dotted path of the state dict or module to take, where several fit ("ema").
-        magnitude: "log" when the state dict stores the logarithm of g without saying so, as our own do.
-
-    Raises:
-        InputError: damaged, ambiguous, or its tensors do not fit the model.
-        UnsafeFileError: a whole module of other classes than torch.nn's.
-        SelectionError: `arch` names nothing that builds a module, or is missing, or not needed.
-    """
-    content = _read(path, trust_pickle).content
-    modules = modules_in(content)
-    if modules:
-        if arch is not None:
-            raise SelectionError(f"{path}: holds a whole module; arch is for state dicts", hint="leave out --arch")
-        model: nn.Module = _only(path, [(w, m) for w, m in modules if entry in (None, w)], "module")
-        return model
-    if arch is None:
-        raise InputError.of(
-            path, "holds tensors but no module", "arch='package.module:factory' (--arch) says what builds the model"
-        )
-    model = _build(arch)
-    with _named(path):
-        state, prefix = _state_for(path, content, model, entry)
-        _load_into(model, _stripped(state, prefix), path, magnitude)
-    return model
-
-
-def _read(path: Path_, trust_pickle: bool) -> Stored:
-    policy = _policy()
-    stored = read_store(path, trust_pickle=trust_pickle, allow=policy.allow)
-    if not trust_pickle:
-        policy.vet(stored.content, Path(path))
-    return stored
-
-
-def _policy() -> ModulePolicy:
-    """torch.nn's classes and the ones this package puts into a converted module."""
-    own = (WeightNormList, WeightNorm, Axes, MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d)
-    rebuild = rebuild_parametrized
-    return ModulePolicy(
-        {f"{cls.__module__}.{cls.__qualname__}": cls for cls in own},
-        {f"{rebuild.__module__}.{rebuild.__qualname__}": rebuild},
-        _fault,
-    )
-
-
-def _fault(module: nn.Module) -> str:
-    """What is wrong with a module from a file that claims to be under our weight norm; "" if nothing is."""
-
-    table = module._modules["parametrizations"]
-    for name, entry in table._modules.items() if type(table) is nn.ModuleDict else [("", None)]:
-        if type(entry) is not WeightNormList or list(entry._modules) != ["0"] or not PASSING.isdisjoint(vars(entry)):
-            return "its parametrization is not weight norm"
-        rule, g, v = entry._modules["0"], entry._parameters.get("original0"), entry._parameters.get("original1")
-        if type(rule) is not WeightNorm or g is None or v is None or not _is_sound_rule(vars(rule), g, v):
-            return f"the pair of {printable(name)} does not fit"
-        if not isinstance(vars(type(module)).get(name), property):
-            return f"{printable(name)} is not parametrized in its class"
-    return ""
-
-
-def _is_sound_rule(rule: Mapping[str, Any], g: Tensor, v: Tensor) -> bool:
-    """Whether the attributes of a WeightNorm from a file are what its constructor makes, and fit the pair."""
-    axes, dtype = rule.get("axes"), rule.get("magnitude_dtype", 0)
-    if type(axes) is not Axes or rule.get("magnitude") not in ("linear", "log"):
-        return False
-    kept, groups = vars(axes).get("kept"), vars(axes).get("groups")
-    if type(groups) is not int or type(kept) is not tuple or any(type(axis) is not int for axis in kept):
-        return False
-    try:
-        fits = tuple(g.shape) == axes.check(v.shape).magnitude_shape(v.shape)
-    except PairError:
-        return False
-    return fits and groups > 0 and (dtype is None or isinstance(dtype, torch.dtype))
-
-
-def _only(path: Path_, found: Sequence[tuple[str, Any]], kind: str) -> Any:
-    if len(found) == 1:
-        return found[0][1]
-    names = ", ".join(printable(where or "the file itself") for where, _ in found[:5])
-    reason = f"several could be meant: {names}" if found else f"no such {kind} in it"
-    raise InputError.of(path, reason, "entry='...' names the one to take")
-
-
-# Models and their state dicts ----------------------------------------------------------------------------
-
-
-def _build(arch: Arch) -> nn.Module:
-    """The module a factory makes."""
-    model: Any
-    if callable(arch):
-        name, model = getattr(arch, "__name__", repr(arch)), arch()
-    else:
-        name = arch
-        module_name, _, attribute = arch.partition(":")
-        if not module_name or not attribute:
-            raise SelectionError(f"{arch!r} is not of the form package.module:factory")
-        with _working_directory_importable():
-            try:  # the user's own code, which raises what it likes
-                found: Any = import_module(module_name)
-                for part in attribute.split("."):
-                    found = getattr(found, part)
-            except (Exception, SystemExit) as error:
-                raise SelectionError(f"{arch}: {first_line(error)}") from error
-            try:
-                model = found()
-            except (Exception, SystemExit) as error:
-                hint = "the factory is called without arguments" if isinstance(error, TypeError) else None
-                raise SelectionError(f"{arch}: {first_line(error)}", hint=hint) from error
-    if not isinstance(model, nn.Module):
-        raise SelectionError(f"{name}: gives a {type(model).__name__}, not a torch.nn.Module")
-    return model
-
-
-@contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    """Let `--arch nets:build` find ./nets.py; last in the path, so that nothing installed is shadowed."""
-    here = str(Path.cwd())
-    sys.path.append(here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
-
-
-def _state_for(path: Path_, content: Any, model: nn.Module, entry: str | None) -> tuple[StateDict, str]:
-    """The one state dict in a file whose names are the model's, and what the file puts before them."""
-    wanted = set(plain_keys(_template(model)))
-    states = [s for s in state_dicts(content) if entry in (None, s.path)]
-    fitting = [(s.path, (s, prefix)) for s in states if (prefix := _prefix(set(plain_keys(s)), wanted)) is not None]
-    if not fitting and states:
-        nearest = max(states, key=lambda s: len(wanted & set(plain_keys(s))))
-        raise InputError.of(path, _difference(set(plain_keys(nearest)), wanted))
-    state, prefix = _only(path, fitting, "state dict")
-    return state, prefix
-
-
-def _prefix(keys: set[str], wanted: set[str]) -> str | None:
-    """What stands before the model's names ("", "module.", "generator."), None if they are not all there.
-
-    Keys under other prefixes may be there too (a checkpoint that holds a discriminator beside the generator).
-    """
-    some = next(iter(sorted(wanted)), None)
-    for key in sorted(keys) if some is not None else ():
-        start = key.removesuffix(str(some))
-        if key.endswith(str(some)) and (not start or start.endswith(".")):
-            own = {k for k in keys if k.startswith(start)}
-            if own == {start + name for name in wanted}:
-                return start
-    return None
-
-
-def _difference(keys: set[str], wanted: set[str]) -> str:
-    parts = [f"{len(wanted - keys)} missing"] if wanted - keys else []
-    parts += [f"{len(keys - wanted)} unexpected"] if keys - wanted else []
-    names = [printable(n) for n in (*sorted(wanted - keys)[:3], *sorted(keys - wanted)[:3])]
-    return f"its tensors do not fit the model: {' and '.join(parts)} ({', '.join(names)}, ...)"
-
-
-def _template(model: nn.Module) -> StateDict:
-    return StateDict("", dict(model.state_dict()))
-
-
-def _stripped(state: StateDict, prefix: str) -> StateDict:
-    """The model's part of a state dict, under the model's own names."""
-    entries: dict[str, Any] = OrderedDict(
-        (k.removeprefix(prefix), v) for k, v in state.entries.items() if isinstance(k, str) and k.startswith(prefix)
-    )
-    metadata = getattr(state.entries, "_metadata", None)
-    if metadata is not None and not prefix:
-        entries._metadata = metadata  # type: ignore[attr-defined]
-    return StateDict(state.path, entries)
-
-
-def _load_into(model: nn.Module, state: StateDict, path: Path_, magnitude: Magnitude) -> None:
-    wanted = {n: _magnitude(slot) for slot in slots(model) if slot.form in _WEIGHT_NORM for n in slot.names}
-    tensors = OrderedDict(translate(state, _template(model), magnitude=magnitude, wanted=wanted))
-    extra = {k: v for k, v in state.entries.items() if not isinstance(v, Tensor)}
-    tensors.update(extra)
-    if hasattr(state.entries, "_metadata"):
-        tensors._metadata = state.entries._metadata  # type: ignore[attr-defined]
-    try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise InputError.of(path, f"its tensors do not fit the model: {printable(reason, 400)}") from error
-
-
-def _magnitude(slot: Slot) -> Magnitude:
-    """How a weight under weight norm stores its g; torch's own knows only the linear way."""
-    if slot.form != "ours":
-        return "linear"
-    rule: WeightNorm = slot.module.parametrizations[slot.parameter][0]  # type: ignore[index,assignment]
-    return rule.magnitude
-
 
 # Folding -------------------------------------------------------------------------------------------------
 
 
-def fold_checkpoint(
+def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
     src: Path_,
     dst: Path_,
     *,
     magnitude: Magnitude = "linear",
+    zero_norm: ZeroNorm = "error",
+    dim: DimOption | Mapping[str, DimOption] = "auto",
     arch: Arch | None = None,
     force: bool = False,
     in_place: bool = False,
     trust_pickle: bool = False,
     dry_run: bool = False,
+    strict: bool = False,
+    manifest: Path_ | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
 ) -> CheckpointReport:
     """Write a copy of a checkpoint with every (g, v) folded into a plain weight; all else stays as it is.
 
     All three layouts, any tensor name and nesting, mixed; modules saved whole are folded as modules. The bits are
-    those of `fold_weight_norm` on the live module. A file without pairs is copied, and the report says so.
+    those of `fold_weight_norm` on the live module. A file without pairs is copied, and the report says so. State
+    dicts of any size go through one tensor at a time.
 
     >>> print(fold_checkpoint("generator.pth", "plain.pth"))  # doctest: +SKIP
 
     Args:
-        src: `.pt .pth .bin .ckpt .safetensors`, told by content.
-        dst: the output; its suffix decides the format, where it has one of these.
+        src: `.pt .pth .bin .ckpt .safetensors`, told by content; a directory of such files as the Hugging Face hub has
+            them (shards and index included), or one of torch.distributed.checkpoint.
+        dst: the output; its suffix decides the format, where it has one of these. A directory gives a directory.
         magnitude: "log" when pairs store the logarithm of g without saying so, as our own do.
+        zero_norm: what a row with v = 0 and g != 0 becomes, which has no direction: "error", "zero" or "nan".
+        dim: the axis that magnitudes stored as a plain list belong to, for all or by pattern; every other magnitude
+            tells by its shape.
         arch: a model the folded state dict must load into, strictly.
         force: overwrite an existing output.
         in_place: let the output be the input.
         trust_pickle: let the file's pickle run code.
         dry_run: report, write nothing.
+        strict: treat warnings as errors; nothing is written then.
+        manifest: where to write a JSON table of every tensor, what was done to it, and its SHA-256.
+        resume: go on where a killed run on a directory left off.
+        progress: called with (bytes done, bytes in all).
 
     Raises:
         InputMissingError, InputError, UnsafeFileError: about the input, see `load_object`.
         PairError: broken pairs, named.
         OutputExistsError, OutputError: about the output.
+        VerificationError: warnings, with `strict`.
     """
-    if not dry_run:
-        check_output(dst, src, force=force, in_place=in_place)
-    stored = _read(src, trust_pickle)
-    with _named(src):
+    if zero_norm not in ("error", "zero", "nan"):
+        raise SelectionError(f'zero_norm must be "error", "zero" or "nan", not {zero_norm!r}')
+    output = Output(dst, "fold", force, in_place, not dry_run, strict, manifest, resume, progress)
+    output.check(src)
+    whole = trust_pickle or arch is not None
+    with named(src), _open(src, magnitude, zero_norm, whole=whole, trust=trust_pickle) as (stored, maker, folder):
         _refuse_empty(src, stored.content)
-        report = fold_state(stored.content, magnitude=magnitude)
+        if dim != "auto":
+            choose, states = ByName(dim=dim), state_dicts(stored.content)
+            spread_magnitudes(states, choose)
+            choose.check(states)
+        report = fold_state(stored.content, magnitude=magnitude, maker=maker)
         for where, module in modules_in(stored.content):
             with _surgery_on(src):
-                report = _merged(report, _fold_module(where, module))
+                report = _merged(report, _fold_module(where, module, maker))
         if arch is not None:
-            model = fold_weight_norm(_build(arch))
-            state, prefix = _state_for(src, stored.content, model, None)
-            _load_into(model, _stripped(state, prefix), src, magnitude)
-    if not report.steps:
-        report = replace(report, warnings=(*report.warnings, "no weight norm in this file: nothing to fold"))
-    return _finish(dst, stored, report, write=not dry_run, force=force or in_place)
+            model = fold_weight_norm(build(arch))
+            state, prefix = state_for(src, stored.content, model, None)
+            load_into(model, stripped(state, prefix), src, magnitude)
+        if not report.steps:
+            report = replace(report, warnings=(*report.warnings, "no weight norm in this file: nothing to fold"))
+        return _deliver(output, src, stored, report, maker, folder)
 
 
-def _fold_module(where: str, module: nn.Module) -> CheckpointReport:
-    steps = []
+@contextmanager
+def _open(
+    src: Path_, magnitude: Magnitude, zero_norm: ZeroNorm, *, whole: bool, trust: bool
+) -> Iterator[tuple[Stored, AtOnce, Folder | None]]:
+    """A checkpoint with its tensors still in the file, where that will do, and what makes the new ones."""
+    if Path(src).is_dir():
+        if whole:
+            raise SelectionError(f"{src}: a directory; arch, data and trust_pickle are for files")
+        folder = map_directory(Path(src))
+        try:
+            yield folder.stored, Promises(folder.source, magnitude, zero_norm), folder
+        finally:
+            folder.source.close()
+        return
+    stored = None if whole else map_store(src)
+    if stored is None or stored.source is None:
+        yield read(src, trust), AtOnce(magnitude, zero_norm, judge=True), None
+        return
+    try:
+        yield stored, Promises(stored.source, magnitude, zero_norm), None
+    finally:
+        stored.source.close()
+
+
+def _deliver(
+    output: Output, src: Path_, stored: Stored, report: CheckpointReport, maker: AtOnce, folder: Folder | None
+) -> CheckpointReport:
+    if folder is not None and format_for(output.path, "torch") == "safetensors" and is_file_name(output.path):
+        flat = stored.content
+        if isinstance(folder.layout, Distributed):
+            flat = folder.layout.flattened(flat)[0]
+        other = [key for key, value in flat.items() if not isinstance(value, Tensor | dict)]
+        stored = replace(stored, content={key: value for key, value in flat.items() if key not in set(other)})
+        left = f"{len(other)} entries that are no tensors are left out: {printable(', '.join(map(str, other[:5])))}"
+        report = replace(report, warnings=(*report.warnings, left)) if other else report
+    if folder is None or is_file_name(output.path):
+        return deliver(output, src, stored, report, maker)
+    assert isinstance(maker, Promises)
+    return deliver_directory(output, Path(src), folder, report, maker)
+
+
+def _fold_module(where: str, module: nn.Module, maker: AtOnce) -> CheckpointReport:
+    found = []
     for slot in slots(module):
-        if slot.form in _WEIGHT_NORM and slot.tensor is not None and slot.magnitude is not None:
+        if slot.form in WEIGHT_NORM and slot.tensor is not None and slot.magnitude is not None:
             shape, name = tuple(slot.tensor.shape), _joined(where, slot.fqn)
-            axes = Axes.of_pair(slot.magnitude.shape, shape)
-            steps.append(Step("folded", name, (name,), (name,), axes, shape, _type(slot.tensor)))
+            rule: Any = getattr(slot.module, "parametrizations", {})
+            own = rule[slot.parameter][0] if slot.form == "ours" else None
+            axes = own.axes if own else Axes.of_pair(slot.magnitude.shape, shape)
+            log = own is not None and own.magnitude == "log"
+            step = Step("folded", name, (name,), (name,), axes, shape, _type(slot.tensor), log)
+            found.append((slot, step, slot.magnitude.detach(), slot.tensor.detach()))
+    lost = [rows_without_direction(g, v, step.axes, _scale(step)) for _, step, g, v in found]
+    for (_, step, _, _), rows in zip(found, lost, strict=True):
+        if rows is not None:
+            count = f"{printable(step.name)}: {int(rows.sum())} of {rows.numel()} rows have v = 0 and g != 0"
+            if maker.zero_norm == "error":
+                hint = "zero_norm='zero' or 'nan' (--zero-norm) says what to write"
+                raise PairError(f"{count}, so no direction to fold along", hint=hint)
+            maker.notes.append(f"{count}; folded to {maker.zero_norm}")
     fold_weight_norm(module)
-    return CheckpointReport(tuple(steps))
+    for (slot, step, g, v), rows in zip(found, lost, strict=True):
+        weight = getattr(slot.module, slot.parameter).detach()
+        if rows is not None and maker.zero_norm == "nan":
+            weight.masked_fill_(
+                step.axes.spread(rows.squeeze(1) if step.axes.groups > 1 else rows, weight), float("nan")
+            )
+        maker.measure(step, (g, v), (weight,))
+    return CheckpointReport(tuple(step for _, step, _, _ in found), warnings=tuple(maker.notes))
+
+
+def _scale(step: Step) -> Magnitude:
+    return "log" if step.log else "linear"
 
 
 # Converting ----------------------------------------------------------------------------------------------
@@ -406,6 +244,10 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
     in_place: bool = False,
     trust_pickle: bool = False,
     dry_run: bool = False,
+    strict: bool = False,
+    manifest: Path_ | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
 ) -> CheckpointReport:
     """Write a copy of a checkpoint with its weights under weight norm, bit for bit the same function.
 
@@ -416,7 +258,7 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
     >>> print(convert_checkpoint("plain.pt", "wn.pt", dim={"ups.*": 1}))  # doctest: +SKIP
 
     Args:
-        src, dst, force, in_place, trust_pickle, dry_run: as in `fold_checkpoint`.
+        src, dst, force, in_place, trust_pickle, dry_run, strict, manifest, resume, progress: as in `fold_checkpoint`.
         layout: "parametrized" (torch's present keys) or "legacy" (`weight_g`, `weight_v`); for state dicts.
         include, exclude, dim: which weights and which kept axes; globs or `re:` patterns on names, see `ByName`.
         magnitude: "linear" stores g, "log" its logarithm; pairs already in a state dict that do not say are taken
@@ -435,18 +277,20 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
         NonFiniteWeightError: a weight to convert holds NaN or infinity; named.
         and as `fold_checkpoint`.
     """
-    if not dry_run:
-        check_output(dst, src, force=force, in_place=in_place)
-    stored = _read(src, trust_pickle)
+    output = Output(dst, "convert", force, in_place, not dry_run, strict, manifest, resume, progress)
+    output.check(src)
+    whole = trust_pickle or arch is not None or init != "preserve" or batch_norm != "keep"
     selection = {"include": include, "exclude": exclude, "dim": dim, "magnitude": magnitude}
     setup = {"init": init, "data": data, "init_scale": init_scale, "batch_norm": batch_norm, "inputs": inputs}
-    with _named(src):
+    with named(src), _open(src, magnitude, "error", whole=whole, trust=trust_pickle) as (stored, maker, folder):
         _refuse_empty(src, stored.content)
-        report = _convert(src, stored.content, layout, arch, selection, setup)
-    if not report.steps and not _holds_weight_norm(stored.content):
-        reasons = "; ".join(f"{printable(s.name)}: {s.reason}" for s in report.skipped[:3])
-        raise SelectionError(f"{src}: no weight to convert", hint=reasons or "it has no tensor of 2 or more dimensions")
-    return _finish(dst, stored, report, write=not dry_run, force=force or in_place)
+        report = _convert(src, stored.content, layout, arch, selection, setup, maker)
+        if not report.steps and not _holds_weight_norm(stored.content):
+            reasons = "; ".join(f"{printable(s.name)}: {s.reason}" for s in report.skipped[:3])
+            raise SelectionError(
+                f"{src}: no weight to convert", hint=reasons or "it has no tensor of 2 or more dimensions"
+            )
+        return _deliver(output, src, stored, report, maker, folder)
 
 
 def _holds_weight_norm(content: Any) -> bool:
@@ -463,7 +307,13 @@ Options = Mapping[str, Any]
 
 
 def _convert(
-    path: Path_, content: Any, layout: Layout, arch: Arch | None, selection: Options, setup: Options
+    path: Path_,
+    content: Any,
+    layout: Layout,
+    arch: Arch | None,
+    selection: Options,
+    setup: Options,
+    maker: AtOnce,
 ) -> CheckpointReport:
     """Convert a loaded file in place, by whichever of the three ways it calls for."""
     if (setup["init"] == "data") != (setup["data"] is not None):
@@ -479,14 +329,15 @@ def _convert(
             report = _merged(report, replace(own, initialisation=_initialised(module, setup)))
         return report
     if arch is not None:
-        return _convert_with_model(path, content, _build(arch), layout, selection, setup)
+        return _convert_with_model(path, content, build(arch), layout, selection, setup)
     if setup["init"] != "preserve":
         raise SelectionError(f"init={setup['init']!r} needs the model", hint="arch='package.module:factory' (--arch)")
     if setup["batch_norm"] != "keep":
         reason = "a state dict alone does not say what a BatchNorm follows: batch_norm needs the model"
         raise SelectionError(reason, hint="arch='package.module:factory' (--arch)")
     choose = ByName(selection["include"], selection["exclude"], selection["dim"])
-    return convert_state(content, choose, layout=layout, magnitude=selection["magnitude"])
+    spread_magnitudes(state_dicts(content), choose)
+    return convert_state(content, choose, layout=layout, magnitude=selection["magnitude"], maker=maker)
 
 
 def _convert_module(where: str, module: nn.Module, selection: Options, setup: Options) -> CheckpointReport:
@@ -531,7 +382,7 @@ def _convert_with_model(
 ) -> CheckpointReport:
     """Convert a state dict with the axes its model's layers have."""
     fold_weight_norm(model)
-    state, prefix = _state_for(path, content, model, None)
+    state, prefix = state_for(path, content, model, None)
     with _cut_state(path, state, prefix, model, selection, setup) as done:
         plan = _plan(model, selection)
     axes = {name: site.axes for site in plan.sites for slot in site.owners for name in slot.names}
@@ -540,11 +391,11 @@ def _convert_with_model(
     report = replace(report, batch_norm=_norm_report(_joined(state.path, prefix.rstrip(".")), done, setup))
     if setup["init"] != "preserve":
         # the file has its new keys; the model, initialised in memory, gives them new values
-        _load_into(model, _stripped(state, prefix), path, selection["magnitude"])
+        load_into(model, stripped(state, prefix), path, selection["magnitude"])
         apply_weight_norm(model, **selection)
         report = replace(report, initialisation=_initialised(model, setup))
         ours = StateDict("", dict(model.state_dict()))
-        for name, tensor in translate(ours, _stripped(state, prefix), magnitude=selection["magnitude"]).items():
+        for name, tensor in translate(ours, stripped(state, prefix), magnitude=selection["magnitude"]).items():
             state.entries[prefix + name] = tensor
     return report
 
@@ -558,12 +409,12 @@ def _cut_state(
         yield BatchNormPlan()
         return
     magnitude = selection["magnitude"]
-    _load_into(model, _stripped(state, prefix), path, magnitude)
+    load_into(model, stripped(state, prefix), path, magnitude)
     before = dict(model.state_dict())
     with without_batch_norm(model, setup["batch_norm"], setup["inputs"], data=setup["data"]) as done:
         after = dict(model.state_dict())
         fresh = {k: v for k, v in after.items() if k not in before or v.data_ptr() != before[k].data_ptr()}
-        new = translate(StateDict("", fresh), _stripped(state, prefix), magnitude=magnitude)
+        new = translate(StateDict("", fresh), stripped(state, prefix), magnitude=magnitude)
         for name in before.keys() - after.keys():
             del state.entries[prefix + name]
         state.entries.update((prefix + name, tensor) for name, tensor in new.items())
@@ -586,29 +437,6 @@ def save_model(model: nn.Module, path: Path_, *, force: bool = False, state_only
     write_store(path, Stored(content, kind), force=force)
 
 
-def _finish(dst: Path_, stored: Stored, report: CheckpointReport, *, write: bool, force: bool) -> CheckpointReport:
-    kind = format_for(dst, stored.format)
-    warnings = list(report.warnings)
-    if kind == "torch" and stored.metadata:
-        warnings.append("the safetensors metadata has no place in a .pt file and is left out")
-    if kind == "safetensors" and stored.format == "torch":
-        tied = _tied(stored.content)
-        if tied:
-            warnings.append(f"{tied[0]} and {tied[1]} share memory; .safetensors holds them as two tensors")
-    if write:
-        write_store(dst, stored, force=force)
-    return replace(report, warnings=tuple(warnings))
-
-
-def _tied(content: Any) -> tuple[str, str] | None:
-    seen: dict[int, str] = {}
-    for name, tensor in flat_tensors(content).items():
-        start = tensor.untyped_storage().data_ptr() if tensor.numel() and not tensor.is_sparse else 0
-        if start and seen.setdefault(start, name) != name:
-            return seen[start], name
-    return None
-
-
 def _merged(a: CheckpointReport, b: CheckpointReport) -> CheckpointReport:
     return CheckpointReport(
         a.steps + b.steps,
@@ -616,21 +444,12 @@ def _merged(a: CheckpointReport, b: CheckpointReport) -> CheckpointReport:
         a.assumptions + b.assumptions,
         a.warnings + b.warnings,
         b.initialisation or a.initialisation,
-        _merged_norms(a.batch_norm, b.batch_norm),
+        batch_norm=_merged_norms(a.batch_norm, b.batch_norm),
     )
 
 
 def _merged_norms(a: BatchNormPlan | None, b: BatchNormPlan | None) -> BatchNormPlan | None:
     return b if a is None else a if b is None else BatchNormPlan(a.steps + b.steps, a.kept + b.kept)
-
-
-@contextmanager
-def _named(path: Path_) -> Iterator[None]:
-    """Errors about a weight say which file it is in."""
-    try:
-        yield
-    except (PairError, NonFiniteWeightError) as error:
-        raise _with_path(error, path) from error
 
 
 @contextmanager
@@ -640,10 +459,6 @@ def _surgery_on(path: Path_) -> Iterator[None]:
         yield
     except (AttributeError, LookupError, TypeError) as error:
         raise InputError.of(path, f"damaged module ({type(error).__name__}: {printable(error)})") from error
-
-
-def _with_path(error: WnsurgeryError, path: Path_) -> WnsurgeryError:
-    return type(error)(f"{path}: {error.message}", hint=error.hint)
 
 
 def _joined(where: str, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wnsurgery.errors import InputError
+from wnsurgery.errors import InputError, printable
 from wnsurgery.norms import norm
 from wnsurgery.plan import Skipped, plan_weight_norm
 from wnsurgery.reparam import Axes, Magnitude
@@ -57,7 +58,7 @@ class Inspection:
         lines = [head, *(columns(rows) if self.weights else [])]
         if self.others:
             lines += ["", f"{len(self.others)} other tensors of 2 or more dimensions"]
-            table = [(s.name, by(s.shape), s.reason) for s in self.others]
+            table = [(printable(s.name), by(s.shape), printable(s.reason)) for s in self.others]
             lines += columns([("tensor", "shape", "why"), *table])
         return "\n".join(lines)
 
@@ -89,11 +90,20 @@ def inspect(
     if path.suffix.lower() == ".onnx":
         return _of_graph(path)
     from wnsurgery.files import load_model, load_object
+    from wnsurgery.stores import map_store
 
     content: Any
+    if path.is_dir():
+        return _of_directory(path, magnitude)
     if arch:
         content = load_model(path, arch=arch, trust_pickle=trust_pickle, magnitude=magnitude)
     else:
+        stored = None if trust_pickle else map_store(path)
+        if stored is not None and stored.source is not None:
+            try:
+                return _of_checkpoint(stored.content, path, magnitude, stored.source.fetch)
+            finally:
+                stored.source.close()
         content = load_object(path, trust_pickle=trust_pickle)
     return _of_module(content) if isinstance(content, nn.Module) else _of_checkpoint(content, path, magnitude)
 
@@ -126,7 +136,9 @@ def _of_module(model: nn.Module) -> Inspection:
     return Inspection(tuple(facts), tuple(others))
 
 
-def _of_checkpoint(content: Any, path: Path, magnitude: Magnitude) -> Inspection:
+def _of_checkpoint(
+    content: Any, path: Path, magnitude: Magnitude, fetch: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Inspection:
     from wnsurgery.checkpoint import plan_fold, state_dicts
 
     facts: list[WeightFacts] = []
@@ -139,7 +151,7 @@ def _of_checkpoint(content: Any, path: Path, magnitude: Magnitude) -> Inspection
         steps, skips = plan_fold(state)
         reasons = {skip.name: skip.reason for skip in skips}
         for step in steps:
-            g, v = (tensors[key].detach() for key in step.sources[:2])
+            g, v = (fetch(tensors[key]).detach() for key in step.sources[:2])
             g = g.double().exp() if step.log or magnitude == "log" else g
             form = "legacy" if step.sources[0].endswith("_g") else "parametrized"
             facts.append(_facts(step.name, form, g, v, step.axes))
@@ -149,6 +161,16 @@ def _of_checkpoint(content: Any, path: Path, magnitude: Magnitude) -> Inspection
             if key not in used and tensor.ndim > 1:
                 others.append(Skipped(name, tuple(tensor.shape), reasons.get(name, "plain")))
     return Inspection(tuple(facts), tuple(others))
+
+
+def _of_directory(path: Path, magnitude: Magnitude) -> Inspection:
+    from wnsurgery.directory import map_directory
+
+    folder = map_directory(path)
+    try:
+        return _of_checkpoint(folder.stored.content, path, magnitude, folder.source.fetch)
+    finally:
+        folder.source.close()
 
 
 def _of_graph(path: Path) -> Inspection:
@@ -178,8 +200,8 @@ def _spread(values: Tensor) -> tuple[float, float, float] | None:
 def _row(w: WeightFacts) -> tuple[str, ...]:
     kept = ",".join(map(str, w.kept)) or "none"
     kept += f" in {w.groups} groups" if w.groups > 1 else ""
-    notes = [f"= {n}" for n in w.also] + ([f"{w.zero_rows} rows with v = 0"] if w.zero_rows else [])
-    return (w.name, w.form, by(w.shape), kept, _three(w.magnitude), _three(w.norm), "; ".join(notes))
+    notes = [f"= {printable(n)}" for n in w.also] + ([f"{w.zero_rows} rows with v = 0"] if w.zero_rows else [])
+    return (printable(w.name), w.form, by(w.shape), kept, _three(w.magnitude), _three(w.norm), "; ".join(notes))
 
 
 def _three(values: tuple[float, float, float] | None) -> str:

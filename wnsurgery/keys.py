@@ -22,7 +22,7 @@ from typing import Literal
 
 from wnsurgery.errors import PairError, printable
 
-__all__ = ["Found", "Layout", "Pair", "find_pairs", "is_lookup_name", "is_weight_name", "pair_of"]
+__all__ = ["Found", "Layout", "Pair", "find_pairs", "flat_pairs", "is_lookup_name", "is_weight_name", "pair_of"]
 
 Layout = Literal["parametrized", "legacy"]
 Shape = Sequence[int]
@@ -157,6 +157,20 @@ def find_pairs(shapes: Mapping[str, Shape], fits: Fits) -> Found:
     return Found(tuple(sorted(pairs, key=lambda p: min(place[p.g_key], place[p.v_key]))), tuple(left))
 
 
+def flat_pairs(shapes: Mapping[str, Shape]) -> tuple[Pair, ...]:
+    """Pairs in the legacy layout whose magnitude is a list as long as some axis of a direction of 2 or more.
+
+    >>> [pair.plain_key for pair in flat_pairs({"a.weight_g": (4,), "a.weight_v": (4, 3)})]
+    ['a.weight']
+    """
+    halves = _legacy_halves(shapes)
+    return tuple(p for p, keys in halves.items() if len(keys) == 2 and _is_flat(shapes[p.g_key], shapes[p.v_key]))
+
+
+def _is_flat(g: Shape, v: Shape) -> bool:
+    return len(g) == 1 and len(v) >= 2 and g[0] in v
+
+
 Verdict = Pair | list[tuple[str, str]]
 
 
@@ -258,4 +272,10 @@ def _stale(pair: Pair) -> PairError:
 def _misfit(pair: Pair, g: Shape, v: Shape, fits: Fits) -> PairError:
     if _is_ours(v, g, fits):
         return PairError(f"{printable(pair.g_key)}: magnitude {tuple(g)} and direction {tuple(v)} are swapped")
+    if _is_flat(g, v):
+        axes = " or ".join(str(axis) for axis, size in enumerate(v) if size == g[0])
+        return PairError(
+            f"{printable(pair.g_key)}: magnitude {tuple(g)} may belong to axis {axes} of direction {tuple(v)}",
+            hint=f"fold and convert take dim={{{pair.plain_key!r}: AXIS}} (--dim '{pair.plain_key}=AXIS')",
+        )
     return PairError(f"{printable(pair.g_key)}: magnitude {tuple(g)} does not fit direction {tuple(v)}")

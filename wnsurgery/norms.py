@@ -55,7 +55,7 @@ def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
     function transforms need the plain expression.
     """
     if v.dtype == torch.float64:
-        return _Float64Rows(v, dims).value
+        return _Float64Rows(v, dims, blocked=blocked).value
     wide = wide_dtype(v)
     if not dims:
         return v.to(wide).abs()
@@ -111,7 +111,7 @@ def stored_magnitude(v: Tensor, dims: Sequence[int], magnitude: str, dtype: torc
     """What `decompose` stores for each row, and which rows are zeros: ||v||, saturating at the largest finite value,
     or its logarithm."""
     if v.dtype == torch.float64:
-        rows = _Float64Rows(v, dims)
+        rows = _Float64Rows(v, dims, blocked=True)
         return _store(rows.log if magnitude == "log" else rows.value, dtype), rows.zero
     norms = norm(v, dims, blocked=True)
     return _store(norms.log() if magnitude == "log" else norms, dtype), norms == 0
@@ -129,7 +129,7 @@ def row_scale(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str, *, bloc
     wide type so that no row overflows.
     """
     if v.dtype == torch.float64:
-        return _row_scale_float64(g, v, dims, magnitude)
+        return _row_scale_float64(g, v, dims, magnitude, blocked=blocked)
     wide = wide_dtype(v)
     norms = norm(v, dims, blocked=blocked)
     return RowScale(snapped_quotient(g, norms, wide, magnitude), None)
@@ -236,20 +236,27 @@ class _Float64Rows:
     whatever the order (the idea of Ozaki's exact dot product); the rest is small enough to be rounded.
     """
 
-    def __init__(self, v: Tensor, dims: Sequence[int]) -> None:
-        peak = row_peak(v, dims)
+    def __init__(self, v: Tensor, dims: Sequence[int], *, blocked: bool) -> None:
+        blocked = blocked and v.numel() > _BLOCK and v.device.type == "cpu" and bool(dims)
+        peak = torch.linalg.vector_norm(v, math.inf, tuple(dims), keepdim=True) if blocked else row_peak(v, dims)
         self.lift = torch.where(peak < 2.0**-900, 2.0**100, 1.0).to(v.dtype)
         exponent = _exponent(peak * self.lift)
         self.unscale = _power_of_two(exponent)
         self.exponent = exponent - torch.where(peak < 2.0**-900, 100, 0)
-        scaled = v * self.lift * _power_of_two(-exponent)
+        down = _power_of_two(-exponent)
         count = max(1, v.numel() // max(1, peak.numel()))
         bits = (49 - count.bit_length()) // 2
         ridge = 1.5 * 2.0 ** (52 - bits)
-        lead = (scaled + ridge) - ridge
-        exact, rest = lead * lead, (scaled - lead) * (scaled + lead)
-        if dims:
-            exact, rest = exact.sum(tuple(dims), keepdim=True), rest.sum(tuple(dims), keepdim=True)
+        if not blocked:
+            exact, rest = self._squares(v * self.lift * down, ridge, dims)
+        else:
+            exact, rest = torch.zeros_like(peak), torch.zeros_like(peak)
+            step = max(1, _BLOCK * v.shape[0] // v.numel())
+            for start in range(0, v.shape[0], step):
+                rows = slice(None) if 0 in dims else slice(start, start + step)
+                scaled = v[start : start + step] * self.lift[rows] * down[rows]
+                for sums, more in zip((exact, rest), self._squares(scaled, ridge, dims), strict=True):
+                    sums[rows] += more
         total = exact + rest
         error = rest - (total - exact)
         self.zero = total == 0
@@ -257,6 +264,15 @@ class _Float64Rows:
         root = total.sqrt()
         self.low = (_minus_product(total, root, root) + error) / (2 * root)
         self.high = torch.where(self.zero, torch.zeros_like(root), root)
+
+    @staticmethod
+    def _squares(scaled: Tensor, ridge: float, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Sums over `dims` of the squares of the leading bits, which are exact, and of what they leave."""
+        lead = (scaled + ridge) - ridge
+        exact, rest = lead * lead, (scaled - lead) * (scaled + lead)
+        if not dims:
+            return exact, rest
+        return exact.sum(tuple(dims), keepdim=True), rest.sum(tuple(dims), keepdim=True)
 
     @property
     def value(self) -> Tensor:
@@ -274,8 +290,8 @@ class _Float64Rows:
         return (self.high + self.low).log()
 
 
-def _row_scale_float64(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str) -> RowScale:
-    rows = _Float64Rows(v, dims)
+def _row_scale_float64(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str, *, blocked: bool) -> RowScale:
+    rows = _Float64Rows(v, dims, blocked=blocked)
     size = g.to(v.dtype).exp() if magnitude == "log" else g.to(v.dtype)
     root = torch.where(rows.zero, torch.ones_like(rows.high), rows.high)
     exponent = _exponent(size)

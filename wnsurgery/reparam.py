@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -35,6 +35,7 @@ __all__ = ["Axes", "Magnitude", "WeightNorm", "compose", "decompose", "magnitude
 Magnitude = Literal["linear", "log"]
 
 _FRESH = 1 << 23  # elements from which the allocator gives fresh pages each time, which cost more than a pass
+_WIDENED = 1 << 18  # elements widened at a time
 _BLOCK = 1 << 18  # elements a block of the backward pass has, so that it stays in a core's cache
 
 ZERO_LOG = -1000.0  # e^-1000 is 0 in float64: the logarithm stored for a row of zeros
@@ -145,8 +146,8 @@ def decompose(
     with torch.no_grad():
         if w.is_meta:
             return torch.empty(shape, dtype=dtype, device=w.device), w.detach()
-        bad = int((~torch.isfinite(w)).sum())
-        if bad:
+        if w.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(w.detach())):
+            bad = int((~torch.isfinite(w)).sum())
             raise NonFiniteWeightError(f"{bad} of {w.numel()} elements are NaN or infinite")
         view, dims = axes.grouped(w.detach()), axes.reduced(w.ndim)
         stored, zero = stored_magnitude(view, dims, magnitude, dtype)
@@ -159,7 +160,9 @@ def decompose(
         return stored.reshape(shape), v
 
 
-def compose(g: Tensor, v: Tensor, axes: Axes | None = None, *, magnitude: Magnitude = "linear") -> Tensor:
+def compose(
+    g: Tensor, v: Tensor, axes: Axes | None = None, *, magnitude: Magnitude = "linear", rooms: Rooms | None = None
+) -> Tensor:
     """The plain weight w = g * v / ||v||, in v's shape, type and memory format; differentiable to any order.
 
     The result is within 1.5 units in the last place of the exact value in float32 and float64, and within
@@ -174,6 +177,7 @@ def compose(g: Tensor, v: Tensor, axes: Axes | None = None, *, magnitude: Magnit
         g: magnitude, any shape `Axes.of_pair` accepts; with magnitude="log", its logarithm.
         v: direction, the shape of the weight.
         axes: kept axes; None reads them from g's shape.
+        rooms: memory to take for large results, lent again when nobody holds them.
 
     Raises PairError when g does not fit v.
     """
@@ -183,7 +187,7 @@ def compose(g: Tensor, v: Tensor, axes: Axes | None = None, *, magnitude: Magnit
         raise PairError(f"a magnitude of shape {tuple(g.shape)} does not fit {axes} of {tuple(v.shape)}")
     if _needs_plain_operations(g, v):
         return _compose_traceable(g, v, axes, magnitude)
-    return compose_eagerly(g, v, axes, magnitude)
+    return compose_eagerly(g, v, axes, magnitude, rooms)
 
 
 def compose_eagerly(g: Tensor, v: Tensor, axes: Axes, magnitude: Magnitude, rooms: Rooms | None = None) -> Tensor:
@@ -276,8 +280,7 @@ class _Compose(torch.autograd.Function):
             room = rooms.take("w", v) if rooms is not None and v.dtype == torch.float32 else None
             if room is not None:
                 return torch.mul(v, factor, out=room)
-            w = v * factor
-            return _laid_out_as(w if w.dtype == v.dtype else w.to(v.dtype), v)
+            return _laid_out_as(_in_blocks(_rounded_product, v, factor), v)
         ctx.save_for_backward(g, v, None)
         scale = RowScale(snapped_quotient(rows, norms, wide_dtype(v), magnitude), None)
         return _laid_out_as(_apply_scale(v, scale, axes), v)
@@ -308,11 +311,28 @@ def _apply_scale(v: Tensor, scale: RowScale, axes: Axes) -> Tensor:
         if scale.shift is None or bool((scale.shift == 1).all()):
             return w
         shift = axes.spread(scale.shift, v)
-        return w * shift * shift
+        return w.mul_(shift).mul_(shift)
     narrow = factor.float()
     if v.device.type == "cpu" and torch.equal(narrow.to(factor.dtype), factor):
-        return (v * narrow).to(v.dtype)
-    return (v.to(factor.dtype) * factor).float().to(v.dtype)
+        return _in_blocks(_rounded_product, v, narrow)
+    return _in_blocks(lambda part, scales: (part.to(scales.dtype) * scales).float().to(part.dtype), v, factor)
+
+
+def _rounded_product(v: Tensor, factor: Tensor) -> Tensor:
+    return (v * factor).to(v.dtype)
+
+
+def _in_blocks(product: Callable[[Tensor, Tensor], Tensor], v: Tensor, factor: Tensor) -> Tensor:
+    """product(v, factor) for one value per row, where it widens v a cache-sized block at a time on a CPU."""
+    size = v.numel()
+    if v.device.type != "cpu" or size <= _WIDENED or v.dtype == factor.dtype:
+        return product(v, factor)
+    w = torch.empty_like(v)
+    step = max(1, _WIDENED * v.shape[0] // size)
+    for start in range(0, v.shape[0], step):
+        rows = slice(start, start + step)
+        w[rows] = product(v[rows], factor if factor.shape[0] == 1 else factor[rows])
+    return w
 
 
 def first_order_gradients(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -16,9 +16,10 @@ from typing import Any, BinaryIO, Literal
 from torch import Tensor
 
 from wnsurgery.errors import InputError, InputMissingError, printable
-from wnsurgery.stores.commit import check_output, committed
+from wnsurgery.stores.commit import check_output, check_space, committed
+from wnsurgery.stores.mapped import MappedFile, Source
 from wnsurgery.stores.pickles import Scan, scan
-from wnsurgery.stores.safetensors_file import read_safetensors, write_safetensors
+from wnsurgery.stores.safetensors_file import map_safetensors, planned_size, read_safetensors, write_safetensors
 from wnsurgery.stores.torch_file import (
     LEGACY_MAGIC,
     ZIP_MAGIC,
@@ -27,8 +28,23 @@ from wnsurgery.stores.torch_file import (
     refuse_pickle,
     write_torch,
 )
+from wnsurgery.stores.torch_map import NotPlainError, map_legacy, map_torch
+from wnsurgery.stores.torch_write import plan_archive, write_archive
+from wnsurgery.stores.values import Values
 
-__all__ = ["Allow", "Format", "Scan", "Stored", "check_output", "format_for", "read_store", "write_store"]
+__all__ = [
+    "Allow",
+    "Format",
+    "Scan",
+    "Stored",
+    "check_output",
+    "committed",
+    "format_for",
+    "is_file_name",
+    "map_store",
+    "read_store",
+    "write_store",
+]
 
 Format = Literal["torch", "safetensors"]
 
@@ -49,11 +65,46 @@ class Stored:
         content: the object torch.save was given, or the table of tensors of a safetensors file.
         format: the file's own format, told from its bytes and not from its name.
         metadata: the strings in a safetensors header, None elsewhere.
+        source: the files its tensors still lie in, None where they are in memory.
     """
 
     content: Any
     format: Format
     metadata: Mapping[str, str] | None = None
+    source: Source | None = None
+
+
+def map_store(path: str | os.PathLike[str]) -> Stored | None:
+    """A checkpoint file with its tensors left in it, to be read one by one; nothing of it is executed.
+
+    None for a file that has to be read whole (modules, sparse tensors) or that cannot be
+    read without running code: `read_store` then reads it, or says why not.
+
+    Raises InputMissingError, InputError as `read_store`; damage inside a tensor is found when it is read.
+    """
+    path = Path(path)
+    file = _open(path)
+    stored = None
+    try:
+        start = file.read(len(LEGACY_MAGIC))
+        file.seek(0)
+        if _is_safetensors(file, path, start):
+            mapped = MappedFile(file, path)
+            tensors, metadata = map_safetensors(mapped)
+            stored = Stored(tensors, "safetensors", metadata, Source([mapped]))
+        elif start.startswith(ZIP_MAGIC):
+            mapped = MappedFile(file, path)
+            content = map_torch(mapped, file, path)
+            stored = Stored(content, "torch", None, Source([mapped]))
+        elif start == LEGACY_MAGIC:
+            mapped = MappedFile(file, path)
+            stored = Stored(map_legacy(mapped, path), "torch", None, Source([mapped]))
+    except NotPlainError:
+        return None
+    finally:
+        if stored is None:
+            file.close()
+    return stored
 
 
 def read_store(path: str | os.PathLike[str], *, trust_pickle: bool = False, allow: Allow | None = None) -> Stored:
@@ -89,8 +140,27 @@ def format_for(path: str | os.PathLike[str], default: Format) -> Format:
     return _SUFFIXES.get(Path(path).suffix.lower(), default)
 
 
-def write_store(path: str | os.PathLike[str], stored: Stored, *, force: bool = False) -> None:
+def is_file_name(path: str | os.PathLike[str]) -> bool:
+    """Whether an output's suffix asks for a checkpoint file."""
+    return Path(path).suffix.lower() in _SUFFIXES
+
+
+def write_store(
+    path: str | os.PathLike[str],
+    stored: Stored,
+    *,
+    force: bool = False,
+    values: Values | None = None,
+    last: Callable[[], None] | None = None,
+) -> None:
     """Write a file whole or not at all, in the format its suffix asks for (else `stored.format`).
+
+    Args:
+        path: the output.
+        stored: what to write.
+        force: replace an existing file.
+        values: brings the tensors one by one; None where they are all in memory.
+        last: called when everything is written, before the output takes its place; may raise to prevent that.
 
     Raises:
         InputError: the content does not fit into the format.
@@ -101,11 +171,19 @@ def write_store(path: str | os.PathLike[str], stored: Stored, *, force: bool = F
     kind = format_for(path, stored.format)
     if kind == "safetensors":
         _refuse_unflat(stored.content, path)
+        check_space(path, planned_size(stored.content, stored.metadata, path, values))
+    plan = plan_archive(stored.content, values) if kind == "torch" and values is not None else None
+    if plan is not None:
+        check_space(path, plan.size)
     with committed(path, force=force) as file:
         if kind == "safetensors":
-            write_safetensors(stored.content, stored.metadata, file, path)
+            write_safetensors(stored.content, stored.metadata, file, path, values)
+        elif plan is not None and values is not None:
+            write_archive(plan, values, file)
         else:
             write_torch(stored.content, file, path)
+        if last is not None:
+            last()
 
 
 def _refuse_unflat(content: Any, path: Path) -> None:

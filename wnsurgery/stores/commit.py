@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from wnsurgery.errors import InputError, OutputError, OutputExistsError
 
-__all__ = ["check_output", "committed"]
+__all__ = ["check_output", "check_space", "committed"]
 
 
 def check_output(
@@ -55,6 +57,16 @@ def check_output(
     return path
 
 
+def check_space(output: str | os.PathLike[str], needed: int) -> None:
+    """Raise OutputError where the file system has less room than `needed` bytes, before any work is done."""
+    try:
+        free = shutil.disk_usage(Path(output).parent).free
+    except OSError:
+        return  # the write itself will tell
+    if free < needed:
+        raise OutputError(f"{output}: no space left on the device ({needed:,} bytes needed, {free:,} free)")
+
+
 @contextmanager
 def committed(output: str | os.PathLike[str], *, force: bool) -> Iterator[BinaryIO]:
     """A file to write to that becomes `output` when the block ends well, and vanishes when it does not.
@@ -75,10 +87,9 @@ def committed(output: str | os.PathLike[str], *, force: bool) -> Iterator[Binary
     """
     path = Path(output)
     temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(6)}.tmp")
-    file = _create(temporary, path)
     try:
         try:
-            with file:
+            with _create(temporary, path) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -90,8 +101,12 @@ def committed(output: str | os.PathLike[str], *, force: bool) -> Iterator[Binary
         except OSError as error:
             raise OutputError(f"{path}: {_reason(error)}") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        try:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        finally:  # a signal may have ended the first attempt
+            with contextlib.suppress(OSError):
+                temporary.unlink()
     _sync_directory(path.parent)
 
 
@@ -101,7 +116,18 @@ def _create(temporary: Path, path: Path) -> BinaryIO:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     except OSError as error:
         raise OutputError(f"{path}: {_reason(error)}") from error
-    return os.fdopen(handle, "wb", buffering=1 << 20)
+    return cast(BinaryIO, _Unbuffered(handle, "wb"))
+
+
+class _Unbuffered(io.FileIO):
+    """A file whose writes go to the system as they come, whole: they are large, and a buffer would only copy them."""
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while rest:
+            rest = rest[super().write(rest) or 0 :]
+        return size
 
 
 def _publish(temporary: Path, path: Path, force: bool) -> None:

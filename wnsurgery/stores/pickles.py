@@ -12,7 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import IO, Any
 
-__all__ = ["Scan", "scan"]
+__all__ = ["LEGACY_PICKLES", "Scan", "scan"]
+
+LEGACY_PICKLES = (
+    5  # of a file of torch's old serialisation: magic number, version, system, the object, the storage keys
+)
 
 _STRINGS = frozenset({
     "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"

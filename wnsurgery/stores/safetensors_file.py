@@ -17,8 +17,19 @@ import torch
 from torch import Tensor
 
 from wnsurgery.errors import InputError, printable
+from wnsurgery.stores.mapped import MappedFile, Record
+from wnsurgery.stores.values import Loaded, Values
 
-__all__ = ["DTYPES", "Entry", "read_header", "read_safetensors", "read_tensor", "write_safetensors"]
+__all__ = [
+    "DTYPES",
+    "Entry",
+    "map_safetensors",
+    "planned_size",
+    "read_header",
+    "read_safetensors",
+    "read_tensor",
+    "write_safetensors",
+]
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -42,6 +53,7 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_METADATA = "__metadata__"
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 
@@ -65,6 +77,13 @@ def read_safetensors(file: BinaryIO, path: Path) -> tuple[dict[str, Tensor], dic
     return {entry.name: read_tensor(file, entry, path) for entry in entries}, metadata
 
 
+def map_safetensors(mapped: MappedFile) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """As `read_safetensors`, every tensor staying in the mapped file until it is asked for."""
+    entries, metadata = read_header(mapped.file, mapped.path)
+    tensors = {e.name: mapped.tensor(Record(e.name, e.start, e.stop), e.dtype, e.shape) for e in entries}
+    return tensors, metadata
+
+
 def read_header(file: BinaryIO, path: Path) -> tuple[list[Entry], dict[str, str] | None]:
     """The table of an open file: its tensors in the order of their bytes, and its metadata.
 
@@ -78,7 +97,7 @@ def read_header(file: BinaryIO, path: Path) -> tuple[list[Entry], dict[str, str]
         raise InputError.of(path, "damaged or truncated: the safetensors header is longer than the file")
     try:
         table = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
-        metadata = table.pop("__metadata__", None)
+        metadata = table.pop(_METADATA, None)
         entries = [_entry(name, facts, 8 + length) for name, facts in table.items()]
         _check_metadata(metadata)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -100,16 +119,43 @@ def read_tensor(file: BinaryIO, entry: Entry, path: Path) -> Tensor:
 
 
 def write_safetensors(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, file: BinaryIO, path: Path
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None,
+    file: BinaryIO,
+    path: Path,
+    values: Values | None = None,
 ) -> None:
     """Write tensors into an open file, widest types first (so that every tensor is aligned), then by name.
 
-    A tensor that stands under two names is written twice: the format has no sharing.
+    One tensor at a time is in memory where `values` brings them from somewhere else. A tensor that stands under
+    two names is written twice: the format has no sharing.
 
     Raises InputError for a tensor the format cannot hold (sparse, quantized, complex128, ...).
     """
-    order = sorted(tensors, key=lambda name: (-_checked(tensors[name], name, path).element_size(), name))
-    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    values = values or Loaded()
+    order, header = _plan(tensors, metadata, path, values)
+    file.write(len(header).to_bytes(8, "little") + header)
+    for name in order:
+        if tensors[name].numel():
+            flat = values.fetch(tensors[name]).detach().cpu().contiguous().reshape(-1)
+            file.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            del flat
+
+
+def planned_size(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, path: Path, values: Values | None = None
+) -> int:
+    """How many bytes `write_safetensors` will write; raises as it does."""
+    header = _plan(tensors, metadata, path, values or Loaded())[1]
+    return 8 + len(header) + sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _plan(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, path: Path, values: Values
+) -> tuple[list[str], bytes]:
+    """The order of the tensors, and the header."""
+    order = sorted(tensors, key=lambda name: (-_checked(tensors[name], name, path, values).element_size(), name))
+    table: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
     position = 0
     for name in order:
         tensor = tensors[name]
@@ -121,21 +167,31 @@ def write_safetensors(
     header += b" " * (-len(header) % 8)
     if len(header) > _MAX_HEADER:
         raise InputError.of(path, "too many tensors for the safetensors header")
-    file.write(len(header).to_bytes(8, "little") + header)
-    for name in order:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        if flat.numel():
-            file.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    return order, header
 
 
-def _checked(tensor: Tensor, name: str, path: Path) -> Tensor:
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in _NAMES:
+def _checked(tensor: Tensor, name: str, path: Path, values: Values) -> Tensor:
+    meta = tensor.is_meta and not values.promised(tensor)
+    if name == _METADATA or not _is_text(name):
+        raise InputError.of(
+            path, f"the name {printable(name)} does not fit into a .safetensors file", "write a .pt file instead"
+        )
+    if tensor.layout != torch.strided or tensor.is_quantized or meta or tensor.dtype not in _NAMES:
         kind = f"{tensor.dtype}".removeprefix("torch.")
-        kind = "meta" if tensor.is_meta else kind if tensor.layout == torch.strided else f"sparse {kind}"
+        kind = "meta" if meta else kind if tensor.layout == torch.strided else f"sparse {kind}"
         raise InputError.of(
             path, f"{printable(name)} ({kind}) does not fit into a .safetensors file", "write a .pt file instead"
         )
     return tensor
+
+
+def _is_text(name: str) -> bool:
+    """Whether a string is text that UTF-8 can write: JSON and pickles may hold half of a surrogate pair."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -146,6 +202,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, facts: dict[str, Any], offset: int) -> Entry:
+    if not _is_text(name):
+        raise ValueError(f"{name}: not text")
     if set(facts) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name}: has {sorted(facts)}")
     dtype = DTYPES.get(facts["dtype"])
@@ -154,7 +212,7 @@ def _entry(name: str, facts: dict[str, Any], offset: int) -> Entry:
     shape, (start, stop) = facts["shape"], facts["data_offsets"]
     if any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
         raise ValueError(f"{name}: sizes are not natural numbers")
-    if len(shape) > 64 or any(n >= 1 << 63 for n in shape):
+    if len(shape) > 64 or prod(n or 1 for n in shape) * dtype.itemsize >= 1 << 63:
         raise ValueError(f"{name}: impossible shape")
     if stop - start != prod(shape) * dtype.itemsize:
         raise ValueError(f"{name}: {stop - start} bytes do not make a tensor of shape {tuple(shape)}")
@@ -163,9 +221,9 @@ def _entry(name: str, facts: dict[str, Any], offset: int) -> Entry:
 
 def _check_metadata(metadata: Any) -> None:
     if metadata is not None and not (
-        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+        isinstance(metadata, dict) and all(isinstance(v, str) and _is_text(k + v) for k, v in metadata.items())
     ):
-        raise ValueError("__metadata__ holds something else than strings")
+        raise ValueError(f"{_METADATA} holds something else than strings")
 
 
 def _check_cover(entries: list[Entry], start: int, size: int, path: Path) -> None:

@@ -15,19 +15,18 @@ import torch
 
 from wnsurgery.errors import InputError, OutputError, UnsafeFileError, printable
 from wnsurgery.stores.archive import check_archive
-from wnsurgery.stores.pickles import Scan, scan
+from wnsurgery.stores.claims import refuse_stretched
+from wnsurgery.stores.pickles import LEGACY_PICKLES, Scan, scan
 
-__all__ = ["LEGACY_MAGIC", "ZIP_MAGIC", "Allow", "read_torch", "refuse_pickle", "write_torch"]
+__all__ = ["LEGACY_MAGIC", "ZIP_MAGIC", "Allow", "Sink", "read_torch", "refuse_pickle", "write_torch"]
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 Allow = Callable[[Scan, Path], "list[tuple[Callable[..., Any], str]]"]
 
-_LEGACY_PICKLES = 5  # magic number, version, system, the object, the storage keys
 _LOCK = threading.RLock()  # torch's list of allowed classes is one per process
 _TRUST = "if you trust whoever made the file: trust_pickle=True (--trust-pickle)"
-_STRETCH = 1 << 28  # bytes a tensor may claim beyond its storage (an expanded buffer is legitimate)
 
 
 def read_torch(file: BinaryIO, path: Path, *, trust_pickle: bool = False, allow: Allow | None = None) -> Any:
@@ -48,7 +47,7 @@ def read_torch(file: BinaryIO, path: Path, *, trust_pickle: bool = False, allow:
     if zipped:
         seen = scan(io.BytesIO(check_archive(file, path)))
     else:
-        seen = scan(file, _LEGACY_PICKLES)
+        seen = scan(file, LEGACY_PICKLES)
         file.seek(0)
     extra: list[tuple[Callable[..., Any], str]] = []
     if not trust_pickle:
@@ -60,7 +59,7 @@ def read_torch(file: BinaryIO, path: Path, *, trust_pickle: bool = False, allow:
             content = torch.load(file, map_location="cpu", weights_only=not trust_pickle)
         except Exception as error:  # torch lets every kind through: RuntimeError, EOFError, AttributeError, ...
             raise _load_error(path, error, seen, zipped, trust_pickle) from error
-    _refuse_stretched(content, path)
+    refuse_stretched(content, path)
     return content
 
 
@@ -69,7 +68,7 @@ def write_torch(content: Any, file: BinaryIO, path: Path) -> None:
 
     Raises OutputError when it cannot be written or holds what cannot be pickled.
     """
-    sink = _Sink(file)
+    sink = Sink(file)
     try:
         torch.save(content, sink)  # type: ignore[arg-type]
     except Exception as error:
@@ -89,17 +88,24 @@ def refuse_pickle(path: Path, seen: Scan, extra: list[str], *, module_file: bool
         raise UnsafeFileError(f"{path}: refused, its pickle would run {printable(unknown[0])}{more}", hint=hint)
 
 
-class _Sink(io.RawIOBase):
+class Sink(io.RawIOBase):
     """A file for torch.save that remembers the operating system's own error."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.error: OSError | None = None
+        self.silent = False
+
+    def close_silently(self) -> None:
+        """Take what still comes and write none of it."""
+        self.silent = True
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
+        if self.silent:
+            return len(data)
         try:
             return self.file.write(data)
         except OSError as error:
@@ -107,7 +113,7 @@ class _Sink(io.RawIOBase):
             raise
 
     def flush(self) -> None:
-        if not self.closed:
+        if not (self.closed or self.silent):
             self.file.flush()
 
 
@@ -160,18 +166,3 @@ def _load_error(path: Path, error: Exception, seen: Scan, zipped: bool, trust_pi
             return UnsafeFileError(f"{path}: refused, its pickle calls what no checkpoint needs", hint=_TRUST)
         reason = "its pickle is not one that torch.save writes"
     return InputError.of(path, f"damaged or truncated ({reason})")
-
-
-def _refuse_stretched(content: Any, path: Path) -> None:
-    """A tensor of a terabyte over a storage of four bytes costs nothing until someone copies it."""
-    stack, seen = [content], set[int]()
-    while stack:
-        item = stack.pop()
-        if isinstance(item, torch.Tensor):
-            if item.layout == torch.strided and type(item) in (torch.Tensor, torch.nn.Parameter):
-                claimed = item.numel() * item.element_size()
-                if not item.is_meta and claimed - item.untyped_storage().nbytes() > _STRETCH:
-                    raise InputError.of(path, f"a tensor of shape {tuple(item.shape)} has only a fraction of its data")
-        elif isinstance(item, dict | list | tuple) and id(item) not in seen:
-            seen.add(id(item))
-            stack += item.values() if isinstance(item, dict) else item

@@ -1,0 +1,339 @@
+"""Checkpoint directories: Hugging Face's and torch's distributed ones, folded whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+from wnsurgery.errors import InputError, OutputError, OutputExistsError, UnsafeFileError, WnsurgeryError
+from wnsurgery.files import convert_checkpoint, fold_checkpoint
+from wnsurgery.inspection import inspect
+from wnsurgery.reparam import compose
+from wnsurgery.states import every_tensor
+from wnsurgery.stores.dcp import map_distributed
+from wnsurgery.surgery import apply_weight_norm
+
+A, B = "model-00001-of-00002", "model-00002-of-00002"
+
+
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(4, 1, 1, generator=generator), torch.randn(4, 3, 2, generator=generator)
+
+
+def hub(folder: Path, suffix: str = ".safetensors") -> Path:
+    """A sharded directory whose pair is split over its shards."""
+    folder.mkdir()
+    g, v = pair()
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    a, b = (name.replace("model", stem) + suffix for name in (A, B))
+    for name, tensors in ((a, {"c.weight_g": g, "c.bias": torch.ones(4)}), (b, {"c.weight_v": v})):
+        if suffix == ".safetensors":
+            safetensors.torch.save_file(tensors, folder / name, {"format": "pt"})
+        else:
+            torch.save(tensors, folder / name)
+    index = {"metadata": {"total_size": 0, "more": 1}, "weight_map": {"c.weight_g": a, "c.bias": a, "c.weight_v": b}}
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text('{"x": 1}')
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.txt").write_text("a")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_pair_split_over_shards_folds(tmp_path: Path, suffix: str) -> None:
+    """The weight goes where its direction was, the index is right, everything else is carried along."""
+    before = contents(hub(tmp_path / "a", suffix))
+    fold_checkpoint(tmp_path / "a", tmp_path / "b")
+    after = contents(tmp_path / "b")
+    assert after.keys() == before.keys()
+    assert after["config.json"] == before["config.json"]
+    assert after["tokenizer/vocab.txt"] == b"a"
+    index = json.loads(next(data for name, data in after.items() if name.endswith("index.json")))
+    assert index["metadata"] == {"total_size": 4 * (24 + 4), "more": 1}
+    load = safetensors.torch.load_file if suffix == ".safetensors" else torch.load
+    for key, name in index["weight_map"].items():
+        assert key in load(tmp_path / "b" / name)
+    assert torch.equal(load(tmp_path / "b" / index["weight_map"]["c.weight"])["c.weight"], compose(*pair()))
+    assert contents(tmp_path / "a") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_there_and_back_and_the_same_bytes(tmp_path: Path) -> None:
+    """Converting the folded directory and folding it again restores it, with the same manifest anywhere."""
+    fold_checkpoint(hub(tmp_path / "a"), tmp_path / "b", manifest=tmp_path / "b.json")
+    fold_checkpoint(tmp_path / "a", tmp_path / "other name", manifest=tmp_path / "o.json")
+    assert contents(tmp_path / "b") == contents(tmp_path / "other name")
+    assert (tmp_path / "b.json").read_bytes() == (tmp_path / "o.json").read_bytes()
+    convert_checkpoint(tmp_path / "b", tmp_path / "c", layout="legacy")
+    fold_checkpoint(tmp_path / "c", tmp_path / "d")
+    assert contents(tmp_path / "d") == contents(tmp_path / "b")
+    assert [w.name for w in inspect(tmp_path / "c").weights] == ["c.weight"]
+
+
+def test_a_single_file_directory_and_a_file_out_of_a_directory(tmp_path: Path) -> None:
+    """One weight file needs no index; an output with a file's suffix takes all shards into one file."""
+    hub(tmp_path / "a")
+    fold_checkpoint(tmp_path / "a", tmp_path / "one.safetensors")
+    single = tmp_path / "single"
+    single.mkdir()
+    (tmp_path / "one.safetensors").rename(single / "model.safetensors")
+    convert_checkpoint(single, tmp_path / "wn")
+    assert sorted(contents(tmp_path / "wn")) == ["model.safetensors"]
+    fold_checkpoint(tmp_path / "wn", single, force=True)
+    assert torch.equal(safetensors.torch.load_file(single / "model.safetensors")["c.weight"], compose(*pair()))
+
+
+def link_shard(folder: Path) -> None:
+    (folder / f"{A}.safetensors").rename(folder.parent / "elsewhere")
+    (folder / f"{A}.safetensors").symlink_to(folder.parent / "elsewhere")
+
+
+def renamed_in_index(name: Any) -> Any:
+    def change(folder: Path) -> None:
+        path = folder / "model.safetensors.index.json"
+        table = json.loads(path.read_text())
+        table["weight_map"]["c.bias"] = name
+        path.write_text(json.dumps(table))
+
+    return change
+
+
+HOSTILE = {
+    "index leads up": (renamed_in_index("../secret.safetensors"), UnsafeFileError),
+    "index is absolute": (renamed_in_index("/etc/passwd"), UnsafeFileError),
+    "index names no string": (renamed_in_index(["x"]), UnsafeFileError),
+    "index names nothing": (renamed_in_index("none.safetensors"), InputError),
+    "index names the wrong shard": (renamed_in_index(f"{B}.safetensors"), InputError),
+    "shard is a link": (link_shard, UnsafeFileError),
+    "other file is a link": (lambda d: (d / "link").symlink_to("/etc/passwd"), UnsafeFileError),
+    "a fifo": (lambda d: os.mkfifo(d / "fifo"), InputError),
+    "index is no json": (lambda d: (d / "model.safetensors.index.json").write_text("{"), InputError),
+    "index is no table": (lambda d: (d / "model.safetensors.index.json").write_text("[]"), InputError),
+    "shard is missing": (lambda d: (d / f"{A}.safetensors").unlink(), InputError),
+    "shard is cut": (lambda d: os.truncate(d / f"{A}.safetensors", 40), InputError),
+    "shard is empty": (lambda d: os.truncate(d / f"{A}.safetensors", 0), InputError),
+    "same tensor twice": (
+        lambda d: safetensors.torch.save_file(
+            {"c.bias": torch.ones(1), "c.weight_v": pair()[1]}, d / f"{B}.safetensors"
+        ),
+        InputError,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_and_damaged_directories_are_refused(tmp_path: Path, case: str) -> None:
+    """Nothing outside the directory is read, damage is an input error, no output and no temporary is left."""
+    change, error = HOSTILE[case]
+    change(hub(tmp_path / "a"))
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(error) as caught:
+        fold_checkpoint(tmp_path / "a", tmp_path / "b")
+    assert caught.value.exit_code == (4 if error is UnsafeFileError else 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_output_directories_are_protected(tmp_path: Path) -> None:
+    """An existing directory, the input itself, and directories inside each other are only written when asked."""
+    source = hub(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "precious").write_text("x")
+    for output in (tmp_path / "b", source):
+        with pytest.raises(OutputExistsError):
+            fold_checkpoint(source, output)
+    with pytest.raises(OutputError, match="in the other"):
+        fold_checkpoint(source, source / "inner")
+    assert contents(tmp_path / "b") == {"precious": b"x"}
+    fold_checkpoint(source, tmp_path / "b", force=True)
+    fold_checkpoint(source, source, in_place=True)
+    assert contents(source) == contents(tmp_path / "b")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    """After SIGKILL the old output stands; --resume keeps what is complete and ends with the same bytes."""
+    source = hub(tmp_path / "a")
+    fold_checkpoint(source, tmp_path / "expected")
+    kill = (
+        "import os, signal, sys, wnsurgery.directory as d\n"
+        "original = d._copier\n"
+        "d._copier = lambda path: (lambda file: os.kill(os.getpid(), signal.SIGKILL))\n"
+        "from wnsurgery.files import fold_checkpoint\n"
+        "fold_checkpoint(sys.argv[1], sys.argv[2])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", kill, source, tmp_path / "out"], check=False, cwd=Path.cwd())
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    staged = tmp_path / ".out.partial" / "payload"
+    stamp = (staged / f"{B}.safetensors").stat().st_mtime_ns
+    time.sleep(0.01)
+    fold_checkpoint(source, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert (tmp_path / "out" / f"{B}.safetensors").stat().st_mtime_ns == stamp
+    assert not staged.parent.exists()
+
+
+def test_two_writers_do_not_mix(tmp_path: Path) -> None:
+    """While one run writes a directory, a second one is refused and the first is not disturbed."""
+    from wnsurgery.stores.staging import staged
+
+    source = hub(tmp_path / "a")
+    with staged(tmp_path / "b", "work", force=False, resume=False) as staging:
+        with pytest.raises(OutputError, match="another run"):
+            fold_checkpoint(source, tmp_path / "b")
+        with staging.file("x") as file:
+            file.write(b"1")
+    assert contents(tmp_path / "b") == {"x": b"1"}
+
+
+# torch's distributed checkpoints -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def distributed(tmp_path: Path) -> Path:
+    """A directory that torch wrote, with nesting, a number and optimizer state."""
+    g, v = pair()
+    state = {"model": {"c.weight_g": g, "c.weight_v": v, "c.bias": torch.ones(4)}, "epoch": 3}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, checkpoint_id=str(tmp_path / "dcp"))
+    return tmp_path / "dcp"
+
+
+def test_a_distributed_checkpoint_folds_to_one_torch_loads(distributed: Path, tmp_path: Path) -> None:
+    """torch's own reader finds the folded weight, the bias and the number in the new directory."""
+    fold_checkpoint(distributed, tmp_path / "out")
+    state: dict[str, Any] = {"model": {"c.weight": torch.zeros(4, 3, 2), "c.bias": torch.zeros(4)}, "epoch": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, checkpoint_id=str(tmp_path / "out"))
+    assert torch.equal(state["model"]["c.weight"], compose(*pair()))
+    assert torch.equal(state["model"]["c.bias"], torch.ones(4))
+    assert state["epoch"] == 3
+    report = fold_checkpoint(distributed, tmp_path / "out.safetensors")
+    assert any("epoch" in text for text in report.warnings)
+    assert torch.equal(
+        safetensors.torch.load_file(tmp_path / "out.safetensors")["model.c.weight"], state["model"]["c.weight"]
+    )
+
+
+def test_tensors_in_several_chunks_are_put_together(distributed: Path, tmp_path: Path) -> None:
+    """What several ranks wrote is one tensor; chunks that overlap or leave a gap are damage."""
+    from torch.distributed.checkpoint import metadata as m
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    whole = torch.arange(12.0).reshape(4, 3)
+    folder = tmp_path / "chunks"
+    folder.mkdir()
+
+    def write(second: int) -> None:
+        chunks, places, data = [], {}, b""
+        for rank, (start, stop) in enumerate(((0, 2), (second, second + 2))):
+            torch.save(whole[start:stop].clone(), tmp_path / "part")
+            part = (tmp_path / "part").read_bytes()
+            offset, size = torch.Size([start, 0]), torch.Size([stop - start, 3])
+            chunks.append(m.ChunkStorageMetadata(offset, size))
+            places[m.MetadataIndex("w", offset, rank)] = _StorageInfo("__0_0.distcp", len(data), len(part))
+            data += part
+        (folder / "__0_0.distcp").write_bytes(data)
+        about = m.TensorStorageMetadata(m.TensorProperties(), torch.Size([4, 3]), chunks)
+        (folder / ".metadata").write_bytes(pickle.dumps(m.Metadata({"w": about}, storage_data=places)))
+
+    write(2)
+    with pytest.raises(InputError, match="chunks"):
+        write(1)
+        map_distributed(folder)
+    write(2)
+    convert_checkpoint(folder, tmp_path / "out.safetensors", include="w", layout="legacy")
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "out.safetensors")["w_v"][1:], whole[1:])
+
+
+class Calls:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch ran",)
+
+
+def test_metadata_is_read_as_data(distributed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pickle that calls anything is refused with exit code 4 and has no effect."""
+    monkeypatch.chdir(tmp_path)
+    (distributed / ".metadata").write_bytes(pickle.dumps(Calls()))
+    with pytest.raises(UnsafeFileError, match="system"):
+        fold_checkpoint(distributed, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@hypothesis.settings(
+    max_examples=400, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+@hypothesis.given(
+    changes=st.lists(st.tuples(st.booleans(), st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=5)
+)
+def test_mutated_distributed_checkpoints_raise_our_errors(distributed: Path, changes: Any) -> None:
+    """Whatever bytes of the metadata or the data are changed, the reader returns or raises an error of ours."""
+    files = {True: distributed / ".metadata", False: distributed / "__0_0.distcp"}
+    before = {which: path.read_bytes() for which, path in files.items()}
+    try:
+        for which, place, value in changes:
+            data = bytearray(files[which].read_bytes())
+            data[int(place * len(data))] = value
+            files[which].write_bytes(data)
+        with contextlib.suppress(WnsurgeryError):
+            map_distributed(distributed).source.close()
+    finally:
+        for which, data in before.items():
+            files[which].write_bytes(data)
+
+
+@pytest.mark.parametrize("form", ["numbers", "names", "flat names"])
+def test_optimizer_state_in_a_distributed_checkpoint_goes_with_its_parameters(tmp_path: Path, form: str) -> None:
+    """What an optimizer kept for folded halves is dropped and it is said, in each form torch saves; the rest stays."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    apply_weight_norm(model, include="0")
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    if form != "numbers":
+        options = StateDictOptions(flatten_optimizer_state_dict=form == "flat names")
+        state = get_optimizer_state_dict(model, optimizer, options=options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": model.state_dict(), "optim": state, "step": 3}, checkpoint_id=str(tmp_path / "dcp"))
+    report = fold_checkpoint(tmp_path / "dcp", tmp_path / "out")
+    assert any("2 of 5 parameters were replaced" in text for text in report.warnings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp_to_torch_save(tmp_path / "out", tmp_path / "out.pt")
+    made = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert set(made["model"]) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    kept = [t for t in every_tensor(made["optim"]) if t[0].endswith("exp_avg")]
+    moments = {tuple(t.shape) for _, t in kept}
+    assert len(kept) == 3
+    assert moments == {(4,), (2, 4), (2,)}
+    assert made["step"] == 3
+    fold_checkpoint(tmp_path / "dcp", tmp_path / "whole.pt")
+    assert set(torch.load(tmp_path / "whole.pt", weights_only=True)) == {"model", "optim", "step"}

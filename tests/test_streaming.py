@@ -1,0 +1,304 @@
+"""Files that go through one tensor at a time: the bytes torch.save would write, and nothing whole in memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import hypothesis
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+from wnsurgery.checkpoint import AtOnce, fold_state
+from wnsurgery.errors import InputError, OutputError, PairError, VerificationError, WnsurgeryError
+from wnsurgery.files import convert_checkpoint, fold_checkpoint
+from wnsurgery.proof import ulps_apart
+from wnsurgery.reparam import Axes, compose
+from wnsurgery.states import every_tensor
+from wnsurgery.stores import map_store, read_store
+
+
+def content() -> dict:
+    """A checkpoint with ties, views, odd strides and types, and a pair."""
+    torch.manual_seed(0)
+    w = torch.randn(6, 5)
+    return {
+        "sd": {"c.weight_g": torch.rand(4, 1, 1), "c.weight_v": torch.randn(4, 3, 2), "c.bias": torch.ones(4)},
+        "tied": w,
+        "tied too": w,
+        "inside": w[1:3, ::2],
+        "parameter": nn.Parameter(torch.randn(3)),
+        "none": torch.empty(0, 3),
+        "last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "f8": torch.randn(4).to(torch.float8_e4m3fn),
+        "u16": torch.arange(4).to(torch.uint16),
+        "complex": torch.randn(3, dtype=torch.complex64),
+        "flag": torch.tensor(True),
+        "epoch": 3,
+    }
+
+
+def test_a_streamed_archive_is_what_torch_save_writes(tmp_path: Path) -> None:
+    """Folding through the file gives byte for byte what folding in memory and torch.save give."""
+    torch.save(content(), tmp_path / "a.pt")
+    fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt")
+    whole = torch.load(tmp_path / "a.pt", weights_only=True)
+    fold_state(whole)
+    expected = io.BytesIO()
+    torch.save(whole, expected)
+    assert (tmp_path / "b.pt").read_bytes() == expected.getvalue()
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_streamed_archives_load(tmp_path: Path, mmap: bool) -> None:
+    """Values, types, strides, ties and Parameters come back through torch.load, mapped or not."""
+    before = content()
+    torch.save(before, tmp_path / "a.pt")
+    convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", include="last", layout="legacy")
+    after = torch.load(tmp_path / "b.pt", weights_only=True, mmap=mmap)
+    for name in before.keys() - {"sd", "epoch", "last"}:
+        assert torch.equal(
+            after[name].view(torch.uint8) if name == "f8" else after[name],
+            before[name].view(torch.uint8) if name == "f8" else before[name],
+        ), name
+        assert (after[name].stride(), type(after[name])) == (before[name].stride(), type(before[name]))
+    assert after["tied"].data_ptr() == after["tied too"].data_ptr() == after["inside"].data_ptr() - 20
+    assert torch.equal(after["last_v"], before["last"])
+    assert after["last_v"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_views_do_not_carry_their_storage(tmp_path: Path) -> None:
+    """A small view of a large storage is written small, and memory that only a folded pair used is gone."""
+    flat = torch.randn(100_000)
+    torch.save({"x": flat[:10], "w_g": torch.ones(10, 1), "w_v": flat[10:90_010].view(10, 9_000)}, tmp_path / "a.pt")
+    fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert (tmp_path / "b.pt").stat().st_size < 4 * 90_010 + 4_000
+    assert torch.equal(torch.load(tmp_path / "b.pt")["x"], flat[:10])
+
+
+def test_bytes_do_not_depend_on_path_or_threads(tmp_path: Path) -> None:
+    """Same input, same bytes: wherever they go, with however many threads; the manifest too."""
+    torch.save(content()["sd"], tmp_path / "a.pt")
+    before = torch.get_num_threads()
+    outputs = set()
+    try:
+        for threads, name in ((1, "x.pt"), (2, "longer name.pth")):
+            torch.set_num_threads(threads)
+            fold_checkpoint(tmp_path / "a.pt", tmp_path / name, manifest=tmp_path / f"{name}.json")
+            outputs.add(((tmp_path / name).read_bytes(), (tmp_path / f"{name}.json").read_bytes()))
+    finally:
+        torch.set_num_threads(before)
+    assert len(outputs) == 1
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_the_manifest_names_every_tensor(tmp_path: Path, suffix: str) -> None:
+    """Each tensor of the output stands in the manifest with its action and the hash of its bytes."""
+    import hashlib
+
+    state = content()["sd"]
+    (torch.save if suffix == ".pt" else safetensors.torch.save_file)(state, tmp_path / f"a{suffix}")
+    fold_checkpoint(tmp_path / f"a{suffix}", tmp_path / f"b{suffix}", manifest=tmp_path / "m.json")
+    table = json.loads((tmp_path / "m.json").read_text())
+    assert {row["name"]: row["action"] for row in table["tensors"]} == {"c.weight": "folded", "c.bias": "kept"}
+    assert table["removed"] == ["c.weight_g", "c.weight_v"]
+    bias = next(row for row in table["tensors"] if row["name"] == "c.bias")
+    assert bias["sha256"] == hashlib.sha256(torch.ones(4).numpy().tobytes()).hexdigest()
+    assert str(tmp_path) not in json.dumps(table)
+
+
+def test_tensors_stay_in_the_file_until_asked_for(tmp_path: Path) -> None:
+    """Planning and opening read no tensor; a fetched one is a copy in memory of its own."""
+    torch.save({"w": torch.arange(4.0)}, tmp_path / "a.pt")
+    stored = map_store(tmp_path / "a.pt")
+    assert stored is not None
+    assert stored.source is not None
+    seen: list[int] = []
+    stored.source.watch = seen.append
+    fetched = stored.source.fetch(stored.content["w"])
+    assert seen == [16]
+    assert fetched.tolist() == [0, 1, 2, 3]
+    assert fetched.data_ptr() != stored.content["w"].data_ptr()
+    stored.source.close()
+
+
+def test_damage_in_a_tensor_is_found_wherever_it_is(tmp_path: Path) -> None:
+    """A flipped bit in a kept, a folded or an unused record is an input error, and no output appears."""
+    torch.save(content()["sd"], tmp_path / "a.pt")
+    data = (tmp_path / "a.pt").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        names = [e.filename for e in archive.infolist() if "/data/" in e.filename]
+        payloads = [archive.read(name) for name in names]
+    assert len(payloads) == 3
+    for payload in payloads:
+        at = data.index(payload) + 1
+        (tmp_path / "bad.pt").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(InputError, match="CRC"):
+            fold_checkpoint(tmp_path / "bad.pt", tmp_path / "out.pt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "bad.pt"]
+
+
+def test_no_space_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size of the output is known from the plan and compared with the room there is."""
+    import shutil
+
+    safetensors.torch.save_file({"a": torch.ones(1000)}, tmp_path / "a.safetensors")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 100))
+    for name in ("b.safetensors", "b.pt"):
+        with pytest.raises(OutputError, match="no space"):
+            fold_checkpoint(tmp_path / "a.safetensors", tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+# Rows without direction, optimizers, warnings ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("log", [False, True])
+def test_a_row_without_direction_is_an_error_unless_told(tmp_path: Path, suffix: str, log: bool) -> None:
+    """v = 0 with g != 0 has no direction: an error, or zeros, or NaN; with g = 0 it is a row of zeros."""
+    g, v = torch.ones(3, 1), torch.ones(3, 4)
+    v[1] = v[2] = 0
+    g[2] = -1000 if log else 0
+    save = torch.save if suffix == ".pt" else safetensors.torch.save_file
+    save({"l.weight_g": g, "l.weight_v": v}, tmp_path / f"a{suffix}")
+    source, out = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    magnitude = "log" if log else "linear"
+    with pytest.raises(PairError, match=r"l\.weight: 1 of 3 rows"):
+        fold_checkpoint(source, out, magnitude=magnitude)
+    assert not out.exists()
+    for choice in ("zero", "nan"):
+        report = fold_checkpoint(source, out, zero_norm=choice, magnitude=magnitude, force=True)
+        assert any("1 of 3 rows" in text for text in report.warnings)
+        w = read_store(out).content["l.weight"]
+        assert bool(w[1].isnan().all()) == (choice == "nan")
+        assert w[2].tolist() == [0] * 4
+    with pytest.raises(VerificationError):
+        fold_checkpoint(source, tmp_path / f"c{suffix}", zero_norm="zero", magnitude=magnitude, strict=True)
+    assert not (tmp_path / f"c{suffix}").exists()
+
+
+def test_optimizer_state_of_folded_parameters_goes_and_the_rest_stays(tmp_path: Path) -> None:
+    """Momentum belongs to a parameter: that of g and v is dropped, that of the bias kept, and it is said."""
+    net = nn.Sequential(nn.Linear(3, 2), nn.utils.parametrizations.weight_norm(nn.Linear(2, 4)))
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    report = fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt")
+    after = torch.load(tmp_path / "b.pt")["optimizer"]
+    before = optimizer.state_dict()
+    names = [name for name, _ in net.named_parameters()]
+    kept = [i for i, name in enumerate(names) if "original" not in name]
+    assert sorted(after["state"]) == after["param_groups"][0]["params"] == kept
+    assert all(torch.equal(after["state"][i]["exp_avg"], before["state"][i]["exp_avg"]) for i in kept)
+    assert any("optimizer" in text and "2 of 5" in text for text in report.warnings)
+
+
+def test_optimizer_state_that_cannot_be_told_apart_goes_whole(tmp_path: Path) -> None:
+    """Where shapes do not say which state is whose, none of it is kept: wrong momentum is worse than none."""
+    state = {0: {"exp_avg": torch.ones(7)}, 1: {"exp_avg": torch.ones(8)}}
+    optimizer = {"state": state, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}
+    torch.save({"model": content()["sd"], "optimizer": optimizer}, tmp_path / "a.pt")
+    report = fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert torch.load(tmp_path / "b.pt")["optimizer"]["state"] == {}
+    assert any("all of its state is dropped" in text for text in report.warnings)
+
+
+# The proof -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "axes"), [
+    ((5, 7), Axes((0,))), ((4, 6, 3), Axes((1,))), ((4, 6, 3), Axes(())), ((4, 3, 2), Axes((1,), 2)),
+    ((3, 70_000), Axes((0,))),
+])  # fmt: skip
+def test_the_recomputation_agrees_and_can_fail(dtype: torch.dtype, shape: tuple[int, ...], axes: Axes) -> None:
+    """A folded weight is within 1.5 units of the independent value, and a changed element is counted."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    g = torch.rand(axes.magnitude_shape(shape), generator=generator, dtype=torch.float64).to(dtype) + 0.5
+    w = compose(g, v, axes)
+    assert ulps_apart(w, g, v, axes) < 1.51
+    w.view(-1)[3] *= 1.5
+    assert ulps_apart(w, g, v, axes) > 20
+    w.view(-1)[3] = float("nan")
+    assert ulps_apart(w, g, v, axes) == float("inf")
+
+
+def test_the_figures_stand_in_the_report(tmp_path: Path) -> None:
+    """Pairs, axes, distance and sizes are what the file holds; a dry run has all but the output."""
+    torch.save(content()["sd"], tmp_path / "a.pt")
+    for dry in (True, False):
+        proof = fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", dry_run=dry).proof
+        assert proof is not None
+        assert (proof.pairs, proof.left, proof.axes) == (1, 0, (("kept 0 of 3", 1),))
+        assert proof.max_ulp is not None
+        assert 0 < proof.max_ulp < 1.5
+        assert proof.bytes_out == (0 if dry else (tmp_path / "b.pt").stat().st_size)
+    maker = AtOnce(judge=True)
+    fold_state(content(), maker=maker)
+    assert maker.max_ulp == proof.max_ulp
+
+
+# Hostile files -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """One small file of each streamed kind."""
+    folder = tmp_path_factory.mktemp("samples")
+    torch.save(content(), folder / "a.pt")
+    safetensors.torch.save_file(content()["sd"], folder / "a.safetensors")
+    return {p.suffix: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", [".pt", ".safetensors"])
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(changes=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=6))
+def test_mutated_files_fold_or_raise_our_errors(samples, tmp_path_factory, kind, changes) -> None:
+    """Whatever bytes are changed, folding returns or raises an error of ours, and a failure leaves nothing."""
+    data = bytearray(samples[kind])
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    folder = tmp_path_factory.mktemp("mutated")
+    (folder / f"a{kind}").write_bytes(data)
+    try:
+        fold_checkpoint(folder / f"a{kind}", folder / f"b{kind}")
+    except WnsurgeryError:
+        assert [p.name for p in folder.iterdir()] == [f"a{kind}"]
+
+
+def test_the_old_serialisation_stays_in_its_file_too(tmp_path: Path) -> None:
+    """A file from before torch 1.6 is read tensor by tensor, ties, views and odd strides as torch.load has them."""
+    of_its_time = {k: t for k, t in content().items() if k not in ("f8", "u16")}  # torch cannot read its own here
+    torch.save(of_its_time, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    stored, theirs = map_store(tmp_path / "a.pt"), torch.load(tmp_path / "a.pt", weights_only=True)
+    assert stored is not None
+    assert stored.source is not None
+    mine = dict(every_tensor(stored.content))
+    for name, tensor in every_tensor(theirs):
+        fetched = stored.source.fetch(mine[name])
+        assert (fetched.dtype, fetched.stride()) == (tensor.dtype, tensor.stride())
+        assert fetched.tolist() == tensor.tolist()
+    stored.source.close()
+    fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt")
+    torch.save(of_its_time, tmp_path / "c.pt")
+    fold_checkpoint(tmp_path / "c.pt", tmp_path / "d.pt")
+    assert (tmp_path / "b.pt").read_bytes() == (tmp_path / "d.pt").read_bytes()
+
+
+@pytest.mark.parametrize("cut", [1, 40, 200])
+def test_a_cut_file_of_the_old_serialisation_is_damaged(tmp_path: Path, cut: int) -> None:
+    """Storages that end early are an input error before anything is written."""
+    torch.save(content(), tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    os.truncate(tmp_path / "a.pt", (tmp_path / "a.pt").stat().st_size - cut)
+    with pytest.raises(InputError):
+        fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]

@@ -1,0 +1,192 @@
+"""The end of a file operation: warnings, the output, its manifest, and the figures of the report."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from wnsurgery import __version__
+from wnsurgery.checkpoint import AtOnce, CheckpointReport
+from wnsurgery.errors import InputError, VerificationError, printable
+from wnsurgery.manifest import manifest_text
+from wnsurgery.promises import Promises
+from wnsurgery.proof import Proof
+from wnsurgery.states import every_tensor, flat_tensors
+from wnsurgery.stores import Stored, check_output, committed, format_for, is_file_name, map_store, write_store
+from wnsurgery.stores.modules import modules_in
+from wnsurgery.stores.staging import check_output_directory
+
+__all__ = ["Output", "deliver", "every_name", "figures", "watch"]
+
+Path_ = str | os.PathLike[str]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a file operation writes, and how.
+
+    Attributes:
+        path: the output.
+        operation: "fold" or "convert".
+        force, in_place: what may be replaced.
+        write: False for a dry run.
+        strict: whether warnings are errors.
+        manifest: where to write the manifest.
+        resume: go on where a killed run left a directory.
+        progress: told (bytes done, bytes in all).
+        started: when the operation began.
+    """
+
+    path: Path_
+    operation: str
+    force: bool = False
+    in_place: bool = False
+    write: bool = True
+    strict: bool = False
+    manifest: Path_ | None = None
+    resume: bool = False
+    progress: Progress | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    def check(self, src: Path_) -> None:
+        """Refuse before any work what must not be written."""
+        if Path(src).is_dir() and not is_file_name(self.path):
+            if self.write:
+                check_output_directory(self.path, src, force=self.force, in_place=self.in_place)
+        elif self.write:
+            check_output(self.path, src, force=self.force, in_place=self.in_place)
+        if self.write and self.manifest is not None:
+            check_output(self.manifest, src, force=self.force)
+            if Path(self.manifest).absolute() == Path(self.path).absolute():
+                raise InputError.of(self.manifest, "the manifest and the output are one file")
+
+    def settle(self, report: CheckpointReport) -> None:
+        """Raise VerificationError where warnings are errors and there are some."""
+        if self.strict and report.warnings:
+            more = f" and {len(report.warnings) - 1} more" if len(report.warnings) > 1 else ""
+            raise VerificationError(
+                f"{self.path}: {report.warnings[0]}{more}",
+                hint="warnings are errors under --strict; nothing was written",
+            )
+
+
+def deliver(output: Output, src: Path_, stored: Stored, report: CheckpointReport, maker: AtOnce) -> CheckpointReport:
+    """Write what was planned or made; returns the report with its warnings and figures complete.
+
+    Raises:
+        VerificationError: there are warnings, and they are errors.
+        OutputError, OutputExistsError, InputError: as `write_store`.
+    """
+    promises = maker if isinstance(maker, Promises) else None
+    planned = replace(report, warnings=(*report.warnings, *_losses(output, stored)))
+
+    def whole() -> CheckpointReport:
+        late = promises.notes if promises is not None else []
+        return replace(planned, warnings=(*late, *planned.warnings))
+
+    def last() -> None:
+        if stored.source is not None:
+            stored.source.check_all()
+        output.settle(whole())
+
+    if promises is not None and output.progress is not None:
+        watch(promises, output.progress)
+    written = 0
+    if not output.write:
+        if promises is not None:
+            promises.run_all()
+        last()
+    else:
+        with ExitStack() as stack:
+            if output.manifest is not None:
+                sink = stack.enter_context(committed(output.manifest, force=output.force))
+            write_store(output.path, stored, force=output.force or output.in_place, values=promises, last=last)
+            written = Path(output.path).stat().st_size
+            if output.manifest is not None:
+                sink.write(_manifest(output, stored, whole()))
+    read = stored.source.size if stored.source is not None else Path(src).stat().st_size
+    return replace(whole(), proof=figures(output, whole(), maker, read, written))
+
+
+def figures(output: Output, report: CheckpointReport, maker: AtOnce, read: int, written: int) -> Proof:
+    """What the report ends with."""
+    changed = [s for s in report.steps if s.action != "rekeyed"]
+    axes = Counter(f"{s.kept} of {len(s.shape)}" for s in changed)
+    pairs = len(report.folded) + len(report.rekeyed)
+    left = sum(skip.reason.startswith(("under weight norm", "already under weight norm")) for skip in report.skipped)
+    return Proof(
+        pairs + left,
+        left,
+        tuple(sorted(axes.items())),
+        maker.max_ulp,
+        maker.worst,
+        read,
+        written,
+        time.perf_counter() - output.started,
+    )
+
+
+def every_name(content: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a loaded file under its dotted name, those of modules included."""
+    yield from every_tensor(content)
+    for where, module in modules_in(content):
+        yield from flat_tensors({where: module.state_dict()} if where else module.state_dict()).items()
+
+
+def _manifest(output: Output, stored: Stored, report: CheckpointReport) -> bytes:
+    """The manifest of the output, read back; a module in memory is what was written."""
+    again = map_store(output.path)
+    if again is None or again.source is None:
+        return manifest_text(output.operation, __version__, report, every_name(stored.content), lambda t: t)
+    try:
+        return manifest_text(output.operation, __version__, report, every_name(again.content), again.source.fetch)
+    finally:
+        again.source.close()
+
+
+def watch(promises: Promises, progress: Progress) -> None:
+    """Report what is read of the input as progress."""
+    total, done = promises.source.size, 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done = min(total, done + count)
+        progress(done, total)
+
+    promises.source.watch = add
+
+
+def _losses(output: Output, stored: Stored) -> list[str]:
+    """What the output's format cannot keep."""
+    kind = format_for(output.path, stored.format)
+    warnings = []
+    if kind == "torch" and stored.metadata:
+        warnings.append("the safetensors metadata has no place in a .pt file and is left out")
+    if kind == "safetensors" and stored.format == "torch":
+        tied = _tied(stored.content)
+        if tied:
+            warnings.append(
+                f"{printable(tied[0])} and {printable(tied[1])} share memory; .safetensors holds them as two tensors"
+            )
+    return warnings
+
+
+def _tied(content: Any) -> tuple[str, str] | None:
+    """Two names that share memory. Tensors of one storage that do not overlap are apart as well as together."""
+    seen: dict[Any, str] = {}
+    for name, tensor in flat_tensors(content).items():
+        if not tensor.numel() or tensor.is_sparse:
+            continue
+        start = ("promise", tensor.untyped_storage()._cdata) if tensor.is_meta else tensor.untyped_storage().data_ptr()
+        if start and seen.setdefault(start, name) != name:
+            return seen[start], name
+    return None

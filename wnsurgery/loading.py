@@ -1,0 +1,314 @@
+"""What a checkpoint file holds, in memory: objects, tensors, and the model a state dict belongs to.
+
+Whole modules are read without executing the file when they consist of torch.nn classes; anything else needs
+`trust_pickle`, or a state dict together with `arch`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wnsurgery.checkpoint import StateDict, flat_tensors, plain_keys, state_dicts, translate
+from wnsurgery.errors import (
+    InputError,
+    NonFiniteWeightError,
+    PairError,
+    SelectionError,
+    WnsurgeryError,
+    first_line,
+    printable,
+)
+from wnsurgery.mean_only import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
+from wnsurgery.mechanism import PASSING, WeightNormList, rebuild_parametrized
+from wnsurgery.reparam import Axes, Magnitude, WeightNorm
+from wnsurgery.stores import Stored, read_store
+from wnsurgery.stores.modules import ModulePolicy, modules_in
+from wnsurgery.walk import Slot, slots
+
+__all__ = [
+    "WEIGHT_NORM",
+    "Arch",
+    "Path_",
+    "build",
+    "load_into",
+    "load_model",
+    "load_object",
+    "load_tensors",
+    "named",
+    "read",
+    "state_for",
+    "stripped",
+]
+
+WEIGHT_NORM = ("ours", "torch", "legacy")
+
+Path_ = str | os.PathLike[str]
+Arch = str | Callable[[], nn.Module]
+
+
+# Reading -------------------------------------------------------------------------------------------------
+
+
+def load_object(path: Path_, *, trust_pickle: bool = False) -> Any:
+    """Whatever a checkpoint file holds, tensors on the CPU; nothing of the file is executed without trust.
+
+    >>> load_object("run.ckpt")["epoch"]  # doctest: +SKIP
+    3
+
+    Raises:
+        InputMissingError, InputError: not there, damaged, or no checkpoint.
+        UnsafeFileError: it needs more than tensors, plain containers and torch.nn modules.
+    """
+    return read(path, trust_pickle).content
+
+
+def load_tensors(path: Path_, *, trust_pickle: bool = False) -> dict[str, Tensor]:
+    """Every tensor of the state dicts and modules in a file, under its dotted name, as stored (pairs unfolded).
+
+    >>> sorted(load_tensors("generator.pth"))  # doctest: +SKIP
+    ['generator.conv_pre.bias', 'generator.conv_pre.weight_g', 'generator.conv_pre.weight_v']
+
+    Raises as `load_object`.
+    """
+    content = load_object(path, trust_pickle=trust_pickle)
+    tensors = flat_tensors(content)
+    for where, module in modules_in(content):
+        tensors.update(flat_tensors({where: module.state_dict()} if where else module.state_dict()))
+    return tensors
+
+
+def load_model(
+    path: Path_,
+    *,
+    arch: Arch | None = None,
+    trust_pickle: bool = False,
+    entry: str | None = None,
+    magnitude: Magnitude = "linear",
+) -> nn.Module:
+    """The model in a file: a whole module, or a state dict loaded strictly into what `arch` builds.
+
+    A state dict in another layout than the model's is folded, converted or re-keyed on the way in.
+
+    >>> load_model("weights.safetensors", arch="torchvision.models:resnet18")  # doctest: +SKIP
+
+    Args:
+        path: file that `torch.save` or safetensors wrote.
+        arch: "package.module:factory", or the factory itself; called without arguments. The working directory
+            is searched for the package, too.
+        trust_pickle: let the file's pickle run code.
+        entry: dotted path of the state dict or module to take, where several fit ("ema").
+        magnitude: "log" when the state dict stores the logarithm of g without saying so, as our own do.
+
+    Raises:
+        InputError: damaged, ambiguous, or its tensors do not fit the model.
+        UnsafeFileError: a whole module of other classes than torch.nn's.
+        SelectionError: `arch` names nothing that builds a module, or is missing, or not needed.
+    """
+    content = read(path, trust_pickle).content
+    modules = modules_in(content)
+    if modules:
+        if arch is not None:
+            raise SelectionError(f"{path}: holds a whole module; arch is for state dicts", hint="leave out --arch")
+        model: nn.Module = _only(path, [(w, m) for w, m in modules if entry in (None, w)], "module")
+        return model
+    if arch is None:
+        raise InputError.of(
+            path, "holds tensors but no module", "arch='package.module:factory' (--arch) says what builds the model"
+        )
+    model = build(arch)
+    with named(path):
+        state, prefix = state_for(path, content, model, entry)
+        load_into(model, stripped(state, prefix), path, magnitude)
+    return model
+
+
+def read(path: Path_, trust_pickle: bool) -> Stored:
+    policy = _policy()
+    stored = read_store(path, trust_pickle=trust_pickle, allow=policy.allow)
+    if not trust_pickle:
+        policy.vet(stored.content, Path(path))
+    return stored
+
+
+def _policy() -> ModulePolicy:
+    """torch.nn's classes and the ones this package puts into a converted module."""
+    own = (WeightNormList, WeightNorm, Axes, MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d)
+    rebuild = rebuild_parametrized
+    return ModulePolicy(
+        {f"{cls.__module__}.{cls.__qualname__}": cls for cls in own},
+        {f"{rebuild.__module__}.{rebuild.__qualname__}": rebuild},
+        _fault,
+    )
+
+
+def _fault(module: nn.Module) -> str:
+    """What is wrong with a module from a file that claims to be under our weight norm; "" if nothing is."""
+
+    table = module._modules["parametrizations"]
+    for name, entry in table._modules.items() if type(table) is nn.ModuleDict else [("", None)]:
+        if type(entry) is not WeightNormList or list(entry._modules) != ["0"] or not PASSING.isdisjoint(vars(entry)):
+            return "its parametrization is not weight norm"
+        rule, g, v = entry._modules["0"], entry._parameters.get("original0"), entry._parameters.get("original1")
+        if type(rule) is not WeightNorm or g is None or v is None or not _is_sound_rule(vars(rule), g, v):
+            return f"the pair of {printable(name)} does not fit"
+        if not isinstance(vars(type(module)).get(name), property):
+            return f"{printable(name)} is not parametrized in its class"
+    return ""
+
+
+def _is_sound_rule(rule: Mapping[str, Any], g: Tensor, v: Tensor) -> bool:
+    """Whether the attributes of a WeightNorm from a file are what its constructor makes, and fit the pair."""
+    axes, dtype = rule.get("axes"), rule.get("magnitude_dtype", 0)
+    if type(axes) is not Axes or rule.get("magnitude") not in ("linear", "log"):
+        return False
+    kept, groups = vars(axes).get("kept"), vars(axes).get("groups")
+    if type(groups) is not int or type(kept) is not tuple or any(type(axis) is not int for axis in kept):
+        return False
+    try:
+        fits = tuple(g.shape) == axes.check(v.shape).magnitude_shape(v.shape)
+    except PairError:
+        return False
+    return fits and groups > 0 and (dtype is None or isinstance(dtype, torch.dtype))
+
+
+def _only(path: Path_, found: Sequence[tuple[str, Any]], kind: str) -> Any:
+    if len(found) == 1:
+        return found[0][1]
+    names = ", ".join(printable(where or "the file itself") for where, _ in found[:5])
+    reason = f"several could be meant: {names}" if found else f"no such {kind} in it"
+    raise InputError.of(path, reason, "entry='...' names the one to take")
+
+
+# Models and their state dicts ----------------------------------------------------------------------------
+
+
+def build(arch: Arch) -> nn.Module:
+    """The module a factory makes."""
+    model: Any
+    if callable(arch):
+        name, model = getattr(arch, "__name__", repr(arch)), arch()
+    else:
+        name = arch
+        module_name, _, attribute = arch.partition(":")
+        if not module_name or not attribute:
+            raise SelectionError(f"{arch!r} is not of the form package.module:factory")
+        with _working_directory_importable():
+            try:  # the user's own code, which raises what it likes
+                found: Any = import_module(module_name)
+                for part in attribute.split("."):
+                    found = getattr(found, part)
+            except (Exception, SystemExit) as error:
+                raise SelectionError(f"{arch}: {first_line(error)}") from error
+            try:
+                model = found()
+            except (Exception, SystemExit) as error:
+                hint = "the factory is called without arguments" if isinstance(error, TypeError) else None
+                raise SelectionError(f"{arch}: {first_line(error)}", hint=hint) from error
+    if not isinstance(model, nn.Module):
+        raise SelectionError(f"{name}: gives a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+@contextmanager
+def _working_directory_importable() -> Iterator[None]:
+    """Let `--arch nets:build` find ./nets.py; last in the path, so that nothing installed is shadowed."""
+    here = str(Path.cwd())
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def state_for(path: Path_, content: Any, model: nn.Module, entry: str | None) -> tuple[StateDict, str]:
+    """The one state dict in a file whose names are the model's, and what the file puts before them."""
+    wanted = set(plain_keys(_template(model)))
+    states = [s for s in state_dicts(content) if entry in (None, s.path)]
+    fitting = [(s.path, (s, prefix)) for s in states if (prefix := _prefix(set(plain_keys(s)), wanted)) is not None]
+    if not fitting and states:
+        nearest = max(states, key=lambda s: len(wanted & set(plain_keys(s))))
+        raise InputError.of(path, _difference(set(plain_keys(nearest)), wanted))
+    state, prefix = _only(path, fitting, "state dict")
+    return state, prefix
+
+
+def _prefix(keys: set[str], wanted: set[str]) -> str | None:
+    """What stands before the model's names ("", "module.", "generator."), None if they are not all there.
+
+    Keys under other prefixes may be there too (a checkpoint that holds a discriminator beside the generator).
+    """
+    some = next(iter(sorted(wanted)), None)
+    for key in sorted(keys) if some is not None else ():
+        start = key.removesuffix(str(some))
+        if key.endswith(str(some)) and (not start or start.endswith(".")):
+            own = {k for k in keys if k.startswith(start)}
+            if own == {start + name for name in wanted}:
+                return start
+    return None
+
+
+def _difference(keys: set[str], wanted: set[str]) -> str:
+    parts = [f"{len(wanted - keys)} missing"] if wanted - keys else []
+    parts += [f"{len(keys - wanted)} unexpected"] if keys - wanted else []
+    names = [printable(n) for n in (*sorted(wanted - keys)[:3], *sorted(keys - wanted)[:3])]
+    return f"its tensors do not fit the model: {' and '.join(parts)} ({', '.join(names)}, ...)"
+
+
+def _template(model: nn.Module) -> StateDict:
+    return StateDict("", dict(model.state_dict()))
+
+
+def stripped(state: StateDict, prefix: str) -> StateDict:
+    """The model's part of a state dict, under the model's own names."""
+    entries: dict[str, Any] = OrderedDict(
+        (k.removeprefix(prefix), v) for k, v in state.entries.items() if isinstance(k, str) and k.startswith(prefix)
+    )
+    metadata = getattr(state.entries, "_metadata", None)
+    if metadata is not None and not prefix:
+        entries._metadata = metadata  # type: ignore[attr-defined]
+    return StateDict(state.path, entries)
+
+
+def load_into(model: nn.Module, state: StateDict, path: Path_, magnitude: Magnitude) -> None:
+    wanted = {n: _magnitude(slot) for slot in slots(model) if slot.form in WEIGHT_NORM for n in slot.names}
+    tensors = OrderedDict(translate(state, _template(model), magnitude=magnitude, wanted=wanted))
+    extra = {k: v for k, v in state.entries.items() if not isinstance(v, Tensor)}
+    tensors.update(extra)
+    if hasattr(state.entries, "_metadata"):
+        tensors._metadata = state.entries._metadata  # type: ignore[attr-defined]
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise InputError.of(path, f"its tensors do not fit the model: {printable(reason, 400)}") from error
+
+
+def _magnitude(slot: Slot) -> Magnitude:
+    """How a weight under weight norm stores its g; torch's own knows only the linear way."""
+    if slot.form != "ours":
+        return "linear"
+    rule: WeightNorm = slot.module.parametrizations[slot.parameter][0]  # type: ignore[index,assignment]
+    return rule.magnitude
+
+
+@contextmanager
+def named(path: Path_) -> Iterator[None]:
+    """Errors about a weight say which file it is in."""
+    try:
+        yield
+    except (PairError, NonFiniteWeightError) as error:
+        raise _with_path(error, path) from error
+
+
+def _with_path(error: WnsurgeryError, path: Path_) -> WnsurgeryError:
+    return type(error)(f"{path}: {error.message}", hint=error.hint)

@@ -1,0 +1,196 @@
+"""Write a directory all or nothing: files gather in a staging directory beside it, then one rename.
+
+The staging directory of `model` is `.model.partial`. A run that is killed leaves it; the next run clears it, or,
+asked to resume the same work, keeps the files that are complete. A lock tells two writers apart, and goes with
+the process that holds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from wnsurgery.errors import OutputError, OutputExistsError
+from wnsurgery.stores.commit import committed
+
+__all__ = ["Staging", "check_output_directory", "staged"]
+
+_NOREPLACE, _EXCHANGE, _HERE = 1, 2, -100
+
+
+def check_output_directory(
+    output: str | os.PathLike[str], source: str | os.PathLike[str], *, force: bool, in_place: bool
+) -> Path:
+    """Refuse an output directory that must not be written, before any work is done.
+
+    Raises OutputExistsError, OutputError as `check_output`; an output inside the input, or around it, is refused.
+    """
+    path, src = Path(output), Path(source).absolute()
+    if path.is_symlink():
+        raise OutputError(f"{path}: a link; name the directory itself")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: the directory {path.parent} does not exist")
+    if path.exists() and path.samefile(src):
+        if not in_place:
+            raise OutputExistsError(f"{path}: this is the input", hint="in_place=True (--in-place) replaces it")
+        return path
+    here, there = path.absolute().parent.resolve() / path.name, src.resolve()
+    if there in here.parents or here in there.parents:
+        raise OutputError(f"{path}: one of input and output lies in the other")
+    if path.exists():
+        if not path.is_dir():
+            raise OutputError(f"{path}: not a directory; nothing was written")
+        if not force:
+            raise OutputExistsError(f"{path}: already exists", hint="force=True (--force) replaces it")
+    return path
+
+
+class Staging:
+    """Files on their way into one directory."""
+
+    def __init__(self, payload: Path) -> None:
+        self.payload = payload
+
+    def has(self, name: str) -> bool:
+        """Whether an earlier run completed this file."""
+        return (self.payload / name).is_file()
+
+    @contextmanager
+    def file(self, name: str) -> Iterator[BinaryIO]:
+        """A file to write, complete under its name or not there at all."""
+        path = self.payload / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with committed(path, force=True) as file:
+            yield file
+
+
+@contextmanager
+def staged(output: Path, work: str, *, force: bool, resume: bool) -> Iterator[Staging]:
+    """A staging directory that becomes `output` when the block ends well.
+
+    When the block fails it vanishes, unless `resume` asks to keep it for the next run.
+
+    Args:
+        output: the directory to be.
+        work: a digest of what is done to what; files of other work are not kept.
+        force: replace an existing directory, in one exchange where the system can.
+        resume: keep complete files of the same work.
+    """
+    root = output.with_name(f".{output.name}.partial")
+    mine = _Root(root)
+    try:
+        mine.lock(output)
+        payload = _prepared(root, work, resume)
+        mine.keep = resume
+        yield Staging(payload)
+        _sync(payload)
+        _publish(payload, output, root / "old", force)
+        mine.keep = False
+    except OSError as error:
+        if isinstance(error, OutputError) or error.errno is None:
+            raise
+        raise OutputError(f"{output}: {error.strerror or error}") from error
+    finally:
+        try:
+            mine.remove()
+        finally:  # a signal may have ended the first attempt
+            mine.remove()
+    with contextlib.suppress(OSError):
+        _sync(output.parent)
+
+
+class _Root:
+    """The staging directory itself, from the first lock to its removal; of another run's nothing is touched."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.keep = path, False
+        self.handle: int | None = None
+
+    def lock(self, output: Path) -> None:
+        self.path.mkdir(exist_ok=True)
+        self.handle = _lock(self.path, output)
+
+    def remove(self) -> None:
+        """Remove the directory unless it is to be kept, and unlock it."""
+        if self.handle is None:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()  # made, but not locked yet; another run's is not empty
+            return
+        if not self.keep:
+            shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.close(self.handle)
+        self.handle = None
+
+
+def _lock(root: Path, output: Path) -> int:
+    handle = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_ino == (root / "lock").stat().st_ino:
+            return handle
+    except ImportError:
+        return handle
+    except OSError:
+        pass
+    os.close(handle)
+    raise OutputError(f"{output}: another run is writing it")
+
+
+def _prepared(root: Path, work: str, resume: bool) -> Path:
+    payload, note = root / "payload", root / "work"
+    same = note.is_file() and note.read_text(encoding="ascii", errors="replace") == work
+    if not (resume and same):
+        shutil.rmtree(payload, ignore_errors=True)
+    payload.mkdir(exist_ok=True)
+    for left in payload.rglob(".*.tmp"):
+        left.unlink()
+    note.write_text(work, encoding="ascii")
+    return payload
+
+
+def _publish(payload: Path, output: Path, old: Path, force: bool) -> None:
+    if not output.exists():
+        if not _rename(payload, output, _NOREPLACE):
+            payload.rename(output)
+        return
+    if not force:
+        raise OutputExistsError(f"{output}: already exists", hint="force=True (--force) replaces it")
+    if _rename(payload, output, _EXCHANGE):
+        return
+    output.rename(old)
+    try:
+        payload.rename(output)
+    except BaseException:
+        old.rename(output)
+        raise
+
+
+def _rename(source: Path, target: Path, flag: int) -> bool:
+    """renameat2, where system and file system have it: exchange two directories, or never replace one."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    if call(_HERE, os.fsencode(source), _HERE, os.fsencode(target), flag) == 0:
+        return True
+    if ctypes.get_errno() == errno.EEXIST:
+        raise OutputExistsError(f"{target}: already exists", hint="force=True (--force) replaces it")
+    return False
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
