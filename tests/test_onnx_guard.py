@@ -68,10 +68,10 @@ def test_an_ordinary_graph_passes_within_the_limits(tmp_path: Path) -> None:
 
 
 def test_a_child_that_is_cut_short_is_a_refusal(tmp_path: Path) -> None:
-    """With too little memory for onnxruntime itself, nothing is opened."""
+    """With too little memory for onnxruntime itself (how much it takes depends on the threads), nothing is opened."""
     path = _save(tmp_path / "a.onnx", [helper.make_node("Neg", ["x"], ["y"])])
     with pytest.raises(InputError, match="refused"):
-        open_session(path, limits=GraphLimits(memory=200 << 20))
+        open_session(path, limits=GraphLimits(memory=16 << 20))
 
 
 # External weights ----------------------------------------------------------------------------------------
