@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["LARGE", "Kept", "Rooms"]
+__all__ = ["LARGE", "Kept", "Rooms", "steps_counted"]
 
 LARGE = 1 << 16  # elements from which memory is worth keeping; smaller blocks come warm from the allocator
 _ALONE = 2  # storage references when only the lender holds it: its tensor, and the handle that counting takes
 _PROBE = 32  # bytes compared at each of a few places
+_WHOLE = 1 << 11  # bytes of a tensor up to which all are compared
 
 
 class Rooms:
@@ -77,6 +78,12 @@ class _Steps:
 
 _steps = _Steps()
 _no_steps = _Steps()
+
+
+def steps_counted() -> int:
+    """Optimizer steps of this process so far, from the first call on."""
+    _steps.start()
+    return _steps.count
 
 
 class Kept:
@@ -136,5 +143,7 @@ def _places(tensor: Tensor, quarters: tuple[int, ...]) -> list[Any]:
     size = int(tensor.untyped_storage().nbytes()) - int(tensor.storage_offset()) * tensor.element_size()
     if size <= 0:
         return []
+    if size <= _WHOLE:
+        return [(ctypes.c_char * size).from_address(start)]
     length = min(size, _PROBE)
     return [(ctypes.c_char * length).from_address(start + (size - length) * quarter // 4) for quarter in quarters]

@@ -8,6 +8,7 @@ saved whole and deep-copied, and copies are independent; `reset_parameters()` an
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import sys
 import weakref
@@ -23,14 +24,16 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError, WnsurgeryError
-from wnsurgery.kept import Kept, Rooms
+from wnsurgery.kept import LARGE, Kept, Rooms
+from wnsurgery.multi_tensor import Item
+from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, WeightNorm, copied_module
 
 __all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_parameter"]
 
 _MAX_HANDLES = 63  # weights handed out and still alive that are watched for writes
 PASSING = frozenset(
-    {"_deferred", "_handed_out", "_kept", "_lent"}
+    {"_deferred", "_handed_out", "_kept", "_lent", "_ready"}
 )  # attributes that belong to this process and this moment
 _is_compiling, _tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
 _ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
@@ -41,6 +44,7 @@ class WeightNormList(ParametrizationList):
 
     _deferred: DeferredWeight | None = None  # in deferred mode
     _kept: Kept | None = None
+    _preparation: Preparation | None = None  # with the other weights of its net
 
     def forward(self) -> Tensor:
         kept, halves = self._kept, self._parameters
@@ -49,7 +53,7 @@ class WeightNormList(ParametrizationList):
             if known and len(self._modules) == 1 and _tracing() is None:
                 return kept.w
         rule: Any = self._modules["0"]
-        g, v = self._pair()
+        g, v = self.pair()
         if "1" in self._modules:  # something is stacked on top
             return super().forward()
         if self._deferred is not None:
@@ -68,7 +72,8 @@ class WeightNormList(ParametrizationList):
                 kept = None
         self.absorb()
         if training:
-            w: Tensor = rule.compose(g, v, self._rooms())
+            net = self._preparation
+            w: Tensor = rule.compose(g, v, self._rooms(), None if net is None else net.take(self, g, v))
             self._hand_out(w, g, v)
             return w
         with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, so that its version tells of writes
@@ -81,6 +86,13 @@ class WeightNormList(ParametrizationList):
         else:
             self._hand_out(w, g, v)
         return w
+
+    def item(self) -> Item | None:
+        """Its pair and rule, None where the factor cannot be told from the row norms in passing."""
+        g, v = self.pair()
+        rule: Any = self._modules["0"]
+        known = v.device.type == "cpu" and not _is_watched(g, v) and "1" not in self._modules and rule.fits(g, v)
+        return Item(g, v, rule.axes, rule.magnitude, v) if known else None
 
     def _leaf(self, weight: DeferredWeight, g: Tensor, v: Tensor) -> Tensor | None:
         """The weight of deferred mode, None where whoever is watching must see it computed from g and v."""
@@ -96,7 +108,7 @@ class WeightNormList(ParametrizationList):
         self.absorb()
         for name in PASSING:
             self.__dict__.pop(name, None)
-        g, v = self._pair()
+        g, v = self.pair()
         rule: Any = self._modules["0"]
         weight = DeferredWeight(group, rule, g, v) if weight is None else weight  # type: ignore[arg-type]
         self.__dict__["_deferred"] = weight
@@ -130,6 +142,8 @@ class WeightNormList(ParametrizationList):
         """Watch a computed weight for as long as somebody holds it, to see whether it is written into."""
         if w.is_inference() or g.is_inference() or v.is_inference():
             return
+        small = w.numel() < LARGE  # then its memory may be held until the next use
+
         owner = weakref.ref(self)
 
         def let_go(_gone: weakref.ref[Tensor]) -> None:
@@ -142,10 +156,18 @@ class WeightNormList(ParametrizationList):
                     entry.__dict__["_handed_out"] = watched
 
         alias = w.detach()
-        record = (weakref.ref(w, let_go), alias, alias._version, g, g._version, v, v._version)
+        record = (
+            weakref.ref(w) if small else weakref.ref(w, let_go),
+            alias,
+            alias._version,
+            g,
+            g._version,
+            v,
+            v._version,
+        )
         self.__dict__["_handed_out"] = [*self.__dict__.get("_handed_out", ())[-_MAX_HANDLES:], record]
 
-    def _pair(self) -> tuple[Tensor, Tensor]:
+    def pair(self) -> tuple[Tensor, Tensor]:
         g: Tensor | None = self._parameters.get("original0")
         v: Tensor | None = self._parameters.get("original1")
         if g is None or v is None:  # functional_call and replicas put plain tensors in their place
@@ -166,7 +188,7 @@ class WeightNormList(ParametrizationList):
         records = self.__dict__.pop("_handed_out", None)
         if kept is None and not records:
             return
-        now_g, now_v = self._pair()
+        now_g, now_v = self.pair()
         if kept is not None and kept.is_written():
             del self.__dict__["_kept"]
             if kept.was_of(now_g, now_v):
@@ -192,14 +214,14 @@ class WeightNormList(ParametrizationList):
         if "1" in self._modules:
             super().right_inverse(value)
             return
-        v = self._pair()[1]
+        v = self.pair()[1]
         if value.shape != v.shape:
             raise PairError(f"a weight of shape {tuple(value.shape)} does not fit {tuple(v.shape)}")
         self._store(value)
 
     def _store(self, value: Tensor) -> None:
         rule: Any = self._modules["0"]
-        g, v = self._pair()
+        g, v = self.pair()
         with torch.no_grad():
             new_g, new_v = rule.right_inverse(value.detach().to(v.dtype))
             g.copy_(new_g)
@@ -212,7 +234,7 @@ class WeightNormList(ParametrizationList):
         """Let compiled code, which runs on the leaf without asking, see what has become of g and v."""
         weight = self._deferred
         if weight is not None:
-            g, v = self._pair()
+            g, v = self.pair()
             if (g is not weight.g or v is not weight.v) and type(g) is type(v) is nn.Parameter:
                 weight.adopt(g, v)
             weight.current(g, v)
@@ -224,10 +246,13 @@ class WeightNormList(ParametrizationList):
 
     def __getstate__(self) -> dict[str, Any]:
         self.absorb()
-        return {name: value for name, value in self.__dict__.items() if name not in PASSING}
+        return {n: value for n, value in self.__dict__.items() if n not in PASSING and n != "_preparation"}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightNormList:
-        return copied_module(self, memo)
+        twin = copied_module(self, memo)
+        if self._preparation is not None:
+            twin.__dict__["_preparation"] = copy.deepcopy(self._preparation, memo)
+        return twin
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.absorb()
@@ -245,7 +270,7 @@ class WeightNormList(ParametrizationList):
             self.__dict__.pop(name, None)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if weight is not None:
-            weight.adopt(*self._pair())  # type: ignore[arg-type]
+            weight.adopt(*self.pair())  # type: ignore[arg-type]
             self.__dict__["_deferred"] = weight
             self._refresh()
         return self
@@ -267,16 +292,23 @@ def _is_watched(g: Tensor, v: Tensor) -> bool:
 
 
 def install(
-    module: nn.Module, name: str, rule: WeightNorm, pair: tuple[Tensor, Tensor] | tuple[nn.Parameter, nn.Parameter]
+    module: nn.Module,
+    name: str,
+    rule: WeightNorm,
+    pair: tuple[Tensor, Tensor] | tuple[nn.Parameter, nn.Parameter],
+    net: Preparation | None = None,
 ) -> tuple[nn.Parameter, nn.Parameter]:
     """Put `module.name` under weight norm with the given (g, v); returns them as the Parameters they became.
 
-    Given Parameters are registered as they are, so that the owners of a tied weight share one pair.
+    Given Parameters are registered as they are, so that the owners of a tied weight share one pair. Weights of one net
+    are quicker to compute when they have a `Preparation` in common.
     """
     order = tuple(module._parameters)
     old = module._parameters[name]
     assert old is not None
     entry = _new_list(rule, pair, old)
+    if net is not None:
+        entry.__dict__["_preparation"] = net
     del module._parameters[name]
     if not parametrize.is_parametrized(module):
         module._modules["parametrizations"] = nn.ModuleDict()  # past any __setattr__ of the user's
@@ -402,7 +434,7 @@ def _as_plain(module: nn.Module) -> Iterator[None]:
 
 def _plain_copy(entry: WeightNormList) -> nn.Parameter:
     w = entry().detach()
-    return nn.Parameter(w if entry._deferred is None else w.clone(), requires_grad=entry._pair()[1].requires_grad)
+    return nn.Parameter(w if entry._deferred is None else w.clone(), requires_grad=entry.pair()[1].requires_grad)
 
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
@@ -513,7 +545,7 @@ def _to_own_layout(state_dict: dict[str, Any], plain: str, own: str, entry: Weig
             if theirs in state_dict:
                 state_dict[mine] = state_dict.pop(theirs)
     if plain in state_dict and f"{own}0" not in state_dict:
-        weight, (g, v) = state_dict.pop(plain), entry._pair()
+        weight, (g, v) = state_dict.pop(plain), entry.pair()
         if isinstance(weight, Tensor) and weight.shape == v.shape and not weight.is_meta:
             try:
                 state_dict[f"{own}0"], state_dict[f"{own}1"] = rule.right_inverse(weight.detach().to(v.dtype))

@@ -87,5 +87,5 @@ def _entries(model: nn.Module) -> list[tuple[WeightNormList, tuple[int, int]]]:
 
 
 def _has_hooks(entry: WeightNormList) -> bool:
-    halves: Any = entry._pair()
+    halves: Any = entry.pair()
     return any(t._backward_hooks or getattr(t, "_post_accumulate_grad_hooks", None) for t in halves)

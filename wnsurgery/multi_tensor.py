@@ -7,16 +7,16 @@ operations on one value per row, runs once for all layers. Bits and gradients ar
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from wnsurgery.norms import norm, plain_scale, snapped_quotient, wide_dtype
-from wnsurgery.reparam import Axes, Magnitude, compose_eagerly, first_order_gradients
+from wnsurgery.reparam import Axes, Magnitude, Ready, compose_eagerly, first_order_gradients
 
-__all__ = ["Item", "compose_into", "gradients"]
+__all__ = ["Item", "compose_into", "gradients", "row_factors"]
 
 
 @dataclass(frozen=True)
@@ -41,40 +41,51 @@ def compose_into(items: Sequence[Item]) -> list[Tensor | None]:
     ([[6.0, 8.0]], [[5.0]])
     """
     done: list[Tensor | None] = [None] * len(items)
-    alike: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
-    for i, item in enumerate(items):
-        if item.v.dtype == torch.float64 or not item.v.numel():
+    for i, (item, found) in enumerate(zip(items, row_factors(items), strict=True)):
+        if found is None or found.factor is None:
             item.w.copy_(compose_eagerly(item.g, item.v, item.axes, item.magnitude))
         else:
-            alike[item.v.device, item.g.dtype, item.magnitude].append(i)
-    for places in alike.values():
-        for i, norms in zip(places, _alike([items[i] for i in places]), strict=True):
-            done[i] = norms
+            torch.mul(item.v, item.axes.spread(found.factor, item.v), out=item.w)
+            done[i] = found.norms
     return done
 
 
-def _alike(items: Sequence[Item]) -> Iterable[Tensor | None]:
+def row_factors(items: Sequence[Item]) -> list[Ready | None]:
+    """g / ||v|| and ||v|| per row in float32 for each weight, shaped to broadcast against the (grouped) weight.
+
+    The norms are None on devices whose values cannot be looked at in passing; all is None for a weight that needs the
+    long way: float64, no elements, extreme rows.
+    """
+    done: list[Ready | None] = [None] * len(items)
+    alike: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
+    for i, item in enumerate(items):
+        if item.v.dtype != torch.float64 and item.v.numel():
+            alike[item.v.device, item.g.dtype, item.magnitude].append(i)
+    for places in alike.values():
+        chosen = [items[i] for i in places]
+        norms = [norm(i.axes.grouped(i.v), i.axes.reduced(i.v.ndim), blocked=True) for i in chosen]
+        for i, found in zip(places, _alike(chosen, norms), strict=True):
+            done[i] = found
+    return done
+
+
+def _alike(items: Sequence[Item], norms: Sequence[Tensor]) -> list[Ready | None]:
     """Weights of one device, magnitude and type of g."""
     first = items[0]
-    norms = [norm(i.axes.grouped(i.v), i.axes.reduced(i.v.ndim), blocked=True) for i in items]
     sizes = [n.numel() for n in norms]
     flat = torch.cat([n.reshape(-1) for n in norms])
     g = torch.cat([i.g.reshape(-1) for i in items])
     if first.v.device.type != "cpu":  # nothing here may look at a value: that would wait for the device
-        factor = snapped_quotient(g, flat, wide_dtype(first.v), first.magnitude)
-        short: tuple[Tensor | None, ...] = (None,) * len(items)
-    else:
-        plain = plain_scale(g, flat, first.magnitude)
-        if plain is None or not plain[1]:
-            if len(items) > 1:  # extreme rows of one do not slow the others
-                return [compose_into([item])[0] for item in items]
-            first.w.copy_(compose_eagerly(first.g, first.v, first.axes, first.magnitude))
-            return [None]
-        factor = plain[0]
-        short = torch.split(flat.float(), sizes)
-    for item, n, rows in zip(items, norms, torch.split(factor, sizes), strict=True):
-        torch.mul(item.v, item.axes.spread(rows.view(n.shape), item.v), out=item.w)
-    return [None if s is None else s.view(n.shape) for s, n in zip(short, norms, strict=True)]
+        factors = torch.split(snapped_quotient(g, flat, wide_dtype(first.v), first.magnitude), sizes)
+        return [Ready(None, rows.view(n.shape)) for rows, n in zip(factors, norms, strict=True)]
+    plain = plain_scale(g, flat, first.magnitude)
+    if plain is not None and plain[1]:
+        factors, short = torch.split(plain[0], sizes), torch.split(flat.float(), sizes)
+        return [Ready(s.view(n.shape), f.view(n.shape)) for f, s, n in zip(factors, short, norms, strict=True)]
+    if len(items) == 1:
+        return [None]
+    # extreme rows of one do not slow the others
+    return [_alike([item], [n])[0] for item, n in zip(items, norms, strict=True)]
 
 
 def gradients(item: Item, norms: Tensor | None, grad: Tensor, *, private: bool) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from wnsurgery.norms import (
     wide_dtype,
 )
 
-__all__ = ["Axes", "Magnitude", "WeightNorm", "compose", "decompose", "magnitude_dtype_for"]
+__all__ = ["Axes", "Magnitude", "Ready", "WeightNorm", "compose", "decompose", "magnitude_dtype_for"]
 
 Magnitude = Literal["linear", "log"]
 
@@ -113,6 +113,9 @@ class Axes:
         raise PairError(f"a magnitude of shape {g} does not fit a direction of shape {v}")
 
 
+_COLUMNS = Axes((1,))
+
+
 def magnitude_dtype_for(weight_dtype: torch.dtype) -> torch.dtype:
     """The type g needs to reproduce a weight of this type bit for bit: float32 for 16-bit weights."""
     return torch.promote_types(weight_dtype, torch.float32)
@@ -190,9 +193,16 @@ def compose(
     return compose_eagerly(g, v, axes, magnitude, rooms)
 
 
-def compose_eagerly(g: Tensor, v: Tensor, axes: Axes, magnitude: Magnitude, rooms: Rooms | None = None) -> Tensor:
+def compose_eagerly(
+    g: Tensor,
+    v: Tensor,
+    axes: Axes,
+    magnitude: Magnitude,
+    rooms: Rooms | None = None,
+    ready: Ready | None = None,
+) -> Tensor:
     """`compose` for a pair known to fit, in eager mode; w and later dL/dv in memory of `rooms` where there is some."""
-    return _Compose.apply(g, v, axes, magnitude, rooms)  # type: ignore[no-any-return,no-untyped-call]
+    return _apply(g, v, (axes, magnitude, rooms), ready)  # type: ignore[no-any-return]
 
 
 def _fits(g: Tensor, v: Tensor, axes: Axes) -> bool:
@@ -261,41 +271,63 @@ def _size_and_norm(g: Tensor, v: Tensor, dims: tuple[int, ...], magnitude: str) 
     return size, total.sqrt() * unit
 
 
+class Ready(NamedTuple):
+    """What somebody has computed of a weight already: ||v|| per row in float32, and w or g / ||v|| per row."""
+
+    norms: Tensor | None
+    factor: Tensor | None = None
+    w: Tensor | None = None
+
+
+_How: TypeAlias = tuple[Axes, Magnitude, Rooms | None]
+
+
 class _Compose(torch.autograd.Function):
     """compose() for eager mode: one pass for the norm, one for the product, the paper's formula backward."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, v: Tensor, axes: Axes, magnitude: str, rooms: Rooms | None) -> Tensor:
-        view, dims, rows = axes.grouped(v), axes.reduced(v.ndim), _per_row(g, v, axes)
-        ctx.axes, ctx.magnitude, ctx.rooms = axes, magnitude, rooms
-        if v.dtype == torch.float64:
-            ctx.save_for_backward(g, v, None)
-            return _laid_out_as(_apply_scale(v, row_scale(rows, view, dims, magnitude, blocked=True), axes), v)
-        norms = norm(view, dims, blocked=True)
-        plain = plain_scale(rows, norms, magnitude) if v.device.type == "cpu" and v.numel() else None
-        if plain is not None:
-            factor, squarable = plain
-            ctx.save_for_backward(g, v, norms if squarable else None)
-            factor = axes.spread(factor, v)
-            room = rooms.take("w", v) if rooms is not None and v.dtype == torch.float32 else None
-            if room is not None:
-                return torch.mul(v, factor, out=room)
+    def forward(ctx: Any, g: Tensor, v: Tensor, how: _How, ready: Ready | None) -> Tensor:
+        ctx.how = how
+        if ready is not None and ready.w is not None:
+            ctx.save_for_backward(g, v, ready.norms)
+            return ready.w
+        axes, magnitude, rooms = how
+        if ready is None:
+            view, dims, rows = axes.grouped(v), axes.reduced(v.ndim), _per_row(g, v, axes)
+            if v.dtype == torch.float64:
+                ctx.save_for_backward(g, v, None)
+                return _laid_out_as(_apply_scale(v, row_scale(rows, view, dims, magnitude, blocked=True), axes), v)
+            norms = norm(view, dims, blocked=True)
+            plain = plain_scale(rows, norms, magnitude) if v.device.type == "cpu" and v.numel() else None
+            if plain is None:
+                ctx.save_for_backward(g, v, None)
+                scale = RowScale(snapped_quotient(rows, norms, wide_dtype(v), magnitude), None)
+                return _laid_out_as(_apply_scale(v, scale, axes), v)
+            ready = Ready(norms.float() if plain[1] else None, plain[0])
+        assert ready.factor is not None
+        ctx.save_for_backward(g, v, ready.norms)
+        factor = axes.spread(ready.factor, v)
+        if v.dtype != torch.float32:
             return _laid_out_as(_in_blocks(_rounded_product, v, factor), v)
-        ctx.save_for_backward(g, v, None)
-        scale = RowScale(snapped_quotient(rows, norms, wide_dtype(v), magnitude), None)
-        return _laid_out_as(_apply_scale(v, scale, axes), v)
+        room = None if rooms is None else rooms.take("w", v)
+        return _laid_out_as(torch.mul(v, factor) if room is None else torch.mul(v, factor, out=room), v)
 
     @staticmethod
     def backward(ctx: Any, grad_w: Tensor) -> tuple[Tensor | None, ...]:
         g, v, norms = ctx.saved_tensors
+        axes, magnitude, rooms = ctx.how
         if norms is None or torch.is_grad_enabled():
-            grad_g, grad_v = _gradients(grad_w, g, v, ctx.axes, ctx.magnitude)
+            grad_g, grad_v = _gradients(grad_w, g, v, axes, magnitude)
         else:
             big = v.dtype == torch.float32 and v.numel() >= _FRESH
-            room = ctx.rooms.take("grad", v) if ctx.rooms is not None and big else None
-            grad_g, grad_v = _plain_gradients(grad_w, g, v, norms.float(), ctx.axes, ctx.magnitude, room, _FRESH)
-        want_g, want_v = ctx.needs_input_grad[:2]
-        return grad_g if want_g else None, grad_v if want_v else None, None, None, None
+            room = rooms.take("grad", v) if rooms is not None and big else None
+            grad_g, grad_v = _plain_gradients(grad_w, g, v, norms, axes, magnitude, room, _FRESH)
+        return grad_g, grad_v, None, None
+
+
+# past the Python half of `Function.apply`, which unwraps what function transforms left: none is on
+_apply: Any = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Compose)
+_fused_backward: Any = torch.ops.aten._weight_norm_interface_backward.default
 
 
 def _laid_out_as(w: Tensor, v: Tensor) -> Tensor:
@@ -361,16 +393,21 @@ def _plain_gradients(
     large: int,
 ) -> tuple[Tensor, Tensor]:
     """The paper's equation 3 for ordinary rows, first order only, in as few passes as torch offers."""
+    dense = v.dtype == torch.float32 == g.dtype and v.is_contiguous()
+    if dense and axes.kept == (0,) and 1 < v.ndim == g.ndim and v.numel() < large and magnitude == "linear":
+        grad_v, grad_g = _fused_backward(grad_w.contiguous(), v, g.contiguous(), norms, 0)
+        return grad_g, grad_v
     rows = _per_row(g, v, axes)
+    norms = norms.reshape(rows.shape)
     size = rows.exp() if magnitude == "log" else rows
-    whole = axes.kept == (0,) and v.dtype == torch.float32 == size.dtype and v.is_contiguous()
-    if whole and v.ndim > 1 and v.numel() >= large:  # by size alone, so that memory decides no bit
+    whole = dense and axes.kept == (0,)
+    if dense and axes == _COLUMNS:
+        radial, grad_v = _column_gradients(grad_w, size, v, norms)
+    elif whole and v.ndim > 1 and v.numel() >= large:  # by size alone, so that memory decides no bit
         grad_v = torch.empty_like(v) if room is None else room
         radial = _gradients_into(grad_v, grad_w, size, v, norms)
     elif whole and v.ndim > 1:
-        grad_v, radial = torch.ops.aten._weight_norm_interface_backward(
-            grad_w.contiguous(), v, size.contiguous(), norms, 0
-        )
+        grad_v, radial = _fused_backward(grad_w.contiguous(), v, size.contiguous(), norms, 0)
     else:
         view, upstream, dims = axes.grouped(v), axes.grouped(grad_w), axes.reduced(v.ndim)
         product = upstream.float() * view
@@ -379,6 +416,26 @@ def _plain_gradients(
         grad_v = torch.addcmul(grad_v, view.float(), size * radial / norms.square(), value=-1).reshape(v.shape)
     grad_g = radial * size if magnitude == "log" else radial
     return grad_g.to(g.dtype).reshape(g.shape), grad_v.to(v.dtype)
+
+
+def _column_gradients(grad_w: Tensor, size: Tensor, v: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """dL/dw . v / ||v|| and dL/dv with axis 1 kept: transposed convolutions, Conv1D of GPT-2."""
+    inputs, outputs = v.shape[:2]
+    flat_v, flat_w = v.reshape(inputs, -1), grad_w.reshape(inputs, -1)
+    taps = flat_v.shape[1] // outputs
+    grad_v = torch.empty_like(flat_v)
+    step = max(1, _BLOCK // max(1, flat_v.shape[1]))
+    blocks = [slice(start, start + step) for start in range(0, inputs, step)]
+    total = torch.zeros_like(flat_v[0])
+    for rows in blocks:
+        total += torch.mul(flat_w[rows], flat_v[rows], out=grad_v[rows]).sum(0)
+    radial = total.view(outputs, taps).sum(1).view_as(norms) / norms
+    scale = size / norms
+    across = scale.reshape(-1).repeat_interleave(taps)
+    along = (scale * radial / norms).reshape(-1).repeat_interleave(taps)
+    for rows in blocks:
+        torch.mul(flat_w[rows], across, out=grad_v[rows]).addcmul_(flat_v[rows], along, value=-1)
+    return radial, grad_v.view_as(v)
 
 
 def _gradients_into(room: Tensor, grad_w: Tensor, size: Tensor, v: Tensor, norms: Tensor) -> Tensor:
@@ -451,12 +508,16 @@ class WeightNorm(nn.Module):
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         return compose(g, v, self.axes, magnitude=self.magnitude)
 
-    def compose(self, g: Tensor, v: Tensor, rooms: Rooms) -> Tensor:
-        """`forward` for its own pair in eager mode, with memory that may be used again."""
-        plain = not (self._forward_hooks or self._forward_pre_hooks) and _fits(g, v, self.axes)
+    def compose(self, g: Tensor, v: Tensor, rooms: Rooms, ready: Ready | None = None) -> Tensor:
+        """`forward` for its own pair in eager mode, with memory that may be used again; see `compose_eagerly`."""
+        plain = not (self._forward_hooks or self._forward_pre_hooks) and (ready is not None or _fits(g, v, self.axes))
         if not plain or torch.autograd.forward_ad._current_level >= 0:
             return self(g, v)  # type: ignore[no-any-return]
-        return compose_eagerly(g, v, self.axes, self.magnitude, rooms)
+        return compose_eagerly(g, v, self.axes, self.magnitude, rooms, ready)
+
+    def fits(self, g: Tensor, v: Tensor) -> bool:
+        """Whether a pair has the shapes that `compose` takes."""
+        return _fits(g, v, self.axes)
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
         return decompose(w, self.axes, magnitude=self.magnitude, magnitude_dtype=self.magnitude_dtype)

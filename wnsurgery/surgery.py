@@ -20,6 +20,7 @@ from wnsurgery.following import Follower, Optimizers, Swap
 from wnsurgery.mechanism import WeightNormList, install, reorder_parameters, restore_parameter
 from wnsurgery.modes import Mode, check_mode, set_weight_norm_mode
 from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
+from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, decompose
 from wnsurgery.walk import Slot, legacy_hooks, slots
 
@@ -157,10 +158,11 @@ def apply_plan(
             if magnitude == "log" and not pair[0].is_meta and bool((pair[0] == ZERO_LOG).any()):
                 _log.warning("%s: its rows of zeros stay zero, since e^s never is", site.fqn)
         with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
+            net = Preparation()
             for site, (g, v) in zip(plan.sites, pairs, strict=True):
                 for owner in site.owners:
                     rule = WeightNorm(site.axes, magnitude, magnitude_dtype)
-                    g, v = install(owner.module, owner.parameter, rule, (g, v))  # noqa: PLW2901 - owners share these
+                    g, v = install(owner.module, owner.parameter, rule, (g, v), net)  # noqa: PLW2901 - owners share these
                 if freeze_magnitude:
                     g.requires_grad_(False)
     _log.info("weight norm applied to %d weights", len(plan.sites))
