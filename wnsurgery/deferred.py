@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,14 @@ from torch.optim import optimizer as optimizers
 
 from wnsurgery.errors import ModeError, NonFiniteWeightError
 from wnsurgery.kept import Kept
-from wnsurgery.multi_tensor import Item, compose_into, gradients
+from wnsurgery.multi_tensor import Item, ManyWeights
 from wnsurgery.reparam import WeightNorm
 
 __all__ = ["OWNER", "DeferredGroup", "DeferredParameter", "DeferredWeight"]
 
 _GRAD: Any = torch.Tensor.grad
 OWNER = "_deferred_weight"  # in the __dict__ of g and v: a weak reference to the weight they make
+_SETS = 4  # sets of weights that are remembered
 _ALONE = 2  # references to a tensor that only one local name holds; to its storage, with the handle counting takes
 
 
@@ -113,6 +114,7 @@ class DeferredWeight:
             if old is not None and old is not g and old is not v:
                 _set_plain(old)
         self.g, self.v, self.kept, self.norms = g, v, None, None
+        self.group.forget()
         if not _can_defer(g, v):
             self.leaf = None
             return
@@ -174,20 +176,22 @@ class DeferredWeight:
             self.g.copy_(new_g)
             self.v.copy_(new_v)
 
-    def project(self) -> None:
-        """dL/dw into dL/dg and dL/dv, added to what they hold."""
+    def take_grad(self) -> tuple[Tensor, bool]:
+        """dL/dw, from now on the caller's, and whether nobody else holds it."""
         leaf: Any = self.leaf
         grad, leaf.grad = leaf.grad, None
         private = (
             sys.getrefcount(grad) == _ALONE and torch._C._storage_Use_Count(grad.untyped_storage()._cdata) == _ALONE
         )
-        valid = self.kept is not None and self.kept.was_of(self.g, self.v)
-        if grad.layout != torch.strided:
-            grad = grad.to_dense()
-        item = self._item()
-        for half, part in zip(
-            (self.g, self.v), gradients(item, self.norms if valid else None, grad, private=private), strict=True
-        ):
+        return (grad if grad.layout == torch.strided else grad.to_dense()), private
+
+    def valid_norms(self) -> Tensor | None:
+        """||v|| per row as the weight was computed, None where g or v changed since."""
+        return self.norms if self.kept is not None and self.kept.was_of(self.g, self.v) else None
+
+    def add_grads(self, parts: tuple[Tensor, Tensor]) -> None:
+        """Add dL/dg and dL/dv to what g and v hold."""
+        for half, part in zip((self.g, self.v), parts, strict=True):
             held = _GRAD.__get__(half)
             if not half.requires_grad:
                 continue
@@ -196,7 +200,7 @@ class DeferredWeight:
             else:
                 held.add_(part)
 
-    def _item(self) -> Item:
+    def item(self) -> Item:
         assert self.leaf is not None
         return Item(self.g, self.v, self.rule.axes, self.rule.magnitude, self.leaf)
 
@@ -229,11 +233,16 @@ class DeferredGroup:
 
     def __init__(self) -> None:
         self._weights: list[weakref.ref[DeferredWeight]] = []
+        self._many: dict[tuple[int, ...], ManyWeights] = {}
         self._lock = threading.RLock()
         _watch_steps(self)
 
     def add(self, weight: DeferredWeight) -> None:
         self._weights.append(weakref.ref(weight, self._weights.remove))
+
+    def forget(self) -> None:
+        """Some pair became another, or of another type."""
+        self._many.clear()
 
     @property
     def weights(self) -> list[DeferredWeight]:
@@ -245,9 +254,17 @@ class DeferredGroup:
         if not weights:
             return
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            norms = compose_into([weight._item() for weight in weights])
-            for weight, rows in zip(weights, norms, strict=True):
+            for weight, rows in zip(weights, self._together(weights).compose(), strict=True):
                 weight.renewed(rows)
+
+    def _together(self, weights: Sequence[DeferredWeight]) -> ManyWeights:
+        """The same weights as one, remembered: a net's come again and again."""
+        key = tuple(id(part) for w in weights for part in (w.leaf, w.g, w.v))
+        if key not in self._many:
+            if len(self._many) >= _SETS:
+                self._many.clear()
+            self._many[key] = ManyWeights([weight.item() for weight in weights])  # which holds what the key names
+        return self._many[key]
 
     def project(self) -> None:
         """Pass on what has gathered on all weights."""
@@ -260,8 +277,12 @@ class DeferredGroup:
                     "a weight in deferred mode has no second derivatives with respect to g and v",
                     hint='set_weight_norm_mode(model, "parametrized") before backward(create_graph=True)',
                 )
-            for weight in waiting:
-                weight.project()
+            if not waiting:
+                return
+            grads, private = zip(*[weight.take_grad() for weight in waiting], strict=True)
+            norms = [weight.valid_norms() for weight in waiting]
+            for weight, parts in zip(waiting, self._together(waiting).gradients(grads, norms, private), strict=True):
+                weight.add_grads(parts)
 
     def after_step(self, optimizer: optimizers.Optimizer) -> None:
         """An optimizer has moved its parameters: also one whose kernels leave tensor versions as they are."""

@@ -1,7 +1,7 @@
 """Weight norm of many weights at once: what is done row by row is done for the rows of all of them together.
 
-A layer costs two operations forward (its norms, its product) however small it is; everything between them, some twenty
-operations on one value per row, runs once for all layers. Bits and gradients are those of `compose`.
+A layer costs two operations forward, its norms and its product; everything between them, some twenty operations on one
+value per row, runs once for all layers, and small weights lie side by side. Bits and gradients are those of `compose`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from wnsurgery.norms import norm, plain_scale, snapped_quotient, wide_dtype
 from wnsurgery.reparam import Axes, Magnitude, Ready, compose_eagerly, first_order_gradients
+from wnsurgery.small_weights import SmallWeights, is_small
 
-__all__ = ["Item", "compose_into", "gradients", "row_factors"]
+__all__ = ["Item", "ManyWeights", "row_factors"]
 
 
 @dataclass(frozen=True)
@@ -30,24 +31,67 @@ class Item:
     w: Tensor = field(repr=False)
 
 
-def compose_into(items: Sequence[Item]) -> list[Tensor | None]:
-    """Write w = g * v / ||v|| into each item's memory, in the bits of `compose`.
-
-    Returns ||v|| per row in float32 for each weight where that serves the gradients, None where rows are extreme.
+class ManyWeights:
+    """Weights that are computed, and whose gradients pass to g and v, together.
 
     >>> g, v, w = torch.tensor([[10.0]]), torch.tensor([[3.0, 4.0]]), torch.empty(1, 2)
-    >>> norms, = compose_into([Item(g, v, Axes((0,)), "linear", w)])
-    >>> w.tolist(), norms.tolist()
-    ([[6.0, 8.0]], [[5.0]])
+    >>> many = ManyWeights([Item(g, v, Axes((0,)), "linear", w)])
+    >>> norms = many.compose()
+    >>> w.tolist()
+    [[6.0, 8.0]]
+    >>> many.gradients([torch.tensor([[1.0, 0.0]])], norms, [False])
+    [(tensor([[0.6000]]), tensor([[ 1.2800, -0.9600]]))]
     """
-    done: list[Tensor | None] = [None] * len(items)
-    for i, (item, found) in enumerate(zip(items, row_factors(items), strict=True)):
-        if found is None or found.factor is None:
-            item.w.copy_(compose_eagerly(item.g, item.v, item.axes, item.magnitude))
-        else:
-            torch.mul(item.v, item.axes.spread(found.factor, item.v), out=item.w)
-            done[i] = found.norms
-    return done
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self._items = items
+        small = {i for i, item in enumerate(items) if is_small(item.g, item.v, item.axes, item.magnitude)}
+        self._small, self._others = sorted(small), [i for i in range(len(items)) if i not in small]
+        pairs = [(items[i].g, items[i].v) for i in self._small]
+        self._side_by_side = SmallWeights(pairs) if pairs else None
+
+    def compose(self) -> list[Tensor | None]:
+        """Write w = g * v / ||v|| into each item's memory, in the bits of `compose`.
+
+        Returns ||v|| per row in float32 for each weight where that serves the gradients, None where rows are extreme.
+        """
+        found: list[Ready | None] = [None] * len(self._items)
+        if self._side_by_side is not None:
+            for i, ready in zip(self._small, self._side_by_side.compute(), strict=True):
+                found[i] = ready
+        for i, ready in zip(self._others, row_factors([self._items[i] for i in self._others]), strict=True):
+            found[i] = ready
+        copies = [
+            (item.w, r.w) for item, r in zip(self._items, found, strict=True) if r is not None and r.w is not None
+        ]
+        if copies:
+            torch._foreach_copy_([to for to, _ in copies], [w for _, w in copies])
+        for item, ready in zip(self._items, found, strict=True):
+            if ready is None:
+                item.w.copy_(compose_eagerly(item.g, item.v, item.axes, item.magnitude))
+            elif ready.factor is not None:
+                torch.mul(item.v, item.axes.spread(ready.factor, item.v), out=item.w)
+        return [None if ready is None else ready.norms for ready in found]
+
+    def gradients(
+        self, grads: Sequence[Tensor], norms: Sequence[Tensor | None], private: Sequence[bool]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """dL/dg and dL/dv from dL/dw, the paper's equation 3.
+
+        `norms` are those `compose` gave, None for weights whose g or v changed since. Where `private`, dL/dv may take
+        the memory of dL/dw.
+        """
+        done: dict[int, tuple[Tensor, Tensor]] = {}
+        lengths = [n for i in self._small if (n := norms[i]) is not None]
+        if self._side_by_side is not None and len(lengths) == len(self._small):
+            found = self._side_by_side.gradients([grads[i] for i in self._small], lengths)
+            done.update(zip(self._small, found, strict=True))
+        for i, (item, grad) in enumerate(zip(self._items, grads, strict=True)):
+            if i not in done:
+                done[i] = first_order_gradients(
+                    grad, item.g, item.v, norms[i], item.axes, item.magnitude, private=private[i]
+                )
+        return [done[i] for i in range(len(grads))]
 
 
 def row_factors(items: Sequence[Item]) -> list[Ready | None]:
@@ -86,8 +130,3 @@ def _alike(items: Sequence[Item], norms: Sequence[Tensor]) -> list[Ready | None]
         return [None]
     # extreme rows of one do not slow the others
     return [_alike([item], [n])[0] for item, n in zip(items, norms, strict=True)]
-
-
-def gradients(item: Item, norms: Tensor | None, grad: Tensor, *, private: bool) -> tuple[Tensor, Tensor]:
-    """dL/dg and dL/dv from dL/dw, the paper's equation 3; `private` lets dL/dv take the memory of dL/dw."""
-    return first_order_gradients(grad, item.g, item.v, norms, item.axes, item.magnitude, private=private)

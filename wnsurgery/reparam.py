@@ -379,7 +379,7 @@ def first_order_gradients(
         return _gradients(grad_w, g, v, axes, magnitude)
     room = grad_w if private and grad_w.stride() == v.stride() and grad_w.dtype == v.dtype else None
     # two gradients of one weight at a time, a new and an old one, outgrow what the allocator keeps warm much sooner
-    return _plain_gradients(grad_w, g, v, norms, axes, magnitude, room, _FRESH // 8)
+    return _plain_gradients(grad_w, g, v, norms, axes, magnitude, room, 1 << 16)
 
 
 def _plain_gradients(

@@ -62,17 +62,19 @@ class SmallWeights:
         chunks = torch.unsafe_split_with_sizes(flat, self._rows)
         return [chunk.resize_(g.shape) for chunk, g in zip(chunks, self._g, strict=True)]
 
+    def _copy_pairs(self) -> None:
+        torch._foreach_copy_(self._places_v, self._v)
+        torch._foreach_copy_(self._places_g, self._g)
+
     def compute(self) -> list[Ready | None]:
         """All weights, in memory of their own; None for one with a row that is not an ordinary one."""
         with torch.inference_mode(False), torch.no_grad():
-            torch._foreach_copy_(self._places_v, self._v)
-            torch._foreach_copy_(self._places_g, self._g)
+            self._copy_pairs()
             wide = self._flat_v.to(torch.float64).numpy()
             norms = np.sqrt(np.add.reduceat(np.multiply(wide, wide, out=wide), self._starts))
             factor, ordinary = ordinary_factors(self._flat_g.numpy(), norms)
             w = self._like_v(self._flat_v * self._spread(factor))
-            self._norms = norms.astype(np.float32)
-            short = torch.from_numpy(self._norms.copy()).split_with_sizes(self._rows)
+            short = torch.from_numpy(norms.astype(np.float32)).split_with_sizes(self._rows)
             found: list[Ready | None] = [Ready(n, None, one) for n, one in zip(short, w, strict=True)]
             if ordinary is not None:
                 whole = np.logical_and.reduceat(ordinary, self._firsts)
@@ -82,16 +84,15 @@ class SmallWeights:
     def _spread(self, per_row: Any) -> Tensor:
         return torch.from_numpy(np.repeat(per_row, self._lengths))
 
-    def gradients(self, grads: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """dL/dg and dL/dv of all weights from dL/dw (the paper's equation 3), for what `compute` saw last.
-
-        Only where it gave every weight.
-        """
+    def gradients(self, grads: Sequence[Tensor], norms: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """dL/dg and dL/dv of all weights from dL/dw and the norms of `compute` (the paper's equation 3)."""
         with torch.inference_mode(False), torch.no_grad():
-            flat = torch.empty_like(self._flat_v)
-            torch._foreach_copy_(self._like_v(flat), list(grads))
-            wide = (flat * self._flat_v).numpy()
-            radial = np.add.reduceat(wide, self._starts) / self._norms
-            ratio = self._flat_g.numpy() / self._norms
-            flat.mul_(self._spread(ratio)).addcmul_(self._flat_v, self._spread(ratio * radial / self._norms), value=-1)
-            return list(zip(self._like_g(torch.from_numpy(radial)), self._like_v(flat), strict=True))
+            self._copy_pairs()
+            upstream = torch.empty_like(self._flat_v)
+            torch._foreach_copy_(self._like_v(upstream), list(grads))
+            lengths = torch.cat([n.reshape(-1) for n in norms]).numpy()
+            radial = np.add.reduceat((upstream * self._flat_v).numpy(), self._starts) / lengths
+            ratio = self._flat_g.numpy() / lengths
+            upstream.mul_(self._spread(ratio))
+            upstream.addcmul_(self._flat_v, self._spread(ratio * radial / lengths), value=-1)
+            return list(zip(self._like_g(torch.from_numpy(radial)), self._like_v(upstream), strict=True))
