@@ -27,7 +27,7 @@ from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError, Wn
 from wnsurgery.kept import LARGE, Kept, Rooms
 from wnsurgery.multi_tensor import Item
 from wnsurgery.preparation import Preparation
-from wnsurgery.reparam import ZERO_LOG, WeightNorm, copied_module
+from wnsurgery.reparam import ZERO_LOG, WeightNorm, blank_module, copied_module
 
 __all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_parameter"]
 
@@ -311,12 +311,14 @@ def install(
         entry.__dict__["_preparation"] = net
     del module._parameters[name]
     if not parametrize.is_parametrized(module):
-        module._modules["parametrizations"] = nn.ModuleDict()  # past any __setattr__ of the user's
+        made = nn.ModuleDict.__new__(nn.ModuleDict)
+        blank_module(made, nn.ModuleDict)
+        module._modules["parametrizations"] = made  # past any __setattr__ of the user's
         _give_class(module, (name,))
     else:
         _give_class(_undressed(module), (*_table(module), name))
     table = _table(module)
-    table[name] = entry
+    table._modules[name] = entry
     table.train(module.training)
     table.__dict__.setdefault(_ORDER, order)
     return entry._parameters["original0"], entry._parameters["original1"]  # type: ignore[return-value]
@@ -325,13 +327,14 @@ def install(
 def _new_list(rule: WeightNorm, pair: tuple[Tensor, Tensor], old: Tensor) -> WeightNormList:
     """A WeightNormList that holds exactly this pair, with the old parameter's attributes on v."""
     entry = WeightNormList.__new__(WeightNormList)
-    nn.ModuleList.__init__(entry, [rule])
-    entry.unsafe, entry.is_tensor, entry.ntensors = True, False, 2
+    blank_module(entry, nn.ModuleList)
+    entry._modules["0"] = rule
+    entry.__dict__.update(unsafe=True, is_tensor=False, ntensors=2)
     for key, tensor in zip(("original0", "original1"), pair, strict=True):
         if not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)  # noqa: PLW2901 - now a Parameter
-        entry.register_parameter(key, tensor)
-    entry._parameters["original1"].__dict__.update(old.__dict__)
+        entry._parameters[key] = tensor
+    tensor.__dict__.update(old.__dict__)
     return entry
 
 

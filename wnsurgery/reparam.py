@@ -12,6 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -30,7 +31,7 @@ from wnsurgery.norms import (
     wide_dtype,
 )
 
-__all__ = ["Axes", "Magnitude", "Ready", "WeightNorm", "compose", "decompose", "magnitude_dtype_for"]
+__all__ = ["Axes", "Magnitude", "Ready", "WeightNorm", "blank_module", "compose", "decompose", "magnitude_dtype_for"]
 
 Magnitude = Literal["linear", "log"]
 
@@ -497,11 +498,13 @@ class WeightNorm(nn.Module):
         magnitude_dtype: type of g; None for float32 (float64 for float64 weights).
     """
 
+    axes: Axes
+    magnitude: Magnitude
+    magnitude_dtype: torch.dtype | None
+
     def __init__(self, axes: Axes, magnitude: Magnitude = "linear", magnitude_dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.axes = axes
-        self.magnitude: Magnitude = magnitude
-        self.magnitude_dtype = magnitude_dtype
+        blank_module(self, nn.Module)
+        self.__dict__.update(axes=axes, magnitude=magnitude, magnitude_dtype=magnitude_dtype)
         if magnitude == "log":
             self.register_buffer("log_scale", torch.ones((), dtype=torch.bool))
 
@@ -528,6 +531,18 @@ class WeightNorm(nn.Module):
     def extra_repr(self) -> str:
         groups = f", groups={self.axes.groups}" if self.axes.groups > 1 else ""
         return f"kept={self.axes.kept}{groups}, magnitude={self.magnitude!r}"
+
+
+@cache
+def _blank(kind: Any) -> dict[str, Any]:
+    return dict(kind().__dict__)
+
+
+def blank_module(module: nn.Module, kind: type[nn.Module]) -> None:
+    """What `kind.__init__(module)` does, for modules that are made by the thousand."""
+    for name, value in _blank(kind).items():
+        empty = type(value) in (dict, set, OrderedDict) and not value
+        module.__dict__[name] = type(value)() if empty else value
 
 
 _SHARED = (bool, int, str, Axes, torch.dtype, type(None))  # what a copy may have in common with its original

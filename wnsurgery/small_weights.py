@@ -6,30 +6,65 @@ copy and of a handful of operations on the rows of all weights. Bits are those o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wnsurgery.norms import SMALL, ordinary_factors
 from wnsurgery.reparam import Axes, Ready
 
-__all__ = ["SmallWeights", "is_small"]
+__all__ = ["SmallWeights", "is_small", "small_magnitudes"]
 
 
 def is_small(g: Tensor, v: Tensor, axes: Axes, magnitude: str) -> bool:
     """Whether a pair can be one of `SmallWeights`: float32 rows in one piece of the CPU's memory."""
+    return magnitude == "linear" and g.dtype == torch.float32 and g.device.type == "cpu" and _has_small_rows(v, axes)
+
+
+def _has_small_rows(v: Tensor, axes: Axes) -> bool:
     return (
-        0 < v.numel() <= SMALL
-        and v.dtype == torch.float32 == g.dtype
-        and magnitude == "linear"
+        (type(v) is Tensor or issubclass(type(v), nn.Parameter))
+        and 0 < v.numel() <= SMALL
+        and v.dtype == torch.float32
         and axes.kept in ((0,), ())
-        and v.device.type == "cpu" == g.device.type
+        and v.device.type == "cpu"
         and v.is_contiguous()
         and v.ndim > 0
     )
+
+
+def small_magnitudes(weights: Sequence[tuple[Tensor, Axes]]) -> list[Tensor | None]:
+    """What `decompose` stores as g for each weight, where v is the weight itself; None for all others.
+
+    >>> small_magnitudes([(torch.tensor([[3.0, 4.0]]), Axes((0,))), (torch.zeros(1, 2), Axes((0,)))])
+    [tensor([[5.]]), None]
+    """
+    found: list[Tensor | None] = [None] * len(weights)
+    chosen = [i for i, (w, axes) in enumerate(weights) if _has_small_rows(w, axes)]
+    if not chosen:
+        return found
+    with torch.no_grad():
+        wide = torch.cat([weights[i][0].detach().reshape(-1) for i in chosen]).to(torch.float64).numpy()
+        shapes = [axes.magnitude_shape(w.shape) for w, axes in (weights[i] for i in chosen)]
+        counts = np.array([math.prod(shape) for shape in shapes])
+        lengths = np.repeat(np.array([weights[i][0].numel() for i in chosen]) // counts, counts)
+        with np.errstate(all="ignore"):  # what is not finite
+            norms = np.sqrt(np.add.reduceat(np.multiply(wide, wide, out=wide), _starts(lengths)))
+            ordinary = (norms > 0) & (norms < torch.finfo(torch.float32).max)
+            short = torch.from_numpy(norms.astype(np.float32))
+        whole = np.logical_and.reduceat(ordinary, _starts(counts))
+        parts = torch.unsafe_split_with_sizes(short, counts.tolist())
+        for i, part, shape, fine in zip(chosen, parts, shapes, whole, strict=True):
+            found[i] = part.resize_(shape).clone() if fine else None
+    return found
+
+
+def _starts(lengths: Any) -> Any:
+    return np.concatenate(([0], np.cumsum(lengths)[:-1]))
 
 
 class SmallWeights:
@@ -48,8 +83,8 @@ class SmallWeights:
         self._rows = [g.numel() for g in self._g]
         counts, lengths = np.array(self._rows), np.array(self._sizes) // np.array(self._rows)
         self._lengths = np.repeat(lengths, counts)  # of each row
-        self._starts = np.concatenate(([0], np.cumsum(self._lengths)[:-1]))
-        self._firsts = np.concatenate(([0], np.cumsum(counts)[:-1]))  # each weight's first row
+        self._starts = _starts(self._lengths)
+        self._firsts = _starts(counts)  # each weight's first row
         with torch.inference_mode(False), torch.no_grad():
             self._flat_v, self._flat_g = torch.empty(sum(self._sizes)), torch.empty(sum(self._rows))
             self._places_v, self._places_g = self._like_v(self._flat_v), self._like_g(self._flat_g)

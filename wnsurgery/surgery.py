@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import zip_longest
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wnsurgery.batchnorm import BatchNormMode, folded_means, without_batch_norm
 from wnsurgery.data_init import InitReport, data_dependent_init
@@ -22,6 +24,7 @@ from wnsurgery.modes import Mode, check_mode, set_weight_norm_mode
 from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
 from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, decompose
+from wnsurgery.small_weights import SmallWeights, is_small, small_magnitudes
 from wnsurgery.walk import Slot, legacy_hooks, slots
 
 __all__ = ["apply_weight_norm", "fold_weight_norm", "is_weight_normed"]
@@ -147,11 +150,17 @@ def apply_plan(
     if magnitude_dtype is not None and not magnitude_dtype.is_floating_point:
         raise SelectionError(f"magnitude_dtype must be a floating-point type, not {magnitude_dtype}")
     _refuse_wrapped(model)
-    with _plain_grad_mode():
+    with _plain_grad_mode(), _collecting_later():
         pairs = []
-        for site in plan.sites:
+        plain = magnitude == "linear" and magnitude_dtype in (None, torch.float32)
+        known = small_magnitudes([(site.weight, site.axes) for site in plan.sites]) if plain else []
+        for site, g in zip_longest(plan.sites, known):
             try:
-                pair = decompose(site.weight, site.axes, magnitude=magnitude, magnitude_dtype=magnitude_dtype)
+                pair = (
+                    decompose(site.weight, site.axes, magnitude=magnitude, magnitude_dtype=magnitude_dtype)
+                    if g is None
+                    else (g, site.weight.detach())
+                )
             except NonFiniteWeightError as error:
                 raise NonFiniteWeightError(f"{site.fqn}: {error.message}") from error
             pairs.append(pair)
@@ -213,13 +222,14 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     for slot in slots(model):
         if _is_stacked(slot):
             raise PairError(f"{slot.fqn}: another parametrization is stacked on its weight norm; remove that first")
-    with _plain_grad_mode():
+    with _plain_grad_mode(), _collecting_later():
         folded: dict[tuple[int, int], nn.Parameter] = {}
         swaps: list[Swap] = []
+        known = _small_weights(found)
         for slot in found:
             key = (id(slot.magnitude), id(slot.tensor))
             if key not in folded:
-                folded[key] = _plain_weight(slot)
+                folded[key] = _plain_weight(slot, known.get(key))
                 swaps.append(_swap_from(slot, folded[key]))
         deferred = [entry for slot in found if isinstance(entry := _entry(slot), WeightNormList)]
         with _all_or_nothing(slot.module for slot in found):
@@ -241,14 +251,32 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     return model
 
 
-def _plain_weight(slot: Slot) -> nn.Parameter:
+def _small_weights(found: Iterable[Slot]) -> dict[tuple[int, int], Tensor]:
+    """The weights of the small pairs among some slots, by the identity of g and v."""
+    pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for slot in found:
+        g, v = slot.magnitude, slot.tensor
+        if g is None or v is None:
+            continue
+        axes, magnitude = _rule_of(slot)
+        try:
+            axes = axes or Axes.of_pair(g.shape, v.shape)
+        except PairError:
+            continue  # `compose` says so with the weight's name
+        if is_small(g, v, axes, magnitude) and tuple(g.shape) == axes.magnitude_shape(v.shape):
+            pairs[id(g), id(v)] = g, v
+    ready = SmallWeights(list(pairs.values())).compute() if pairs else []
+    return {key: one.w.clone() for key, one in zip(pairs, ready, strict=True) if one is not None and one.w is not None}
+
+
+def _plain_weight(slot: Slot, known: Tensor | None) -> nn.Parameter:
     """The folded weight of a pair as a Parameter, with the attributes people hung on v."""
     g, v = slot.magnitude, slot.tensor
     if g is None or v is None:
         raise PairError(f"{slot.fqn}: one half of the (g, v) pair is missing")
     axes, magnitude = _rule_of(slot)
     try:
-        w = compose(g, v, axes, magnitude=magnitude)
+        w = compose(g, v, axes, magnitude=magnitude) if known is None else known
     except PairError as error:
         raise PairError(f"{slot.fqn}: {error.message}") from error
     weight = nn.Parameter(w.detach(), requires_grad=g.requires_grad or v.requires_grad)
@@ -381,6 +409,19 @@ def _all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
             for restore in undo:
                 restore()
         raise
+
+
+@contextmanager
+def _collecting_later() -> Iterator[None]:
+    """Without garbage collection meanwhile: among thousands of new objects it looks through all the old ones again and
+    again, and finds nothing."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _table_restorer(module: nn.Module) -> Callable[[], None]:
