@@ -21,7 +21,7 @@ LAYERS = [
     {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"},
     {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
-    {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step", "small_weights"}
+    {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step", "small_weights", "looked_up"}
     | {"onnx_layout", "onnx_functions", "onnx_guard"},
     {"graph", "parity", "choice", "following", "multi_tensor"},
     {"walk", "steps", "flat_magnitudes", "deferred", "preparation"},

@@ -25,6 +25,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError, WnsurgeryError
 from wnsurgery.kept import LARGE, Kept, Rooms
+from wnsurgery.looked_up import look_up, serves
 from wnsurgery.multi_tensor import Item
 from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, WeightNorm, blank_module, copied_module
@@ -93,6 +94,19 @@ class WeightNormList(ParametrizationList):
         rule: Any = self._modules["0"]
         known = v.device.type == "cpu" and not _is_watched(g, v) and "1" not in self._modules and rule.fits(g, v)
         return Item(g, v, rule.axes, rule.magnitude, v) if known else None
+
+    def rows(self, ids: Tensor, padding: int | None) -> Tensor | None:
+        """Rows of the weight in training, None where the whole weight must be computed, or be there already."""
+        g, v = self.pair()
+        rule: Any = self._modules["0"]
+        hooks = self._forward_hooks or self._forward_pre_hooks or rule._forward_hooks or rule._forward_pre_hooks
+        others = self._deferred is not None or "1" in self._modules or parametrize._cache_enabled or hooks
+        if others or _is_watched(g, v) or torch.autograd.forward_ad._current_level >= 0:
+            return None
+        if not (serves(ids, v, rule.axes) and rule.fits(g, v) and g.ndim == 2):
+            return None
+        self.absorb()
+        return look_up(ids, g, v, rule.magnitude, padding)
 
     def _leaf(self, weight: DeferredWeight, g: Tensor, v: Tensor) -> Tensor | None:
         """The weight of deferred mode, None where whoever is watching must see it computed from g and v."""
@@ -481,6 +495,8 @@ def _give_class(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
         if callable(getattr(base, name, None)):
             members[name] = _plain_method(name)
     members |= {name: _computed(name) for name in names}
+    if base.forward is nn.Embedding.forward and "weight" in names:
+        members["forward"] = _look_up
     cls: Any = type(f"Parametrized{base.__name__}", (base,), members)
     module.__class__ = cls
     allowed = torch.serialization.get_safe_globals()
@@ -508,6 +524,15 @@ def _computed(name: str) -> property:
         entry.right_inverse(value)
 
     return property(weight, assign)
+
+
+def _look_up(self: nn.Embedding, ids: Tensor) -> Tensor:
+    """An embedding's forward pass; in training, where few rows are asked for, from those rows of g and v alone."""
+    entry: Any = _table(self)._modules.get("weight")
+    found = None
+    if torch.is_grad_enabled() and type(entry) is WeightNormList and self.max_norm is None:
+        found = None if self.sparse or self.scale_grad_by_freq else entry.rows(ids, self.padding_idx)
+    return nn.Embedding.forward(self, ids) if found is None else found
 
 
 def _as_torch_does(module: nn.Module, name: str) -> Tensor:

@@ -29,6 +29,7 @@ __all__ = [
     "norm",
     "ordinary_factors",
     "plain_scale",
+    "row_norms",
     "row_peak",
     "row_scale",
     "snapped_quotient",
@@ -71,7 +72,7 @@ def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
     blocked = blocked and v.device.type == "cpu" and v.numel() > 0
     rows = _as_rows(v, dims) if blocked else None
     if rows is not None:
-        return (_small_row_norms if v.numel() <= SMALL else _row_norms)(rows).view(shape)
+        return (_small_row_norms if v.numel() <= SMALL else row_norms)(rows).view(shape)
     if not blocked or v.numel() <= SMALL:
         short: Tensor = torch.linalg.vector_norm(v, 2, tuple(dims), keepdim=True, dtype=wide)
         return short
@@ -113,7 +114,7 @@ def _starts(count: int, length: int) -> Any:
     return np.arange(0, count * length, length)
 
 
-def _row_norms(rows: Tensor) -> Tensor:
+def row_norms(rows: Tensor) -> Tensor:
     """||row|| for each row of a matrix, a block of rows at a time."""
     count, length = rows.shape
     total = _empty((count, 1), rows)

@@ -540,7 +540,7 @@ def _blank(kind: Any) -> dict[str, Any]:
 
 def blank_module(module: nn.Module, kind: type[nn.Module]) -> None:
     """What `kind.__init__(module)` does, for modules that are made by the thousand."""
-    for name, value in _blank(kind).items():
+    for name, value in _blank(kind).items():  # type: ignore[arg-type]
         empty = type(value) in (dict, set, OrderedDict) and not value
         module.__dict__[name] = type(value)() if empty else value
 
