@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError, WnsurgeryError
-from wnsurgery.kept import LARGE, Kept, Rooms
+from wnsurgery.kept import Kept, Rooms
 from wnsurgery.looked_up import look_up, serves
 from wnsurgery.multi_tensor import Item
 from wnsurgery.preparation import Preparation
@@ -156,8 +156,6 @@ class WeightNormList(ParametrizationList):
         """Watch a computed weight for as long as somebody holds it, to see whether it is written into."""
         if w.is_inference() or g.is_inference() or v.is_inference():
             return
-        small = w.numel() < LARGE  # then its memory may be held until the next use
-
         owner = weakref.ref(self)
 
         def let_go(_gone: weakref.ref[Tensor]) -> None:
@@ -171,7 +169,7 @@ class WeightNormList(ParametrizationList):
 
         alias = w.detach()
         record = (
-            weakref.ref(w) if small else weakref.ref(w, let_go),
+            weakref.ref(w, let_go),
             alias,
             alias._version,
             g,

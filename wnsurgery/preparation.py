@@ -32,15 +32,11 @@ class Preparation:
     def __init__(self) -> None:
         self._round = 0
         self._used: dict[int, weakref.ref[Any]] = {}  # since the round began, by identity
-        self._plans: dict[tuple[int, ...], _Plan] = {}
+        self._plans: dict[tuple[Any, ...], _Plan] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Preparation:
         twin = memo[id(self)] = Preparation()
         return twin
-
-    def forget(self) -> None:
-        """Tensors became others: of another type or on another device."""
-        self._plans.clear()
 
     def take(self, entry: Any, g: Tensor, v: Tensor) -> Ready | None:
         """What is known of one weight, for one use; None where its rows need the long way.
@@ -57,10 +53,12 @@ class Preparation:
             self._prepare(together if again else [entry])
             waiting = entry.__dict__.pop("_ready", None)
         self._used[id(entry)] = weakref.ref(entry)
-        return None if waiting is None or waiting[2].dtype != v.dtype else waiting[3]
+        return None if waiting is None else waiting[2]
 
     def _prepare(self, entries: list[Any]) -> None:
-        key = tuple(id(half) for entry in entries for half in (entry, *entry.pair()))
+        key = tuple(
+            what for e in entries for half in e.pair() for what in (id(e), id(half), half.dtype, half.data_ptr())
+        )
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _PLANS:
@@ -71,7 +69,7 @@ class Preparation:
         for reference, (g, v), ready in zip(plan.entries, plan.pairs, found, strict=True):
             entry = reference()
             if ready is not None and entry is not None:
-                entry.__dict__["_ready"] = (self._round, _moment(g, v), v, ready)
+                entry.__dict__["_ready"] = (self._round, _moment(g, v), ready)
 
 
 class _Plan:
@@ -87,6 +85,6 @@ class _Plan:
         self.others = [item for _, item in others]
 
 
-def _moment(g: Tensor, v: Tensor) -> tuple[int, ...]:
+def _moment(g: Tensor, v: Tensor) -> tuple[Any, ...]:
     """What changes when a pair does, or becomes another one's."""
-    return (id(g), id(v), g._version, v._version, g.data_ptr(), v.data_ptr(), steps_counted())
+    return (id(g), id(v), g._version, v._version, g.data_ptr(), v.data_ptr(), v.dtype, steps_counted())
