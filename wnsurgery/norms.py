@@ -141,7 +141,7 @@ def _column_norms(v: Tensor, shape: Sequence[int], inner: Sequence[int]) -> Tens
     for start in range(0, v.shape[0], step):
         part = room[: min(step, v.shape[0] - start)].copy_(v[start : start + step]).numpy()
         total += np.einsum("ij,ij->j", part, part)
-    return torch.from_numpy(np.sqrt(total.reshape(tuple(shape)).sum(tuple(inner))))
+    return torch.from_numpy(np.sqrt(np.atleast_1d(total.reshape(tuple(shape)).sum(tuple(inner)))))
 
 
 class _Scratch(threading.local):
