@@ -29,7 +29,7 @@ LAYERS = [
         "dataflow",
         "axis_counts",
         "moments",
-        "spread",
+        "dtensors",
     },
     {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},

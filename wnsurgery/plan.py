@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from wnsurgery.errors import PairError, SelectionError
 from wnsurgery.layers import Layer, layer_of
 from wnsurgery.reparam import Axes
-from wnsurgery.spread import is_spread
+from wnsurgery.dtensors import is_spread
 from wnsurgery.text import by, columns
 from wnsurgery.walk import Slot, slots
 

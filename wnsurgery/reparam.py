@@ -30,7 +30,7 @@ from wnsurgery.norms import (
     stored_magnitude,
     wide_dtype,
 )
-from wnsurgery.spread import count_not_finite, is_spread, local_rows, spread_over
+from wnsurgery.dtensors import count_not_finite, is_spread, local_rows, spread_over
 
 __all__ = ["Axes", "Magnitude", "Ready", "WeightNorm", "blank_module", "compose", "decompose", "magnitude_dtype_for"]
 

@@ -16,7 +16,7 @@ from wnsurgery.errors import InputError, PairError, printable
 from wnsurgery.keys import Found, find_pairs
 from wnsurgery.optimizer_state import is_flat_optimizer
 from wnsurgery.reparam import Axes
-from wnsurgery.spread import is_spread
+from wnsurgery.dtensors import is_spread
 
 __all__ = [
     "StateDict",

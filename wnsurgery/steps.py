@@ -14,7 +14,7 @@ from wnsurgery.errors import NonFiniteWeightError, PairError, printable
 from wnsurgery.kept import Rooms
 from wnsurgery.keys import Layout, Pair, pair_of
 from wnsurgery.reparam import Axes, Magnitude, compose, decompose
-from wnsurgery.spread import count_not_finite, is_spread
+from wnsurgery.dtensors import count_not_finite, is_spread
 from wnsurgery.states import StateDict, dtype_name, found_in, refusal
 
 __all__ = [
