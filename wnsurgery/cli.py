@@ -227,7 +227,6 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
         show(report, as_json=as_json)
         return
     from wnsurgery.files import fold_checkpoint
-
     from wnsurgery.ranks import launched
     from wnsurgery.stores import is_file_name
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from wnsurgery.dtensors import is_spread
 from wnsurgery.errors import PairError, SelectionError
 from wnsurgery.layers import Layer, layer_of
 from wnsurgery.reparam import Axes
-from wnsurgery.dtensors import is_spread
 from wnsurgery.text import by, columns
 from wnsurgery.walk import Slot, slots
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from wnsurgery.dtensors import count_not_finite, is_spread, local_rows, spread_over
 from wnsurgery.errors import NonFiniteWeightError, PairError
 from wnsurgery.kept import Rooms
 from wnsurgery.norms import (
@@ -30,7 +31,6 @@ from wnsurgery.norms import (
     stored_magnitude,
     wide_dtype,
 )
-from wnsurgery.dtensors import count_not_finite, is_spread, local_rows, spread_over
 
 __all__ = ["Axes", "Magnitude", "Ready", "WeightNorm", "blank_module", "compose", "decompose", "magnitude_dtype_for"]
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wnsurgery.dtensors import is_spread
 from wnsurgery.errors import InputError, PairError, printable
 from wnsurgery.keys import Found, find_pairs
 from wnsurgery.optimizer_state import is_flat_optimizer
 from wnsurgery.reparam import Axes
-from wnsurgery.dtensors import is_spread
 
 __all__ = [
     "StateDict",

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from wnsurgery.choice import Choice
+from wnsurgery.dtensors import count_not_finite, is_spread
 from wnsurgery.errors import NonFiniteWeightError, PairError, printable
 from wnsurgery.kept import Rooms
 from wnsurgery.keys import Layout, Pair, pair_of
 from wnsurgery.reparam import Axes, Magnitude, compose, decompose
-from wnsurgery.dtensors import count_not_finite, is_spread
 from wnsurgery.states import StateDict, dtype_name, found_in, refusal
 
 __all__ = [
