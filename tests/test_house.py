@@ -18,10 +18,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
-    {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"},
+    {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"}
+    | {"csv_text"},
     {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
-    {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step"},
+    {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step", "spread"},
     {"graph", "parity", "choice", "following"},
     {"walk", "steps", "flat_magnitudes"},
     {"plan", "mechanism", "checkpoint", "tracing"},
@@ -30,9 +31,9 @@ LAYERS = [
     {"surgery", "renormalize", "magnitudes", "param_groups", "delivery"},
     {"directory"},
     {"files", "runs", "benchmark"},
-    {"export", "inout"},
+    {"export", "inout", "contents"},
     {"verification", "inspection"},
-    {"report"},
+    {"report", "weight_table"},
     {"cli"},
     {"__init__", "__main__"},
 ]

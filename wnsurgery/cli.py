@@ -321,17 +321,37 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
 @_model
 @_loading
 @_stored
+@click.option("--lr", type=float, default=1.0, show_default=True, help="Learning rate to give the effective steps for.")
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="The same net earlier: print ||v|| and |g| against it."
+)
+@click.option("--csv", "as_csv", is_flag=True, help="Print the result as CSV.")
+@click.option("--all", "everything", is_flag=True, help="On a terminal: every weight of a large net, not groups.")
 @_common
-def inspect(model: Path, as_json: bool, **options: Any) -> None:
-    """List the weights of MODEL: layout, shape, kept axes, g and ||v||, and what is not normalized and why.
+def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, **options: Any) -> None:
+    """List the weights of MODEL: layout, shape, kept axes, g and ||v||, effective step of the direction
+    lr |g| / ||v||^2, and what is not normalized and why.
 
     \b
-    Example:
+    Examples:
       wnsurgery inspect generator.pth
+      wnsurgery inspect step9000.pt --reference step0.pt --lr 1e-3
+      wnsurgery inspect generator.pth --csv > weights.csv
     """
     from wnsurgery.inspection import inspect as look
 
-    show(look(model, **options), as_json=as_json)
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv exclude each other")
+    with working(f"reading {model}"):
+        report = look(model, **options)
+    if as_csv:
+        click.echo(report.to_csv(), nl=False)
+    elif as_json or not sys.stdout.isatty():
+        show(report, as_json=as_json)
+    else:
+        from wnsurgery.weight_table import show_weights
+
+        show_weights(report, everything=everything)
 
 
 @cli.command()
