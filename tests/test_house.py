@@ -32,7 +32,7 @@ LAYERS = [
     {"directory"},
     {"files", "runs", "benchmark"},
     {"export", "inout", "contents"},
-    {"verification", "inspection"},
+    {"verification", "inspection", "turning"},
     {"report", "weight_table"},
     {"cli"},
     {"__init__", "__main__"},

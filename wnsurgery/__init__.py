@@ -45,6 +45,7 @@ _NAMES = {
     "apply_weight_norm": "surgery",
     "bench": "benchmark",
     "clamp_magnitude_": "magnitudes",
+    "compare_weight_norm": "turning",
     "compose": "reparam",
     "convert_checkpoint": "files",
     "data_dependent_init": "data_init",

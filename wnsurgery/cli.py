@@ -325,10 +325,11 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
 @click.option(
     "--reference", type=click.Path(path_type=Path), help="The same net earlier: print ||v|| and |g| against it."
 )
+@click.option("--against", type=click.Path(path_type=Path), help="Print what changed since this one instead.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print the result as CSV.")
 @click.option("--all", "everything", is_flag=True, help="On a terminal: every weight of a large net, not groups.")
 @_common
-def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, **options: Any) -> None:
+def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against: Path | None, **options: Any) -> None:
     """List the weights of MODEL: layout, shape, kept axes, g and ||v||, effective step of the direction
     lr |g| / ||v||^2, and what is not normalized and why.
 
@@ -336,10 +337,14 @@ def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, **option
     Examples:
       wnsurgery inspect generator.pth
       wnsurgery inspect step9000.pt --reference step0.pt --lr 1e-3
+      wnsurgery inspect step9000.pt --against step0.pt
       wnsurgery inspect generator.pth --csv > weights.csv
     """
     from wnsurgery.inspection import inspect as look
 
+    if against is not None:
+        _compare(model, against, as_json, as_csv, options)
+        return
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
     with working(f"reading {model}"):
@@ -379,6 +384,22 @@ def bench(model: Path, as_json: bool, **options: Any) -> None:
     with working(f"timing {model}"):
         report = measure(module, inputs, **options)
     show(report, as_json=as_json)
+
+
+def _compare(model: Path, against: Path, as_json: bool, as_csv: bool, options: dict[str, Any]) -> None:
+    from wnsurgery.turning import compare_weight_norm
+
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv exclude each other")
+    if options.pop("reference") is not None:
+        raise click.UsageError("--against and --reference exclude each other")
+    options.pop("lr")
+    with working(f"comparing {model} and {against}"):
+        changes = compare_weight_norm(model, against, **options)
+    if as_csv:
+        click.echo(changes.to_csv(), nl=False)
+    else:
+        show(changes, as_json=as_json)
 
 
 # Arguments -----------------------------------------------------------------------------------------------

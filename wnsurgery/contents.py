@@ -1,4 +1,4 @@
-"""The weights in a module, a checkpoint, a directory or an ONNX file, under weight norm or not; values one at a time."""
+"""The weights in a module, a checkpoint, a directory or an ONNX file, under weight norm or not; read one by one."""
 
 from __future__ import annotations
 

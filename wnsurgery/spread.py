@@ -87,7 +87,7 @@ def log_bins(values: Tensor) -> tuple[tuple[int, int], ...]:
     sizes = values.detach().double().abs().flatten()
     sizes = sizes[(sizes > 0) & torch.isfinite(sizes)]
     places = torch.floor(torch.log10(sizes) * BINS_PER_DECADE).long()
-    found, counts = torch.unique(places, return_counts=True)  # type: ignore[no-untyped-call]
+    found, counts = torch.unique(places, return_counts=True)
     return tuple(zip(found.tolist(), counts.tolist(), strict=True))
 
 
