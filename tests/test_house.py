@@ -33,7 +33,7 @@ LAYERS = [
     {"files", "runs", "benchmark"},
     {"export", "inout", "contents"},
     {"verification", "inspection", "turning"},
-    {"report", "weight_table"},
+    {"report", "weight_table", "html_report"},
     {"cli"},
     {"__init__", "__main__"},
 ]

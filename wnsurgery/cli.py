@@ -327,6 +327,9 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
 )
 @click.option("--against", type=click.Path(path_type=Path), help="Print what changed since this one instead.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print the result as CSV.")
+@click.option("--html", "page", type=click.Path(path_type=Path), help="Write the result as a page, too.")
+@click.option("--parity", type=click.Path(path_type=Path), help="JSON of a fold, export or verify to show on the page.")
+@click.option("--force", is_flag=True, help="Overwrite an existing page.")
 @click.option("--all", "everything", is_flag=True, help="On a terminal: every weight of a large net, not groups.")
 @_common
 def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against: Path | None, **options: Any) -> None:
@@ -338,10 +341,16 @@ def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against:
       wnsurgery inspect generator.pth
       wnsurgery inspect step9000.pt --reference step0.pt --lr 1e-3
       wnsurgery inspect step9000.pt --against step0.pt
+      wnsurgery inspect generator.pth --html report.html
       wnsurgery inspect generator.pth --csv > weights.csv
     """
     from wnsurgery.inspection import inspect as look
 
+    page, parity, force = (options.pop(name) for name in ("page", "parity", "force"))
+    if page is None and parity is not None:
+        raise click.UsageError("--parity needs --html")
+    if against is not None and page is not None:
+        raise click.UsageError("--against and --html exclude each other")
     if against is not None:
         _compare(model, against, as_json, as_csv, options)
         return
@@ -349,6 +358,10 @@ def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against:
         raise click.UsageError("--json and --csv exclude each other")
     with working(f"reading {model}"):
         report = look(model, **options)
+    if page is not None:
+        from wnsurgery.html_report import write_html
+
+        write_html(report, page, title=model.name, parity=parity, force=force)
     if as_csv:
         click.echo(report.to_csv(), nl=False)
     elif as_json or not sys.stdout.isatty():
