@@ -22,7 +22,7 @@ from torch.nn.utils import weight_norm as legacy_weight_norm
 from torch.nn.utils.parametrizations import weight_norm
 
 import wnsurgery.export
-from wnsurgery.errors import ExportError, OutputError, OutputExistsError, VerificationError
+from wnsurgery.errors import ExportError, OutputError, OutputExistsError, SelectionError, VerificationError
 from wnsurgery.export import export_onnx
 from wnsurgery.surgery import apply_weight_norm, is_weight_normed
 
@@ -417,3 +417,89 @@ def test_unchecked_exports_say_so(tmp_path: Path) -> None:
     assert "not compared" in str(report)
     with pytest.raises(VerificationError):
         report.raise_for_status()
+
+
+# Options -------------------------------------------------------------------------------------------------
+
+
+def test_half_ships_float16_that_is_held_to_both_models(tmp_path: Path) -> None:
+    """With half=True weights, inputs and outputs are float16, the rounded model to the letter, the original closely."""
+    model = apply_weight_norm(Vocoder())
+    report = export_onnx(model, torch.randn(1, 20, 6), tmp_path / "m.onnx", half=True)
+    assert (report.inputs[0][1], report.outputs[0][1]) == ("float16", "float16")
+    assert report.parity is not None
+    assert report.original is not None
+    assert report.parity.outputs[0].rtol < report.original.outputs[0].rtol
+    weight = next(p for n, p in apply_weight_norm(Vocoder()).named_parameters() if n == "post.bias")
+    assert weight.dtype == torch.float32
+    kinds = {t.data_type for t in onnx.load(tmp_path / "m.onnx").graph.initializer if t.name.endswith("weight")}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+
+
+def test_half_that_overflows_is_not_published(tmp_path: Path) -> None:
+    """Outputs beyond 65504 are infinite in float16, which is no rounding error."""
+    model = nn.Linear(3, 2)
+    with torch.no_grad():
+        model.weight.fill_(60000.0)
+    with pytest.raises(VerificationError):
+        export_onnx(model, torch.full((1, 3), 9.0), tmp_path / "m.onnx", half=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_external_weights_on_request(tmp_path: Path) -> None:
+    """external=True writes the pair, and the graph finds its weights."""
+    model, x = nn.Linear(64, 64), torch.randn(2, 64)
+    report = export_onnx(model, x, tmp_path / "m.onnx", external=True)
+    assert [p.name for p in report.files] == ["m.onnx", "m.onnx.data"]
+    np.testing.assert_allclose(_run(tmp_path / "m.onnx", x)[0], model(x).detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_one_file_can_be_renamed(tmp_path: Path) -> None:
+    """By default the weights are inside, and no name in the file has to fit its own."""
+    model, x = nn.Linear(64, 64), torch.randn(2, 64)
+    export_onnx(model, x, tmp_path / "m.onnx")
+    (tmp_path / "m.onnx").rename(tmp_path / "other.onnx")
+    np.testing.assert_allclose(_run(tmp_path / "other.onnx", x)[0], model(x).detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vocoder", "lstm", "grouped"])
+def test_the_torchscript_exporter_on_request(tmp_path: Path, name: str) -> None:
+    """The other exporter writes the same function, folded and proved, and the report says which one it was."""
+    build, shape = MODELS[name]
+    model = apply_weight_norm(build())
+    report = export_onnx(model, torch.randn(shape), tmp_path / "m.onnx", exporter="torchscript", dynamic=True)
+    assert report.ok
+    assert isinstance(report.inputs[0][2][0], str)
+    assert "TorchScript exporter" in str(report)
+    content = (tmp_path / "m.onnx").read_bytes()
+    assert not [text for text in (str(Path(torch.__file__).parent), ".py", str(tmp_path)) if text.encode() in content]
+
+
+def test_attention_by_the_torchscript_exporter(tmp_path: Path) -> None:
+    """The fast path of attention, which has no translation, is off while exporting and on again afterwards."""
+    layer = apply_weight_norm(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True))
+    before = torch.backends.mha.get_fastpath_enabled()
+    assert export_onnx(layer, torch.randn(2, 5, 16), tmp_path / "m.onnx", exporter="torchscript").ok
+    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+def test_the_other_exporter_is_offered_where_this_one_fails(tmp_path: Path) -> None:
+    """A branch on values fails with a hint; the other exporter takes it and says that branches are fixed."""
+    with pytest.raises(ExportError) as caught:
+        export_onnx(Branching(), torch.ones(2), tmp_path / "m.onnx")
+    assert "--exporter torchscript" in str(caught.value.hint)
+    report = export_onnx(Branching(), torch.ones(2), tmp_path / "m.onnx", exporter="torchscript")
+    assert "branches and loops are as they went" in str(report)
+
+
+def test_any_axes_can_vary(tmp_path: Path) -> None:
+    """Axes are chosen by input; the file then runs for other sizes; unknown inputs and axes are named."""
+    model = apply_weight_norm(Vocoder()).eval()
+    report = export_onnx(model, torch.randn(1, 20, 6), tmp_path / "m.onnx", dynamic={"mel": [0, 2]})
+    assert [isinstance(d, str) for d in report.inputs[0][2]] == [True, False, True]
+    x = torch.randn(3, 20, 11)
+    with torch.no_grad():
+        np.testing.assert_allclose(_run(tmp_path / "m.onnx", x)[0], model(x).numpy(), rtol=1e-4, atol=1e-5)
+    for wrong in ({"melody": [0]}, {"mel": [3]}):
+        with pytest.raises(SelectionError, match=next(iter(wrong))):
+            export_onnx(model, torch.randn(1, 20, 6), tmp_path / "n.onnx", dynamic=wrong)

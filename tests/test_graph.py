@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,7 @@ from torch import nn
 from torch.nn.utils import weight_norm as legacy_weight_norm
 from torch.nn.utils.parametrizations import weight_norm
 
+from wnsurgery import onnx_values
 from wnsurgery.errors import (
     InputError,
     InputMissingError,
@@ -181,16 +185,27 @@ SPELLINGS = {
     "transposed": """t = Transpose <perm = [1, 0]> (v) n = ReduceL2 <keepdims = 1> (t, axes0) h = Transpose(g)
         q = Div(h, n) p = Mul(t, q) w = Transpose <perm = [1, 0]> (p)""",
     "flat g": "n = ReduceL2(v, axes) f = Flatten <axis = 0> (g) u = Transpose(f) q = Div(u, n) w = Mul(v, q)",
+    "Einsum": """s = Einsum <equation = "oi,oi->o"> (v, v) r = Sqrt(s) n = Unsqueeze(r, axes) q = Div(g, n)
+        w = Mul(v, q)""",
+    "squares of two copies": """i = Identity(v) s = Mul(v, i) m = ReduceSum(s, axes) n = Sqrt(m) q = Div(g, n)
+        w = Mul(v, q)""",
+    "mean of squares": """s = Mul(v, v) m = ReduceMean(s, axes) k = Mul(m, six) n = Sqrt(k) q = Div(g, n)
+        w = Mul(v, q)""",
+    "scaled by the largest element": """a = Abs(v) m = ReduceMax(a, axes) u = Div(v, m) n = ReduceL2(u, axes)
+        q = Div(g, n) w = Mul(u, q)""",
     "Identity and Squeeze": """i = Identity(v) n = ReduceL2(i, axes) z = Squeeze(g, axes) u = Unsqueeze(z, axes)
         q = Div(u, n) w = Mul(i, q)""",
 }
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_is_found(tmp_path: Path, spelling: str) -> None:
-    """The same arithmetic in other words is the same weight norm."""
+def test_every_spelling_is_found(tmp_path: Path, spelling: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same arithmetic in other words is the same weight norm, also where arrays are held in float32."""
+    if large:
+        monkeypatch.setattr(onnx_values, "_LARGE", 4)
     arrays = {"g": G, "v": V, "axes": AXES, "axes0": np.int64([0]), "two": TWO}
-    arrays |= {"half": np.float32(0.5), "eps": np.float32(1e-12)}
+    arrays |= {"six": np.float32(6), "half": np.float32(0.5), "eps": np.float32(1e-12)}
     used = {k: a for k, a in arrays.items() if f"({k})" in spelling or k in SPELLINGS[spelling].replace(")", ",")}
     tail = " y = Gemm <transB = 1> (x, w)"
     path = _save(tmp_path / "a.onnx", SPELLINGS[spelling] + tail, **used)
@@ -204,6 +219,33 @@ def test_every_spelling_is_found(tmp_path: Path, spelling: str) -> None:
     np.testing.assert_allclose(weight, _exact(G, V, 1), rtol=2e-7)
     np.testing.assert_allclose(_run(tmp_path / "b.onnx", X)[0], X @ weight.T, rtol=1e-5, atol=1e-6)
     assert _norms_of_constants(tmp_path / "b.onnx") == []
+
+
+@pytest.mark.parametrize("opset", range(9, onnx.defs.onnx_opset_version() + 1))
+def test_every_opset_folds(tmp_path: Path, opset: int) -> None:
+    """From opset 9 to the newest, axes being attributes or inputs as each one has it."""
+    given = "v, axes" if opset >= 13 else "v"
+    reduced = "ReduceSum(s, axes)" if opset >= 13 else "ReduceSum <axes = [1]> (s)"
+    l2 = f"ReduceL2({given})" if opset >= 18 else "ReduceL2 <axes = [1]> (v)"
+    for body in (f"n = {l2}", f"s = Pow(v, two) m = {reduced} n = Sqrt(m)"):
+        text = body + " q = Div(g, n) w = Mul(v, q) y = Gemm <transB = 1> (x, w, b)"
+        arrays = {"axes": AXES} if "axes)" in text else {}
+        arrays |= {"two": TWO} if "two" in text else {}
+        path = _save(tmp_path / "a.onnx", text, opset=opset, ir=9 if opset < 22 else 10, g=G, v=V,
+                     b=np.zeros(4, np.float32), **arrays)  # fmt: skip
+        report = fold_onnx(path, tmp_path / "b.onnx", force=True)
+        assert (len(report.found), report.nodes_after) == (1, 1)
+        weight = _initializers(tmp_path / "b.onnx")["w"]
+        assert weight.tobytes() == compose(torch.from_numpy(G), torch.from_numpy(V)).numpy().tobytes()
+        assert onnx.load(tmp_path / "b.onnx").opset_import[0].version == opset
+
+
+def test_a_magnitude_that_is_computed_from_constants(tmp_path: Path) -> None:
+    """g = softplus(s) is a magnitude like any other."""
+    body = "p = Softplus(g) n = ReduceL2(v, axes) q = Div(p, n) w = Mul(v, q) y = Gemm <transB = 1> (x, w)"
+    fold_onnx(_save(tmp_path / "a.onnx", body, g=G, v=V, axes=AXES), tmp_path / "b.onnx")
+    weight = _initializers(tmp_path / "b.onnx")["w"]
+    np.testing.assert_allclose(weight, _exact(np.log1p(np.exp(G.astype(np.float64))), V, 1), rtol=4e-7)
 
 
 def test_old_opsets_give_axes_as_attributes(tmp_path: Path) -> None:
@@ -512,3 +554,77 @@ def test_a_failing_compose_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="second"):
         fold_onnx(path, tmp_path / "b.onnx", compose=flaky)
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
+
+
+_FOLD = """
+import sys, numpy, onnx_ir, onnxruntime, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from wnsurgery import reparam
+from wnsurgery.graph import fold_onnx
+fold_onnx(sys.argv[1] + "/small.onnx", sys.argv[1] + "/out.onnx", force=True)
+Path("/proc/self/clear_refs").write_text("5")
+status = lambda name: int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
+before = status("VmRSS")
+report = fold_onnx(sys.argv[1] + "/big.onnx", sys.argv[1] + "/out.onnx", force=True)
+print(len(report.found), status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to tell the peak of memory")
+def test_memory_is_that_of_some_weights_and_not_of_the_model(tmp_path: Path) -> None:
+    """Folding external weights takes the memory of a dozen of the largest, however many there are."""
+    size, count = 1024, 30
+    for name, layers in (("small", 1), ("big", count)):
+        nodes, tensors = [], [numpy_helper.from_array(AXES, "axes")]
+        with (tmp_path / f"{name}.bin").open("wb") as file:
+            for i in range(layers):
+                for kind, shape in (("g", (size, 1)), ("v", (size, size))):
+                    tensor = onnx.TensorProto(name=f"{i}.weight_{kind}", data_type=1, dims=shape, data_location=1)
+                    data = RNG.standard_normal(shape).astype(np.float32).tobytes()
+                    entries = {"location": f"{name}.bin", "offset": file.tell(), "length": len(data)}
+                    for key, value in entries.items():
+                        tensor.external_data.add(key=key, value=str(value))
+                    file.write(data)
+                    tensors.append(tensor)
+                nodes += [
+                    helper.make_node("ReduceL2", [f"{i}.weight_v", "axes"], [f"n{i}"]),
+                    helper.make_node("Div", [f"{i}.weight_g", f"n{i}"], [f"q{i}"]),
+                    helper.make_node("Mul", [f"{i}.weight_v", f"q{i}"], [f"w{i}"]),
+                    helper.make_node("MatMul", [f"h{i}" if i else "x", f"w{i}"], [f"h{i + 1}"]),
+                ]
+        ends = [helper.make_tensor_value_info(n, 1, [1, size]) for n in ("x", f"h{layers}")]
+        graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+        (tmp_path / f"{name}.onnx").write_bytes(model.SerializeToString())
+    done = subprocess.run(
+        [sys.executable, "-c", _FOLD, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    found, kilobytes = map(int, done.stdout.split())
+    assert found == count
+    assert kilobytes < 16 * size * size * 4 // 1024 < count * size * size * 4 // 1024
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_long_rows_of_a_traced_graph_fold_whole(tmp_path: Path, groups: int) -> None:
+    """Rows of hundreds of float32 elements differ by some units from the exact weight; they fold to it all the same,
+    and nothing of the arithmetic that made them is taken for a weight of its own."""
+    torch.manual_seed(1)
+    model = apply_weight_norm(nn.Sequential(nn.ConvTranspose1d(192, 96, 8, groups=groups)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model.eval(), (torch.randn(1, 192, 9),), tmp_path / "a.onnx", dynamo=False, opset_version=17)
+    report = fold_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    graph = onnx.load(tmp_path / "b.onnx").graph
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    assert [node.op_type for node in graph.node] == ["ConvTranspose"]
+    assert len(report.found) == 1
+    assert np.array_equal(arrays[graph.node[0].input[1]], fold_weight_norm(model)[0].weight.detach().numpy())

@@ -22,7 +22,8 @@ LAYERS = [
     | {"csv_text"},
     {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
-    {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step", "spread"},
+    {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step", "spread"}
+    | {"onnx_layout", "onnx_functions", "onnx_guard"},
     {"graph", "parity", "choice", "following"},
     {"walk", "steps", "flat_magnitudes"},
     {"plan", "mechanism", "checkpoint", "tracing"},
@@ -31,8 +32,8 @@ LAYERS = [
     {"surgery", "renormalize", "magnitudes", "param_groups", "delivery"},
     {"directory"},
     {"files", "runs", "benchmark"},
-    {"export", "inout", "contents"},
-    {"verification", "inspection", "turning"},
+    {"export", "inout", "bisection", "contents"},
+    {"verification", "inspection", "deployment", "folder", "turning"},
     {"report", "weight_table", "html_report"},
     {"cli"},
     {"__init__", "__main__"},

@@ -300,6 +300,24 @@ def test_a_provider_that_is_not_there_is_an_error(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    "provider", ["CUDAExecutionProvider", "CUDA", "azure", "AzureExecutionProvider", "rocm", "QNN"]
+)
+def test_other_names_of_providers_are_never_the_cpu(
+    doubler: Path, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime's own names count, and one that is listed as installed but runs nothing is refused."""
+    import onnxruntime
+
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["AzureExecutionProvider", "CPUExecutionProvider"]
+    )
+    with pytest.raises(ProviderError) as caught:
+        open_session(doubler, provider)
+    assert caught.value.exit_code == 6
+    assert open_session(doubler, "CPUExecutionProvider").get_providers() == ["CPUExecutionProvider"]
+
+
 def test_a_provider_that_onnxruntime_drops_is_an_error(doubler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A session that would run on the CPU although CUDA is listed as installed is refused."""
     import onnxruntime
@@ -315,6 +333,15 @@ def test_a_provider_that_onnxruntime_drops_is_an_error(doubler: Path, monkeypatc
     monkeypatch.setattr(onnxruntime, "InferenceSession", Fallen)
     with pytest.raises(ProviderError, match="did not take CUDAExecutionProvider"):
         open_session(doubler, "cuda")
+
+
+def test_bound_inputs_and_outputs_give_the_same(doubler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path that GPUs take, tried on the CPU: the same outputs under the same names."""
+    inputs = [np.float32([[1, 2, 3]]), np.int64(5)]
+    plain = run_onnx(doubler, inputs)
+    monkeypatch.setattr("wnsurgery.parity._BOUND", ("CPUExecutionProvider",))
+    bound = run_onnx(doubler, inputs)
+    assert {k: v.tolist() for k, v in bound.items()} == {k: v.tolist() for k, v in plain.items()}
 
 
 def test_auto_takes_what_works(doubler: Path) -> None:

@@ -18,7 +18,7 @@ from wnsurgery.errors import InputError, first_line
 from wnsurgery.plan import Plan, plan_weight_norm
 from wnsurgery.surgery import apply_weight_norm, fold_weight_norm
 
-__all__ = ["BenchReport", "BenchRow", "bench"]
+__all__ = ["BenchReport", "BenchRow", "bench", "interleaved", "torch_weight_norm"]
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ def bench(model: nn.Module, inputs: Any, *, repeats: int = 20) -> BenchReport:
     ours = apply_weight_norm(copy.deepcopy(plain))
     variants = {
         "plain": plain,
-        "torch": _torch_weight_norm(copy.deepcopy(plain)),
+        "torch": torch_weight_norm(copy.deepcopy(plain)),
         "ours": ours,
         "folded": fold_weight_norm(copy.deepcopy(ours)),
     }
     _try(plain, inputs)
     rows: list[BenchRow] = []
     for work, make in (("train step", _train_step), ("evaluation", _evaluation)):
-        samples = _interleaved({name: make(net, inputs) for name, net in variants.items()}, repeats)
+        samples = interleaved({name: make(net, inputs) for name, net in variants.items()}, repeats)
         for name, times in samples.items():
             ratios = sorted(t / p for t, p in zip(times, samples["plain"], strict=True))
             low, _, high = statistics.quantiles(ratios, n=4)
@@ -102,7 +102,8 @@ def _try(model: nn.Module, inputs: Any) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
 
 
-def _interleaved(work: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+def interleaved(work: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds that each of several things takes, done in turns; the first two rounds are not counted."""
     samples: dict[str, list[float]] = {name: [] for name in work}
     for round_ in range(repeats + 2):
         for name, step in work.items():
@@ -113,7 +114,8 @@ def _interleaved(work: Mapping[str, Callable[[], None]], repeats: int) -> dict[s
     return samples
 
 
-def _torch_weight_norm(model: nn.Module) -> nn.Module:
+def torch_weight_norm(model: nn.Module) -> nn.Module:
+    """A plain net under torch's own weight norm, wherever ours would go."""
     plan: Plan = plan_weight_norm(model)
     for site in plan.sites:
         for owner in site.owners:

@@ -17,7 +17,7 @@ import click
 
 from wnsurgery import __version__
 from wnsurgery.errors import SelectionError, WnsurgeryError
-from wnsurgery.report import escape, progress, say, show, working
+from wnsurgery.report import counting, escape, say, show, working
 
 __all__ = ["cli", "main"]
 
@@ -173,7 +173,7 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
     options["include"], options["exclude"] = options["include"] or None, options["exclude"] or None
     dim = _parse_dims(options.pop("dims"))
     options["init_scale"] = _parse_scales(options.pop("scales"))
-    with progress(f"converting {model}") as told:
+    with counting(f"converting {model}", data=True) as told:
         report = convert_checkpoint(model, output, dim=dim, progress=told, **options)
     show(report, as_json=as_json)
 
@@ -228,7 +228,7 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
     from wnsurgery.files import fold_checkpoint
 
     dim = _parse_dims(options.pop("dims"))
-    with progress(f"folding {model}") as told:
+    with counting(f"folding {model}", data=True) as told:
         folded = fold_checkpoint(model, output, dim=dim, progress=told, **options)
     show(folded, as_json=as_json)
 
@@ -242,6 +242,13 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
 @_feeding
 @click.option("--opset", type=int, help="ONNX opset; default: the exporter's.")
 @click.option("--dynamic", is_flag=True, help="Let the first axis of every input vary.")
+@click.option("--dynamic-axes", multiple=True, metavar="NAME=0,2", help="Let these axes of an input vary; repeat.")
+@click.option("--half", is_flag=True, help="Round the folded weights to float16.")
+@click.option("--external", is_flag=True, help="Put the weights into OUTPUT.data in any case.")
+@click.option("--exporter", type=click.Choice(["dynamo", "torchscript"]), default="dynamo", show_default=True)
+@click.option("--example", metavar="PACKAGE.MODULE:FUNCTION", help="Callable that returns the inputs.")
+@click.option("--rtol", type=float, help="Relative tolerance on outputs; default: by type.")
+@click.option("--atol", type=float, help="Absolute tolerance on outputs; default: by type.")
 @_common
 def export(model: Path, as_json: bool, **options: Any) -> None:
     """Fold MODEL, export it to ONNX, check the graph and compare it with onnxruntime.
@@ -255,9 +262,20 @@ def export(model: Path, as_json: bool, **options: Any) -> None:
     from wnsurgery.files import load_model
 
     output = options.pop("output") or model.with_suffix(".onnx")
+    example = options.pop("example")
     inputs = _inputs(options.pop("input_file"), options.pop("input_shape"))
+    if example is not None:
+        from wnsurgery.inout import example_inputs
+
+        if inputs is not None:
+            raise click.UsageError("--example excludes --input and --input-shape")
+        inputs = example_inputs(example)
     if inputs is None:
-        raise SelectionError("export needs inputs", hint="--input-shape 1x3x32x32 or --input FILE")
+        raise SelectionError("export needs inputs", hint="--input-shape 1x3x32x32, --input FILE or --example FUNCTION")
+    axes = _parse_axes(options.pop("dynamic_axes"))
+    if axes and options["dynamic"]:
+        raise click.UsageError("--dynamic and --dynamic-axes exclude each other")
+    options["dynamic"] = axes or options["dynamic"]
     module = load_model(model, **{name: options.pop(name) for name in ("arch", "trust_pickle", "entry", "magnitude")})
     with working(f"exporting {model}"):
         report = export_onnx(module, inputs, output, **options)
@@ -266,25 +284,47 @@ def export(model: Path, as_json: bool, **options: Any) -> None:
 
 @cli.command()
 @_model
-@click.option("--input", "input_file", type=click.Path(path_type=Path), required=True, help="Inputs: .npz or .npy.")
+@click.option(
+    "--input", "input_file", type=click.Path(path_type=Path), required=True, help="Inputs: .npz, .npy or a folder."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Outputs: .npz, or .npy for one.")
 @click.option("--provider", default="cpu", show_default=True, metavar="|".join(_PROVIDERS), help="Where to run.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Files of a folder run at once.")
+@click.option("--time", "repeats", type=click.IntRange(1), help="Run this often and print the times.")
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @_common
-def run(model: Path, input_file: Path, output: Path, provider: str, force: bool, as_json: bool) -> None:
-    """Run an ONNX MODEL on the inputs of a file; fails if the provider is not the one onnxruntime took.
+def run(model: Path, input_file: Path, output: Path, provider: str, force: bool, as_json: bool, **options: Any) -> None:
+    """Run an ONNX MODEL on the inputs of a file, or of each file of a folder.
+
+    Fails if the provider is not the one onnxruntime took.
 
     \b
-    Example:
+    Examples:
       wnsurgery run model.onnx --input x.npz -o y.npz --provider cpu
+      wnsurgery run model.onnx --input inputs -o outputs --batch 8
     """
-    from wnsurgery.inout import read_arrays, write_arrays
-    from wnsurgery.parity import run_onnx
+    if input_file.is_dir():
+        from wnsurgery.folder import run_folder
 
-    outputs = run_onnx(model, read_arrays(input_file), provider=provider)
+        with counting(f"running {model}") as progress:
+            report = run_folder(
+                model, input_file, output, provider=provider, batch=options["batch"], force=force, progress=progress
+            )
+        show(report, as_json=as_json)
+        return
+    from wnsurgery.inout import read_arrays, write_arrays
+    from wnsurgery.parity import open_session, run_session, time_session
+
+    arrays = read_arrays(input_file)
+    session = open_session(model, provider)
+    outputs = run_session(session, arrays, model)
     write_arrays(output, outputs, force=force)
     shapes = {escape(name): tuple(value.shape) for name, value in outputs.items()}
     lines = [f"{name}: {shape}" for name, shape in shapes.items()]
+    lines.append(f"ran on {session.get_providers()[0]}")
+    if options["repeats"]:
+        low, middle, high = time_session(session, arrays, model, options["repeats"])
+        lines.append(f"{middle:.3f} ms ({low:.3f} .. {high:.3f}) in {options['repeats']} runs on {provider}")
     show(shapes if as_json else "\n".join([f"wrote {output}", *lines]), as_json=as_json)
 
 
@@ -296,6 +336,12 @@ def run(model: Path, input_file: Path, output: Path, provider: str, force: bool,
 @_feeding
 @click.option("--rtol", type=float, help="Relative tolerance on outputs; default: by type.")
 @click.option("--atol", type=float, help="Absolute tolerance on outputs; default: by type.")
+@click.option(
+    "--random", "n_inputs", type=click.IntRange(1), default=3, show_default=True, help="Random sets of inputs."
+)
+@click.option("--more", type=click.Path(path_type=Path), multiple=True, help="A further file of inputs; repeat.")
+@click.option("--bisect", is_flag=True, help="If outputs differ, name the layer where the two part.")
+@click.option("--any-dtype", is_flag=True, help="Let the sides be of different types (fp16 against fp32).")
 @_common
 def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
     """Compare two artefacts: weights in units in the last place, outputs in absolute and relative difference.
@@ -307,10 +353,17 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
     Examples:
       wnsurgery verify model.pt model.wn.pt
       wnsurgery verify model.pt model.onnx --input-shape 1x3x32x32
+      wnsurgery verify before.pt after.pt --input-shape 1x3x32x32 --bisect
     """
     from wnsurgery.verification import verify as compare
 
-    inputs = _inputs(options.pop("input_file"), options.pop("input_shape"))
+    shapes = options.pop("input_shape")
+    inputs = _inputs(options.pop("input_file"), shapes)
+    options["more"] = [_read_inputs(path) for path in options["more"]]
+    if shapes:
+        from wnsurgery.inout import random_inputs
+
+        options["more"] += [random_inputs(shapes, seed) for seed in range(1, options["n_inputs"])]
     with working(f"comparing {a} and {b}"):
         report = compare(a, b, inputs, **options)
     show(report, as_json=as_json)
@@ -379,15 +432,17 @@ def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against:
 @_stored
 @_feeding
 @click.option("--repeats", type=click.IntRange(min=3), default=20, show_default=True, help="Interleaved repeats.")
+@click.option("--deploy", is_flag=True, help="Time deployment: torch, torch.compile and onnxruntime, folded and not.")
+@click.option("--no-compile", is_flag=True, help="Leave torch.compile out of --deploy.")
 @_common
-def bench(model: Path, as_json: bool, **options: Any) -> None:
+def bench(model: Path, as_json: bool, deploy: bool, no_compile: bool, **options: Any) -> None:
     """Time MODEL plain, under torch's weight norm and under ours: training step and evaluation.
 
     \b
     Example:
       wnsurgery bench model.pt --input-shape 16x3x32x32
+      wnsurgery bench model.pt --input-shape 1x3x32x32 --deploy --json
     """
-    from wnsurgery.benchmark import bench as measure
     from wnsurgery.files import load_model
 
     inputs = _inputs(options.pop("input_file"), options.pop("input_shape"))
@@ -395,7 +450,15 @@ def bench(model: Path, as_json: bool, **options: Any) -> None:
         raise SelectionError("bench needs inputs", hint="--input-shape 16x3x32x32 or --input FILE")
     module = load_model(model, **{name: options.pop(name) for name in ("arch", "trust_pickle", "entry", "magnitude")})
     with working(f"timing {model}"):
-        report = measure(module, inputs, **options)
+        report: Any
+        if deploy:
+            from wnsurgery.deployment import bench_deployment
+
+            report = bench_deployment(module, inputs, compiled=not no_compile, **options)
+        else:
+            from wnsurgery.benchmark import bench as measure
+
+            report = measure(module, inputs, **options)
     show(report, as_json=as_json)
 
 
@@ -436,6 +499,18 @@ def _parse_dims(dims: tuple[str, ...]) -> Any:
             raise click.BadParameter(f"{text!r} is not [PATTERN=]AXES, e.g. 'ups.*=1'", param_hint="--dim") from None
         parsed[pattern or "*"] = kept[0] if kept and len(kept) == 1 else kept
     return parsed or "auto"
+
+
+def _parse_axes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """`x=0,2` as {"x": (0, 2)}."""
+    found = {}
+    for text in texts:
+        name, _, axes = text.rpartition("=")
+        try:
+            found[name] = tuple(int(a) for a in axes.split(","))
+        except ValueError:
+            raise click.BadParameter(f"{text!r} is not NAME=AXES, e.g. x=0,2", param_hint="--dynamic-axes") from None
+    return found
 
 
 def _parse_scales(scales: tuple[str, ...]) -> Any:

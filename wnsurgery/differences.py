@@ -27,7 +27,9 @@ __all__ = [
     "bits_changed",
     "compare_outputs",
     "compare_tensors",
+    "is_float",
     "tolerance",
+    "tolerance_reason",
     "ulp_distance",
 ]
 
@@ -85,7 +87,7 @@ def ulp_distance(a: Any, b: Any) -> Array:
     if x.dtype.kind == "c":
         pairs = [np.stack([z.real, z.imag]) for z in (x, y)]
         return np.asarray(ulp_distance(*pairs).max(axis=0))
-    if not _is_float(x.dtype):
+    if not is_float(x.dtype):
         return np.where(x == y, np.uint64(0), _NEVER)
     first, second = _ordered(x), _ordered(y)
     distance = np.maximum(first, second) - np.minimum(first, second)
@@ -106,18 +108,19 @@ def bits_changed(a: Any, b: Any) -> int:
     if x.dtype.kind == "c":
         pairs = [np.stack([z.real, z.imag]) for z in (x, y)]
         return bits_changed(*pairs)
-    if not _is_float(x.dtype):
+    if not is_float(x.dtype):
         return int(np.count_nonzero(x != y))
     differ = _bits(x) != _bits(y)
     return int(np.count_nonzero(differ & ~(np.isnan(x) & np.isnan(y))))
 
 
-def _is_float(dtype: np.dtype[Any]) -> bool:
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether a type is a real floating-point one, bfloat16 and the 8-bit ones included."""
     return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float8"))
 
 
 def _is_inexact(dtype: np.dtype[Any]) -> bool:
-    return dtype.kind == "c" or _is_float(dtype)
+    return dtype.kind == "c" or is_float(dtype)
 
 
 def _bits(x: Array) -> Array:
@@ -240,7 +243,7 @@ def _tensor_difference(name: str, a: Array, b: Array, max_ulp: int) -> TensorDif
     largest = int(ulp.max(initial=np.uint64(0)))
     if largest == int(_NEVER):
         lost = int(np.count_nonzero(ulp == _NEVER))
-        reason = f"{lost} elements are NaN on one side only" if _is_float(a.dtype) else f"{lost} elements differ"
+        reason = f"{lost} elements are NaN on one side only" if is_float(a.dtype) else f"{lost} elements differ"
         return TensorDifference(name, shape, dtype, histogram, None, changed, reason)
     if largest > max_ulp:
         where = tuple(int(i) for i in np.unravel_index(int(ulp.argmax()), ulp.shape))
@@ -276,15 +279,38 @@ def tolerance(dtype: Any) -> tuple[float, float]:
     >>> tolerance(np.float32)
     (3.0517578125e-05, 1.1920928955078125e-07)
     """
-    dtype = np.dtype(dtype)
+    dtype = _dtype(dtype)
     if dtype.kind == "c":
         dtype = np.dtype(np.float32 if dtype.itemsize == 8 else np.float64)
-    if not _is_float(dtype):
+    if not is_float(dtype):
         return 0.0, 0.0
     import ml_dtypes
 
     eps = float(ml_dtypes.finfo(dtype).eps)  # type: ignore[no-untyped-call]
     return (256 if dtype.itemsize >= 4 else 8) * eps, eps
+
+
+def tolerance_reason(dtype: Any) -> str:
+    """Why `tolerance` allows what it does, in a sentence.
+
+    >>> tolerance_reason(np.int64)
+    'whole numbers must be equal'
+    """
+    dtype = _dtype(dtype)
+    if not _is_inexact(dtype):
+        return "whole numbers must be equal"
+    if dtype.itemsize >= (8 if dtype.kind == "c" else 4):
+        return "256 eps of the largest element: runtimes add up the same products in other orders"
+    return "8 eps of the largest element: every layer rounds to 16 bits, and runtimes differ in where"
+
+
+def _dtype(dtype: Any) -> np.dtype[Any]:
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        dtype = ml_dtypes.bfloat16
+    found: np.dtype[Any] = np.dtype(dtype)
+    return found
 
 
 @dataclass(frozen=True)
@@ -293,7 +319,11 @@ class OutputDifference:
 
     Attributes:
         max_abs, mean_abs: of |a - b| where both are finite.
+        percentiles: of |a - b|: the median, 90 %, 99 % and 99.9 %.
         max_rel: max |a - b| / max |b|, the scale by which it is judged; inf where b is zero and a is not.
+        mean_rel: mean |a - b| / max |b|.
+        smallest: the smallest rtol that would have passed, with this atol; None where none would (NaN, infinities,
+            other shapes or types).
         rtol, atol: passes when |a - b| <= atol + rtol * max |b| everywhere.
         worst: index of the largest difference.
         reason: why it fails; "" where it does not.
@@ -309,6 +339,9 @@ class OutputDifference:
     atol: float
     worst: tuple[int, ...]
     reason: str
+    mean_rel: float = 0.0
+    percentiles: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    smallest: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -344,9 +377,12 @@ class OutputsReport:
     def __str__(self) -> str:
         lines = [f"outputs: {len(self.outputs)} compared: {'passed' if self.ok else 'FAILED'}"]
         if self.outputs:
-            rows: list[tuple[str, ...]] = [("output", "shape", "type", "max abs", "mean abs", "max rel", "allowed rel")]
+            head = ("max abs", "mean abs", "99 %", "max rel", "allowed rel", "would pass")
+            rows: list[tuple[str, ...]] = [("output", "shape", "type", *head)]
             rows += [_output_row(o) for o in self.outputs[:_SHOWN]]
             lines += columns(rows)
+            kinds = dict.fromkeys(o.dtype for o in self.outputs if (o.rtol, o.atol) == tolerance(o.dtype))
+            lines += [f"  allowed for {kind}: {reason}" for kind in kinds if (reason := tolerance_reason(kind))]
         return "\n".join([*lines, *_problem_lines(self.problems)])
 
 
@@ -389,13 +425,14 @@ def _output_difference(name: str, a: Array, b: Array, rtol: float | None, atol: 
     rtol, atol = default[0] if rtol is None else rtol, default[1] if atol is None else atol
 
     def verdict(reason: str, *figures: Any) -> OutputDifference:
-        max_abs, mean_abs, max_rel, worst = figures or (np.inf, np.inf, np.inf, ())
-        return OutputDifference(name, a.shape, a.dtype.name, max_abs, mean_abs, max_rel, rtol, atol, worst, reason)
+        max_abs, mean_abs, max_rel, worst, *more = figures or (np.inf, np.inf, np.inf, ())
+        parts = (name, a.shape, a.dtype.name, max_abs, mean_abs, max_rel, rtol, atol, worst, reason)
+        return OutputDifference(*parts, *more)
 
     if reason := _other_kind(a, b):
         return verdict(reason)
     if a.size == 0:
-        return verdict("", 0.0, 0.0, 0.0, ())
+        return verdict("", 0.0, 0.0, 0.0, (), 0.0, (0.0,) * 4, 0.0)
     x, y = _widened(a), _widened(b)
     with np.errstate(all="ignore"):
         # integers beyond 2^53 must differ by at least one even where float64 cannot tell them apart
@@ -407,16 +444,32 @@ def _output_difference(name: str, a: Array, b: Array, rtol: float | None, atol: 
     max_abs = float(difference[finite].max(initial=0.0))
     mean_abs = float(difference[finite].mean()) if finite.any() else np.inf
     worst = tuple(int(i) for i in np.unravel_index(int(np.where(finite, difference, np.inf).argmax()), x.shape))
-    max_rel = max_abs / scale if scale else (0.0 if max_abs == 0 else np.inf)
-    figures = (max_abs, mean_abs, max_rel, worst)
+    relative = [x / scale if scale else (0.0 if x == 0 else np.inf) for x in (max_abs, mean_abs)]
+    figures: tuple[Any, ...] = (max_abs, mean_abs, relative[0], worst, relative[1], _percentiles(difference[finite]))
     if (nan_x != nan_y).any():
         count = int((nan_x != nan_y).sum())
         return verdict(f"{count} elements are NaN on one side only (first at {worst})", *figures)
     if not finite.all():
         return verdict(f"{int((~finite).sum())} infinities differ (first at {worst})", *figures)
+    figures = (*figures, _smallest(max_abs, atol, scale))
     if max_abs > atol + rtol * scale:
         return verdict(f"off by {max_abs:.3g}, more than {atol + rtol * scale:.3g} (at {worst})", *figures)
     return verdict("", *figures)
+
+
+def _percentiles(differences: Array) -> tuple[float, float, float, float]:
+    if not differences.size:
+        return (np.inf,) * 4
+    found = np.percentile(differences, (50, 90, 99, 99.9))
+    return (float(found[0]), float(found[1]), float(found[2]), float(found[3]))
+
+
+def _smallest(max_abs: float, atol: float, scale: float) -> float | None:
+    """The rtol at which max_abs <= atol + rtol * scale just holds."""
+    over = max(max_abs - atol, 0.0)
+    if over == 0:
+        return 0.0
+    return float(np.nextafter(over / scale, np.inf)) if scale else None
 
 
 def _widened(x: Array) -> Array:
@@ -424,7 +477,12 @@ def _widened(x: Array) -> Array:
 
 
 def _output_row(o: OutputDifference) -> tuple[str, ...]:
-    return (o.name, by(o.shape), o.dtype, *(f"{x:.2e}" for x in (o.max_abs, o.mean_abs, o.max_rel, o.rtol)))
+    figures = (o.max_abs, o.mean_abs, o.percentiles[2], o.max_rel, o.rtol)
+    return (o.name, by(o.shape), o.dtype, *(f"{x:.2e}" for x in figures), _enough(o.smallest))
+
+
+def _enough(smallest: float | None) -> str:
+    return "nothing" if smallest is None else f"{smallest:.2e}"
 
 
 def _problem_lines(problems: Sequence[str]) -> list[str]:

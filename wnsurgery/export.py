@@ -9,6 +9,7 @@ model computes.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import os
@@ -17,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 
     from wnsurgery.graph import OnnxFoldReport
 
-__all__ = ["ExportReport", "export_onnx"]
+__all__ = ["ExportReport", "export_onnx", "export_unfolded", "feeds_of"]
+
+Exporter = Literal["dynamo", "torchscript"]
 
 _KEPT_METADATA = "pkg.torch.onnx.name_scopes"  # which module a node comes from; the rest holds paths and source lines
 
@@ -52,6 +55,7 @@ class ExportReport:
         left: (node, reason) for norms that stay: those of run-time values.
         parity: onnxruntime on the CPU against the folded copy; None with check=False.
         original: onnxruntime against the model as it was given; None with check=False.
+        exporter: "dynamo", or "torchscript" where that was asked for.
     """
 
     files: tuple[Path, ...]
@@ -63,6 +67,7 @@ class ExportReport:
     left: tuple[tuple[str, str], ...]
     parity: OutputsReport | None
     original: OutputsReport | None
+    exporter: Exporter = "dynamo"
 
     @property
     def ok(self) -> bool:
@@ -86,18 +91,23 @@ class ExportReport:
             rows += [(kind, name, dtype, "x".join(map(str, shape)) or "scalar") for name, dtype, shape in values]
         lines += columns(rows)
         lines += [f"  left: {name}: {reason}" for name, reason in self.left]
+        if self.exporter == "torchscript":
+            lines.append("  written by the TorchScript exporter: branches and loops are as they went for these inputs")
         if self.parity is None:
             return "\n".join([*lines, "outputs were not compared"])
         return "\n".join([*lines, "onnxruntime (CPU) against the model:", str(self.original)])
 
 
-def export_onnx(
+def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved; all but three have defaults that fit
     model: nn.Module,
     inputs: Inputs,
     path: str | os.PathLike[str],
     *,
     opset: int | None = None,
-    dynamic: bool = False,
+    dynamic: bool | Mapping[str, Sequence[int]] = False,
+    half: bool = False,
+    external: bool = False,
+    exporter: Exporter = "dynamo",
     force: bool = False,
     check: bool = True,
     rtol: float | None = None,
@@ -117,7 +127,13 @@ def export_onnx(
         inputs: a tensor, a sequence of positional arguments, or a mapping of keyword arguments.
         path: the output.
         opset: ONNX opset; None takes the exporter's.
-        dynamic: let the first axis of every input vary (also checked with twice the size).
+        dynamic: let the first axis of every input vary, or these axes: {"x": [0, 2]}, by parameter of `forward` (also
+            checked with twice the size).
+        half: ship float16: the folded weights are rounded once and inputs and outputs become float16. The file is held
+            to the rounded model as always, and to the original within 32 eps of float16.
+        external: put the weights into `PATH.data` even if they would fit into the file.
+        exporter: "torchscript" runs the model once and writes down what it did. It takes some models that the other
+            cannot; branches that depend on values are then fixed, which the check with one input cannot see.
         force: overwrite an existing output.
         check: compare with onnxruntime on the CPU.
         rtol, atol: tolerance on outputs, see `differences.tolerance`.
@@ -133,19 +149,27 @@ def export_onnx(
     path = check_output(path, force=force)
     _check_opset(opset)
     with torch.no_grad(), rng_kept(model):
-        original, plain = copy_of(model), copy_of(model)
+        original, plain = copy_of(model).eval(), copy_of(model).eval()
         folded = _count_folded(plain)
         fold_weight_norm(plain)
-        for module in (original, plain):
-            module.eval()
         cases = [Case.of(inputs, plain)]
-        if dynamic:
-            cases.append(cases[0].doubled())
-        expected = [(case.run(plain), case.run(original)) for case in cases]
-        graph = _exported(plain, cases[-1], opset, dynamic)
+        axes = _axes(cases[0].named(plain), dynamic)
+        if axes:
+            cases.append(cases[0].doubled(axes, plain))
+        wanted = [case.run(original) for case in cases]
+        if half:
+            plain = plain.half()
+            cases = [case.cast_for(plain) for case in cases]
+            wanted = [[_halved(x, path) for x in outputs] for outputs in wanted]
+        expected = [(case.run(plain), outputs) for case, outputs in zip(cases, wanted, strict=True)]
+        graph = (_traced if exporter == "torchscript" else _exported)(plain, cases[-1], opset, axes)
     try:
         proven = list(zip(cases, expected, strict=True)) if check else []
-        report, names, proofs = _write(graph, path, force, proven, (rtol, atol))
+        with _staged(graph, path, force=force, external=external) as (report, staged):
+            _check_file(staged)
+            session = open_session(staged, trusted=True) if proven else None
+            proofs = [_compared(session, case, ends, path, (rtol, atol), half) for case, ends in proven]
+            names = sorted(file.name for file in staged.parent.iterdir())
     except InputError as error:
         # what is refused here is the exporter's work, not a file of the caller's
         reason = error.message.split(": ", 1)[-1]
@@ -160,7 +184,45 @@ def export_onnx(
         left=report.left,
         parity=_worst(tuple(proof[0] for proof in proofs)),
         original=_worst(tuple(proof[1] for proof in proofs)),
+        exporter=exporter,
     )
+
+
+def _halved(output: Tensor, path: Path) -> Tensor:
+    """An output of the original in float16, which must be able to hold it."""
+    if not output.is_floating_point():
+        return output
+    half = output.half()
+    if bool((half.isinf() & output.isfinite()).any()):
+        raise VerificationError(f"{path}: float16 ends at 65504, and an output reaches {float(output.abs().max()):.3g}")
+    return half
+
+
+def export_unfolded(model: nn.Module, inputs: Inputs, path: str | os.PathLike[str]) -> None:
+    """Export a model as it is, with its weight norm in the graph, to see what that costs; nothing is checked.
+
+    Raises ExportError where the TorchScript exporter, which keeps all of it, cannot.
+    """
+    from wnsurgery.onnx_file import write_onnx
+
+    with torch.no_grad(), rng_kept(model):
+        graph = _traced(copy_of(model).eval(), Case.of(inputs, model), None, {})
+    _strip(graph)
+    write_onnx(graph, path, force=True)
+
+
+def _axes(arguments: Mapping[str, Any], dynamic: bool | Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """The axes that may vary, by parameter of `forward`."""
+    if isinstance(dynamic, bool):
+        return dict.fromkeys(arguments, (0,)) if dynamic else {}
+    for name, axes in dynamic.items():
+        if name not in arguments:
+            raise SelectionError(f"dynamic={name!r} is no input", hint=f"inputs: {', '.join(arguments)}")
+        for tensor in (x for x in pytree.tree_leaves(arguments[name]) if isinstance(x, Tensor)):
+            wrong = [axis for axis in axes if not -tensor.ndim <= axis < tensor.ndim]
+            if wrong:
+                raise SelectionError(f"dynamic: {name} has no axis {wrong[0]}, it has {tensor.ndim}")
+    return {name: tuple(axes) for name, axes in dynamic.items()}
 
 
 def _check_opset(opset: int | None) -> None:
@@ -180,9 +242,9 @@ def _count_folded(model: nn.Module) -> int:
 # Exporting -----------------------------------------------------------------------------------------------
 
 
-def _exported(model: nn.Module, case: Case, opset: int | None, dynamic: bool) -> ir.Model:
+def _exported(model: nn.Module, case: Case, opset: int | None, axes: Mapping[str, tuple[int, ...]]) -> ir.Model:
     """The model as an ONNX graph in memory."""
-    shapes = _dynamic_shapes(case.named(model)) if dynamic else None
+    shapes = _dynamic_shapes(case.named(model), axes) if axes else None
     fresh = case.fresh()
     try:
         with _silence():
@@ -197,27 +259,83 @@ def _exported(model: nn.Module, case: Case, opset: int | None, dynamic: bool) ->
             )
     except Exception as error:
         # the exporter lets any error of torch.export, the model or its own through; all mean "cannot be exported"
-        raise ExportError(f"{_culprit(model, case, error)}the exporter failed: {first_line(error)}") from error
+        reason = f"{_culprit(model, case, error)}the exporter failed: {first_line(error)}"
+        raise ExportError(reason, hint='exporter="torchscript" (--exporter torchscript) may do it') from error
     graph: ir.Model = program.model
-    written = graph.opset_imports.get("")
-    if opset is not None and written != opset:
-        raise ExportError(f"opset {opset} cannot be had for this model: the exporter wrote opset {written}")
-    fixed = [value.name for value in graph.graph.inputs if dynamic and value.shape and isinstance(value.shape[0], int)]
-    if fixed:
-        raise ExportError(f"the first axis of {', '.join(map(printable, fixed))} cannot vary in this model")
+    _check_written(graph, opset, axes)
     return graph
 
 
-def _dynamic_shapes(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """First axes that may vary, as torch.export wants them; axes of one size share a name."""
+def _traced(model: nn.Module, case: Case, opset: int | None, axes: Mapping[str, tuple[int, ...]]) -> ir.Model:
+    """The same by the TorchScript exporter, which runs the model once and writes down what it did."""
+    import onnx_ir as ir
+
+    file: Any = io.BytesIO()
+    fresh = case.fresh()
+    bound = inspect.signature(model.forward).bind(*fresh.args, **fresh.kwargs)
+    arguments, forward = dict(bound.arguments), model.forward
+
+    def positional(*values: Any) -> Any:
+        bound.arguments.update(zip(arguments, values, strict=True))
+        return forward(*bound.args, **bound.kwargs)
+
+    shapes = _dynamic_shapes(arguments, axes)
+    names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # its fused operations have no translation
+        model.forward = positional  # the exporter would turn defaults such as is_causal=False into tensors
+        with _silence():
+            torch.onnx.export(
+                model,
+                tuple(arguments.values()),
+                file,
+                dynamo=False,
+                opset_version=opset,
+                input_names=names if len(names) == len(arguments) else None,
+                dynamic_axes={name: shapes[name] for name in names if shapes.get(name)},
+                verbose=False,
+            )
+    except Exception as error:
+        model.forward = forward
+        raise ExportError(f"{_culprit(model, case, error)}the exporter failed: {first_line(error)}") from error
+    finally:
+        model.forward = forward
+        torch.backends.mha.set_fastpath_enabled(fast)
+    import onnx
+
+    graph = ir.from_proto(onnx.load_model_from_string(file.getvalue()))
+    _check_written(graph, opset, {})
+    return graph
+
+
+def _check_written(graph: ir.Model, opset: int | None, axes: Mapping[str, tuple[int, ...]]) -> None:
+    """The opset and the open axes are those asked for."""
+    written = graph.opset_imports.get("")
+    if opset is not None and written != opset:
+        raise ExportError(f"opset {opset} cannot be had for this model: the exporter wrote opset {written}")
+    others = (0,) if axes and set(axes.values()) == {(0,)} else ()  # parts of a nested input have names of their own
+    for value in graph.graph.inputs:
+        fixed = [a for a in axes.get(str(value.name), others) if value.shape and isinstance(value.shape[a], int)]
+        if fixed:
+            which = "first axis" if fixed[0] == 0 else f"axis {fixed[0]}"
+            raise ExportError(f"the {which} of {printable(value.name)} cannot vary in this model")
+
+
+def _dynamic_shapes(arguments: Mapping[str, Any], axes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Axes that may vary, as torch.export wants them; first axes of one size share a name."""
     names: dict[int, str] = {}
 
-    def axis(value: Any) -> Any:
+    def open_axes(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.ndim:
             return None
-        return {0: names.setdefault(value.shape[0], f"batch{len(names) or ''}")}
+        found = {}
+        for axis in (a % value.ndim for a in axes.get(name, ())):
+            batch = names.setdefault(value.shape[0], f"batch{len(names) or ''}")
+            found[axis] = f"{name}_{axis}" if axis else batch
+        return found or None
 
-    return {name: pytree.tree_map(axis, value) for name, value in arguments.items()}
+    return {name: pytree.tree_map(lambda x, n=name: open_axes(n, x), value) for name, value in arguments.items()}
 
 
 @contextlib.contextmanager
@@ -290,25 +408,22 @@ def _strip(model: ir.Model) -> None:
 
 # Checking ------------------------------------------------------------------------------------------------
 
+_HALF_RTOL = 2.0**-5  # 32 eps of float16: rounding all weights and activations of some dozens of layers adds up to that
+
 _Expected = tuple[Case, tuple[list[Tensor], list[Tensor]]]  # arguments, outputs of the folded copy and the original
 _Limits = tuple[float | None, float | None]
 
 
-def _write(
-    graph: ir.Model, path: Path, force: bool, expected: Sequence[_Expected], limits: _Limits
-) -> tuple[OnnxFoldReport, list[str], list[tuple[OutputsReport, OutputsReport]]]:
-    """Clean the graph, write it, check the file, and only then let it appear."""
+@contextlib.contextmanager
+def _staged(graph: ir.Model, path: Path, *, force: bool, external: bool) -> Iterator[tuple[OnnxFoldReport, Path]]:
+    """Clean the graph and write it; it appears when the block ends well."""
     from wnsurgery.graph import fold_model
     from wnsurgery.onnx_file import staged_onnx
 
-    report = fold_model(graph, name=path)
+    report = fold_model(graph)
     _strip(graph)
-    with staged_onnx(graph, path, force=force) as staged:
-        _check_file(staged)
-        session = open_session(staged) if expected else None
-        proofs = [_compared(session, case, ends, path, limits) for case, ends in expected]
-        names = sorted(file.name for file in staged.parent.iterdir())
-    return report, names, proofs
+    with staged_onnx(graph, path, force=force, external=external) as staged:
+        yield report, staged
 
 
 def _check_file(path: Path) -> None:
@@ -332,16 +447,18 @@ def _compared(
     expected: tuple[list[Tensor], list[Tensor]],
     path: Path,
     limits: _Limits,
+    half: bool = False,
 ) -> tuple[OutputsReport, OutputsReport]:
     """onnxruntime's outputs against those of the folded copy and of the original; raises where they differ."""
     names = [output.name for output in session.get_outputs()]
-    found = run_session(session, _feeds(session, case), path)
+    found = run_session(session, feeds_of(session, case), path)
     reports = []
     for who, tensors in zip(("folded model", "model"), expected, strict=True):
         if len(tensors) != len(names):
             raise VerificationError(f"{path}: {len(names)} outputs where the {who} has {len(tensors)}")
         reference = dict(zip(names, tensors, strict=True))
-        report = compare_outputs(found, reference, rtol=limits[0], atol=limits[1])
+        rtol = _HALF_RTOL if limits[0] is None and half and who == "model" else limits[0]
+        report = compare_outputs(found, reference, rtol=rtol, atol=limits[1])
         if not report.ok:
             raise VerificationError(f"{path}: onnxruntime differs from the {who}: {report.problems[0]}")
         holes = [name for name, tensor in reference.items() if bool(torch.isnan(tensor).any())]
@@ -352,7 +469,7 @@ def _compared(
     return reports[0], reports[1]
 
 
-def _feeds(session: Any, case: Case) -> dict[str, Tensor] | list[Tensor]:
+def feeds_of(session: Any, case: Case) -> dict[str, Tensor] | list[Tensor]:
     """Tensors for the graph's inputs: by name where the names are those of `forward`, else in order."""
     declared = [value.name for value in session.get_inputs()]
     leaves = [x for x in pytree.tree_leaves((case.args, case.kwargs)) if isinstance(x, Tensor)]

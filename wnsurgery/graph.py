@@ -10,6 +10,7 @@ agrees, the pair is found, and `compose` gives the weight, as it does for module
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,9 @@ import onnx_ir as ir
 
 from wnsurgery.errors import PairError, printable
 from wnsurgery.onnx_file import all_graphs, external_tensors, read_onnx, write_onnx
-from wnsurgery.onnx_values import Constants, Evaluated, Unknown, is_norm
+from wnsurgery.onnx_functions import function_norms, open_norm_functions
+from wnsurgery.onnx_layout import drop_unused, put_initializer, settle
+from wnsurgery.onnx_values import Constants, Evaluated, Memo, Unknown, is_large
 from wnsurgery.text import by, columns
 
 __all__ = ["Compose", "Found", "OnnxFoldReport", "find_weight_norms", "fold_model", "fold_onnx"]
@@ -37,6 +40,7 @@ Compose = Callable[[Array, Array, str], Array]
 _FLOATS = (ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _LAYOUT = frozenset(("Cast", "CastLike", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 _HALF = re.compile(r"(?:(?P<stem>.*)\.)?parametrizations\.(?P<new>[^.]+)\.original1|(?P<old>.+)_v", re.DOTALL)
+_BLOCK = 1 << 18  # elements compared at a time
 _TRIES = 6  # magnitudes worth trying for one direction, nearest in size first
 
 
@@ -100,10 +104,11 @@ def find_weight_norms(model: Path_ | ir.Model, *, compose: Compose | None = None
     Raises InputMissingError, InputError or UnsafeFileError for a file that cannot be read.
     """
     if not isinstance(model, ir.Model):
-        return list(_Matcher(_inlined(read_onnx(model)), compose, model).found)
-    if any(is_norm(node) for function in model.functions.values() for node in function):
-        model = ir.from_proto(ir.to_proto(model))
-    return list(_Matcher(_inlined(model), compose, "model").found)
+        opened = read_onnx(model)
+    else:
+        opened = ir.from_proto(ir.to_proto(model)) if model.functions else model
+    open_norm_functions(opened)
+    return list(_Matcher(opened, compose).found)
 
 
 def fold_onnx(
@@ -136,7 +141,7 @@ def fold_onnx(
     check_output(dst, src, force=force, in_place=in_place)
     model = read_onnx(src)
     external = next(external_tensors(model), None) is not None
-    report = fold_model(model, compose=compose, name=src)
+    report = fold_model(model, compose=compose)
     if report.found or external:
         files = write_onnx(model, dst, force=force or in_place, external=external)
     else:
@@ -147,21 +152,22 @@ def fold_onnx(
     return OnnxFoldReport(report.found, report.left, report.nodes_before, report.nodes_after, files)
 
 
-def fold_model(model: ir.Model, *, compose: Compose | None = None, name: object = "model") -> OnnxFoldReport:
-    """`fold_onnx` on a model in memory, in place; `name` stands in error messages.
+def fold_model(model: ir.Model, *, compose: Compose | None = None) -> OnnxFoldReport:
+    """`fold_onnx` on a model in memory, in place.
 
     >>> fold_model(ir.load("generator.onnx")).nodes_after  # doctest: +SKIP
     427
     """
     before = _count(model)
-    matcher = _Matcher(_inlined(model), compose, name)
+    open_norm_functions(model)
+    matcher = _Matcher(model, compose)
     sources = dict.fromkeys(v for match in matcher.matches for v in matcher.constants.cone(match.value))
-    for match in matcher.matches:
-        _replace(match, model, matcher)
+    weights = [_replace(match, model, matcher) for match in matcher.matches]
     for node in reversed(matcher.dead):
         node.graph.remove(node, safe=True)  # type: ignore[union-attr]
     for value in sources:
-        _drop_unused(value, model)
+        drop_unused(value, model)
+    settle(model, weights)
     return OnnxFoldReport(matcher.found, matcher.left(), before, _count(model))
 
 
@@ -180,7 +186,12 @@ class _Match:
     dtype: ir.DataType
     shape: tuple[int, ...]
 
-    def magnitude_array(self, constants: Constants, memo: dict[ir.Value, Evaluated]) -> Array:
+    @property
+    def is_trivial(self) -> bool:
+        """Whether every row has one element, so that the weight is g up to signs."""
+        return math.prod(self.g_shape) == math.prod(self.shape)
+
+    def magnitude_array(self, constants: Constants, memo: Memo) -> Array:
         """g as `compose` takes it: float32 for 16- and 32-bit weights, wherever that holds it exactly."""
         wide = np.dtype(np.float64 if self.dtype == ir.DataType.DOUBLE else np.float32)
         if self.g is None:
@@ -189,7 +200,7 @@ class _Match:
         narrow = _exactly(g, wide)
         return g if narrow is None else narrow
 
-    def direction_array(self, constants: Constants, memo: dict[ir.Value, Evaluated]) -> Array:
+    def direction_array(self, constants: Constants, memo: Memo) -> Array:
         """v in the weight's type; raises Unknown where it does not fit into that."""
         v = _exactly(constants.evaluate(self.v, memo).array, self.dtype.numpy())
         if v is None:
@@ -200,11 +211,10 @@ class _Match:
 class _Matcher:
     """All the weight norms of one model."""
 
-    def __init__(self, model: ir.Model, compose: Compose | None, name: object) -> None:
+    def __init__(self, model: ir.Model, compose: Compose | None) -> None:
         self.model = model
         self.constants = Constants(model)
         self.compose = compose or _default_compose
-        self.name = name
         self.matches = self._search()
         self.dead = self._dead_nodes()
         self.found = tuple(self._found(match) for match in self.matches)
@@ -214,7 +224,7 @@ class _Matcher:
         matches: list[_Match] = []
         seen: set[ir.Value] = set()
         for root in self._frontier():
-            memo: dict[ir.Value, Evaluated] = {}
+            memo = Memo()
             todo = [root]
             while todo:
                 value = todo.pop()
@@ -222,6 +232,8 @@ class _Matcher:
                     continue
                 seen.add(value)
                 match = self._match(value, memo)
+                if match is not None and value is not root and match.is_trivial:
+                    match = None  # g itself, in the arithmetic of a larger weight
                 if match is not None and not _rounded_before(value, memo):
                     matches.append(match)
                 else:
@@ -237,7 +249,7 @@ class _Matcher:
             if value.is_graph_output() or any(out not in normed for node, _ in value.uses() for out in node.outputs)
         ]
 
-    def _match(self, value: ir.Value, memo: dict[ir.Value, Evaluated]) -> _Match | None:
+    def _match(self, value: ir.Value, memo: Memo) -> _Match | None:
         try:
             weight = self.constants.evaluate(value, memo)
         except Unknown:
@@ -246,25 +258,24 @@ class _Matcher:
             return None
         cone = self.constants.cone(value)
         sources = [v for v in cone if v not in self.constants.normed]
-        under_norm = _normalised(cone)
-        directions = [v for v in sources if _fits(memo[v], weight) and _is_direction(v, under_norm, memo)]
+        directions = [v for v in sources if _fits(memo.kinds[v], weight) and _origin(v) is not None]
         magnitudes = list(self._magnitudes(sources, memo, weight.array))
         for v, (g, shape, magnitude) in product(directions, magnitudes):
             match = _Match(value, g, shape, v, magnitude, weight.dtype, weight.array.shape)
-            if g is not v and self._agrees(match, memo, weight.array):
+            if (g is None or _origin(g) is not _origin(v)) and self._agrees(match, memo, weight.array):
                 return match
         return None
 
     def _magnitudes(
-        self, sources: list[ir.Value], memo: dict[ir.Value, Evaluated], weight: Array
+        self, sources: list[ir.Value], memo: Memo, weight: Array
     ) -> Iterator[tuple[ir.Value | None, tuple[int, ...], str]]:
         """Magnitudes that fit by shape and by size (the norms of the rows are |g|), best first."""
-        target = float(np.nansum(weight * weight))
+        target = _sum_of_squares(weight)
         ranked: list[tuple[float, int, tuple[ir.Value | None, tuple[int, ...], str]]] = []
         for value in sources:
-            found = memo[value]
-            for shape in _readings(found.array.shape, weight.shape) if found.dtype.is_floating_point() else ():
-                distance = abs(float(np.sum(found.array * found.array)) - target)
+            size, dtype = memo.kinds[value]
+            for shape in _readings(size, weight.shape) if dtype.is_floating_point() else ():
+                distance = abs(_sum_of_squares(self.constants.evaluate(value, memo).array) - target)
                 log = _logarithm(value)
                 ranked.append((distance, len(ranked), (value, shape, "linear") if log is None else (log, shape, "log")))
         for shape in _unit_shapes(weight.shape):
@@ -273,28 +284,30 @@ class _Matcher:
         for _, _, candidate in sorted(ranked, key=lambda entry: entry[:2])[:_TRIES]:
             yield candidate
 
-    def _agrees(self, match: _Match, memo: dict[ir.Value, Evaluated], weight: Array) -> bool:
+    def _agrees(self, match: _Match, memo: Memo, weight: Array) -> bool:
         try:
             g, v = match.magnitude_array(self.constants, memo), match.direction_array(self.constants, memo)
-            expected = self.compose(g, v, match.magnitude).astype(np.float64)
+            empty = 0
+            slack = _slack(match, weight.size)
+            for rows, magnitude in _rows(g, v):
+                expected = self.compose(magnitude, v[rows], match.magnitude)
+                found = _zeros_for_nan(weight[rows], expected, match.dtype, slack)
+                if found is None:
+                    return False
+                empty += found
         except (Unknown, PairError, ValueError):
             return False
-        eps, tiny = _resolution(match.dtype)
-        slack = 64 if match.dtype == ir.DataType.DOUBLE else 4
-        close = np.abs(expected - weight) <= slack * (eps * np.abs(weight) + tiny)
-        # 0 / 0: the graph gives NaN for a row of zeros, where the folded weight is zero
-        nothing = np.isnan(weight) & (expected == 0)
-        return bool((close | nothing).all()) and not bool(nothing.all())
+        return empty < weight.size
 
     def weight_of(self, match: _Match) -> Callable[[], Array]:
         """A function that computes the folded weight, to the bit what `compose` gives, and outlives the graph."""
-        memo: dict[ir.Value, Evaluated] = {}
+        memo = Memo()
         g = match.magnitude_array(self.constants, memo)
         stored = match.v.producer() is None  # then it is read again when it is needed, and not held meanwhile
         held = None if stored else match.direction_array(self.constants, memo)
 
         def weight() -> Array:
-            v = match.direction_array(self.constants, {}) if held is None else held
+            v = match.direction_array(self.constants, Memo()) if held is None else held
             return self.compose(g, v, match.magnitude)
 
         return weight
@@ -334,9 +347,8 @@ class _Matcher:
         for node in self.constants.norms:
             if node not in dead:
                 reasons.append((_node_name(node), self._why_left(node)))
-        for function in self.model.functions.values():
-            why = f"inside the function {printable(function.name)}, which could not be inlined"
-            reasons += [(_node_name(node), why) for node in function if is_norm(node)]
+        for node, why in function_norms(self.model):
+            reasons.append((_node_name(node), f"inside a function that {why}"))
         return tuple(reasons)
 
     def _why_left(self, node: ir.Node) -> str:
@@ -358,42 +370,61 @@ def _origin(value: ir.Value) -> ir.Value | None:
     return value if node is None or node.op_type == "Constant" else None
 
 
-def _is_direction(value: ir.Value, under_norm: set[ir.Value], memo: dict[ir.Value, Evaluated]) -> bool:
-    """Whether a constant is one whose norm is taken, or a copy of it: exporters fold casts and reshapes into copies."""
-    origin, array = _origin(value), memo[value].array
-    if origin is None:
-        return False
-    return origin in under_norm or any(
-        memo[other].array.size == array.size and np.array_equal(memo[other].array.ravel(), array.ravel())
-        for other in under_norm
-    )
+def _fits(kind: tuple[tuple[int, ...], ir.DataType], weight: Evaluated) -> bool:
+    return kind[0] == weight.array.shape and kind[1].is_floating_point()
 
 
-def _normalised(cone: Iterable[ir.Value]) -> set[ir.Value]:
-    """The constants whose norm is taken somewhere in an expression."""
-    origins = set()
-    for value in cone:
-        node = value.producer()
-        if node is None or not is_norm(node) or node.inputs[0] is None:
-            continue
-        inner = node.inputs[0].producer()
-        plain = inner.inputs[0] if node.op_type == "ReduceSum" and inner is not None else node.inputs[0]
-        origin = None if plain is None else _origin(plain)
-        if origin is not None:
-            origins.add(origin)
-    return origins
+def _blocks(size: int) -> Iterator[slice]:
+    """Slices over a flat array, so that comparing two large ones needs no third."""
+    return (slice(i, i + _BLOCK) for i in range(0, size, _BLOCK))
 
 
-def _fits(candidate: Evaluated, weight: Evaluated) -> bool:
-    return candidate.array.shape == weight.array.shape and candidate.dtype.is_floating_point()
+def _sum_of_squares(array: Array) -> float:
+    flat = array.reshape(-1)
+    return float(sum(np.nansum(np.square(flat[block], dtype=np.float64)) for block in _blocks(flat.size)))
 
 
-def _rounded_before(value: ir.Value, memo: dict[ir.Value, Evaluated]) -> bool:
+def _rows(g: Array, v: Array) -> Iterator[tuple[slice, Array]]:
+    """Rows of v with their magnitudes, as many at a time as are compared in one go; all where rows share a norm."""
+    if g.ndim != v.ndim or g.shape[0] != v.shape[0] or set(g.shape[1:]) - {1}:
+        yield slice(None), g
+        return
+    step = max(1, _BLOCK * 16 // max(1, v[:1].size))
+    for start in range(0, len(v), step):
+        yield slice(start, start + step), g[start : start + step]
+
+
+def _slack(match: _Match, size: int) -> float:
+    """By how many units a graph's own arithmetic may differ: float32 sums of a row lose a little with each doubling."""
+    if match.dtype == ir.DataType.DOUBLE:
+        return 64
+    slack = 8 if is_large(size, match.dtype) else 4  # a large one was rounded at every step
+    row = max(1, math.prod(match.shape) // max(1, math.prod(match.g_shape)))
+    return slack + 2 * math.log2(row) if match.dtype == ir.DataType.FLOAT else slack
+
+
+def _zeros_for_nan(weight: Array, expected: Array, dtype: ir.DataType, slack: float) -> int | None:
+    """How many elements are NaN where zero is expected; None where the two differ by more than `slack` units."""
+    eps, tiny = _resolution(dtype)
+    empty = 0
+    for block in _blocks(weight.size):
+        w = weight.reshape(-1)[block].astype(np.float64, copy=False)
+        e = expected.reshape(-1)[block].astype(np.float64)
+        close = np.abs(e - w) <= slack * (eps * np.abs(w) + tiny)
+        # 0 / 0: the graph gives NaN for a row of zeros, where the folded weight is zero
+        nothing = np.isnan(w) & (e == 0)
+        if not bool((close | nothing).all()):
+            return None
+        empty += int(np.count_nonzero(nothing))
+    return empty
+
+
+def _rounded_before(value: ir.Value, memo: Memo) -> bool:
     """Whether a value is a widened copy of a narrower one: the weight is the narrow one, rounding included."""
-    size = memo[value].dtype.itemsize
+    size = memo.kinds[value][1].itemsize
     node = value.producer()
-    while node is not None and node.op_type in _LAYOUT and node.inputs[0] in memo:
-        if memo[node.inputs[0]].dtype.itemsize < size:
+    while node is not None and node.op_type in _LAYOUT and node.inputs[0] in memo.kinds:
+        if memo.kinds[node.inputs[0]][1].itemsize < size:
             return True
         node = node.inputs[0].producer()
     return False
@@ -426,8 +457,13 @@ def _unit_shapes(v: tuple[int, ...]) -> set[tuple[int, ...]]:
 
 def _exactly(array: Array, dtype: np.dtype[Any]) -> Array | None:
     """float64 values in a narrower type, if they survive the trip."""
-    narrow = array.astype(dtype)
-    return narrow if np.array_equal(narrow.astype(np.float64), array, equal_nan=True) else None
+    narrow = array.astype(dtype, copy=False)
+    if narrow is array:
+        return array
+    for block in _blocks(array.size):
+        if not np.array_equal(narrow.reshape(-1)[block].astype(np.float64), array.reshape(-1)[block], equal_nan=True):
+            return None
+    return narrow
 
 
 def _resolution(dtype: ir.DataType) -> tuple[float, float]:
@@ -460,32 +496,10 @@ def _default_compose(g: Array, v: Array, magnitude: str) -> Array:
 # Changing the graph --------------------------------------------------------------------------------------
 
 
-def _inlined(model: ir.Model) -> ir.Model:
-    """Put the bodies of functions that take norms into the graph, where their inputs are known."""
-    from onnx_ir.passes.common import InlinePass
-
-    def takes_norms(function: ir.Function) -> bool:
-        return any(is_norm(node) for node in function)
-
-    if any(map(takes_norms, model.functions.values())):
-        InlinePass(criteria=takes_norms)(model)
-    return model
-
-
-def _replace(match: _Match, model: ir.Model, matcher: _Matcher) -> None:
+def _replace(match: _Match, model: ir.Model, matcher: _Matcher) -> ir.Value:
     """Let an initializer stand where the computed weight stood."""
-    old = match.value
-    graph = old.producer().graph  # type: ignore[union-attr]
-    name = _plain_name(match, model)
-    weight = matcher.weight_of(match)
-    tensor = ir.LazyTensor(lambda: ir.tensor(weight(), name=name), match.dtype, ir.Shape(match.shape), name=name)
-    new = ir.Value(name=name, type=ir.TensorType(match.dtype), shape=ir.Shape(match.shape), const_value=tensor)
-    new.metadata_props.update(old.metadata_props)
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    old.name = f"{old.name}_unfolded"  # its node goes; meanwhile the name must be free
-    graph.register_initializer(new)  # type: ignore[union-attr]
-    if model.ir_version < 4:
-        graph.inputs.append(new)  # type: ignore[union-attr]
+    name, weight = _plain_name(match, model), matcher.weight_of(match)
+    return put_initializer(model, match.value, name, weight, match.dtype, match.shape)
 
 
 def _plain_name(match: _Match, model: ir.Model) -> str:
@@ -505,16 +519,6 @@ def _names(model: ir.Model) -> set[str]:
         names.update(str(v.name) for v in values)
         names.update(str(v.name) for node in graph for v in node.outputs)
     return names
-
-
-def _drop_unused(value: ir.Value, model: ir.Model) -> None:
-    """Remove an initializer that only the removed nodes read."""
-    if value.producer() is not None or value.uses() or value.is_graph_output() or not value.is_initializer():
-        return
-    graph = value.graph
-    del graph.initializers[str(value.name)]  # type: ignore[union-attr]
-    if model.ir_version < 4 and value.is_graph_input():
-        graph.inputs.remove(value)  # type: ignore[union-attr]
 
 
 def _count(model: ir.Model) -> int:

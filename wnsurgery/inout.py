@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from wnsurgery.batches import NamedArrays
-from wnsurgery.errors import InputError, InputMissingError, SelectionError
+from wnsurgery.errors import InputError, InputMissingError, SelectionError, first_line
 from wnsurgery.stores.commit import check_output, committed
 
-__all__ = ["random_inputs", "read_arrays", "read_batch", "write_arrays"]
+__all__ = ["example_inputs", "random_inputs", "read_arrays", "read_batch", "write_arrays"]
 
 Arrays = dict[str, Any] | list[Any]
 
@@ -84,6 +85,25 @@ def random_inputs(shapes: Sequence[str], seed: int = 0) -> tuple[Tensor, ...]:
         else:
             tensors.append(torch.randint(0, 2, shape, generator=generator).to(dtype))
     return tuple(tensors)
+
+
+def example_inputs(name: str) -> Any:
+    """What `package.module:function` returns, called without arguments: a tensor, a tuple or a mapping of tensors.
+
+    Raises SelectionError where there is no such function, or it fails.
+    """
+    from importlib import import_module
+
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise SelectionError(f"{name!r} is not of the form package.module:function")
+    sys.path.append(str(Path.cwd()))  # last, so that nothing installed is shadowed
+    try:
+        return getattr(import_module(module), function)()
+    except (Exception, SystemExit) as error:  # the user's own code, which raises what it likes
+        raise SelectionError(f"{name}: {first_line(error)}") from error
+    finally:
+        sys.path.pop()
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any], *, force: bool = False) -> None:

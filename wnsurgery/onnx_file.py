@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -36,7 +38,8 @@ def read_onnx(path: Path_) -> ir.Model:
     path = Path(path)
     _refuse_irregular(path, path)
     try:
-        model = ir.load(path, format="protobuf")
+        with _quiet():
+            model = ir.load(path, format="protobuf")
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -45,10 +48,69 @@ def read_onnx(path: Path_) -> ir.Model:
     if not model.ir_version or not model.opset_imports:
         raise InputError.of(path, "damaged, or not an ONNX file: it holds no graph")
     base = path.parent.resolve()
-    for tensor in external_tensors(model):
-        tensor.base_dir = str(base)
-        _check_external(tensor, path, base)
+    for tensor in _tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.base_dir = str(base)
+            _check_external(tensor, path, base)
+        else:
+            _check_inside(tensor, path)
+    _check_order(model, path)
     return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The reader says on stderr, once for each, what `_check_order` will refuse."""
+    logger = logging.getLogger("onnx_ir.serde")
+
+    def drop(_: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
+
+
+def _check_order(model: ir.Model, path: Path) -> None:
+    """Every value that is read is given by something, and none by itself; operations come in an order they can run."""
+    graphs = [graph for graph in all_graphs(model) if isinstance(graph, ir.Graph)]
+    for value in (v for graph in graphs for node in graph for v in node.inputs):
+        if value is None or value.producer() is not None or value.is_graph_input() or value.is_initializer():
+            continue
+        name = printable(value.name or "?")
+        raise InputError.of(path, f"nothing gives {name}, which an operation reads (sparse initializers are not read)")
+    try:
+        for graph in graphs:
+            if not _in_order(graph):
+                model.graph.sort()
+                break
+    except ValueError as error:
+        raise InputError.of(path, "its operations wait for each other in a circle") from error
+
+
+def _in_order(graph: ir.Graph) -> bool:
+    """Whether each node comes after those of its own graph that it reads; subgraphs of a node read for it."""
+    seen: set[ir.Node] = set()
+    for node in graph:
+        if any(maker.graph is graph and maker not in seen for maker in _makers(node)):
+            return False
+        seen.add(node)
+    return True
+
+
+def _makers(node: ir.Node) -> Iterator[ir.Node]:
+    """The nodes whose values a node reads, itself or inside its subgraphs."""
+    todo = [node]
+    while todo:
+        current = todo.pop()
+        yield from (v.producer() for v in current.inputs if v is not None and v.producer() is not None)  # type: ignore[misc]
+        for attribute in current.attributes.values():
+            if attribute.is_ref() or attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+                continue
+            inner = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else attribute.value
+            todo.extend(n for graph in inner for n in graph)
 
 
 def write_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: bool = False) -> tuple[Path, ...]:
@@ -81,7 +143,13 @@ def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: 
     try:
         with _output_errors(path):
             work.mkdir()
-            ir.save(model, work / path.name, external_data=data.name if external else None, size_threshold_bytes=_SMALL)
+            ir.save(
+                model,
+                work / path.name,
+                external_data=data.name if external else None,
+                size_threshold_bytes=_SMALL,
+                callback=_release_previous(),
+            )
             names = [name for name in (data.name, path.name) if (work / name).exists()]
             for name in names:
                 _flush(work / name)
@@ -90,6 +158,18 @@ def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: 
             _publish(work, path.parent, names)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _release_previous() -> Callable[[Any, Any], None]:
+    """Let go of the mapped file behind each tensor once the next one is written: its pages would pile up."""
+    previous: list[Any] = []
+
+    def step(tensor: Any, _: Any) -> None:
+        if previous and isinstance(previous[0], ir.ExternalTensor):
+            previous[0].release()
+        previous[:] = [tensor]
+
+    return step
 
 
 @contextlib.contextmanager
@@ -111,18 +191,22 @@ def _output_errors(path: Path) -> Iterator[None]:
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     """Every tensor of a model, functions and subgraphs included, whose bytes live in another file."""
+    return (tensor for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor))
+
+
+def _tensors(model: ir.Model) -> Iterator[Any]:
     for graph in all_graphs(model):
         for value in getattr(graph, "initializers", {}).values():
-            if isinstance(value.const_value, ir.ExternalTensor):
+            if value.const_value is not None:
                 yield value.const_value
         for node in graph:
             for attribute in node.attributes.values():
                 if attribute.is_ref():
                     continue
-                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                if attribute.type == ir.AttributeType.TENSOR:
                     yield attribute.value
                 if attribute.type == ir.AttributeType.TENSORS:
-                    yield from (t for t in attribute.value if isinstance(t, ir.ExternalTensor))
+                    yield from attribute.value
 
 
 def all_graphs(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:
@@ -162,6 +246,34 @@ def _refuse_irregular(path: Path, blame: Path) -> int:
     return found.st_size
 
 
+def _check_inside(tensor: Any, path: Path) -> None:
+    """A tensor in the graph itself must hold as many elements as its shape says, of a type that there is."""
+    name = printable(tensor.name or "?")
+    if tensor.dtype == ir.DataType.UNDEFINED or any(not isinstance(s, int) or s < 0 for s in tensor.shape):
+        raise InputError.of(path, f"{name}: a tensor without a type, or of negative size")
+    try:
+        if isinstance(tensor, ir.StringTensor):
+            tensor.numpy()
+    except ValueError as error:
+        raise InputError.of(path, f"{name}: {one_line(error)}") from error
+    if not isinstance(tensor, ir.serde.TensorProtoTensor):
+        return
+    proto = tensor.raw
+    if proto.HasField("raw_data") and tensor.dtype != ir.DataType.STRING:
+        held = len(proto.raw_data)
+        if held != tensor.nbytes:
+            raise InputError.of(path, f"{name}: {held} bytes where its shape needs {tensor.nbytes}")
+        return
+    fields = (proto.float_data, proto.int32_data, proto.int64_data, proto.uint64_data, proto.double_data)
+    if tensor.size and not any(map(len, (*fields, proto.string_data))):
+        raise InputError.of(path, f"{name}: no elements where its shape needs {tensor.size}")
+    try:
+        if tensor.size:
+            tensor.numpy()
+    except (ValueError, TypeError, AssertionError, OverflowError) as error:
+        raise InputError.of(path, f"{name}: {one_line(error)}") from error
+
+
 def _check_external(tensor: ir.ExternalTensor, path: Path, base: Path) -> None:
     name, place = printable(tensor.name or "?"), printable(str(tensor.location))
     try:
@@ -170,7 +282,12 @@ def _check_external(tensor: ir.ExternalTensor, path: Path, base: Path) -> None:
         raise InputError.of(path, f"{name}: its weights file {place} cannot be found") from error
     if not target.is_relative_to(base):
         raise UnsafeFileError(f"{path}: {name}: its weights file {place} lies outside the model's directory")
+    if target != base / os.path.normpath(tensor.location):
+        raise UnsafeFileError(f"{path}: {name}: its weights file {place} is a link")
     size = _refuse_irregular(target, path)
+    if target.stat().st_nlink > 1:
+        # as onnx and onnxruntime do: whoever may make links here can bring in a file he may not read
+        raise UnsafeFileError(f"{path}: {name}: its weights file {place} has several names (hard links)")
     offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
     if offset < 0 or length < 0 or offset + length > size:
         raise InputError.of(path, f"{name}: bytes {offset} to {offset + length} do not exist in {place} ({size} bytes)")

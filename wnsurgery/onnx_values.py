@@ -1,11 +1,13 @@
 """What an ONNX graph computes from its constants alone, evaluated in float64.
 
 The graph's own types are followed, so that a value knows its type, but floating-point numbers are computed in
-float64 throughout: the question is what an expression *means*, not how a runtime would round it.
+float64: the question is what an expression *means*, not how a runtime would round it. Only where values are large and
+of 32 bits or fewer is float32 taken, with sums in float64, so that memory stays within a few times that of one weight.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
@@ -13,11 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["Constants", "Evaluated", "Unknown", "is_norm"]
+__all__ = ["Constants", "Evaluated", "Memo", "Unknown", "apply", "is_large", "is_norm", "native"]
 
 Array = np.ndarray[Any, Any]
 
-_MAX_GROWTH = 1 << 28  # elements; a hostile Expand must not fill the memory
+_GROWTH = 2  # a result may be so many times as big as the largest constant: a hostile Expand must not fill the memory
+_LARGE = 1 << 22  # elements; what is larger is held in float32
+_SMALL = 1 << 20  # elements that any result may have
+_SUMS = frozenset(
+    ("Einsum", "LpNormalization", "ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare")
+)  # in any norm
+_KEPT = 1 << 14  # elements; larger intermediate results are given up as soon as nothing waits for them
 
 
 class Unknown(Exception):  # noqa: N818 - not an error: an answer
@@ -25,14 +33,36 @@ class Unknown(Exception):  # noqa: N818 - not an error: an answer
 
 
 class Evaluated(NamedTuple):
-    """A constant: its value (floats as float64) and the type it has in the graph."""
+    """A constant: its value (floats as float64, large ones as float32) and the type it has in the graph."""
 
     array: Array
     dtype: ir.DataType
 
 
+class Memo:
+    """What was evaluated: small arrays are kept, of large ones only shape and type, so that memory stays bounded.
+
+    Attributes:
+        arrays: values that are at hand.
+        kinds: shape and type of everything that was ever evaluated.
+    """
+
+    def __init__(self) -> None:
+        self.arrays: dict[ir.Value, Evaluated] = {}
+        self.kinds: dict[ir.Value, tuple[tuple[int, ...], ir.DataType]] = {}
+
+    def put(self, value: ir.Value, found: Evaluated) -> None:
+        self.arrays[value] = found
+        self.kinds[value] = found.array.shape, found.dtype
+
+    def let_go(self, value: ir.Value) -> None:
+        found = self.arrays.get(value)
+        if found is not None and found.array.size > _KEPT:
+            del self.arrays[value]
+
+
 class Constants:
-    """Which values of a model are constant, which of those come out of a norm, and what they are.
+    """Which values of a model are constant, which of those come out of a sum over axes, and what they are.
 
     A value is constant when it is an initializer that no caller can override, or comes out of known,
     deterministic operations on such values.
@@ -43,7 +73,9 @@ class Constants:
         self._constant: set[ir.Value] = set()
         self.normed: set[ir.Value] = set()
         self.norms: list[ir.Node] = []
-        for node in _nodes(model.graph):
+        nodes = list(_nodes(model.graph))
+        self._limit = max((_SMALL, *(_GROWTH * size for size in _sizes(model.graph, nodes))))
+        for node in nodes:
             self._visit(node)
 
     def is_constant(self, value: ir.Value) -> bool:
@@ -61,7 +93,7 @@ class Constants:
         if any(attribute.is_ref() for attribute in node.attributes.values()) or not all(map(self.is_constant, inputs)):
             return
         self._constant.add(node.outputs[0])
-        if is_norm(node) or any(value in self.normed for value in inputs):
+        if node.op_type in _SUMS or any(value in self.normed for value in inputs):
             self.normed.add(node.outputs[0])
 
     def cone(self, value: ir.Value) -> list[ir.Value]:
@@ -81,26 +113,89 @@ class Constants:
                     todo.extend((v, False) for v in producer.inputs if v is not None and v not in seen)
         return order
 
-    def evaluate(self, value: ir.Value, memo: dict[ir.Value, Evaluated]) -> Evaluated:
+    def evaluate(self, value: ir.Value, memo: Memo) -> Evaluated:
         """The value of a constant; `memo` holds what was computed on the way.
 
         Raises Unknown where an operation cannot be carried out.
         """
-        for step in self.cone(value):
-            if step not in memo:
-                memo[step] = self._compute(step, memo)
-        return memo[value]
+        if value in memo.arrays:
+            return memo.arrays[value]
+        steps = self._steps(value, memo)
+        waiting = Counter(v for step in steps for v in _inputs(step))
+        for step in steps:
+            if step not in memo.arrays:
+                memo.put(step, self._compute(step, memo))
+            for used in _inputs(step):
+                waiting[used] -= 1
+                if not waiting[used]:
+                    memo.let_go(used)
+        found = memo.arrays[value]
+        memo.let_go(value)
+        return found
 
-    def _compute(self, value: ir.Value, memo: dict[ir.Value, Evaluated]) -> Evaluated:
+    def _steps(self, value: ir.Value, memo: Memo) -> list[ir.Value]:
+        """What has to be computed, in order; nothing beyond what is at hand."""
+        order: list[ir.Value] = []
+        seen: set[ir.Value] = set()
+        todo: list[tuple[ir.Value, bool]] = [(value, False)]
+        while todo:
+            current, ready = todo.pop()
+            if ready:
+                order.append(current)
+            elif current not in seen:
+                seen.add(current)
+                todo.append((current, True))
+                if current not in memo.arrays:
+                    todo.extend((v, False) for v in _inputs(current) if v not in seen)
+        return order
+
+    def _compute(self, value: ir.Value, memo: Memo) -> Evaluated:
         node = value.producer()
         if node is None:
             return _of_tensor(value.const_value)
-        inputs = [None if v is None else memo[v] for v in node.inputs]
-        try:
-            with np.errstate(all="ignore"):
-                return _OPERATIONS[node.op_type](_Call(node, inputs))
-        except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-            raise Unknown(f"{node.op_type}: {error}") from error
+        return apply(node, [None if v is None else memo.arrays[v] for v in node.inputs], self._limit)
+
+
+def apply(node: ir.Node, inputs: Sequence[Evaluated | None], limit: int) -> Evaluated:
+    """One operation on evaluated inputs; raises Unknown where it cannot be carried out in `limit` elements."""
+    try:
+        with np.errstate(all="ignore"):
+            return _OPERATIONS[node.op_type](_Call(node, inputs, limit))
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        # numpy raises any of these for attributes and shapes that make no sense, RuntimeError for too many axes
+        raise Unknown(f"{node.op_type}: {error}") from error
+
+
+def _sizes(graph: ir.Graph, nodes: Iterable[ir.Node]) -> Iterator[int]:
+    """How many elements the constants of a graph and its subgraphs have."""
+    graphs = {graph: None, **{node.graph: None for node in nodes if isinstance(node.graph, ir.Graph)}}
+    yield from (v.const_value.size for g in graphs for v in g.initializers.values() if v.const_value is not None)
+    for node in nodes:
+        value = node.attributes.get("value") if node.op_type == "Constant" else None
+        if value is not None and value.type == ir.AttributeType.TENSOR:
+            yield value.value.size
+
+
+def _inputs(value: ir.Value) -> list[ir.Value]:
+    node = value.producer()
+    return [] if node is None else [v for v in node.inputs if v is not None]
+
+
+def native(tensor: Any) -> Array:
+    """A tensor's elements in its own type, read and not mapped: pages of a mapped file would pile up.
+
+    Raises Unknown where they cannot be had.
+    """
+    if tensor is None:
+        raise Unknown("no value")
+    try:
+        if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype.bitwidth < 8:
+            return np.asarray(tensor.numpy())
+        stored = np.dtype(tensor.dtype.numpy()).newbyteorder("<")
+        array = np.fromfile(tensor.path, stored, count=tensor.size, offset=tensor.offset or 0)
+        return array.astype(stored.newbyteorder("="), copy=False).reshape(tensor.shape.numpy())
+    except (ValueError, TypeError, OSError) as error:
+        raise Unknown(f"{tensor.name}: {error}") from error
 
 
 def is_norm(node: ir.Node) -> bool:
@@ -138,13 +233,13 @@ def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def _of_tensor(tensor: Any) -> Evaluated:
-    if tensor is None:
-        raise Unknown("no value")
-    try:
-        array = tensor.numpy()
-    except (ValueError, TypeError, OSError) as error:
-        raise Unknown(f"{tensor.name}: {error}") from error
-    return Evaluated(np.asarray(array, np.float64) if tensor.dtype.is_floating_point() else array, tensor.dtype)
+    array = native(tensor)
+    return _as(array, tensor.dtype)
+
+
+def is_large(size: int, dtype: ir.DataType) -> bool:
+    """Whether so many elements of a type are held in float32."""
+    return size > _LARGE and dtype.is_floating_point() and dtype.itemsize <= 4
 
 
 # The operations ------------------------------------------------------------------------------------------
@@ -153,9 +248,10 @@ def _of_tensor(tensor: Any) -> Evaluated:
 class _Call:
     """One operation on evaluated inputs, with the readings of attributes that differ between opsets."""
 
-    def __init__(self, node: ir.Node, inputs: Sequence[Evaluated | None]) -> None:
+    def __init__(self, node: ir.Node, inputs: Sequence[Evaluated | None], limit: int) -> None:
         self.node = node
         self.inputs = inputs
+        self.limit = limit
 
     def array(self, index: int) -> Array:
         found = self.inputs[index]
@@ -187,6 +283,13 @@ class _Call:
         """A result of the type of one of the inputs."""
         return Evaluated(np.asarray(array), self.dtype(index))
 
+    def bounded(self, shape: Iterable[int]) -> tuple[int, ...]:
+        """The shape of a result, after a look at its size."""
+        sizes = tuple(int(s) for s in shape)
+        if any(s < 0 for s in sizes) or np.prod([float(s) for s in sizes]) > self.limit:
+            raise Unknown(f"a result of shape {sizes}")
+        return sizes
+
 
 Operation = Callable[[_Call], Evaluated]
 
@@ -203,7 +306,9 @@ def _together(call: _Call) -> list[Array]:
     arrays = [call.array(i) for i in range(len(call.inputs))]
     shape = np.broadcast_shapes(*(a.shape for a in arrays))
     if np.prod([float(s) for s in shape]) > max(a.size for a in arrays):
-        _bounded(shape)
+        call.bounded(shape)
+    if is_large(int(np.prod(shape)), call.dtype(len(arrays) - 1)):
+        return [a.astype(np.float32) if a.dtype == np.float64 else a for a in arrays]
     return arrays
 
 
@@ -234,7 +339,11 @@ def _reduction(function: Callable[..., Any]) -> Operation:
 
 
 def _l2(x: Array, axis: tuple[int, ...], keepdims: bool) -> Any:
-    return np.sqrt(np.sum(x * x, axis=axis, keepdims=keepdims))
+    return np.sqrt(_sum(x * x, axis, keepdims))
+
+
+def _sum(x: Array, axis: tuple[int, ...], keepdims: bool) -> Any:
+    return np.sum(x, axis=axis, keepdims=keepdims, dtype=np.float64 if x.dtype.kind == "f" else None)
 
 
 def _divide(a: Array, b: Array) -> Any:
@@ -249,8 +358,9 @@ def _cast(call: _Call) -> Evaluated:
 
 
 def _as(x: Array, target: ir.DataType) -> Evaluated:
-    kind = np.float64 if target.is_floating_point() else target.numpy()
-    return Evaluated(x.astype(kind), target)
+    if not target.is_floating_point():
+        return Evaluated(x.astype(target.numpy()), target)
+    return Evaluated(x.astype(np.float32 if is_large(x.size, target) else np.float64, copy=False), target)
 
 
 def _constant(call: _Call) -> Evaluated:
@@ -267,14 +377,7 @@ def _constant(call: _Call) -> Evaluated:
 def _constant_of_shape(call: _Call) -> Evaluated:
     fill = call.attribute("value")
     value = Evaluated(np.zeros(1), ir.DataType.FLOAT) if fill is None else _of_tensor(fill)
-    return Evaluated(np.full(_bounded(call.array(0).tolist()), value.array.reshape(-1)[0]), value.dtype)
-
-
-def _bounded(shape: Iterable[int]) -> tuple[int, ...]:
-    sizes = tuple(int(s) for s in shape)
-    if any(s < 0 for s in sizes) or np.prod([float(s) for s in sizes]) > _MAX_GROWTH:
-        raise Unknown(f"a result of shape {sizes}")
-    return sizes
+    return Evaluated(np.full(call.bounded(call.array(0).tolist()), value.array.reshape(-1)[0]), value.dtype)
 
 
 def _reshape(call: _Call) -> Evaluated:
@@ -301,12 +404,12 @@ def _unsqueeze(call: _Call) -> Evaluated:
 
 def _expand(call: _Call) -> Evaluated:
     shape = np.broadcast_shapes(call.array(0).shape, tuple(call.array(1).tolist()))
-    return call.like(np.broadcast_to(call.array(0), _bounded(shape)))
+    return call.like(np.broadcast_to(call.array(0), call.bounded(shape)))
 
 
 def _tile(call: _Call) -> Evaluated:
     x, repeats = call.array(0), call.array(1).tolist()
-    _bounded([a * b for a, b in zip(x.shape, repeats, strict=True)])
+    call.bounded([a * b for a, b in zip(x.shape, repeats, strict=True)])
     return call.like(np.tile(x, repeats))
 
 
@@ -328,8 +431,8 @@ def _clip(call: _Call) -> Evaluated:
     x = call.array(0)
     low = call.array(1) if call.has(1) else call.attribute("min")
     high = call.array(2) if call.has(2) else call.attribute("max")
-    x = x if low is None else np.maximum(x, low)
-    return call.like(x if high is None else np.minimum(x, high))
+    x = x if low is None else np.maximum(x, np.asarray(low, x.dtype))
+    return call.like(x if high is None else np.minimum(x, np.asarray(high, x.dtype)))
 
 
 def _lp_normalization(call: _Call) -> Evaluated:
@@ -338,9 +441,28 @@ def _lp_normalization(call: _Call) -> Evaluated:
     return call.like(np.where(size == 0, 0.0, x / size))
 
 
+def _einsum(call: _Call) -> Evaluated:
+    equation = call.attribute("equation").replace(" ", "")
+    arrays = [call.array(i) for i in range(len(call.inputs))]
+    sizes: dict[str, int] = {}
+    for letters, array in zip(equation.split("->")[0].split(","), arrays, strict=True):
+        if "." in letters:
+            raise Unknown("an Einsum with an ellipsis")
+        sizes.update(zip(letters, array.shape, strict=True))
+    call.bounded(sizes.values())
+    return call.like(np.einsum(equation, *arrays))
+
+
 def _concat(call: _Call) -> Evaluated:
     arrays = [call.array(i) for i in range(len(call.inputs))]
+    call.bounded([sum(array.size for array in arrays)])
     return call.like(np.concatenate(arrays, axis=call.attribute("axis")))
+
+
+def _gather(call: _Call) -> Evaluated:
+    x, index, axis = call.array(0), call.array(1).astype(np.int64), call.attribute("axis", 0)
+    call.bounded([x.size // max(1, x.shape[axis]), index.size])
+    return call.like(np.take(x, index, axis=axis))
 
 
 def _shape(call: _Call) -> Evaluated:
@@ -352,22 +474,21 @@ _OPERATIONS: dict[str, Operation] = {
     "Abs": _elementwise(np.abs),
     "Add": _elementwise(np.add),
     "And": _truth(np.logical_and),
+    "Ceil": _elementwise(np.ceil),
     "Cast": _cast,
     "CastLike": _cast,
-    "Ceil": _elementwise(np.ceil),
     "Clip": _clip,
     "Concat": _concat,
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
+    "Einsum": _einsum,
     "Div": _elementwise(_divide),
     "Equal": _truth(np.equal),
     "Exp": _elementwise(np.exp),
     "Expand": _expand,
-    "Flatten": _flatten,
     "Floor": _elementwise(np.floor),
-    "Gather": lambda call: call.like(
-        np.take(call.array(0), call.array(1).astype(np.int64), axis=call.attribute("axis", 0))
-    ),
+    "Flatten": _flatten,
+    "Gather": _gather,
     "Greater": _truth(np.greater),
     "GreaterOrEqual": _truth(np.greater_equal),
     "Identity": _elementwise(lambda x: x),
@@ -390,17 +511,21 @@ _OPERATIONS: dict[str, Operation] = {
     "ReduceMax": _reduction(np.max),
     "ReduceMean": _reduction(np.mean),
     "ReduceMin": _reduction(np.min),
-    "ReduceSum": _reduction(np.sum),
-    "ReduceSumSquare": _reduction(lambda x, axis, keepdims: (x * x).sum(axis=axis, keepdims=keepdims)),
-    "Reshape": _reshape,
+    "ReduceSum": _reduction(_sum),
+    "Relu": _elementwise(lambda x: np.maximum(x, 0)),
+    "ReduceSumSquare": _reduction(lambda x, axis, keepdims: _sum(x * x, axis, keepdims)),
     "Round": _elementwise(np.round),
+    "Reshape": _reshape,
+    "Sigmoid": _elementwise(lambda x: 1.0 / (1.0 + np.exp(-x))),
     "Shape": _shape,
     "Sign": _elementwise(np.sign),
     "Size": lambda call: Evaluated(np.asarray(call.array(0).size, np.int64), ir.DataType.INT64),
+    "Softplus": _elementwise(lambda x: np.logaddexp(x, 0)),
     "Slice": _slice,
     "Sqrt": _elementwise(np.sqrt),
     "Squeeze": _squeeze,
     "Sub": _elementwise(np.subtract),
+    "Tanh": _elementwise(np.tanh),
     "Sum": _fold_left(np.add),
     "Tile": _tile,
     "Transpose": lambda call: call.like(np.transpose(call.array(0), call.attribute("perm"))),

@@ -11,7 +11,8 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,11 +26,16 @@ from wnsurgery.differences import (
     bits_changed,
     compare_outputs,
     compare_tensors,
+    is_float,
     tolerance,
     ulp_distance,
 )
 from wnsurgery.errors import InputError, MissingPackageError, ProviderError, SelectionError, printable
+from wnsurgery.onnx_guard import GraphLimits, try_graph
 from wnsurgery.text import by
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = [
     "PROVIDERS",
@@ -38,11 +44,14 @@ __all__ = [
     "TensorDifference",
     "TensorsReport",
     "bits_changed",
+    "cast_to_declared",
     "compare_outputs",
     "compare_tensors",
     "open_session",
+    "open_with_all_values",
     "run_onnx",
     "run_session",
+    "time_session",
     "tolerance",
     "ulp_distance",
 ]
@@ -59,11 +68,36 @@ PROVIDERS: Mapping[str, tuple[str, str]] = {
     "dml": ("DmlExecutionProvider", "onnxruntime-directml"),
     "openvino": ("OpenVINOExecutionProvider", "onnxruntime-openvino"),
 }
+# what else onnxruntime has names for
+_OTHERS = frozenset(
+    (
+        "acl",
+        "armnn",
+        "azure",
+        "cann",
+        "dnnl",
+        "js",
+        "migraphx",
+        "nnapi",
+        "nvtensorrtrtx",
+        "qnn",
+        "rknpu",
+        "rocm",
+        "snpe",
+    )
+) | frozenset(("vitisai", "vsinpu", "webgpu", "webnn", "xnnpack"))
+_FLOATS = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
+_BOUND = ("CUDAExecutionProvider", "TensorrtExecutionProvider")  # they take bound inputs and outputs
 _AUTO = ("tensorrt", "cuda", "coreml", "dml", "openvino", "cpu")
 
 
-def open_session(path: Path_, provider: str = "cpu") -> Any:
+def open_session(
+    path: Path_, provider: str = "cpu", *, trusted: bool = False, limits: GraphLimits | None = None
+) -> Any:
     """An onnxruntime session on the provider asked for, or an error; never the CPU in silence.
+
+    The graph is first tried in a child process with limits on time and memory, because a small file can keep
+    onnxruntime busy for ever; `trusted=True` leaves that out.
 
     >>> open_session("model.onnx").get_providers()  # doctest: +SKIP
     ['CPUExecutionProvider']
@@ -72,6 +106,8 @@ def open_session(path: Path_, provider: str = "cpu") -> Any:
         path: ONNX file; weights in files beside it are found there.
         provider: cpu, cuda, tensorrt, coreml, dml or openvino; "auto" takes the first of tensorrt, cuda, coreml,
             dml, openvino and cpu that works.
+        trusted: the file is your own.
+        limits: what it may take until it is ready, see `GraphLimits`.
 
     Raises:
         SelectionError: no such provider.
@@ -79,34 +115,85 @@ def open_session(path: Path_, provider: str = "cpu") -> Any:
         InputMissingError, InputError, UnsafeFileError: about the file.
         MissingPackageError: onnxruntime is not installed.
     """
-    from wnsurgery.onnx_file import read_onnx
+    from wnsurgery.onnx_file import external_tensors, read_onnx
 
-    if provider != "auto" and provider not in PROVIDERS:
-        raise SelectionError(f"provider={provider!r} is none of {', '.join((*PROVIDERS, 'auto'))}")
-    read_onnx(path)  # damaged files and weights outside the directory are refused before onnxruntime sees them
+    provider = _known(provider)
+    model = read_onnx(path)  # damaged files and weights outside the directory are refused before onnxruntime sees them
     ort = _onnxruntime()
     installed = ort.get_available_providers()
-    if provider != "auto":
-        return _session(ort, path, provider, installed)
-    for name in (n for n in _AUTO if PROVIDERS[n][0] in installed):
-        with contextlib.suppress(ProviderError):
-            return _session(ort, path, name, installed)
+    candidates = [provider] if provider != "auto" else [n for n in _AUTO if PROVIDERS[n][0] in installed]
+    for name in candidates:
+        _check_installed(ort, name, installed)
+    if not trusted:
+        try_graph(path, weights=sum(tensor.nbytes for tensor in external_tensors(model)), limits=limits)
+    for name in candidates:
+        try:
+            return _session(ort, os.fspath(path), name, path)
+        except ProviderError:
+            if provider != "auto":
+                raise
     raise ProviderError("no provider of this onnxruntime works", hint=f"installed: {_names_of(installed)}")
 
 
-def _session(ort: Any, path: Path_, provider: str, installed: Sequence[str]) -> Any:
+def open_with_all_values(path: Path_, *, trusted: bool = False) -> tuple[ir.Model, Any]:
+    """A graph and a session on the CPU that hands out every value computed in it, for looking inside.
+
+    >>> model, session = open_with_all_values("model.onnx")  # doctest: +SKIP
+
+    Raises as `open_session`.
+    """
+    import onnx_ir as ir
+
+    from wnsurgery.onnx_file import read_onnx
+
+    open_session(path, trusted=trusted)
+    model = read_onnx(path)
+    known = set(model.graph.outputs)
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name and value not in known and value.dtype != ir.DataType.BFLOAT16 and _is_tensor(value):
+                model.graph.outputs.append(value)
+    options = {"session.model_external_initializers_file_folder_path": os.fspath(Path(path).resolve().parent)}
+    return model, _session(_onnxruntime(), ir.to_proto(model).SerializeToString(), "cpu", path, options)
+
+
+def _known(provider: str) -> str:
+    """A provider's short name; onnxruntime's own names count too."""
+    short = provider.removesuffix("ExecutionProvider").lower()
+    if short == "auto" or short in PROVIDERS:
+        return short
+    if short in _OTHERS:
+        reason = "runs nothing here" if short == "azure" else "this package does not know how to prove that it is used"
+        raise ProviderError(f"{provider}: {reason}", hint=f"providers: {', '.join((*PROVIDERS, 'auto'))}")
+    raise SelectionError(f"provider={provider!r} is none of {', '.join((*PROVIDERS, 'auto'))}")
+
+
+def _is_tensor(value: ir.Value) -> bool:
+    return value.type is None or type(value.type).__name__ == "TensorType"
+
+
+def _check_installed(ort: Any, provider: str, installed: Sequence[str]) -> None:
     full, package = PROVIDERS[provider]
     if full not in installed:
         raise ProviderError(
             f"{provider}: onnxruntime {ort.__version__} here has no {full}",
             hint=f"installed: {_names_of(installed)}; pip install {package}",
         )
+
+
+def _session(
+    ort: Any, content: str | bytes, provider: str, path: Path_, settings: Mapping[str, str] | None = None
+) -> Any:
+    """A session for a file, or for a graph in memory that came from one."""
+    full, package = PROVIDERS[provider]
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong comes back as an exception
+    for key, value in (settings or {}).items():
+        options.add_session_config_entry(key, value)
     wanted = [full] if provider == "cpu" else [full, "CPUExecutionProvider"]
     try:
         with _quiet():
-            session = ort.InferenceSession(os.fspath(path), options, providers=wanted, enable_fallback=0)
+            session = ort.InferenceSession(content, options, providers=wanted, enable_fallback=0)
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -145,12 +232,58 @@ def run_session(session: Any, inputs: Mapping[str, Any] | Sequence[Any] | Any, n
     names = [output.name for output in session.get_outputs()]
     try:
         with _quiet():
-            results = session.run(names, feeds)
+            if session.get_providers()[0] in _BOUND:
+                results = _run_bound(session, feeds, names)
+            else:
+                results = session.run(names, feeds)
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:
         raise InputError.of(name, f"onnxruntime could not run it: {_reason(error)}") from error
     return dict(zip(names, results, strict=True))
+
+
+def _run_bound(session: Any, feeds: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
+    """Inputs go to the device once and intermediate copies are left out; outputs come back at the end."""
+    binding = session.io_binding()
+    for name, array in feeds.items():
+        binding.bind_cpu_input(name, array)
+    for name in names:
+        binding.bind_output(name)
+    session.run_with_iobinding(binding)
+    results: list[Array] = binding.copy_outputs_to_cpu()
+    return results
+
+
+def time_session(session: Any, inputs: Any, name: Path_, repeats: int) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of the milliseconds that a run takes, after one that warms up."""
+    import statistics
+    import time
+
+    run_session(session, inputs, name)
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run_session(session, inputs, name)
+        times.append(1e3 * (time.perf_counter() - started))
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if repeats > 1 else times * 3
+    return low, middle, high
+
+
+def cast_to_declared(session: Any, inputs: Any) -> Any:
+    """Floating-point inputs in the types that a graph declares; whatever does not fit is left for its error."""
+    declared = list(session.get_inputs())
+    kinds = {d.name: _FLOATS.get(d.type) for d in declared}
+
+    def cast(name: str, value: Any) -> Any:
+        array, kind = as_array(value), kinds.get(name)
+        return array.astype(kind) if kind is not None and is_float(array.dtype) else array
+
+    if isinstance(inputs, Mapping):
+        return {name: cast(str(name), value) for name, value in inputs.items()}
+    if len(inputs) != len(declared):
+        return inputs
+    return [cast(d.name, value) for d, value in zip(declared, inputs, strict=True)]
 
 
 def _feeds(declared: Sequence[Any], inputs: Any, path: Path_) -> dict[str, Array]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wnsurgery.checkpoint import AtOnce
+from wnsurgery.kept import Rooms
 from wnsurgery.reparam import Magnitude, magnitude_dtype_for
 from wnsurgery.steps import Step, ZeroNorm, run_step
 from wnsurgery.stores.mapped import Source
@@ -47,6 +48,7 @@ class Promises(AtOnce, Loaded):
         self._last: tuple[_Job | None, tuple[Tensor, ...]] = (None, ())
         self._small: dict[tuple[int, int], Tensor] = {}
         self._room = _KEEP
+        self._rooms = Rooms()
 
     def make(self, step: Step, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if step.action == "rekeyed" or any(t.is_meta and not self.source.holds(t) for t in sources):
@@ -86,7 +88,7 @@ class Promises(AtOnce, Loaded):
     def _run(self, job: _Job) -> tuple[Tensor, ...]:
         sources = [super(Promises, self).fetch(t) for t in job.sources]
         again = id(job) in self._told
-        made = run_step(job.step, sources, self.magnitude, self.zero_norm, None if again else self.notes)
+        made = run_step(job.step, sources, self.magnitude, self.zero_norm, None if again else self.notes, self._rooms)
         if not again:
             self._told.add(id(job))
             if self.judge:

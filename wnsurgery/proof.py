@@ -79,18 +79,33 @@ def ulps_apart(w: Tensor, g: Tensor, v: Tensor, axes: Axes, *, log: bool = False
     if v.dtype == torch.float64:
         return _float64_apart(w.numpy(), rows.numpy(), v.numpy(), dims, log)
     rows = rows.exp() if log else rows
+    rooms = _Rooms(min(v.numel(), _BLOCK))
     total = torch.zeros(rows.shape, dtype=torch.float64)
     for part in _blocks(v.shape):
-        squares = v[part].to(torch.float64, copy=True).square_()
+        squares = rooms.fill(0, v[part]).square_()
         total[_in_rows(part, rows.shape)] += squares.sum(dims, keepdim=True) if dims else squares
     norm = total.sqrt_()
-    factor = rows / norm
+    factor = torch.where(norm == 0, 0.0, rows / norm)
     worst = 0.0
     for part in _blocks(v.shape):
         kept = _in_rows(part, rows.shape)
-        exact = v[part].to(torch.float64, copy=True).mul_(factor[kept])
-        worst = max(worst, _distance(w[part], exact, norm[kept] == 0))
+        exact = rooms.fill(0, v[part]).mul_(factor[kept])
+        worst = max(worst, _distance(w[part], exact, norm[kept] == 0, rooms))
     return worst
+
+
+class _Rooms:
+    """Three blocks of float64 memory, used again and again: fresh pages would cost more than the arithmetic."""
+
+    def __init__(self, size: int) -> None:
+        self.blocks = [torch.empty(size, dtype=torch.float64) for _ in range(3)]
+
+    def shaped(self, index: int, like: Tensor) -> Tensor:
+        return self.blocks[index][: like.numel()].view(like.shape)
+
+    def fill(self, index: int, values: Tensor) -> Tensor:
+        """The values in float64."""
+        return self.shaped(index, values).copy_(values)
 
 
 def _float64_apart(w: Array, rows: Array, v: Array, dims: tuple[int, ...], log: bool) -> float:
@@ -117,10 +132,11 @@ def _beside(size: Tensor, axes: Axes, v: Tensor) -> Tensor:
     return size.reshape([n if d in axes.kept else 1 for d, n in enumerate(v.shape)])
 
 
-def _distance(w: Tensor, exact: Tensor, free: Tensor) -> float:
-    unit = (exact.view(torch.int64) & _EXPONENT).view(torch.float64)
+def _distance(w: Tensor, exact: Tensor, free: Tensor, rooms: _Rooms) -> float:
+    apart, unit = rooms.fill(1, w).sub_(exact).abs_(), rooms.shaped(2, exact)
+    torch.bitwise_and(exact.view(torch.int64), _EXPONENT, out=unit.view(torch.int64))
     unit.mul_(2.0 ** -_DIGITS[w.dtype]).clamp_(min=_LEAST[w.dtype])
-    apart = (w.double() - exact).abs_().div_(unit)
+    apart.div_(unit)
     worst = apart.max().item()
     if math.isfinite(worst):
         return worst

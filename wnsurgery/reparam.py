@@ -158,7 +158,9 @@ def decompose(
         return stored.reshape(shape), v
 
 
-def compose(g: Tensor, v: Tensor, axes: Axes | None = None, *, magnitude: Magnitude = "linear") -> Tensor:
+def compose(
+    g: Tensor, v: Tensor, axes: Axes | None = None, *, magnitude: Magnitude = "linear", rooms: Rooms | None = None
+) -> Tensor:
     """The plain weight w = g * v / ||v||, in v's shape, type and memory format; differentiable to any order.
 
     The result is within 1.5 units in the last place of the exact value in float32 and float64, and within
@@ -173,6 +175,7 @@ def compose(g: Tensor, v: Tensor, axes: Axes | None = None, *, magnitude: Magnit
         g: magnitude, any shape `Axes.of_pair` accepts; with magnitude="log", its logarithm.
         v: direction, the shape of the weight.
         axes: kept axes; None reads them from g's shape.
+        rooms: memory to take for large results, lent again when nobody holds them.
 
     Raises PairError when g does not fit v.
     """
@@ -182,7 +185,7 @@ def compose(g: Tensor, v: Tensor, axes: Axes | None = None, *, magnitude: Magnit
         raise PairError(f"a magnitude of shape {tuple(g.shape)} does not fit {axes} of {tuple(v.shape)}")
     if _needs_plain_operations(g, v):
         return _compose_traceable(g, v, axes, magnitude)
-    return compose_eagerly(g, v, axes, magnitude)
+    return compose_eagerly(g, v, axes, magnitude, rooms)
 
 
 def compose_eagerly(g: Tensor, v: Tensor, axes: Axes, magnitude: Magnitude, rooms: Rooms | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["escape", "progress", "say", "show", "to_jsonable", "working"]
+__all__ = ["counting", "escape", "say", "show", "to_jsonable", "working"]
 
 
 def escape(text: str) -> str:
@@ -40,15 +40,17 @@ def working(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on stderr, fed with (bytes done, bytes in all); None where stderr is no terminal."""
+def counting(what: str, *, data: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on stderr, to be told (done, in all); None where stderr is no terminal. `data`: they are bytes."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    columns: Any = Progress.get_default_columns()
+    if data:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(escape(what).replace("[", "\\["), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

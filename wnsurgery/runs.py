@@ -7,14 +7,16 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from wnsurgery.batches import arguments_of
+from wnsurgery.batches import NamedArrays, arguments_of
 from wnsurgery.errors import ExportError, first_line, printable
 
 __all__ = ["Case", "Inputs", "copy_of", "rng_kept", "tensor_outputs", "tracking", "where"]
@@ -81,17 +83,50 @@ class Case:
             return cls(*arguments_of(model, inputs))
         return cls((inputs,), {}) if isinstance(inputs, Tensor) else cls(tuple(inputs), {})
 
+    @classmethod
+    def fitting(cls, inputs: Any, model: nn.Module) -> Case:
+        """Inputs of any kind for a module: tensors on its device, by name where `forward` has the names."""
+        place = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+        def tensor(value: Any) -> Any:
+            if isinstance(value, np.ndarray):
+                value = torch.from_numpy(np.array(value))
+            return value.to(place) if isinstance(value, Tensor) else value
+
+        if isinstance(inputs, Mapping):
+            return cls.of(NamedArrays((str(k), tensor(v)) for k, v in inputs.items()), model)
+        if isinstance(inputs, Tensor | np.ndarray):
+            return cls((tensor(inputs),), {})
+        return cls(tuple(tensor(value) for value in inputs), {})
+
+    def cast_for(self, model: nn.Module) -> Case:
+        """Floating-point arguments in the type of the model's parameters."""
+        kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda x: x.to(kind) if x.is_floating_point() else x, (self.args, self.kwargs)
+        )
+        return Case(args, kwargs)
+
     def fresh(self) -> Case:
         """The same values in tensors of their own: models may write into their inputs."""
         args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), (self.args, self.kwargs))
         return Case(args, kwargs)
 
-    def doubled(self) -> Case:
-        """Everything twice along the first axis: 1 would be taken for a constant."""
-        args, kwargs = pytree.tree_map_only(
-            Tensor, lambda x: torch.cat([x, x]) if x.ndim else x, (self.args, self.kwargs)
-        )
-        return Case(args, kwargs)
+    def doubled(self, axes: Mapping[str, Sequence[int]], model: nn.Module) -> Case:
+        """Everything twice along these axes of these parameters of `forward`: 1 would be taken for a constant."""
+
+        def twice(tensor: Tensor, along: Sequence[int]) -> Tensor:
+            for axis in along if tensor.ndim else ():
+                tensor = torch.cat([tensor, tensor], axis)
+            return tensor
+
+        arguments = {
+            name: pytree.tree_map_only(Tensor, partial(twice, along=axes.get(name, ())), value)
+            for name, value in self.named(model).items()
+        }
+        bound = inspect.signature(model.forward).bind(*self.args, **self.kwargs)
+        bound.arguments.update(arguments)
+        return Case(bound.args, dict(bound.kwargs))
 
     def named(self, model: nn.Module) -> dict[str, Any]:
         """The arguments by parameter name of `forward`, in its order."""

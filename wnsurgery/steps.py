@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wnsurgery.choice import Choice
 from wnsurgery.errors import NonFiniteWeightError, PairError, printable
+from wnsurgery.kept import Rooms
 from wnsurgery.keys import Layout, Pair, pair_of
 from wnsurgery.reparam import Axes, Magnitude, compose, decompose
 from wnsurgery.states import StateDict, dtype_name, found_in, refusal
@@ -86,6 +87,7 @@ def run_step(
     magnitude: Magnitude = "linear",
     zero_norm: ZeroNorm = "zero",
     notes: list[str] | None = None,
+    rooms: Rooms | None = None,
 ) -> tuple[Tensor, ...]:
     """Carry out one step on the tensors of its sources; returns the tensors of its targets.
 
@@ -95,6 +97,7 @@ def run_step(
         magnitude: how g is stored in pairs that do not say.
         zero_norm: what a row with v = 0 and g != 0 folds to; it has no direction. "error", "zero" or "nan".
         notes: where to append what the user should know about the values.
+        rooms: memory for folded weights, where they are done with one after the other.
 
     Raises NonFiniteWeightError or PairError, naming the weight.
     """
@@ -105,7 +108,7 @@ def run_step(
     try:
         with torch.no_grad():
             if step.action == "folded":
-                made, mark = (_folded_weight(step, tensors, magnitude, zero_norm, notes),), ()
+                made, mark = (_folded_weight(step, tensors, magnitude, zero_norm, notes, rooms),), ()
             else:
                 made = decompose(tensors[0].detach(), step.axes, magnitude=magnitude)
     except (NonFiniteWeightError, PairError) as error:
@@ -117,7 +120,12 @@ def run_step(
 
 
 def _folded_weight(
-    step: Step, tensors: Sequence[Tensor], magnitude: Magnitude, zero_norm: ZeroNorm, notes: list[str] | None
+    step: Step,
+    tensors: Sequence[Tensor],
+    magnitude: Magnitude,
+    zero_norm: ZeroNorm,
+    notes: list[str] | None,
+    rooms: Rooms | None,
 ) -> Tensor:
     g, v = (t.detach() for t in tensors[:2])
     stored: Magnitude = "log" if step.log else magnitude
@@ -131,7 +139,7 @@ def _folded_weight(
             )
         if notes is not None:
             notes.append(f"{printable(step.name)}: {count}; folded to {zero_norm}")
-    w = compose(g, v, step.axes, magnitude=stored)
+    w = compose(g, v, step.axes, magnitude=stored, rooms=rooms)
     if lost is not None and zero_norm == "nan":
         set_rows_nan(w, lost, step.axes)
     if notes is not None and not _is_finite(w):

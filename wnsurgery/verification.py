@@ -10,7 +10,7 @@ within tolerance wherever both sides can run. Two sides that have nothing in com
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wnsurgery.batches import NamedArrays
-from wnsurgery.differences import OutputsReport, TensorsReport, as_array, compare_outputs, compare_tensors
+from wnsurgery.bisection import Parting, first_difference
+from wnsurgery.differences import (
+    OutputsReport,
+    TensorsReport,
+    as_array,
+    compare_outputs,
+    compare_tensors,
+    is_float,
+    tolerance,
+)
 from wnsurgery.errors import (
     ExportError,
     InputError,
@@ -30,7 +38,7 @@ from wnsurgery.errors import (
     WnsurgeryError,
     printable,
 )
-from wnsurgery.parity import open_session, run_session
+from wnsurgery.parity import cast_to_declared, open_session, run_session
 from wnsurgery.reparam import Magnitude
 from wnsurgery.runs import Case, Inputs, copy_of, rng_kept
 from wnsurgery.surgery import fold_weight_norm
@@ -55,6 +63,7 @@ class VerifyReport:
         outputs: one comparison for each set of inputs; empty where a side cannot run.
         notes: what was not compared, and why.
         failures: what is wrong beyond single weights and outputs.
+        parting: where the two part; None unless asked for.
     """
 
     a: str
@@ -63,6 +72,7 @@ class VerifyReport:
     outputs: tuple[OutputsReport, ...]
     notes: tuple[str, ...]
     failures: tuple[str, ...]
+    parting: Parting | None = None
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -99,12 +109,13 @@ class VerifyReport:
             worst = max(self.outputs, key=lambda r: (not r.ok, max((o.max_rel for o in r.outputs), default=0.0)))
             lines.append(f"{len(self.outputs)} sets of inputs, the worst:" if len(self.outputs) > 1 else "")
             lines.append(str(worst))
+        lines += [] if self.parting is None else [str(self.parting)]
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  failed: {problem}" for problem in self._own_problems]
         return "\n".join(line for line in lines if line)
 
 
-def verify(
+def verify(  # noqa: PLR0913 - what is compared, how, and how it is loaded; all but three have defaults that fit
     a: Artefact,
     b: Artefact,
     inputs: Inputs | None = None,
@@ -112,6 +123,9 @@ def verify(
     rtol: float | None = None,
     atol: float | None = None,
     n_inputs: int = 3,
+    more: Sequence[Inputs] = (),
+    bisect: bool = False,
+    any_dtype: bool = False,
     arch: Arch | None = None,
     trust_pickle: bool = False,
     magnitude: Magnitude = "linear",
@@ -131,6 +145,11 @@ def verify(
         inputs: a tensor, a sequence, or a mapping by name; None makes `n_inputs` random sets from what an ONNX
             graph declares.
         rtol, atol: tolerance on outputs; None goes by type, see `differences.tolerance`.
+        n_inputs: how many random sets are made.
+        more: further sets of inputs.
+        bisect: if the outputs differ, find the layer where the two part, see `bisection.first_difference`.
+        any_dtype: let the two sides be of different types, say a net in float16 and its float32 original: outputs are
+            judged by the coarser type, and weights are not compared bit for bit.
         arch: what builds the model for a checkpoint, see `files.load_model`.
         trust_pickle: let a file's pickle run code.
         magnitude: "log" when pairs store the logarithm of g without saying so, as our own do.
@@ -146,10 +165,12 @@ def verify(
         raise SelectionError("arch is given, but neither side is a checkpoint that it could build a model for")
     notes: list[str] = []
     failures: list[str] = []
-    outputs = _outputs(first, second, inputs, n_inputs, (rtol, atol), notes, failures)
-    weights = _weights(first, second, bool(outputs), notes)
+    cases = _cases(first, second, inputs, n_inputs, more, notes)
+    outputs = _outputs(first, second, cases, inputs is not None, (rtol, atol), any_dtype, notes, failures)
+    weights = _weights(first, second, bool(outputs), notes, any_dtype)
     failures += [f"{name}: holds NaN on both sides, which proves nothing" for name in _both_nan(first, second)]
-    return VerifyReport(first.name, second.name, weights, outputs, tuple(notes), tuple(failures))
+    parting = _parting(first, second, cases, outputs, (rtol, atol), notes) if bisect else None
+    return VerifyReport(first.name, second.name, weights, outputs, tuple(notes), tuple(failures), parting)
 
 
 # The two sides -------------------------------------------------------------------------------------------
@@ -173,14 +194,16 @@ class _Side:
     def runs(self) -> bool:
         return self.module is not None or self.session is not None
 
-    def run(self, inputs: Any) -> tuple[list[str], list[Any]]:
-        """Names ("" where there are none) and values of the outputs."""
+    def run(self, inputs: Any, *, any_dtype: bool = False) -> tuple[list[str], list[Any]]:
+        """Names ("" where there are none) and values of the outputs; `any_dtype` casts floats to what it takes."""
         if self.session is not None:
             given = [inputs] if isinstance(inputs, Tensor | np.ndarray) else inputs
+            given = cast_to_declared(self.session, given) if any_dtype else given
             found = run_session(self.session, given, self.name)
             return list(found), list(found.values())
         assert self.module is not None
-        case = _as_case(inputs, self.module)
+        case = Case.fitting(inputs, self.module)
+        case = case.cast_for(self.module) if any_dtype else case
         with torch.no_grad(), rng_kept(self.module):
             values = case.run(self.module)
         return [""] * len(values), list(values)
@@ -209,7 +232,7 @@ def _of_graph(path: Path) -> _Side:
     from wnsurgery.onnx_file import read_onnx
 
     model = read_onnx(path)
-    fold_model(model, name=path)
+    fold_model(model)
     values = model.graph.initializers.values()
     tensors = {str(value.name): value.const_value.numpy() for value in values if value.const_value is not None}
     return _Side(str(path), tensors, session=open_session(path))
@@ -235,7 +258,10 @@ def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool, magnitude:
 # Weights -------------------------------------------------------------------------------------------------
 
 
-def _weights(a: _Side, b: _Side, ran: bool, notes: list[str]) -> TensorsReport | None:
+def _weights(a: _Side, b: _Side, ran: bool, notes: list[str], any_dtype: bool) -> TensorsReport | None:
+    if any_dtype and ran:
+        notes.append("weights not compared: the sides may be of different types, so the outputs decide")
+        return None
     if not a.tensors or not b.tensors:
         notes.append(f"weights not compared: {a.name if not a.tensors else b.name} holds none")
         return None
@@ -304,70 +330,95 @@ def _fingerprint(array: Array) -> tuple[str, tuple[int, ...], bytes]:
 def _outputs(
     a: _Side,
     b: _Side,
-    inputs: Inputs | None,
-    n_inputs: int,
+    cases: Sequence[Any],
+    given: bool,
     limits: tuple[float | None, float | None],
+    any_dtype: bool,
     notes: list[str],
     failures: list[str],
 ) -> tuple[OutputsReport, ...]:
-    still = [side.name for side in (a, b) if not side.runs]
-    if still:
-        notes.append(f"outputs not compared: {' and '.join(still)} cannot run (a checkpoint needs arch=...)")
-        return ()
-    graph = a if a.is_graph else b
-    if inputs is None and not graph.is_graph:
-        notes.append("outputs not compared: no inputs were given")
-        return ()
-    cases = [inputs] if inputs is not None else [_random_inputs(graph, seed) for seed in range(n_inputs)]
     reports: list[OutputsReport] = []
     values: list[Array] = []
     for case in cases:
         results = []
         for side in (a, b):
             try:
-                results.append(side.run(case))
+                results.append(side.run(case, any_dtype=any_dtype))
             except (ExportError, InputError) as error:
                 failures.append(f"{side.name} does not run on these inputs: {_reason(error, side.name)}")
-        if not results and inputs is not None:
+        if not results and given:
             raise InputError(f"the inputs fit neither side: {'; '.join(failures[-2:])}")
         if len(results) < 2:
             break
-        reports.append(_output_report(results[0], results[1], limits))
+        reports.append(_output_report(results[0], results[1], limits, any_dtype))
         values += (as_array(value) for value in results[0][1])
     if values and all(value.dtype.kind not in "iub" and bool(np.isnan(value).all()) for value in values):
         failures.append("every output is NaN, which proves nothing")
     return tuple(reports)
 
 
+def _cases(
+    a: _Side, b: _Side, inputs: Inputs | None, n_inputs: int, more: Sequence[Inputs], notes: list[str]
+) -> list[Any]:
+    """The sets of inputs to run both sides on; none where that cannot be done."""
+    still = [side.name for side in (a, b) if not side.runs]
+    if still:
+        notes.append(f"outputs not compared: {' and '.join(still)} cannot run (a checkpoint needs arch=...)")
+        return []
+    graph = a if a.is_graph else b
+    if inputs is None and not graph.is_graph:
+        if not more:
+            notes.append("outputs not compared: no inputs were given")
+        return list(more)
+    first = [inputs] if inputs is not None else [_random_inputs(graph, seed) for seed in range(n_inputs)]
+    return [*first, *more]
+
+
+def _parting(
+    a: _Side,
+    b: _Side,
+    cases: Sequence[Any],
+    outputs: Sequence[OutputsReport],
+    limits: tuple[float | None, float | None],
+    notes: list[str],
+) -> Parting | None:
+    """Where the sides part on the first set of inputs on which they do."""
+    if not outputs:
+        notes.append("no layer was looked for: the outputs were not compared")
+        return None
+    case = next((c for c, report in zip(cases, outputs, strict=False) if not report.ok), cases[0])
+    sides: list[Any] = [side.name if side.is_graph else side.module for side in (a, b)]
+    return first_difference(sides[0], sides[1], case, rtol=limits[0], atol=limits[1])
+
+
 def _output_report(
-    a: tuple[list[str], list[Any]], b: tuple[list[str], list[Any]], limits: tuple[float | None, float | None]
+    a: tuple[list[str], list[Any]],
+    b: tuple[list[str], list[Any]],
+    limits: tuple[float | None, float | None],
+    any_dtype: bool,
 ) -> OutputsReport:
     """Compared by position, as callers of either side unpack them; named after the side that has names."""
     if len(a[1]) != len(b[1]):
         return compare_outputs(a[1], b[1])
+    if any_dtype:
+        pairs = [_coarser(x, y) for x, y in zip(a[1], b[1], strict=True)]
+        a, b = (a[0], [x for x, _ in pairs]), (b[0], [y for _, y in pairs])
     names = [y or x or f"output {i}" for i, (x, y) in enumerate(zip(a[0], b[0], strict=True))]
-    pairs = [dict(zip(names, side[1], strict=True)) for side in (a, b)]
-    return compare_outputs(pairs[0], pairs[1], rtol=limits[0], atol=limits[1])
+    sides = [dict(zip(names, side[1], strict=True)) for side in (a, b)]
+    return compare_outputs(sides[0], sides[1], rtol=limits[0], atol=limits[1])
+
+
+def _coarser(a: Any, b: Any) -> tuple[Array, Array]:
+    """Two outputs in the type with the larger steps."""
+    x, y = as_array(a), as_array(b)
+    if x.dtype == y.dtype or not (is_float(x.dtype) and is_float(y.dtype)):
+        return x, y
+    kind = max(x.dtype, y.dtype, key=lambda dtype: tolerance(dtype)[1])
+    return x.astype(kind), y.astype(kind)
 
 
 def _reason(error: WnsurgeryError, name: str) -> str:
     return error.message.removeprefix(f"{name}: ")
-
-
-def _as_case(inputs: Any, model: nn.Module) -> Case:
-    """Inputs of any kind as arguments for a module: tensors on its device, by name where `forward` has the names."""
-    place = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-
-    def tensor(value: Any) -> Any:
-        if isinstance(value, np.ndarray):
-            value = torch.from_numpy(np.array(value))
-        return value.to(place) if isinstance(value, Tensor) else value
-
-    if isinstance(inputs, Mapping):
-        return Case.of(NamedArrays((str(k), tensor(v)) for k, v in inputs.items()), model)
-    if isinstance(inputs, Tensor | np.ndarray):
-        return Case((tensor(inputs),), {})
-    return Case(tuple(tensor(value) for value in inputs), {})
 
 
 def _random_inputs(side: _Side, seed: int) -> dict[str, Array]:

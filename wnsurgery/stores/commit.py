@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import secrets
 import shutil
@@ -11,7 +12,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from wnsurgery.errors import InputError, OutputError, OutputExistsError
 
@@ -115,7 +116,18 @@ def _create(temporary: Path, path: Path) -> BinaryIO:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     except OSError as error:
         raise OutputError(f"{path}: {_reason(error)}") from error
-    return os.fdopen(handle, "wb", buffering=1 << 20)
+    return cast(BinaryIO, _Unbuffered(handle, "wb"))
+
+
+class _Unbuffered(io.FileIO):
+    """A file whose writes go to the system as they come, whole: they are large, and a buffer would only copy them."""
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while rest:
+            rest = rest[super().write(rest) or 0 :]
+        return size
 
 
 def _publish(temporary: Path, path: Path, force: bool) -> None:

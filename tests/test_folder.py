@@ -1,0 +1,104 @@
+"""A folder of inputs is run file by file or in batches, with the same outputs, and nothing is overwritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from wnsurgery.cli import cli
+from wnsurgery.errors import InputError, InputMissingError, OutputExistsError, SelectionError
+from wnsurgery.export import export_onnx
+from wnsurgery.folder import run_folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    path = tmp_path_factory.mktemp("model") / "m.onnx"
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(2, 3, 1), nn.Tanh())
+    export_onnx(net, torch.randn(2, 2, 5), path, dynamic={"input": [0, 2]})
+    return net.eval(), path
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """Seven files of one to three rows, two widths, .npz and .npy."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(7):
+        x = rng.standard_normal((1 + i % 3, 2, 5 if i < 5 else 6)).astype(np.float32)
+        if i % 2:
+            np.save(folder / f"x{i}.npy", x)
+        else:
+            np.savez(folder / f"x{i}.npz", x)
+    (folder / "readme.txt").write_text("not an input")
+    return folder
+
+
+@pytest.mark.parametrize(("batch", "runs"), [(1, 7), (2, 4), (100, 2)])
+def test_every_file_gets_its_output(
+    model: tuple[nn.Module, Path], inputs: Path, tmp_path: Path, batch: int, runs: int
+) -> None:
+    """Whatever the batch, each output holds what torch computes from its input alone; shapes are never mixed."""
+    seen = []
+    report = run_folder(model[1], inputs, tmp_path / "out", batch=batch, progress=lambda *n: seen.append(n))
+    assert (report.runs, report.provider) == (runs, "CPUExecutionProvider")
+    assert seen[-1] == (7, 7)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"x{i}.npz" for i in range(7)]
+    for i in range(7):
+        loaded = np.load(inputs / (f"x{i}.npy" if i % 2 else f"x{i}.npz"))
+        x = loaded if i % 2 else loaded["arr_0"]
+        with torch.no_grad():
+            expected = model[0](torch.from_numpy(x)).numpy()
+        (found,) = np.load(tmp_path / "out" / f"x{i}.npz").values()
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_stands_in_the_way_is_told_before_anything_runs(
+    model: tuple[nn.Module, Path], inputs: Path, tmp_path: Path
+) -> None:
+    """Existing outputs, the same folder twice, empty folders, twins and odd batches are errors."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x6.npz").write_text("precious")
+    with pytest.raises(OutputExistsError):
+        run_folder(model[1], inputs, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["x6.npz"]
+    with pytest.raises(SelectionError):
+        run_folder(model[1], inputs, inputs, force=True)
+    with pytest.raises(SelectionError):
+        run_folder(model[1], inputs, tmp_path / "new", batch=0)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputMissingError):
+        run_folder(model[1], tmp_path / "none", tmp_path / "new")
+    np.save(inputs / "x0.npy", np.zeros((1, 2, 5), np.float32))
+    with pytest.raises(InputError, match="same name"):
+        run_folder(model[1], inputs, tmp_path / "new")
+
+
+def test_outputs_without_the_batch_are_not_taken_apart(tmp_path: Path, inputs: Path) -> None:
+    """A graph that sums over the batch cannot be batched, and says so."""
+
+    class Total(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sum(0)
+
+    export_onnx(Total(), torch.randn(2, 2, 5), tmp_path / "m.onnx", dynamic={"x": [0, 2]})
+    with pytest.raises(InputError, match="batch first"):
+        run_folder(tmp_path / "m.onnx", inputs, tmp_path / "out", batch=4)
+
+
+def test_the_command_runs_files_and_folders(model: tuple[nn.Module, Path], inputs: Path, tmp_path: Path) -> None:
+    """`run` takes a folder, and times a single file on request."""
+    arguments = ["run", str(model[1]), "--input", str(inputs), "-o", str(tmp_path / "out"), "--batch", "3"]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.output
+    assert "wrote 7 files" in done.output
+    arguments = ["run", str(model[1]), "--input", str(inputs / "x0.npz"), "-o", str(tmp_path / "y.npz"), "--time", "3"]
+    done = CliRunner().invoke(cli, arguments)
+    assert "in 3 runs on cpu" in done.output
