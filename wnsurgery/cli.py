@@ -426,7 +426,7 @@ def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against:
 
 
 @cli.command()
-@_model
+@click.argument("model", type=click.Path(path_type=Path), required=False)
 @_loading
 @_entry
 @_stored
@@ -434,17 +434,28 @@ def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against:
 @click.option("--repeats", type=click.IntRange(min=3), default=20, show_default=True, help="Interleaved repeats.")
 @click.option("--deploy", is_flag=True, help="Time deployment: torch, torch.compile and onnxruntime, folded and not.")
 @click.option("--no-compile", is_flag=True, help="Leave torch.compile out of --deploy.")
+@click.option("--suite", is_flag=True, help="Time the built-in nets and surgery; MODEL then chooses among them.")
+@click.option("--work", "works", multiple=True, metavar="WORK", help="Suite: train, eval, accumulate, gan; repeat.")
+@click.option("--threads", multiple=True, type=click.IntRange(min=1), help="Suite: CPU threads; repeat.")
+@click.option("--fault-free", is_flag=True, help="Suite: measure again without page faults.")
 @_common
-def bench(model: Path, as_json: bool, deploy: bool, no_compile: bool, **options: Any) -> None:
+def bench(model: Path | None, as_json: bool, suite: bool, deploy: bool, no_compile: bool, **options: Any) -> None:
     """Time MODEL plain, under torch's weight norm and under ours: training step and evaluation.
 
     \b
-    Example:
+    Examples:
       wnsurgery bench model.pt --input-shape 16x3x32x32
       wnsurgery bench model.pt --input-shape 1x3x32x32 --deploy --json
+      wnsurgery bench --suite "gpt-*" --work train --threads 1 --json
     """
     from wnsurgery.files import load_model
 
+    own = {name: options.pop(name) for name in ("works", "threads", "fault_free")}
+    if suite:
+        _bench_suite(model, as_json, options["repeats"], own)
+        return
+    if model is None or any(own.values()):
+        raise SelectionError("bench needs a MODEL" if model is None else "--work, --threads, --fault-free need --suite")
     inputs = _inputs(options.pop("input_file"), options.pop("input_shape"))
     if inputs is None:
         raise SelectionError("bench needs inputs", hint="--input-shape 16x3x32x32 or --input FILE")
@@ -476,6 +487,15 @@ def _compare(model: Path, against: Path, as_json: bool, as_csv: bool, options: d
         click.echo(changes.to_csv(), nl=False)
     else:
         show(changes, as_json=as_json)
+def _bench_suite(model: Path | None, as_json: bool, repeats: int, own: dict[str, Any]) -> None:
+    from wnsurgery.suite import bench_suite
+
+    options = {name: value for name, value in own.items() if value}
+    if model is not None:  # a choice of nets, and nothing but nets
+        options |= {"models": [str(model)], "layers": [], "megabytes": 0}
+    with working("timing"):
+        report = bench_suite(**options, repeats=repeats)
+    show(report, as_json=as_json)
 
 
 # Arguments -----------------------------------------------------------------------------------------------

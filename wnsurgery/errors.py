@@ -3,6 +3,7 @@
 WnsurgeryError
 ├── SelectionError (ValueError)          2  a selection or option that fits nothing in the model
 ├── NonFiniteWeightError (ValueError)    3  a weight to convert holds NaN or infinity
+├── ModeError (RuntimeError)             2  asked of deferred mode what only the default mode gives
 ├── PairError (ValueError)               3  (g, v) orphaned, swapped, misshapen, or mixed with something else
 ├── InputError (ValueError)              3  a file that is damaged, unsupported or ambiguous
 │   └── InputMissingError (FileNotFoundError)
@@ -27,6 +28,7 @@ __all__ = [
     "InputError",
     "InputMissingError",
     "MissingPackageError",
+    "ModeError",
     "NonFiniteWeightError",
     "OutputError",
     "OutputExistsError",
@@ -98,6 +100,12 @@ class NonFiniteWeightError(WnsurgeryError, ValueError):
     """A weight to convert holds NaN or infinity, which weight norm would spread over the whole row."""
 
     exit_code = 3
+
+
+class ModeError(WnsurgeryError, RuntimeError):
+    """Asked of a weight in deferred mode what only the default mode gives: second derivatives, hooks on g and v."""
+
+    exit_code = 2
 
 
 class PairError(WnsurgeryError, ValueError):

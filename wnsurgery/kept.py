@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["LARGE", "Kept", "Rooms"]
+__all__ = ["LARGE", "Kept", "Rooms", "steps_counted"]
 
 LARGE = 1 << 16  # elements from which memory is worth keeping; smaller blocks come warm from the allocator
 _ALONE = 2  # storage references when only the lender holds it: its tensor, and the handle that counting takes
 _PROBE = 32  # bytes compared at each of a few places
+_WHOLE = 1 << 11  # bytes of a tensor up to which all are compared
 
 
 class Rooms:
@@ -76,21 +77,36 @@ class _Steps:
 
 
 _steps = _Steps()
+_no_steps = _Steps()
+
+
+def steps_counted() -> int:
+    """Optimizer steps of this process so far, from the first call on."""
+    _steps.start()
+    return _steps.count
 
 
 class Kept:
-    """A computed weight with everything that tells whether its g and v, or it itself, have been written to since."""
+    """A computed weight with everything that tells whether its g and v, or it itself, have been written to since.
 
-    __slots__ = ("_g", "_places", "_probed", "_starts", "_step", "_v", "_versions", "w")
+    `steps=False` leaves optimizer steps out: for a caller who renews the weight after each of them.
+    """
 
-    def __init__(self, w: Tensor, g: Tensor, v: Tensor) -> None:
+    __slots__ = ("_counted", "_g", "_places", "_probed", "_starts", "_step", "_v", "_versions", "w")
+
+    def __init__(self, w: Tensor, g: Tensor, v: Tensor, *, steps: bool = True) -> None:
         _steps.start()
         self.w, self._g, self._v = w, g, v
-        self._versions = (w._version, g._version, v._version)
-        self._starts = (g.data_ptr(), v.data_ptr())
+        self._counted = _steps if steps else _no_steps
         self._places = (*_places(g, (2,)), *_places(v, (1, 3)))
-        self._probed = b"".join(ctypes.string_at(*place) for place in self._places)
-        self._step = _steps.count
+        self._starts = (g.data_ptr(), v.data_ptr())
+        self.renew()
+
+    def renew(self) -> None:
+        """The weight was computed anew from the same g and v, in the same memory."""
+        self._versions = (self.w._version, self._g._version, self._v._version)
+        self._probed = [place.raw for place in self._places]
+        self._step = self._counted.count
 
     def is_written(self) -> bool:
         """Whether somebody wrote into the weight itself."""
@@ -100,15 +116,17 @@ class Kept:
         """Whether this pair has not been written to since, so that a write into the weight is the latest word."""
         return g is self._g and v is self._v and (g._version, v._version) == self._versions[1:]
 
-    def is_of(self, g: Tensor, v: Tensor) -> bool:
+    def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether it is still the weight of this pair."""
         return (
             g is self._g
+            and g is not None
             and v is self._v
-            and self._step == _steps.count
+            and v is not None
+            and self._step == self._counted.count
             and (self.w._version, g._version, v._version) == self._versions
             and (g.data_ptr(), v.data_ptr()) == self._starts
-            and b"".join([ctypes.string_at(*place) for place in self._places]) == self._probed
+            and [place.raw for place in self._places] == self._probed
         )
 
     @staticmethod
@@ -117,11 +135,15 @@ class Kept:
         return v.device.type == "cpu" and g.device.type == "cpu" and not (v.is_inference() or g.is_inference())
 
 
-def _places(tensor: Tensor, quarters: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Addresses and lengths of a few bytes inside a tensor's memory, some quarters of the way in."""
+def _places(tensor: Tensor, quarters: tuple[int, ...]) -> list[Any]:
+    """A few bytes inside a tensor's memory, some quarters of the way in, to be read through `raw`."""
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return []
     start = tensor.data_ptr()
     size = int(tensor.untyped_storage().nbytes()) - int(tensor.storage_offset()) * tensor.element_size()
-    if not tensor.numel() or size <= 0:
+    if size <= 0:
         return []
+    if size <= _WHOLE:
+        return [(ctypes.c_char * size).from_address(start)]
     length = min(size, _PROBE)
-    return [(start + (size - length) * quarter // 4, length) for quarter in quarters]
+    return [(ctypes.c_char * length).from_address(start + (size - length) * quarter // 4) for quarter in quarters]

@@ -8,10 +8,13 @@ saved whole and deep-copied, and copies are independent; `reset_parameters()` an
 
 from __future__ import annotations
 
+import copy
 import copyreg
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,25 +22,45 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
+from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError, WnsurgeryError
 from wnsurgery.kept import Kept, Rooms
-from wnsurgery.reparam import ZERO_LOG, WeightNorm
+from wnsurgery.looked_up import look_up, serves
+from wnsurgery.multi_tensor import Item
+from wnsurgery.preparation import Preparation
+from wnsurgery.reparam import ZERO_LOG, WeightNorm, blank_module, copied_module
 
 __all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_parameter"]
 
 _MAX_HANDLES = 63  # weights handed out and still alive that are watched for writes
-PASSING = frozenset({"_handed_out", "_kept", "_lent"})  # attributes that belong to this process and this moment
+PASSING = frozenset(
+    {"_deferred", "_handed_out", "_kept", "_lent", "_ready"}
+)  # attributes that belong to this process and this moment
+_is_compiling, _tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
 _ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
 
 
 class WeightNormList(ParametrizationList):
     """`module.parametrizations.weight` of a converted module: original0 is g, original1 is v."""
 
+    _deferred: DeferredWeight | None = None  # in deferred mode
+    _kept: Kept | None = None
+    _preparation: Preparation | None = None  # with the other weights of its net
+
     def forward(self) -> Tensor:
+        kept, halves = self._kept, self._parameters
+        if kept is not None and not torch.is_grad_enabled() and not _is_compiling():
+            known = kept.is_of(halves.get("original0"), halves.get("original1"))
+            if known and len(self._modules) == 1 and _tracing() is None:
+                return kept.w
         rule: Any = self._modules["0"]
-        g, v = self._pair()
+        g, v = self.pair()
         if "1" in self._modules:  # something is stacked on top
             return super().forward()
+        if self._deferred is not None:
+            leaf = self._leaf(self._deferred, g, v)
+            if leaf is not None:
+                return leaf
         if _is_watched(g, v):
             return rule(g, v)  # type: ignore[no-any-return]
         kept = self.__dict__.get("_kept")
@@ -50,7 +73,8 @@ class WeightNormList(ParametrizationList):
                 kept = None
         self.absorb()
         if training:
-            w: Tensor = rule.compose(g, v, self._rooms())
+            net = self._preparation
+            w: Tensor = rule.compose(g, v, self._rooms(), None if net is None else net.take(self, g, v))
             self._hand_out(w, g, v)
             return w
         with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, so that its version tells of writes
@@ -63,6 +87,64 @@ class WeightNormList(ParametrizationList):
         else:
             self._hand_out(w, g, v)
         return w
+
+    def item(self) -> Item | None:
+        """Its pair and rule, None where the factor cannot be told from the row norms in passing."""
+        g, v = self.pair()
+        rule: Any = self._modules["0"]
+        known = v.device.type == "cpu" and not _is_watched(g, v) and "1" not in self._modules and rule.fits(g, v)
+        return Item(g, v, rule.axes, rule.magnitude, v) if known else None
+
+    def rows(self, ids: Tensor, padding: int | None) -> Tensor | None:
+        """Rows of the weight in training, None where the whole weight must be computed, or be there already."""
+        g, v = self.pair()
+        rule: Any = self._modules["0"]
+        hooks = self._forward_hooks or self._forward_pre_hooks or rule._forward_hooks or rule._forward_pre_hooks
+        others = self._deferred is not None or "1" in self._modules or parametrize._cache_enabled or hooks
+        if others or _is_watched(g, v) or torch.autograd.forward_ad._current_level >= 0:
+            return None
+        if not (serves(ids, v, rule.axes) and rule.fits(g, v) and g.ndim == 2):
+            return None
+        self.absorb()
+        return look_up(ids, g, v, rule.magnitude, padding)
+
+    def _leaf(self, weight: DeferredWeight, g: Tensor, v: Tensor) -> Tensor | None:
+        """The weight of deferred mode, None where whoever is watching must see it computed from g and v."""
+        if _is_compiling():  # kept current by optimizer steps and loading
+            return weight.leaf if type(v) is DeferredParameter and not torch.compiler.is_exporting() else None
+        return weight.current(g, v) if _tracing() is None else None
+
+    def defer(self, weight: DeferredWeight | None, group: DeferredGroup) -> DeferredWeight | None:
+        """Enter deferred mode, with the weight another owner of the pair has made if there is one; None where something
+        is stacked on top."""
+        if "1" in self._modules:
+            return None
+        self.absorb()
+        for name in PASSING:
+            self.__dict__.pop(name, None)
+        g, v = self.pair()
+        rule: Any = self._modules["0"]
+        weight = DeferredWeight(group, rule, g, v) if weight is None else weight  # type: ignore[arg-type]
+        self.__dict__["_deferred"] = weight
+        return weight
+
+    def undefer(self, *, settle: bool = True) -> None:
+        """Leave deferred mode; `settle=False` for a pair that is of no use any more."""
+        weight = self._deferred
+        if weight is not None:
+            weight.release(settle=settle)
+            del self.__dict__["_deferred"]
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As any module's; but to DistributedDataParallel, which asks module by module whose gradients to exchange, a
+        deferred pair names its leaf, which is what gets one."""
+        leaf = None if recurse or self._deferred is None else self._deferred.leaf
+        if leaf is not None and sys._getframe(1).f_globals.get("__name__") == "torch.nn.parallel.distributed":
+            yield (f"{prefix}." if prefix else "") + "leaf", leaf
+            return
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
 
     def _rooms(self) -> Rooms:
         rooms: Rooms | None = self.__dict__.get("_lent")
@@ -86,10 +168,18 @@ class WeightNormList(ParametrizationList):
                     entry.__dict__["_handed_out"] = watched
 
         alias = w.detach()
-        record = (weakref.ref(w, let_go), alias, alias._version, g, g._version, v, v._version)
+        record = (
+            weakref.ref(w, let_go),
+            alias,
+            alias._version,
+            g,
+            g._version,
+            v,
+            v._version,
+        )
         self.__dict__["_handed_out"] = [*self.__dict__.get("_handed_out", ())[-_MAX_HANDLES:], record]
 
-    def _pair(self) -> tuple[Tensor, Tensor]:
+    def pair(self) -> tuple[Tensor, Tensor]:
         g: Tensor | None = self._parameters.get("original0")
         v: Tensor | None = self._parameters.get("original1")
         if g is None or v is None:  # functional_call and replicas put plain tensors in their place
@@ -103,11 +193,14 @@ class WeightNormList(ParametrizationList):
         `nn.init.zeros_(module.weight)` writes into a computed tensor. Its version counter tells; the write is
         taken over before anything else reads the pair, unless g or v themselves changed in between.
         """
+        if self._deferred is not None:
+            self._deferred.settle()
+            return
         kept = self.__dict__.get("_kept")
         records = self.__dict__.pop("_handed_out", None)
         if kept is None and not records:
             return
-        now_g, now_v = self._pair()
+        now_g, now_v = self.pair()
         if kept is not None and kept.is_written():
             del self.__dict__["_kept"]
             if kept.was_of(now_g, now_v):
@@ -133,20 +226,30 @@ class WeightNormList(ParametrizationList):
         if "1" in self._modules:
             super().right_inverse(value)
             return
-        v = self._pair()[1]
+        v = self.pair()[1]
         if value.shape != v.shape:
             raise PairError(f"a weight of shape {tuple(value.shape)} does not fit {tuple(v.shape)}")
         self._store(value)
 
     def _store(self, value: Tensor) -> None:
         rule: Any = self._modules["0"]
-        g, v = self._pair()
+        g, v = self.pair()
         with torch.no_grad():
             new_g, new_v = rule.right_inverse(value.detach().to(v.dtype))
             g.copy_(new_g)
             v.copy_(new_v)
         self.__dict__.pop("_handed_out", None)
         self.__dict__.pop("_kept", None)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Let compiled code, which runs on the leaf without asking, see what has become of g and v."""
+        weight = self._deferred
+        if weight is not None:
+            g, v = self.pair()
+            if (g is not weight.g or v is not weight.v) and type(g) is type(v) is nn.Parameter:
+                weight.adopt(g, v)
+            weight.current(g, v)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("original0", "original1") and not torch.compiler.is_compiling():
@@ -155,17 +258,34 @@ class WeightNormList(ParametrizationList):
 
     def __getstate__(self) -> dict[str, Any]:
         self.absorb()
-        return {name: value for name, value in self.__dict__.items() if name not in PASSING}
+        return {n: value for n, value in self.__dict__.items() if n not in PASSING and n != "_preparation"}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightNormList:
+        twin = copied_module(self, memo)
+        if self._preparation is not None:
+            twin.__dict__["_preparation"] = copy.deepcopy(self._preparation, memo)
+        return twin
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.absorb()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.absorb()
+        super()._load_from_state_dict(*arguments)
+        self._refresh()
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.absorb()
+        weight = self._deferred
         for name in PASSING:
             self.__dict__.pop(name, None)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if weight is not None:
+            weight.adopt(*self.pair())  # type: ignore[arg-type]
+            self.__dict__["_deferred"] = weight
+            self._refresh()
+        return self
 
 
 def _is_watched(g: Tensor, v: Tensor) -> bool:
@@ -184,24 +304,33 @@ def _is_watched(g: Tensor, v: Tensor) -> bool:
 
 
 def install(
-    module: nn.Module, name: str, rule: WeightNorm, pair: tuple[Tensor, Tensor] | tuple[nn.Parameter, nn.Parameter]
+    module: nn.Module,
+    name: str,
+    rule: WeightNorm,
+    pair: tuple[Tensor, Tensor] | tuple[nn.Parameter, nn.Parameter],
+    net: Preparation | None = None,
 ) -> tuple[nn.Parameter, nn.Parameter]:
     """Put `module.name` under weight norm with the given (g, v); returns them as the Parameters they became.
 
-    Given Parameters are registered as they are, so that the owners of a tied weight share one pair.
+    Given Parameters are registered as they are, so that the owners of a tied weight share one pair. Weights of one net
+    are quicker to compute when they have a `Preparation` in common.
     """
     order = tuple(module._parameters)
     old = module._parameters[name]
     assert old is not None
     entry = _new_list(rule, pair, old)
+    if net is not None:
+        entry.__dict__["_preparation"] = net
     del module._parameters[name]
     if not parametrize.is_parametrized(module):
-        module._modules["parametrizations"] = nn.ModuleDict()  # past any __setattr__ of the user's
+        made = nn.ModuleDict.__new__(nn.ModuleDict)
+        blank_module(made, nn.ModuleDict)
+        module._modules["parametrizations"] = made  # past any __setattr__ of the user's
         _give_class(module, (name,))
     else:
         _give_class(_undressed(module), (*_table(module), name))
     table = _table(module)
-    table[name] = entry
+    table._modules[name] = entry
     table.train(module.training)
     table.__dict__.setdefault(_ORDER, order)
     return entry._parameters["original0"], entry._parameters["original1"]  # type: ignore[return-value]
@@ -210,13 +339,14 @@ def install(
 def _new_list(rule: WeightNorm, pair: tuple[Tensor, Tensor], old: Tensor) -> WeightNormList:
     """A WeightNormList that holds exactly this pair, with the old parameter's attributes on v."""
     entry = WeightNormList.__new__(WeightNormList)
-    nn.ModuleList.__init__(entry, [rule])
-    entry.unsafe, entry.is_tensor, entry.ntensors = True, False, 2
+    blank_module(entry, nn.ModuleList)
+    entry._modules["0"] = rule
+    entry.__dict__.update(unsafe=True, is_tensor=False, ntensors=2)
     for key, tensor in zip(("original0", "original1"), pair, strict=True):
         if not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)  # noqa: PLW2901 - now a Parameter
-        entry.register_parameter(key, tensor)
-    entry._parameters["original1"].__dict__.update(old.__dict__)
+        entry._parameters[key] = tensor
+    tensor.__dict__.update(old.__dict__)
     return entry
 
 
@@ -275,27 +405,16 @@ def reorder_parameters(module: nn.Module, order: tuple[str, ...]) -> None:
 # The host's class ----------------------------------------------------------------------------------------
 
 
-def _mend(cls: Any) -> None:
-    """Give a class made by `parametrize` what torch's lacks: pickling, copying, all layouts, resetting."""
-    for name in ("__getstate__", "__deepcopy__"):
-        if name in cls.__dict__:
-            delattr(cls, name)
-    base: type = cls.__bases__[0]
-    cls.__reduce_ex__ = _reduce_ex
-    cls._load_from_state_dict = _load_any_layout
-    for name in ("reset_parameters", "_reset_parameters"):
-        if callable(getattr(base, name, None)):
-            setattr(cls, name, _plain_method(base, name))
-
-
-def _plain_method(base: type, name: str) -> Any:
-    method = getattr(base, name)
+@cache
+def _plain_method(name: str) -> Any:
+    """A method that writes into parameters, run on the module as it was before conversion."""
 
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(_made_by_parametrize(type(self)).__bases__[0], name)
         with _as_plain(self):
             return method(self, *args, **kwargs)
 
-    wrapper.__name__, wrapper.__doc__ = name, method.__doc__
+    wrapper.__name__ = name
     return wrapper
 
 
@@ -308,7 +427,7 @@ def _as_plain(module: nn.Module) -> Iterator[None]:
         yield  # another parametrization sits beside ours: its weights cannot be laid open
         return
     kept = dict(module._parameters)
-    weights = {n: nn.Parameter(e().detach(), requires_grad=e._pair()[1].requires_grad) for n, e in lists.items()}
+    weights = {n: _plain_copy(e) for n, e in lists.items()}
     before = {n: w._version for n, w in weights.items()}
     module.__class__ = _made_by_parametrize(cls).__bases__[0]
     del module._modules["parametrizations"]
@@ -326,6 +445,11 @@ def _as_plain(module: nn.Module) -> Iterator[None]:
         module._parameters.update(kept)
         module._modules["parametrizations"] = table
         module.__class__ = cls
+
+
+def _plain_copy(entry: WeightNormList) -> nn.Parameter:
+    w = entry().detach()
+    return nn.Parameter(w if entry._deferred is None else w.clone(), requires_grad=entry.pair()[1].requires_grad)
 
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
@@ -360,12 +484,19 @@ def _rebuild_by(function: Any, arguments: tuple[Any, ...], names: tuple[str, ...
 
 
 def _give_class(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    parametrize._inject_new_class(module)
-    cls = type(module)
-    _mend(cls)
-    for name in names:
-        parametrize._inject_property(module, name)
-        _shorten(cls, name)
+    """A class of the module's own over its present one, as torch's `parametrize` makes it, with what torch's lacks:
+    pickling, copying, all layouts, resetting, and `module.weight` by a short way."""
+    base: Any = type(module)
+    members: dict[str, Any] = {"__module__": parametrize.__name__}
+    members |= {"__reduce_ex__": _reduce_ex, "_load_from_state_dict": _load_any_layout}
+    for name in ("reset_parameters", "_reset_parameters"):
+        if callable(getattr(base, name, None)):
+            members[name] = _plain_method(name)
+    members |= {name: _computed(name) for name in names}
+    if base.forward is nn.Embedding.forward and "weight" in names:
+        members["forward"] = _look_up
+    cls: Any = type(f"Parametrized{base.__name__}", (base,), members)
+    module.__class__ = cls
     allowed = torch.serialization.get_safe_globals()
     if rebuild_parametrized in allowed:
         # a reader that executes nothing only sets the state of classes it was told of
@@ -373,18 +504,47 @@ def _give_class(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
     return module
 
 
-def _shorten(cls: type, name: str) -> None:
-    """Let `module.weight` go straight to our list, past two module calls, where nobody has hooks there."""
-    torchs: property = vars(cls)[name]
+@cache
+def _computed(name: str) -> property:
+    """`module.weight`: straight from our list, past two module calls, where nobody has hooks there."""
 
     def weight(self: nn.Module) -> Tensor:
         table = self._modules.get("parametrizations")
         entry: Any = None if table is None else table._modules.get(name)
-        if type(entry) is WeightNormList and not (entry._forward_hooks or entry._forward_pre_hooks):
-            return entry.forward() if not parametrize._cache_enabled else torchs.fget(self)  # type: ignore[misc]
-        return torchs.fget(self)  # type: ignore[misc,no-any-return]
+        if type(entry) is WeightNormList and not (
+            entry._forward_hooks or entry._forward_pre_hooks or parametrize._cache_enabled
+        ):
+            return entry.forward()
+        return _as_torch_does(self, name)
 
-    setattr(cls, name, property(weight, torchs.fset))
+    def assign(self: nn.Module, value: Tensor) -> None:
+        entry: Any = self.parametrizations[name]  # type: ignore[index]
+        entry.right_inverse(value)
+
+    return property(weight, assign)
+
+
+def _look_up(self: nn.Embedding, ids: Tensor) -> Tensor:
+    """An embedding's forward pass; in training, where few rows are asked for, from those rows of g and v alone."""
+    entry: Any = _table(self)._modules.get("weight")
+    found = None
+    if torch.is_grad_enabled() and type(entry) is WeightNormList and self.max_norm is None:
+        found = None if self.sparse or self.scale_grad_by_freq else entry.rows(ids, self.padding_idx)
+    return nn.Embedding.forward(self, ids) if found is None else found
+
+
+def _as_torch_does(module: nn.Module, name: str) -> Tensor:
+    """With hooks, and within `parametrize.cached()`."""
+    entry: Any = module.parametrizations[name]  # type: ignore[index]
+    if not parametrize._cache_enabled:
+        return entry()  # type: ignore[no-any-return]
+    if _tracing() is not None:
+        raise RuntimeError("Cannot trace a model while caching parametrizations.")
+    cached: Any = parametrize._cache
+    key = (id(module), name)
+    if cached.get(key) is None:
+        cached[key] = entry()
+    return cached[key]  # type: ignore[no-any-return]
 
 
 def _load_any_layout(
@@ -411,7 +571,7 @@ def _to_own_layout(state_dict: dict[str, Any], plain: str, own: str, entry: Weig
             if theirs in state_dict:
                 state_dict[mine] = state_dict.pop(theirs)
     if plain in state_dict and f"{own}0" not in state_dict:
-        weight, (g, v) = state_dict.pop(plain), entry._pair()
+        weight, (g, v) = state_dict.pop(plain), entry.pair()
         if isinstance(weight, Tensor) and weight.shape == v.shape and not weight.is_meta:
             try:
                 state_dict[f"{own}0"], state_dict[f"{own}1"] = rule.right_inverse(weight.detach().to(v.dtype))

@@ -57,18 +57,26 @@ class Moments:
         # blocks that stay in the cache: a copy of the whole in float64 would cost more than the layer itself
         rows = max(1, _BLOCK // max(1, cube[0].numel())) if len(cube) else 1
         blocks = (
-            part.to(wide)
+            part
             for block in torch.split(cube, rows)
             for part in torch.split(block, max(1, _BLOCK // max(1, len(block) * block.shape[1])), dim=2)
         )
-        return cls.merged([empty, *(cls._of_block(block, eps) for block in blocks if block.numel())])
+        return cls.merged([empty, *(cls._of_block(block, wide) for block in blocks if block.numel())])
 
     @classmethod
-    def _of_block(cls, block: Tensor, eps: float) -> Moments:
-        """Of a wide block (outer, channels, inner)."""
-        mean = block.mean((0, 2))
-        m2 = (block - mean[:, None]).square_().sum((0, 2))
-        return cls(block.shape[0] * block.shape[2], mean, m2, block.abs().amax((0, 2)), eps)
+    def _of_block(cls, block: Tensor, wide: torch.dtype) -> Moments:
+        """Of a block (outer, channels, inner)."""
+        eps, count = torch.finfo(block.dtype).eps, block.shape[0] * block.shape[2]
+        if block.shape[2] == 1:  # one axis at a time: reductions over two that do not touch are several times slower
+            block = block[..., 0]
+            peak = torch.maximum(block.amax(0), -block.amin(0)).to(wide)
+            centred = block.to(wide, copy=True)
+            mean = centred.mean(0)
+            return cls(count, mean, centred.sub_(mean).square_().sum(0), peak, eps)
+        peak = torch.maximum(block.amax(2).amax(0), -block.amin(2).amin(0)).to(wide)
+        centred = block.to(wide, copy=True)
+        mean = centred.sum(2).sum(0) / count
+        return cls(count, mean, centred.sub_(mean[:, None]).square_().sum(2).sum(0), peak, eps)
 
     @classmethod
     def merged(cls, parts: Iterable[Moments]) -> Moments:

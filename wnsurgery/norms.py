@@ -16,15 +16,20 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = [
+    "SMALL",
     "RowScale",
     "norm",
+    "ordinary_factors",
     "plain_scale",
+    "row_norms",
     "row_peak",
     "row_scale",
     "snapped_quotient",
@@ -32,8 +37,12 @@ __all__ = [
     "wide_dtype",
 ]
 
-_BLOCK = 1 << 20  # elements widened at a time: 8 MiB of float64; smaller blocks spend their time on starting threads
-_SMALL = 1 << 15  # elements up to which one call is quicker than a copy into warm memory
+_BLOCK = 1 << 18  # elements widened at a time: 2 MiB of float64, which stay in a core's cache
+SMALL = 1 << 14  # elements up to which the calls cost more than the arithmetic
+_SHORT = 32  # elements of a row below which a call for each row costs more than the row
+_LONG = 1 << 13  # elements of a row from which BLAS would start threads of its own
+_SLACK = 2.0**-40  # more than the relative error of a norm in float64, whatever the order of summation
+_NEAR = 8  # units in the last place around a power of two within which a factor may stand for that power
 
 
 class RowScale(NamedTuple):
@@ -59,11 +68,17 @@ def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
     wide = wide_dtype(v)
     if not dims:
         return v.to(wide).abs()
-    if not blocked or v.numel() <= _SMALL or v.device.type != "cpu":
+    shape = [1 if d in dims else s for d, s in enumerate(v.shape)]
+    blocked = blocked and v.device.type == "cpu" and v.numel() > 0
+    rows = _as_rows(v, dims) if blocked else None
+    if rows is not None:
+        return (_small_row_norms if v.numel() <= SMALL else row_norms)(rows).view(shape)
+    if not blocked or v.numel() <= SMALL:
         short: Tensor = torch.linalg.vector_norm(v, 2, tuple(dims), keepdim=True, dtype=wide)
         return short
+    if dims[0] == 0 and v.is_contiguous():
+        return _column_norms(v.view(v.shape[0], -1), v.shape[1:], [d - 1 for d in dims[1:]]).view(shape)
     step = max(1, _BLOCK * v.shape[0] // v.numel())
-    shape = [1 if d in dims else s for d, s in enumerate(v.shape)]
     total = torch.zeros(shape, dtype=wide, device=v.device) if 0 in dims else _empty(shape, v)
     room = _scratch(v[:step])
     for start in range(0, v.shape[0], step):
@@ -75,6 +90,58 @@ def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
         part.square_()
         total += (part.sum(inner, keepdim=True) if inner else part).sum(0, keepdim=True)
     return total.sqrt_() if 0 in dims else total
+
+
+def _as_rows(v: Tensor, dims: Sequence[int]) -> Tensor | None:
+    """A view of the weight as a matrix whose rows the norms are of, None where its memory is in another order."""
+    if tuple(dims) != tuple(range(dims[0], v.ndim)) or (dims[0] == 0 and v.numel() > SMALL):
+        return None
+    if not v.is_contiguous():
+        if v.ndim != 4 or dims[0] != 1 or not v.is_contiguous(memory_format=torch.channels_last):
+            return None
+        v = v.permute(0, 2, 3, 1)
+    return v.reshape(math.prod(v.shape[: dims[0]]), -1)
+
+
+def _small_row_norms(rows: Tensor) -> Tensor:
+    """||row|| for each row of a small matrix, in the order of summation of rows side by side."""
+    wide = rows.to(torch.float64).view(-1).numpy()
+    return torch.from_numpy(np.sqrt(np.add.reduceat(np.multiply(wide, wide, out=wide), _starts(*rows.shape))))
+
+
+@lru_cache(maxsize=1024)
+def _starts(count: int, length: int) -> Any:
+    return np.arange(0, count * length, length)
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """||row|| for each row of a matrix, a block of rows at a time."""
+    count, length = rows.shape
+    total = _empty((count, 1), rows)
+    step = max(1, _BLOCK // length)
+    room = _scratch(rows[:step])
+    for start in range(0, count, step):
+        part = room[: min(step, count - start)].copy_(rows[start : start + step])
+        if length < _SHORT:
+            torch.linalg.vector_norm(part, 2, 1, keepdim=True, out=total[start : start + step])
+            continue
+        squares, block = total[start : start + step, 0].numpy(), part.numpy()
+        np.vecdot(block[:, :_LONG], block[:, :_LONG], out=squares)
+        for column in range(_LONG, length, _LONG):
+            more = block[:, column : column + _LONG]
+            squares += np.vecdot(more, more)
+    return total if length < _SHORT else total.sqrt_()
+
+
+def _column_norms(v: Tensor, shape: Sequence[int], inner: Sequence[int]) -> Tensor:
+    """||column|| of a matrix with the columns laid out in a shape of which the axes `inner` are summed over, too."""
+    total = np.zeros(v.shape[1])
+    step = max(1, _BLOCK // v.shape[1])
+    room = _scratch(v[:step])
+    for start in range(0, v.shape[0], step):
+        part = room[: min(step, v.shape[0] - start)].copy_(v[start : start + step]).numpy()
+        total += np.einsum("ij,ij->j", part, part)
+    return torch.from_numpy(np.sqrt(np.atleast_1d(total.reshape(tuple(shape)).sum(tuple(inner)))))
 
 
 class _Scratch(threading.local):
@@ -142,6 +209,8 @@ def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> tuple[Tensor, bool]
     float32, is zero or not finite, or g is so large that it may stand for a norm beyond its type. Looks at values: for
     eager mode on a CPU.
     """
+    if magnitude == "linear" and g.dtype == torch.float32 and norms.ndim:
+        return _linear_scale(g.detach(), norms.detach())
     low, high = torch.aminmax(norms)
     least, most = low.item(), high.item()
     squarable = least > 2.0**-30 and most < 2.0**30
@@ -150,22 +219,58 @@ def plain_scale(g: Tensor, norms: Tensor, magnitude: str) -> tuple[Tensor, bool]
         if magnitude == "linear" and max(-low.item(), high.item()) >= _large(g.dtype):
             return None
     factor = torch.div(g.to(norms.dtype).exp() if magnitude == "log" else g, norms).float()
-    low, high = torch.aminmax(factor)
-    sizes, least, most = factor, low.item(), high.item()
-    if least < 0:
-        sizes = factor.abs()
-        low, high = torch.aminmax(sizes)
-        least, most = low.item(), high.item()
-    if not (least >= 2.0**-60 and most <= 2.0**60):
+    low, high = torch.aminmax(factor.abs())
+    if not (low.item() >= 2.0**-60 and high.item() <= 2.0**60):
         return None
-    if _may_be_powers(sizes, magnitude):
-        if magnitude == "linear" and g.dtype == torch.float32:
-            stored = g == norms.float()  # rows that have not moved since conversion: all at first, dead ones later
-            factor = factor.masked_fill(stored, 1.0)
-            if not _may_be_powers(sizes.masked_fill(stored, 0.75), magnitude):
-                return factor, squarable
+    if _may_be_powers(factor.abs(), magnitude):
         factor = snapped_quotient(g, norms, norms.dtype, magnitude).float()
     return factor, squarable
+
+
+def _linear_scale(g: Tensor, norms: Tensor) -> tuple[Tensor, bool] | None:
+    """`plain_scale` of float32 magnitudes.
+
+    g itself is not handed to numpy, after which its storage could not be resized any more.
+    """
+    sums = norms.numpy()
+    squarable = sums.min() > 2.0**-30 and sums.max() < 2.0**30
+    if not squarable and not (sums.min() > 0 and sums.max() < math.inf and g.abs().max() < _large(torch.float32)):
+        return None
+    factor = _factors(g.clone().numpy(), sums)
+    return (torch.from_numpy(factor), bool(squarable)) if _in_range(factor).all() else None
+
+
+def ordinary_factors(g: Any, norms: Any) -> tuple[Any, Any]:
+    """g / ||v|| in float32 from arrays of float32 and float64, one value per row, and which rows are ordinary ones.
+
+    None for the latter means all. An ordinary row has a norm that can be squared in float32, and a factor well inside
+    its range; the others need `row_scale`. In numpy, whose calls cost a fraction of torch's on so little.
+    """
+    factor = _factors(g, norms)
+    sizes = np.abs(factor)
+    if norms.min() > 2.0**-30 and norms.max() < 2.0**30 and sizes.min() >= 2.0**-60 and sizes.max() <= 2.0**60:
+        return factor, None
+    return factor, (norms > 2.0**-30) & (norms < 2.0**30) & _in_range(factor)
+
+
+def _in_range(factor: Any) -> Any:
+    sizes = np.abs(factor)
+    return (sizes >= 2.0**-60) & (sizes <= 2.0**60)
+
+
+def _factors(g: Any, norms: Any) -> Any:
+    """g / ||v|| rounded to float32, a power of two exactly where g is the stored value of that multiple of ||v||."""
+    with np.errstate(all="ignore"):  # rows that are not ordinary
+        factor = (g / norms).astype(np.float32)
+        near = ((factor.view(np.int32) + _NEAR) & 0x7FFFFF) <= 2 * _NEAR  # the bits of the fraction
+        if near.any():  # rows that have not moved since conversion: all at first, dead ones later
+            rows = np.nonzero(near)
+            fraction, exponent = np.frexp(np.abs(factor[rows]))
+            power = np.ldexp(1.0, exponent - (fraction < 0.75))
+            stored, base = g[rows], norms[rows] * power
+            low, high = (base * (1 - _SLACK)).astype(np.float32), (base * (1 + _SLACK)).astype(np.float32)
+            factor[rows] = np.where((low <= stored) & (stored <= high), power.astype(np.float32), factor[rows])
+    return factor
 
 
 def _may_be_powers(sizes: Tensor, magnitude: str) -> bool:
@@ -193,7 +298,7 @@ def snapped_quotient(g: Tensor, norms: Tensor, wide: torch.dtype, magnitude: str
         )  # a quotient rounded up would take the largest g to infinity
         quotient = torch.where(narrow, quotient.float().to(wide), quotient)
     stored = torch.promote_types(g.dtype, torch.float32)
-    slack = 2.0**-40 if wide == torch.float64 else 2.0**-22
+    slack = _SLACK if wide == torch.float64 else 2.0**-22
     power = _nearest_power(torch.where(zero, torch.ones_like(quotient), quotient))
     same = _is_stored_norm(g.to(stored), norms, slack, magnitude)
     quotient = torch.where(_is_stored_norm(g.to(stored), norms * power, slack, magnitude), power, quotient)

@@ -7,10 +7,13 @@ Source: Salimans & Kingma 2016, "Weight Normalization", equations 2 and 3 (arXiv
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +31,13 @@ from wnsurgery.norms import (
     wide_dtype,
 )
 
-__all__ = ["Axes", "Magnitude", "WeightNorm", "compose", "decompose", "magnitude_dtype_for"]
+__all__ = ["Axes", "Magnitude", "Ready", "WeightNorm", "blank_module", "compose", "decompose", "magnitude_dtype_for"]
 
 Magnitude = Literal["linear", "log"]
 
 _FRESH = 1 << 23  # elements from which the allocator gives fresh pages each time, which cost more than a pass
 _WIDENED = 1 << 18  # elements widened at a time
-_BLOCK = 1 << 20  # elements a block of the backward pass has; smaller ones spend their time on starting threads
+_BLOCK = 1 << 18  # elements a block of the backward pass has, so that it stays in a core's cache
 
 ZERO_LOG = -1000.0  # e^-1000 is 0 in float64: the logarithm stored for a row of zeros
 
@@ -109,6 +112,9 @@ class Axes:
             if grouped and v[0] % g[0] == 0:
                 return cls((1,), groups=g[0])
         raise PairError(f"a magnitude of shape {g} does not fit a direction of shape {v}")
+
+
+_COLUMNS = Axes((1,))
 
 
 def magnitude_dtype_for(weight_dtype: torch.dtype) -> torch.dtype:
@@ -188,9 +194,16 @@ def compose(
     return compose_eagerly(g, v, axes, magnitude, rooms)
 
 
-def compose_eagerly(g: Tensor, v: Tensor, axes: Axes, magnitude: Magnitude, rooms: Rooms | None = None) -> Tensor:
+def compose_eagerly(
+    g: Tensor,
+    v: Tensor,
+    axes: Axes,
+    magnitude: Magnitude,
+    rooms: Rooms | None = None,
+    ready: Ready | None = None,
+) -> Tensor:
     """`compose` for a pair known to fit, in eager mode; w and later dL/dv in memory of `rooms` where there is some."""
-    return _Compose.apply(g, v, axes, magnitude, rooms)  # type: ignore[no-any-return,no-untyped-call]
+    return _apply(g, v, (axes, magnitude, rooms), ready)  # type: ignore[no-any-return]
 
 
 def _fits(g: Tensor, v: Tensor, axes: Axes) -> bool:
@@ -259,41 +272,63 @@ def _size_and_norm(g: Tensor, v: Tensor, dims: tuple[int, ...], magnitude: str) 
     return size, total.sqrt() * unit
 
 
+class Ready(NamedTuple):
+    """What somebody has computed of a weight already: ||v|| per row in float32, and w or g / ||v|| per row."""
+
+    norms: Tensor | None
+    factor: Tensor | None = None
+    w: Tensor | None = None
+
+
+_How: TypeAlias = tuple[Axes, Magnitude, Rooms | None]
+
+
 class _Compose(torch.autograd.Function):
     """compose() for eager mode: one pass for the norm, one for the product, the paper's formula backward."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, v: Tensor, axes: Axes, magnitude: str, rooms: Rooms | None) -> Tensor:
-        view, dims, rows = axes.grouped(v), axes.reduced(v.ndim), _per_row(g, v, axes)
-        ctx.axes, ctx.magnitude, ctx.rooms = axes, magnitude, rooms
-        if v.dtype == torch.float64:
-            ctx.save_for_backward(g, v, None)
-            return _laid_out_as(_apply_scale(v, row_scale(rows, view, dims, magnitude, blocked=True), axes), v)
-        norms = norm(view, dims, blocked=True)
-        plain = plain_scale(rows, norms, magnitude) if v.device.type == "cpu" and v.numel() else None
-        if plain is not None:
-            factor, squarable = plain
-            ctx.save_for_backward(g, v, norms if squarable else None)
-            factor = axes.spread(factor, v)
-            room = rooms.take("w", v) if rooms is not None and v.dtype == torch.float32 else None
-            if room is not None:
-                return torch.mul(v, factor, out=room)
+    def forward(ctx: Any, g: Tensor, v: Tensor, how: _How, ready: Ready | None) -> Tensor:
+        ctx.how = how
+        if ready is not None and ready.w is not None:
+            ctx.save_for_backward(g, v, ready.norms)
+            return ready.w
+        axes, magnitude, rooms = how
+        if ready is None:
+            view, dims, rows = axes.grouped(v), axes.reduced(v.ndim), _per_row(g, v, axes)
+            if v.dtype == torch.float64:
+                ctx.save_for_backward(g, v, None)
+                return _laid_out_as(_apply_scale(v, row_scale(rows, view, dims, magnitude, blocked=True), axes), v)
+            norms = norm(view, dims, blocked=True)
+            plain = plain_scale(rows, norms, magnitude) if v.device.type == "cpu" and v.numel() else None
+            if plain is None:
+                ctx.save_for_backward(g, v, None)
+                scale = RowScale(snapped_quotient(rows, norms, wide_dtype(v), magnitude), None)
+                return _laid_out_as(_apply_scale(v, scale, axes), v)
+            ready = Ready(norms.float() if plain[1] else None, plain[0])
+        assert ready.factor is not None
+        ctx.save_for_backward(g, v, ready.norms)
+        factor = axes.spread(ready.factor, v)
+        if v.dtype != torch.float32:
             return _laid_out_as(_in_blocks(_rounded_product, v, factor), v)
-        ctx.save_for_backward(g, v, None)
-        scale = RowScale(snapped_quotient(rows, norms, wide_dtype(v), magnitude), None)
-        return _laid_out_as(_apply_scale(v, scale, axes), v)
+        room = None if rooms is None else rooms.take("w", v)
+        return _laid_out_as(torch.mul(v, factor) if room is None else torch.mul(v, factor, out=room), v)
 
     @staticmethod
     def backward(ctx: Any, grad_w: Tensor) -> tuple[Tensor | None, ...]:
         g, v, norms = ctx.saved_tensors
+        axes, magnitude, rooms = ctx.how
         if norms is None or torch.is_grad_enabled():
-            grad_g, grad_v = _gradients(grad_w, g, v, ctx.axes, ctx.magnitude)
+            grad_g, grad_v = _gradients(grad_w, g, v, axes, magnitude)
         else:
             big = v.dtype == torch.float32 and v.numel() >= _FRESH
-            room = ctx.rooms.take("grad", v) if ctx.rooms is not None and big else None
-            grad_g, grad_v = _plain_gradients(grad_w, g, v, norms.float(), ctx.axes, ctx.magnitude, room)
-        want_g, want_v = ctx.needs_input_grad[:2]
-        return grad_g if want_g else None, grad_v if want_v else None, None, None, None
+            room = rooms.take("grad", v) if rooms is not None and big else None
+            grad_g, grad_v = _plain_gradients(grad_w, g, v, norms, axes, magnitude, room, _FRESH)
+        return grad_g, grad_v, None, None
+
+
+# past the Python half of `Function.apply`, which unwraps what function transforms left: none is on
+_apply: Any = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Compose)
+_fused_backward: Any = torch.ops.aten._weight_norm_interface_backward.default
 
 
 def _laid_out_as(w: Tensor, v: Tensor) -> Tensor:
@@ -333,20 +368,47 @@ def _in_blocks(product: Callable[[Tensor, Tensor], Tensor], v: Tensor, factor: T
     return w
 
 
+def first_order_gradients(
+    grad_w: Tensor, g: Tensor, v: Tensor, norms: Tensor | None, axes: Axes, magnitude: str, *, private: bool = False
+) -> tuple[Tensor, Tensor]:
+    """dL/dg and dL/dv from dL/dw outside of autograd, as the backward pass of `compose` gives them.
+
+    `norms` is ||v|| per row in float32, None where rows are extreme. With `private`, nobody else looks at `grad_w`, and
+    dL/dv may be written over it.
+    """
+    if norms is None:
+        return _gradients(grad_w, g, v, axes, magnitude)
+    room = grad_w if private and grad_w.stride() == v.stride() and grad_w.dtype == v.dtype else None
+    # two gradients of one weight at a time, a new and an old one, outgrow what the allocator keeps warm much sooner
+    return _plain_gradients(grad_w, g, v, norms, axes, magnitude, room, 1 << 16)
+
+
 def _plain_gradients(
-    grad_w: Tensor, g: Tensor, v: Tensor, norms: Tensor, axes: Axes, magnitude: str, room: Tensor | None
+    grad_w: Tensor,
+    g: Tensor,
+    v: Tensor,
+    norms: Tensor,
+    axes: Axes,
+    magnitude: str,
+    room: Tensor | None,
+    large: int,
 ) -> tuple[Tensor, Tensor]:
     """The paper's equation 3 for ordinary rows, first order only, in as few passes as torch offers."""
+    dense = v.dtype == torch.float32 == g.dtype and v.is_contiguous()
+    if dense and axes.kept == (0,) and 1 < v.ndim == g.ndim and v.numel() < large and magnitude == "linear":
+        grad_v, grad_g = _fused_backward(grad_w.contiguous(), v, g.contiguous(), norms, 0)
+        return grad_g, grad_v
     rows = _per_row(g, v, axes)
+    norms = norms.reshape(rows.shape)
     size = rows.exp() if magnitude == "log" else rows
-    whole = axes.kept == (0,) and v.dtype == torch.float32 == size.dtype and v.is_contiguous()
-    if whole and v.ndim > 1 and v.numel() >= _FRESH:  # by size alone, so that memory decides no bit
+    whole = dense and axes.kept == (0,)
+    if dense and axes == _COLUMNS:
+        radial, grad_v = _column_gradients(grad_w, size, v, norms)
+    elif whole and v.ndim > 1 and v.numel() >= large:  # by size alone, so that memory decides no bit
         grad_v = torch.empty_like(v) if room is None else room
         radial = _gradients_into(grad_v, grad_w, size, v, norms)
     elif whole and v.ndim > 1:
-        grad_v, radial = torch.ops.aten._weight_norm_interface_backward(
-            grad_w.contiguous(), v, size.contiguous(), norms, 0
-        )
+        grad_v, radial = _fused_backward(grad_w.contiguous(), v, size.contiguous(), norms, 0)
     else:
         view, upstream, dims = axes.grouped(v), axes.grouped(grad_w), axes.reduced(v.ndim)
         product = upstream.float() * view
@@ -357,17 +419,41 @@ def _plain_gradients(
     return grad_g.to(g.dtype).reshape(g.shape), grad_v.to(v.dtype)
 
 
+def _column_gradients(grad_w: Tensor, size: Tensor, v: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """dL/dw . v / ||v|| and dL/dv with axis 1 kept: transposed convolutions, Conv1D of GPT-2."""
+    inputs, outputs = v.shape[:2]
+    flat_v, flat_w = v.reshape(inputs, -1), grad_w.reshape(inputs, -1)
+    taps = flat_v.shape[1] // outputs
+    grad_v = torch.empty_like(flat_v)
+    step = max(1, _BLOCK // max(1, flat_v.shape[1]))
+    blocks = [slice(start, start + step) for start in range(0, inputs, step)]
+    total = torch.zeros_like(flat_v[0])
+    for rows in blocks:
+        total += torch.mul(flat_w[rows], flat_v[rows], out=grad_v[rows]).sum(0)
+    radial = total.view(outputs, taps).sum(1).view_as(norms) / norms
+    scale = size / norms
+    across = scale.reshape(-1).repeat_interleave(taps)
+    along = (scale * radial / norms).reshape(-1).repeat_interleave(taps)
+    for rows in blocks:
+        torch.mul(flat_w[rows], across, out=grad_v[rows]).addcmul_(flat_v[rows], along, value=-1)
+    return radial, grad_v.view_as(v)
+
+
 def _gradients_into(room: Tensor, grad_w: Tensor, size: Tensor, v: Tensor, norms: Tensor) -> Tensor:
-    """dL/dv into `room`, a cache-sized block of rows at a time; returns dL/dw . v / ||v||. Kept axis 0."""
+    """dL/dv into `room`, which may be `grad_w` itself, a cache-sized block of rows at a time; returns
+    dL/dw . v / ||v||. Kept axis 0."""
     flat_v, flat_w, out = v.flatten(1), grad_w.reshape(v.shape).flatten(1), room.flatten(1)
     norms, size = norms.flatten(1), size.flatten(1)
     scale = size / norms
     radial = torch.empty_like(norms)
     step = max(1, _BLOCK // max(1, flat_v.shape[1]))
+    over = room is grad_w  # then the products need a place of their own
+    scratch = torch.empty_like(flat_v[:step]) if over else out
     for start in range(0, len(flat_v), step):
         rows = slice(start, start + step)
-        torch.mul(flat_w[rows], flat_v[rows], out=out[rows])
-        torch.sum(out[rows], 1, keepdim=True, out=radial[rows])
+        products = scratch[: len(flat_v[rows])] if over else out[rows]
+        torch.mul(flat_w[rows], flat_v[rows], out=products)
+        torch.sum(products, 1, keepdim=True, out=radial[rows])
         radial[rows].div_(norms[rows])
         torch.mul(flat_w[rows], scale[rows], out=out[rows])
         out[rows].addcmul_(flat_v[rows], scale[rows] * radial[rows] / norms[rows], value=-1)
@@ -412,27 +498,68 @@ class WeightNorm(nn.Module):
         magnitude_dtype: type of g; None for float32 (float64 for float64 weights).
     """
 
+    axes: Axes
+    magnitude: Magnitude
+    magnitude_dtype: torch.dtype | None
+
     def __init__(self, axes: Axes, magnitude: Magnitude = "linear", magnitude_dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.axes = axes
-        self.magnitude: Magnitude = magnitude
-        self.magnitude_dtype = magnitude_dtype
+        blank_module(self, nn.Module)
+        self.__dict__.update(axes=axes, magnitude=magnitude, magnitude_dtype=magnitude_dtype)
         if magnitude == "log":
             self.register_buffer("log_scale", torch.ones((), dtype=torch.bool))
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
         return compose(g, v, self.axes, magnitude=self.magnitude)
 
-    def compose(self, g: Tensor, v: Tensor, rooms: Rooms) -> Tensor:
-        """`forward` for its own pair in eager mode, with memory that may be used again."""
-        plain = not (self._forward_hooks or self._forward_pre_hooks) and _fits(g, v, self.axes)
+    def compose(self, g: Tensor, v: Tensor, rooms: Rooms, ready: Ready | None = None) -> Tensor:
+        """`forward` for its own pair in eager mode, with memory that may be used again; see `compose_eagerly`."""
+        plain = not (self._forward_hooks or self._forward_pre_hooks) and (ready is not None or _fits(g, v, self.axes))
         if not plain or torch.autograd.forward_ad._current_level >= 0:
             return self(g, v)  # type: ignore[no-any-return]
-        return compose_eagerly(g, v, self.axes, self.magnitude, rooms)
+        return compose_eagerly(g, v, self.axes, self.magnitude, rooms, ready)
+
+    def fits(self, g: Tensor, v: Tensor) -> bool:
+        """Whether a pair has the shapes that `compose` takes."""
+        return _fits(g, v, self.axes)
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
         return decompose(w, self.axes, magnitude=self.magnitude, magnitude_dtype=self.magnitude_dtype)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightNorm:
+        return copied_module(self, memo)
+
     def extra_repr(self) -> str:
         groups = f", groups={self.axes.groups}" if self.axes.groups > 1 else ""
         return f"kept={self.axes.kept}{groups}, magnitude={self.magnitude!r}"
+
+
+@cache
+def _blank(kind: Any) -> dict[str, Any]:
+    return dict(kind().__dict__)
+
+
+def blank_module(module: nn.Module, kind: type[nn.Module]) -> None:
+    """What `kind.__init__(module)` does, for modules that are made by the thousand."""
+    for name, value in _blank(kind).items():  # type: ignore[arg-type]
+        empty = type(value) in (dict, set, OrderedDict) and not value
+        module.__dict__[name] = type(value)() if empty else value
+
+
+_SHARED = (bool, int, str, Axes, torch.dtype, type(None))  # what a copy may have in common with its original
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def copied_module(module: _Module, memo: dict[int, Any]) -> _Module:
+    """A deep copy of one of our own modules, whose dozen empty tables need no copier each."""
+    twin: _Module = type(module).__new__(type(module))
+    memo[id(module)] = twin
+    state: dict[str, Any] = getattr(module, "__getstate__", lambda: module.__dict__)()  # not before Python 3.11
+    for name, value in state.items():
+        kind = type(value)
+        if kind in _SHARED:
+            twin.__dict__[name] = value
+        else:
+            empty = kind in (dict, set, OrderedDict) and not value
+            twin.__dict__[name] = kind() if empty else copy.deepcopy(value, memo)
+    return twin

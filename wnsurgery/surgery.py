@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import zip_longest
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wnsurgery.batchnorm import BatchNormMode, folded_means, without_batch_norm
 from wnsurgery.data_init import InitReport, data_dependent_init
+from wnsurgery.deferred import OWNER
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
 from wnsurgery.fans import FanReport, fan_init
 from wnsurgery.following import Follower, Optimizers, Swap
 from wnsurgery.mechanism import WeightNormList, install, reorder_parameters, restore_parameter
+from wnsurgery.modes import Mode, check_mode, set_weight_norm_mode
 from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
+from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, decompose
+from wnsurgery.small_weights import SmallWeights, is_small, small_magnitudes
 from wnsurgery.walk import Slot, legacy_hooks, slots
 
 __all__ = ["apply_weight_norm", "fold_weight_norm", "is_weight_normed"]
@@ -43,6 +49,7 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
     optimizer: Optimizers | None = None,
     batch_norm: BatchNormMode = "keep",
     inputs: Any = None,
+    mode: Mode = "parametrized",
     **init_options: Any,
 ) -> M:
     """Replace weights w by g * v / ||v||, in place, keeping the function in every bit; returns the model.
@@ -77,6 +84,8 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
             `MeanOnlyBatchNorm` in its place, its scale going into g. Those kept are logged as "wnsurgery", with the
             reason.
         inputs: example arguments that show the data flow for `batch_norm`; the first batch of `data` serves, too.
+        mode: "deferred" runs the net on plain leaf weights and does the work of weight norm once per optimizer step:
+            the same training at nearly the price of the plain net; see `set_weight_norm_mode`.
 
     Raises:
         SelectionError: a pattern matches nothing, the model holds no weight to convert, or the optimizer
@@ -89,6 +98,7 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
         raise SelectionError('init="data" and data=... go together')
     if init == "preserve" and init_options:
         raise TypeError(f"apply_weight_norm got unexpected arguments: {', '.join(sorted(init_options))}")
+    check_mode(mode)
     _refuse_wrapped(model)
     follower = Follower(model, optimizer)
     carry = init == "preserve" and batch_norm == "keep"
@@ -105,6 +115,8 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
             with _plain_grad_mode():
                 follower.split(map(_swap_at, plan.sites), carry=carry)
                 follower.settle(p for step in norms.steps for p in model.get_submodule(step.layer).parameters())
+    if mode == "deferred":
+        set_weight_norm_mode(model, mode)
     return model
 
 
@@ -138,21 +150,28 @@ def apply_plan(
     if magnitude_dtype is not None and not magnitude_dtype.is_floating_point:
         raise SelectionError(f"magnitude_dtype must be a floating-point type, not {magnitude_dtype}")
     _refuse_wrapped(model)
-    with _plain_grad_mode():
+    with _plain_grad_mode(), _collecting_later():
         pairs = []
-        for site in plan.sites:
+        plain = magnitude == "linear" and magnitude_dtype in (None, torch.float32)
+        known = small_magnitudes([(site.weight, site.axes) for site in plan.sites]) if plain else []
+        for site, g in zip_longest(plan.sites, known):
             try:
-                pair = decompose(site.weight, site.axes, magnitude=magnitude, magnitude_dtype=magnitude_dtype)
+                pair = (
+                    decompose(site.weight, site.axes, magnitude=magnitude, magnitude_dtype=magnitude_dtype)
+                    if g is None
+                    else (g, site.weight.detach())
+                )
             except NonFiniteWeightError as error:
                 raise NonFiniteWeightError(f"{site.fqn}: {error.message}") from error
             pairs.append(pair)
             if magnitude == "log" and not pair[0].is_meta and bool((pair[0] == ZERO_LOG).any()):
                 _log.warning("%s: its rows of zeros stay zero, since e^s never is", site.fqn)
         with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
+            net = Preparation()
             for site, (g, v) in zip(plan.sites, pairs, strict=True):
                 for owner in site.owners:
                     rule = WeightNorm(site.axes, magnitude, magnitude_dtype)
-                    g, v = install(owner.module, owner.parameter, rule, (g, v))  # noqa: PLW2901 - owners share these
+                    g, v = install(owner.module, owner.parameter, rule, (g, v), net)  # noqa: PLW2901 - owners share these
                 if freeze_magnitude:
                     g.requires_grad_(False)
     _log.info("weight norm applied to %d weights", len(plan.sites))
@@ -203,14 +222,16 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     for slot in slots(model):
         if _is_stacked(slot):
             raise PairError(f"{slot.fqn}: another parametrization is stacked on its weight norm; remove that first")
-    with _plain_grad_mode():
+    with _plain_grad_mode(), _collecting_later():
         folded: dict[tuple[int, int], nn.Parameter] = {}
         swaps: list[Swap] = []
+        known = _small_weights(found)
         for slot in found:
             key = (id(slot.magnitude), id(slot.tensor))
             if key not in folded:
-                folded[key] = _plain_weight(slot)
+                folded[key] = _plain_weight(slot, known.get(key))
                 swaps.append(_swap_from(slot, folded[key]))
+        deferred = [entry for slot in found if isinstance(entry := _entry(slot), WeightNormList)]
         with _all_or_nothing(slot.module for slot in found):
             for slot in found:
                 weight = folded[id(slot.magnitude), id(slot.tensor)]
@@ -221,6 +242,8 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
             for slot in found:
                 _refresh_recurrent(slot.module)
             follower.join(swaps)
+        for entry in deferred:
+            entry.undefer(settle=False)
         for fold_mean in means:
             fold_mean()
         follower.settle()
@@ -228,18 +251,36 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     return model
 
 
-def _plain_weight(slot: Slot) -> nn.Parameter:
+def _small_weights(found: Iterable[Slot]) -> dict[tuple[int, int], Tensor]:
+    """The weights of the small pairs among some slots, by the identity of g and v."""
+    pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for slot in found:
+        g, v = slot.magnitude, slot.tensor
+        if g is None or v is None:
+            continue
+        axes, magnitude = _rule_of(slot)
+        try:
+            axes = axes or Axes.of_pair(g.shape, v.shape)
+        except PairError:
+            continue  # `compose` says so with the weight's name
+        if is_small(g, v, axes, magnitude) and tuple(g.shape) == axes.magnitude_shape(v.shape):
+            pairs[id(g), id(v)] = g, v
+    ready = SmallWeights(list(pairs.values())).compute() if pairs else []
+    return {key: one.w.clone() for key, one in zip(pairs, ready, strict=True) if one is not None and one.w is not None}
+
+
+def _plain_weight(slot: Slot, known: Tensor | None) -> nn.Parameter:
     """The folded weight of a pair as a Parameter, with the attributes people hung on v."""
     g, v = slot.magnitude, slot.tensor
     if g is None or v is None:
         raise PairError(f"{slot.fqn}: one half of the (g, v) pair is missing")
     axes, magnitude = _rule_of(slot)
     try:
-        w = compose(g, v, axes, magnitude=magnitude)
+        w = compose(g, v, axes, magnitude=magnitude) if known is None else known
     except PairError as error:
         raise PairError(f"{slot.fqn}: {error.message}") from error
     weight = nn.Parameter(w.detach(), requires_grad=g.requires_grad or v.requires_grad)
-    weight.__dict__.update(v.__dict__)
+    weight.__dict__.update((name, value) for name, value in v.__dict__.items() if name != OWNER)
     return weight
 
 
@@ -258,6 +299,11 @@ def _rule_of(slot: Slot) -> tuple[Axes | None, Magnitude]:
         entry.absorb()
     rule: WeightNorm = entry[0]
     return rule.axes, rule.magnitude
+
+
+def _entry(slot: Slot) -> Any:
+    table: Any = slot.module._modules.get("parametrizations")
+    return None if table is None else table._modules.get(slot.parameter)
 
 
 def _is_stacked(slot: Slot) -> bool:
@@ -363,6 +409,19 @@ def _all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
             for restore in undo:
                 restore()
         raise
+
+
+@contextmanager
+def _collecting_later() -> Iterator[None]:
+    """Without garbage collection meanwhile: among thousands of new objects it looks through all the old ones again and
+    again, and finds nothing."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _table_restorer(module: nn.Module) -> Callable[[], None]:

@@ -1,0 +1,306 @@
+"""Deferred mode: a net runs on plain leaf weights; once a step, gradients pass to g and v, and w is made anew.
+
+In between the net is plain: one leaf tensor per weight, no arithmetic in the graph, gradients gathering on it over any
+number of backward passes. They pass to g and v (the paper's equation 3, which is linear in dL/dw) when somebody looks
+at `g.grad` or `v.grad`: an optimizer, gradient clipping, a gradient scaler, a log. All weights of a net pass theirs at
+once. After an optimizer's step on g and v all their weights are written anew into the same memory; after any other
+change of g or v the next use of the layer sees to it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import optimizer as optimizers
+
+from wnsurgery.errors import ModeError, NonFiniteWeightError
+from wnsurgery.kept import Kept
+from wnsurgery.multi_tensor import Item, ManyWeights
+from wnsurgery.reparam import WeightNorm
+
+__all__ = ["OWNER", "DeferredGroup", "DeferredParameter", "DeferredWeight"]
+
+_GRAD: Any = torch.Tensor.grad
+OWNER = "_deferred_weight"  # in the __dict__ of g and v: a weak reference to the weight they make
+_SETS = 4  # sets of weights that are remembered
+_ALONE = 2  # references to a tensor that only one local name holds; to its storage, with the handle counting takes
+
+
+class DeferredParameter(nn.Parameter):
+    """g or v of a weight in deferred mode: whoever looks at `grad` finds what has gathered on the weight.
+
+    Copies and pickles are plain Parameters.
+    """
+
+    @property
+    def grad(self) -> Tensor | None:
+        reference = self.__dict__.get(OWNER)  # in one frame: an optimizer's step asks several times
+        weight = None if reference is None else reference()
+        if weight is not None and weight.leaf is not None:
+            kept = weight.kept
+            if weight.leaf.grad is not None or (kept is not None and kept.is_written()):
+                weight.settle()
+        return _GRAD.__get__(self)  # type: ignore[no-any-return]
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self._settle()
+        _GRAD.__set__(self, value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        self._settle()
+        _GRAD.__delete__(self)
+
+    def _settle(self) -> None:
+        reference = self.__dict__.get(OWNER)
+        weight = None if reference is None else reference()
+        if weight is not None:
+            weight.settle()
+
+    def register_hook(self, hook: Any) -> Any:
+        raise _no_hooks()
+
+    def register_post_accumulate_grad_hook(self, hook: Any) -> Any:
+        raise _no_hooks()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = _plain(self, self.data.clone(memory_format=torch.preserve_format))
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain(self, self.data).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def _plain(half: DeferredParameter, data: Tensor) -> nn.Parameter:
+    made = nn.Parameter(data, half.requires_grad)
+    made.__dict__.update((name, value) for name, value in half.__dict__.items() if name != OWNER)
+    return made
+
+
+def _no_hooks() -> ModeError:
+    return ModeError(
+        "in deferred mode g and v get their gradients once a step, outside of the backward pass: no hook on them runs",
+        hint='set_weight_norm_mode(model, "parametrized")',
+    )
+
+
+class DeferredWeight:
+    """One (g, v) in deferred mode with the leaf weight the net runs on.
+
+    `leaf` is None where there are no values to compute (meta device) or the pair is not made of ordinary tensors; the
+    weight is then computed from g and v by `compose`, as in the default mode.
+    """
+
+    def __init__(self, group: DeferredGroup, rule: WeightNorm, g: nn.Parameter, v: nn.Parameter) -> None:
+        self.group, self.rule = group, rule
+        self.leaf: nn.Parameter | None = None
+        self.norms: Tensor | None = None
+        self.kept: Kept | None = None
+        self.adopt(g, v)
+        group.add(self)
+
+    def adopt(self, g: nn.Parameter, v: nn.Parameter) -> None:
+        """Take this pair, whatever was held before, and give it a leaf of its type on its device; the same leaf where
+        that can be. The weight is computed at its first use."""
+        for old in (self.__dict__.get("g"), self.__dict__.get("v")):
+            if old is not None and old is not g and old is not v:
+                _set_plain(old)
+        self.g, self.v, self.kept, self.norms = g, v, None, None
+        self.group.forget()
+        if not _can_defer(g, v):
+            self.leaf = None
+            return
+        for half in (g, v):
+            half.__class__ = DeferredParameter
+            half.__dict__[OWNER] = weakref.ref(self)
+        with torch.inference_mode(False), torch.no_grad():
+            memory = torch.empty_like(v, requires_grad=False)
+            if self.leaf is None:
+                self.leaf = nn.Parameter(memory, requires_grad=g.requires_grad or v.requires_grad)
+            else:
+                self.leaf.data = memory
+
+    def release(self, *, settle: bool = True) -> None:
+        """Back to the default mode: g and v are plain Parameters again, with the gradients there were if `settle`."""
+        if settle:
+            self.settle()
+        self.leaf = self.kept = None
+        for half in (self.g, self.v):
+            _set_plain(half)
+
+    def current(self, g: Tensor, v: Tensor) -> nn.Parameter | None:
+        """The leaf with the weight of this pair as it is now; None where the pair is not its own, as under
+        `functional_call`, or has no leaf."""
+        leaf = self.leaf
+        if g is not self.g or v is not self.v or leaf is None:
+            return None
+        if self.kept is None or not self.kept.is_of(g, v):
+            self.absorb()
+            self.group.renew([self])
+        wanted = g.requires_grad or v.requires_grad
+        if leaf.requires_grad != wanted:
+            leaf.requires_grad_(wanted)
+        return leaf
+
+    def settle(self) -> None:
+        """Let gradients and writes that reached the leaf reach g and v."""
+        leaf = self.leaf
+        if leaf is not None:
+            if leaf.grad is not None:
+                self.group.project()
+            if self.kept is not None and self.kept.is_written():
+                self.absorb()
+
+    def absorb(self) -> None:
+        """Take over a write into the leaf, unless g or v were written to since."""
+        kept, leaf = self.kept, self.leaf
+        if kept is None or leaf is None or not kept.is_written():
+            return
+        self.kept = None
+        if not kept.was_of(self.g, self.v):
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                new_g, new_v = self.rule.right_inverse(leaf.detach().clone())
+            except NonFiniteWeightError:
+                self.group.renew([self])
+                raise
+            self.g.copy_(new_g)
+            self.v.copy_(new_v)
+
+    def take_grad(self) -> tuple[Tensor, bool]:
+        """dL/dw, from now on the caller's, and whether nobody else holds it."""
+        leaf: Any = self.leaf
+        grad, leaf.grad = leaf.grad, None
+        private = (
+            sys.getrefcount(grad) == _ALONE and torch._C._storage_Use_Count(grad.untyped_storage()._cdata) == _ALONE
+        )
+        return (grad if grad.layout == torch.strided else grad.to_dense()), private
+
+    def valid_norms(self) -> Tensor | None:
+        """||v|| per row as the weight was computed, None where g or v changed since."""
+        return self.norms if self.kept is not None and self.kept.was_of(self.g, self.v) else None
+
+    def add_grads(self, parts: tuple[Tensor, Tensor]) -> None:
+        """Add dL/dg and dL/dv to what g and v hold."""
+        for half, part in zip((self.g, self.v), parts, strict=True):
+            held = _GRAD.__get__(half)
+            if not half.requires_grad:
+                continue
+            if held is None:
+                _GRAD.__set__(half, part)
+            else:
+                held.add_(part)
+
+    def item(self) -> Item:
+        assert self.leaf is not None
+        return Item(self.g, self.v, self.rule.axes, self.rule.magnitude, self.leaf)
+
+    def renewed(self, norms: Tensor | None) -> None:
+        assert self.leaf is not None
+        self.norms = norms
+        if self.kept is None:
+            self.kept = Kept(self.leaf, self.g, self.v, steps=False)
+        else:
+            self.kept.renew()
+
+
+def _can_defer(g: Tensor, v: Tensor) -> bool:
+    return all(
+        type(half) in (nn.Parameter, DeferredParameter)
+        and type(half.data) is Tensor
+        and not (half.is_meta or half.is_inference())
+        for half in (g, v)
+    )
+
+
+def _set_plain(half: nn.Parameter) -> None:
+    half.__dict__.pop(OWNER, None)
+    if type(half) is DeferredParameter:
+        half.__class__ = nn.Parameter  # type: ignore[assignment]
+
+
+class DeferredGroup:
+    """The deferred weights of a model: what one of them needs done is done for all."""
+
+    def __init__(self) -> None:
+        self._weights: list[weakref.ref[DeferredWeight]] = []
+        self._many: dict[tuple[int, ...], ManyWeights] = {}
+        self._lock = threading.RLock()
+        _watch_steps(self)
+
+    def add(self, weight: DeferredWeight) -> None:
+        self._weights.append(weakref.ref(weight, self._weights.remove))
+
+    def forget(self) -> None:
+        """Some pair became another, or of another type."""
+        self._many.clear()
+
+    @property
+    def weights(self) -> list[DeferredWeight]:
+        return [weight for reference in list(self._weights) if (weight := reference()) is not None]
+
+    def renew(self, weights: Iterable[DeferredWeight]) -> None:
+        """Compute the weights of these anew, each into its memory."""
+        weights = [weight for weight in weights if weight.leaf is not None]
+        if not weights:
+            return
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            for weight, rows in zip(weights, self._together(weights).compose(), strict=True):
+                weight.renewed(rows)
+
+    def _together(self, weights: Sequence[DeferredWeight]) -> ManyWeights:
+        """The same weights as one, remembered: a net's come again and again."""
+        key = tuple(id(part) for w in weights for part in (w.leaf, w.g, w.v))
+        if key not in self._many:
+            if len(self._many) >= _SETS:
+                self._many.clear()
+            self._many[key] = ManyWeights([weight.item() for weight in weights])  # which holds what the key names
+        return self._many[key]
+
+    def project(self) -> None:
+        """Pass on what has gathered on all weights."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            waiting = [w for w in self.weights if w.leaf is not None and w.leaf.grad is not None]
+            if any(w.leaf.grad.requires_grad for w in waiting):  # type: ignore[union-attr]
+                for weight in waiting:
+                    weight.leaf.grad = None  # type: ignore[union-attr]
+                raise ModeError(
+                    "a weight in deferred mode has no second derivatives with respect to g and v",
+                    hint='set_weight_norm_mode(model, "parametrized") before backward(create_graph=True)',
+                )
+            if not waiting:
+                return
+            grads, private = zip(*[weight.take_grad() for weight in waiting], strict=True)
+            norms = [weight.valid_norms() for weight in waiting]
+            for weight, parts in zip(waiting, self._together(waiting).gradients(grads, norms, private), strict=True):
+                weight.add_grads(parts)
+
+    def after_step(self, optimizer: optimizers.Optimizer) -> None:
+        """An optimizer has moved its parameters: also one whose kernels leave tensor versions as they are."""
+        moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.renew(w for w in self.weights if id(w.g) in moved or id(w.v) in moved)
+
+
+_groups: weakref.WeakSet[DeferredGroup] = weakref.WeakSet()
+
+
+def _watch_steps(group: DeferredGroup) -> None:
+    """Tell a group of every optimizer step of this process; and torch that our Parameters are ordinary ones."""
+    if DeferredParameter not in optimizers._foreach_supported_types:
+        optimizers._foreach_supported_types.append(DeferredParameter)
+        optimizers.register_optimizer_step_post_hook(_after_step)
+    _groups.add(group)
+
+
+def _after_step(optimizer: Any, *_: Any) -> None:
+    for group in list(_groups):
+        group.after_step(optimizer)

@@ -1,0 +1,91 @@
+"""The two ways a converted net can run: weights computed in every forward pass, or once per optimizer step."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+
+from wnsurgery.deferred import DeferredGroup, DeferredWeight
+from wnsurgery.errors import ModeError, SelectionError
+from wnsurgery.mechanism import WeightNormList
+from wnsurgery.pairs import pairs
+
+__all__ = ["Mode", "check_mode", "set_weight_norm_mode"]
+
+Mode = Literal["parametrized", "deferred"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def set_weight_norm_mode(model: M, mode: Mode) -> M:
+    """Choose how a converted model runs, at any time, in place; returns the model.
+
+    "parametrized", the default after `apply_weight_norm`: `module.weight` is computed from g and v wherever it is used,
+    as a part of the graph. "deferred": it is a leaf, so that the net runs and differentiates as a plain one, also under
+    `torch.compile`. Gradients gather on the leaf over any number of backward passes and pass to g and v once, when
+    somebody looks at `g.grad` or `v.grad`: an optimizer, `clip_grad_norm_`, `GradScaler`, `zero_grad`, a log. After a
+    step of any torch optimizer all weights are made anew, in place. Parameters, state dicts, copies, folding are
+    the same in both modes; training takes the same course to rounding.
+
+    >>> model = set_weight_norm_mode(apply_weight_norm(nn.Linear(3, 2)), "deferred")
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> model(torch.ones(1, 3)).sum().backward()
+    >>> model.weight.is_leaf, model.parametrizations.weight.original0.grad is None
+    (True, False)
+
+    What deferred mode cannot do raises ModeError: second derivatives through g and v
+    (`backward(create_graph=True)`) and hooks on the gradients of g and v; `torch.autograd.grad` with respect to g or v
+    finds them unused in the graph, which torch reports. Penalties on the gradient with respect to inputs work. Copies
+    and pickles of the model, and what `functional_call`, FSDP and exporters make of it, run in the default mode. Under
+    `torch.compile`, a write into g or v by other means than an optimizer or `load_state_dict` is seen at the next
+    eager use of the layer; call this function again after it.
+
+    Args:
+        model: a module tree under our weight norm. Torch's own has only its one mode and is left as it is.
+        mode: "parametrized" or "deferred".
+
+    Raises SelectionError for another mode or a model without weight norm, ModeError when g or v has a gradient hook.
+    """
+    check_mode(mode)
+    entries = _entries(model)
+    if mode == "parametrized":
+        for entry, _ in entries:
+            entry.undefer()
+        return model
+    known: dict[tuple[int, int], DeferredWeight | None] = {}
+    for entry, key in entries:
+        if entry._deferred is not None:
+            known[key] = entry._deferred
+            entry._refresh()
+        elif _has_hooks(entry):
+            raise ModeError("g or v has a hook on its gradient, which deferred mode would not run")
+    group = next((weight.group for weight in known.values() if weight is not None), None) or DeferredGroup()
+    for entry, key in entries:
+        if entry._deferred is None:
+            known[key] = entry.defer(known.get(key), group)
+    group.renew(weight for weight in group.weights if weight.kept is None)
+    return model
+
+
+def check_mode(mode: str) -> None:
+    """SelectionError for a mode that does not exist."""
+    if mode not in ("parametrized", "deferred"):
+        raise SelectionError(f'mode must be "parametrized" or "deferred", not {mode!r}')
+
+
+def _entries(model: nn.Module) -> list[tuple[WeightNormList, tuple[int, int]]]:
+    """The lists of our weight norm in a model, each with its pair's identity."""
+    found: list[tuple[WeightNormList, tuple[int, int]]] = []
+    for pair in pairs(model):
+        for owner in pair.owners:
+            table: Any = owner.module._modules.get("parametrizations")
+            entry = None if table is None else table._modules.get(owner.parameter)
+            if isinstance(entry, WeightNormList):
+                found.append((entry, (id(pair.g), id(pair.v))))
+    return found
+
+
+def _has_hooks(entry: WeightNormList) -> bool:
+    halves: Any = entry.pair()
+    return any(t._backward_hooks or getattr(t, "_post_accumulate_grad_hooks", None) for t in halves)

@@ -1,0 +1,132 @@
+"""Weight norm of many weights at once: what is done row by row is done for the rows of all of them together.
+
+A layer costs two operations forward, its norms and its product; everything between them, some twenty operations on one
+value per row, runs once for all layers, and small weights lie side by side. Bits and gradients are those of `compose`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from wnsurgery.norms import norm, plain_scale, snapped_quotient, wide_dtype
+from wnsurgery.reparam import Axes, Magnitude, Ready, compose_eagerly, first_order_gradients
+from wnsurgery.small_weights import SmallWeights, is_small
+
+__all__ = ["Item", "ManyWeights", "row_factors"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One weight: its pair, its rule, and the memory w is written to (laid out as v)."""
+
+    g: Tensor = field(repr=False)
+    v: Tensor = field(repr=False)
+    axes: Axes
+    magnitude: Magnitude
+    w: Tensor = field(repr=False)
+
+
+class ManyWeights:
+    """Weights that are computed, and whose gradients pass to g and v, together.
+
+    >>> g, v, w = torch.tensor([[10.0]]), torch.tensor([[3.0, 4.0]]), torch.empty(1, 2)
+    >>> many = ManyWeights([Item(g, v, Axes((0,)), "linear", w)])
+    >>> norms = many.compose()
+    >>> w.tolist()
+    [[6.0, 8.0]]
+    >>> many.gradients([torch.tensor([[1.0, 0.0]])], norms, [False])
+    [(tensor([[0.6000]]), tensor([[ 1.2800, -0.9600]]))]
+    """
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self._items = items
+        small = {i for i, item in enumerate(items) if is_small(item.g, item.v, item.axes, item.magnitude)}
+        self._small, self._others = sorted(small), [i for i in range(len(items)) if i not in small]
+        pairs = [(items[i].g, items[i].v) for i in self._small]
+        self._side_by_side = SmallWeights(pairs) if pairs else None
+
+    def compose(self) -> list[Tensor | None]:
+        """Write w = g * v / ||v|| into each item's memory, in the bits of `compose`.
+
+        Returns ||v|| per row in float32 for each weight where that serves the gradients, None where rows are extreme.
+        """
+        found: list[Ready | None] = [None] * len(self._items)
+        if self._side_by_side is not None:
+            for i, ready in zip(self._small, self._side_by_side.compute(), strict=True):
+                found[i] = ready
+        for i, ready in zip(self._others, row_factors([self._items[i] for i in self._others]), strict=True):
+            found[i] = ready
+        copies = [
+            (item.w, r.w) for item, r in zip(self._items, found, strict=True) if r is not None and r.w is not None
+        ]
+        if copies:
+            torch._foreach_copy_([to for to, _ in copies], [w for _, w in copies])
+        for item, ready in zip(self._items, found, strict=True):
+            if ready is None:
+                item.w.copy_(compose_eagerly(item.g, item.v, item.axes, item.magnitude))
+            elif ready.factor is not None:
+                torch.mul(item.v, item.axes.spread(ready.factor, item.v), out=item.w)
+        return [None if ready is None else ready.norms for ready in found]
+
+    def gradients(
+        self, grads: Sequence[Tensor], norms: Sequence[Tensor | None], private: Sequence[bool]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """dL/dg and dL/dv from dL/dw, the paper's equation 3.
+
+        `norms` are those `compose` gave, None for weights whose g or v changed since. Where `private`, dL/dv may take
+        the memory of dL/dw.
+        """
+        done: dict[int, tuple[Tensor, Tensor]] = {}
+        lengths = [n for i in self._small if (n := norms[i]) is not None]
+        if self._side_by_side is not None and len(lengths) == len(self._small):
+            found = self._side_by_side.gradients([grads[i] for i in self._small], lengths)
+            done.update(zip(self._small, found, strict=True))
+        for i, (item, grad) in enumerate(zip(self._items, grads, strict=True)):
+            if i not in done:
+                done[i] = first_order_gradients(
+                    grad, item.g, item.v, norms[i], item.axes, item.magnitude, private=private[i]
+                )
+        return [done[i] for i in range(len(grads))]
+
+
+def row_factors(items: Sequence[Item]) -> list[Ready | None]:
+    """g / ||v|| and ||v|| per row in float32 for each weight, shaped to broadcast against the (grouped) weight.
+
+    The norms are None on devices whose values cannot be looked at in passing; all is None for a weight that needs the
+    long way: float64, no elements, extreme rows.
+    """
+    done: list[Ready | None] = [None] * len(items)
+    alike: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
+    for i, item in enumerate(items):
+        if item.v.dtype != torch.float64 and item.v.numel():
+            alike[item.v.device, item.g.dtype, item.magnitude].append(i)
+    for places in alike.values():
+        chosen = [items[i] for i in places]
+        norms = [norm(i.axes.grouped(i.v), i.axes.reduced(i.v.ndim), blocked=True) for i in chosen]
+        for i, found in zip(places, _alike(chosen, norms), strict=True):
+            done[i] = found
+    return done
+
+
+def _alike(items: Sequence[Item], norms: Sequence[Tensor]) -> list[Ready | None]:
+    """Weights of one device, magnitude and type of g."""
+    first = items[0]
+    sizes = [n.numel() for n in norms]
+    flat = torch.cat([n.reshape(-1) for n in norms])
+    g = torch.cat([i.g.reshape(-1) for i in items])
+    if first.v.device.type != "cpu":  # nothing here may look at a value: that would wait for the device
+        factors = torch.split(snapped_quotient(g, flat, wide_dtype(first.v), first.magnitude), sizes)
+        return [Ready(None, rows.view(n.shape)) for rows, n in zip(factors, norms, strict=True)]
+    plain = plain_scale(g, flat, first.magnitude)
+    if plain is not None and plain[1]:
+        factors, short = torch.split(plain[0], sizes), torch.split(flat.float(), sizes)
+        return [Ready(s.view(n.shape), f.view(n.shape)) for f, s, n in zip(factors, short, norms, strict=True)]
+    if len(items) == 1:
+        return [None]
+    # extreme rows of one do not slow the others
+    return [_alike([item], [n])[0] for item, n in zip(items, norms, strict=True)]

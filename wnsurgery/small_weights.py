@@ -1,0 +1,133 @@
+"""Many small weights as one: copied side by side, so that a few calls compute norms, weights or gradients of all.
+
+An operation on a small tensor costs the same few microseconds whatever its size. Here a weight costs its share of a
+copy and of a handful of operations on the rows of all weights. Bits are those of `compose` for each weight by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wnsurgery.norms import SMALL, ordinary_factors
+from wnsurgery.reparam import Axes, Ready
+
+__all__ = ["SmallWeights", "is_small", "small_magnitudes"]
+
+
+def is_small(g: Tensor, v: Tensor, axes: Axes, magnitude: str) -> bool:
+    """Whether a pair can be one of `SmallWeights`: float32 rows in one piece of the CPU's memory."""
+    return magnitude == "linear" and g.dtype == torch.float32 and g.device.type == "cpu" and _has_small_rows(v, axes)
+
+
+def _has_small_rows(v: Tensor, axes: Axes) -> bool:
+    return (
+        (type(v) is Tensor or issubclass(type(v), nn.Parameter))
+        and 0 < v.numel() <= SMALL
+        and v.dtype == torch.float32
+        and axes.kept in ((0,), ())
+        and v.device.type == "cpu"
+        and v.is_contiguous()
+        and v.ndim > 0
+    )
+
+
+def small_magnitudes(weights: Sequence[tuple[Tensor, Axes]]) -> list[Tensor | None]:
+    """What `decompose` stores as g for each weight, where v is the weight itself; None for all others.
+
+    >>> small_magnitudes([(torch.tensor([[3.0, 4.0]]), Axes((0,))), (torch.zeros(1, 2), Axes((0,)))])
+    [tensor([[5.]]), None]
+    """
+    found: list[Tensor | None] = [None] * len(weights)
+    chosen = [i for i, (w, axes) in enumerate(weights) if _has_small_rows(w, axes)]
+    if not chosen:
+        return found
+    with torch.no_grad():
+        wide = torch.cat([weights[i][0].detach().reshape(-1) for i in chosen]).to(torch.float64).numpy()
+        shapes = [axes.magnitude_shape(w.shape) for w, axes in (weights[i] for i in chosen)]
+        counts = np.array([math.prod(shape) for shape in shapes])
+        lengths = np.repeat(np.array([weights[i][0].numel() for i in chosen]) // counts, counts)
+        with np.errstate(all="ignore"):  # what is not finite
+            norms = np.sqrt(np.add.reduceat(np.multiply(wide, wide, out=wide), _starts(lengths)))
+            ordinary = (norms > 0) & (norms < torch.finfo(torch.float32).max)
+            short = torch.from_numpy(norms.astype(np.float32))
+        whole = np.logical_and.reduceat(ordinary, _starts(counts))
+        parts = torch.unsafe_split_with_sizes(short, counts.tolist())
+        for i, part, shape, fine in zip(chosen, parts, shapes, whole, strict=True):
+            found[i] = part.resize_(shape).clone() if fine else None
+    return found
+
+
+def _starts(lengths: Any) -> Any:
+    return np.concatenate(([0], np.cumsum(lengths)[:-1]))
+
+
+class SmallWeights:
+    """The pairs of some weights that `is_small` holds for.
+
+    >>> pair = torch.tensor([[10.0]]), torch.tensor([[3.0, 4.0]])
+    >>> found, = SmallWeights([pair]).compute()
+    >>> found.w.tolist(), found.norms.tolist()
+    ([[6.0, 8.0]], [5.0])
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._g, self._v = [g for g, _ in pairs], [v for _, v in pairs]
+        self._shapes = [tuple(v.shape) for v in self._v]
+        self._sizes = [v.numel() for v in self._v]
+        self._rows = [g.numel() for g in self._g]
+        counts, lengths = np.array(self._rows), np.array(self._sizes) // np.array(self._rows)
+        self._lengths = np.repeat(lengths, counts)  # of each row
+        self._starts = _starts(self._lengths)
+        self._firsts = _starts(counts)  # each weight's first row
+        with torch.inference_mode(False), torch.no_grad():
+            self._flat_v, self._flat_g = torch.empty(sum(self._sizes)), torch.empty(sum(self._rows))
+            self._places_v, self._places_g = self._like_v(self._flat_v), self._like_g(self._flat_g)
+
+    def _like_v(self, flat: Tensor) -> list[Tensor]:
+        chunks = torch.unsafe_split_with_sizes(flat, self._sizes)  # each with a version of its own
+        return [chunk.resize_(shape) for chunk, shape in zip(chunks, self._shapes, strict=True)]
+
+    def _like_g(self, flat: Tensor) -> list[Tensor]:
+        chunks = torch.unsafe_split_with_sizes(flat, self._rows)
+        return [chunk.resize_(g.shape) for chunk, g in zip(chunks, self._g, strict=True)]
+
+    def _copy_pairs(self) -> None:
+        torch._foreach_copy_(self._places_v, self._v)
+        torch._foreach_copy_(self._places_g, self._g)
+
+    def compute(self) -> list[Ready | None]:
+        """All weights, in memory of their own; None for one with a row that is not an ordinary one."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._copy_pairs()
+            wide = self._flat_v.to(torch.float64).numpy()
+            norms = np.sqrt(np.add.reduceat(np.multiply(wide, wide, out=wide), self._starts))
+            factor, ordinary = ordinary_factors(self._flat_g.numpy(), norms)
+            w = self._like_v(self._flat_v * self._spread(factor))
+            short = torch.from_numpy(norms.astype(np.float32)).split_with_sizes(self._rows)
+            found: list[Ready | None] = [Ready(n, None, one) for n, one in zip(short, w, strict=True)]
+            if ordinary is not None:
+                whole = np.logical_and.reduceat(ordinary, self._firsts)
+                found = [one if fine else None for one, fine in zip(found, whole, strict=True)]
+            return found
+
+    def _spread(self, per_row: Any) -> Tensor:
+        return torch.from_numpy(np.repeat(per_row, self._lengths))
+
+    def gradients(self, grads: Sequence[Tensor], norms: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """dL/dg and dL/dv of all weights from dL/dw and the norms of `compute` (the paper's equation 3)."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._copy_pairs()
+            upstream = torch.empty_like(self._flat_v)
+            torch._foreach_copy_(self._like_v(upstream), list(grads))
+            lengths = torch.cat([n.reshape(-1) for n in norms]).numpy()
+            radial = np.add.reduceat((upstream * self._flat_v).numpy(), self._starts) / lengths
+            ratio = self._flat_g.numpy() / lengths
+            upstream.mul_(self._spread(ratio))
+            upstream.addcmul_(self._flat_v, self._spread(ratio * radial / lengths), value=-1)
+            return list(zip(self._like_g(torch.from_numpy(radial)), self._like_v(upstream), strict=True))
