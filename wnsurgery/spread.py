@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,8 +15,6 @@ __all__ = [
     "Spread",
     "effective_step",
     "log_bins",
-    "merged",
-    "merged_bins",
     "ratio",
     "row_norms",
     "spread",
@@ -89,22 +84,3 @@ def log_bins(values: Tensor) -> tuple[tuple[int, int], ...]:
     places = torch.floor(torch.log10(sizes) * BINS_PER_DECADE).long()
     found, counts = torch.unique(places, return_counts=True)
     return tuple(zip(found.tolist(), counts.tolist(), strict=True))
-
-
-def merged_bins(many: Sequence[tuple[tuple[int, int], ...]]) -> tuple[tuple[int, int], ...]:
-    """The counts of several weights together."""
-    total = Counter[int]()
-    for bins in many:
-        total.update(dict(bins))
-    return tuple(sorted(total.items()))
-
-
-def merged(many: Sequence[Spread | None]) -> Spread | None:
-    """Several spreads as one: smallest of the smallest, middle of the medians, largest of the largest."""
-    there = [s for s in many if s is not None]
-    if not there:
-        return None
-    if any(math.isnan(x) for s in there for x in s):
-        return Spread(math.nan, math.nan, math.nan)
-    medians = sorted(s.median for s in there)
-    return Spread(min(s.min for s in there), medians[(len(medians) - 1) // 2], max(s.max for s in there))
