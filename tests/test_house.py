@@ -21,6 +21,7 @@ LAYERS = [
     {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"}
     | {"csv_text"},
     {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
+    | {"charts", "page"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
     {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step", "small_weights", "looked_up", "spread"}
     | {"onnx_layout", "onnx_functions", "onnx_guard"},
