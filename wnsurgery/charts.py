@@ -37,12 +37,13 @@ def histogram(title: str, many: Iterable[Sequence[tuple[int, int]]], per_decade:
     wide = (640 - _LEFT) / (high - low)
     bars = "".join(
         f'<rect class="bar" x="{_LEFT + (b - low) * wide:.1f}" y="{_TOP + _ROOM * (1 - n / top):.1f}" '
-        f'width="{max(wide - 1, 0.5):.1f}" height="{_ROOM * n / top:.1f}"><title>{_span(b, per_decade)}: {n}</title></rect>'
+        f'width="{max(wide - 1, 0.5):.1f}" height="{_ROOM * n / top:.1f}">'
+        f"<title>{_span(b, per_decade)}: {n}</title></rect>"
         for b, n in sorted(total.items())
     )
     marks = [b for b in range(low, high + 1) if b % per_decade == 0]
     every = max(1, math.ceil(len(marks) / 8))
-    ticks = dict.fromkeys([low, high]) if len(marks) < 2 else dict.fromkeys(marks[::every])
+    ticks = [low, high] if len(marks) < 2 else marks[::every]
     names = "".join(
         f'<path class="axis" d="M{x:.1f} {_TOP + _ROOM}v5"/><text x="{x:.1f}" y="{_TOP + _ROOM + 18}" '
         f'text-anchor="{"end" if x > 620 else "middle"}">{10 ** (b / per_decade):.3g}</text>'
@@ -79,10 +80,11 @@ def ranges(title: str, unit: str, layers: Sequence[tuple[str, Three | None]], *,
         return f"{_TOP + _ROOM * (1 - (at - low) / (high - low)):.1f}"
 
     wide = (960 - _LEFT) / len(layers)
+    mark = min(0.6 * wide, 14)
     lines = "".join(
         f'<g><title>{_hint(name)}: {s[0]:.3g} / {s[1]:.3g} / {s[2]:.3g}</title><path class="mark" d="'
         f"M{_LEFT + (i + 0.5) * wide:.1f} {place(s[0])}V{place(s[2])}"
-        f'M{_LEFT + (i + 0.2) * wide:.1f} {place(s[1])}h{0.6 * wide:.1f}"/></g>'
+        f'M{_LEFT + (i + 0.5) * wide - mark / 2:.1f} {place(s[1])}h{mark:.1f}"/></g>'
         for i, name, s in there
     )
     axis = "".join(
@@ -99,7 +101,8 @@ def ranges(title: str, unit: str, layers: Sequence[tuple[str, Three | None]], *,
 def _figure(title: str, note: str, label: str, width: int, inside: str) -> str:
     return (
         f'<figure class="w{width}"><figcaption><b>{html.escape(title)}</b> {html.escape(note)}</figcaption>'
-        f'<svg viewBox="0 0 {width} {_TOP + _ROOM + 24}" role="img" aria-label="{html.escape(label)}">{inside}</svg></figure>'
+        f'<svg viewBox="0 0 {width} {_TOP + _ROOM + 24}" role="img" aria-label="{html.escape(label)}">'
+        f"{inside}</svg></figure>"
     )
 
 

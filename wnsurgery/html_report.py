@@ -96,13 +96,13 @@ def _summary(report: Inspection) -> str:
     dead, ties = sum(w.dead_rows for w in report.weights), sum(len(w.also) for w in report.weights if w.form != "graph")
     cards: list[tuple[str, object]] = [
         ("weights under weight norm", f"{len(report.weights):,}"),
-        ("other tensors of 2 or more dimensions", f"{len(report.others):,}"),
+        ("other tensors of 2+ dimensions", f"{len(report.others):,}"),
         ("numbers", f"{t.parameters:,}"),
         ("bytes", f"{t.bytes:,}"),
     ]
     if report.weights:
         cards += [("bytes that folding saves", f"{t.saved_bytes:,}"), ("rows that are zero", f"{dead:,}")]
-        cards += [("other names of tied weights", f"{ties:,}")]
+        cards += [("other names of tied weights", f"{ties:,}")] if ties else []
     return facts(cards)
 
 
@@ -175,7 +175,8 @@ def _parity(parity: Any) -> str:
         table("parity", "Parity report", "figures of the last operation", ("figure", "value"), rows) if rows else ""
     )
     heading = "" if rows else "<h2>Parity report</h2>"
-    return f"{heading}{figures}<details><summary>All of it, as JSON</summary>{cut}<pre>{html.escape(whole[:_DETAILS])}</pre></details>"
+    details = f"<details><summary>All of it, as JSON</summary>{cut}<pre>{html.escape(whole[:_DETAILS])}</pre></details>"
+    return heading + figures + details
 
 
 def _figures(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:

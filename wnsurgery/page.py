@@ -11,30 +11,35 @@ __all__ = ["Cell", "document", "facts", "safe", "table"]
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
-_CSS = """:root{color-scheme:light dark;--ink:#1a1a1a;--soft:#595959;--page:#fff;--card:#f4f5f7;--line:#c8c8c8;--bar:#1f5fa8}
+_CSS = """:root{color-scheme:light dark;--ink:#1a1a1a;--soft:#595959;--page:#fff;--card:#f4f5f7;--line:#c8c8c8;
+--bar:#1f5fa8}
 @media(prefers-color-scheme:dark){:root{--ink:#eee;--soft:#b3b3b3;--page:#161616;--card:#222428;--line:#4a4a4a;
 --bar:#7ab8ff}}
 *{box-sizing:border-box}body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);margin:0}
 main{max-width:110rem;margin:0 auto;padding:1rem 1.5rem}h1,h2{line-height:1.25;overflow-wrap:anywhere}
-h2{margin:2rem 0 .5rem}dl{display:grid;gap:.6rem;grid-template-columns:repeat(auto-fit,minmax(10.5rem,1fr));margin:1rem 0}
+h2{margin:2rem 0 .5rem}
+dl{display:grid;gap:.6rem;grid-template-columns:repeat(auto-fit,minmax(10.5rem,1fr));margin:1rem 0}
 dl div{background:var(--card);border-radius:.5rem;padding:.5rem .8rem}dt,figcaption{color:var(--soft);font-size:.85rem}
 dd{margin:0;font-size:1.2rem;font-weight:600;font-variant-numeric:tabular-nums}figcaption b{color:var(--ink)}
 .figures{display:grid;gap:1rem 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr))}
 figure{margin:0}.w960{grid-column:1/-1}svg{display:block;width:100%;height:auto}
 .bar{fill:var(--bar)}.mark{stroke:var(--bar);stroke-width:1.5;fill:none}.axis{stroke:var(--line);fill:none}
 text{fill:var(--soft);font-size:12px}.find{display:flex;gap:.8rem;align-items:center;flex-wrap:wrap;margin:.4rem 0}
-input{font:inherit;color:inherit;background:var(--page);border:1px solid var(--soft);border-radius:.3rem;padding:.2rem .5rem}
+input{font:inherit;color:inherit;background:var(--page);border:1px solid var(--soft);border-radius:.3rem;
+padding:.2rem .5rem}
 .wide{overflow:auto;max-height:85vh;border:1px solid var(--line);border-radius:.5rem}
 table{border-collapse:collapse;width:100%;font-size:.87rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--soft);padding:.3rem .7rem}
 th,td{border-top:1px solid var(--line);padding:.25rem .7rem;text-align:left;white-space:nowrap;vertical-align:top}
 thead th{position:sticky;top:0;background:var(--card);border:0}
-tbody th{font-weight:500}tbody th,td:last-child{white-space:normal;overflow-wrap:anywhere;min-width:12rem}
+tbody th{font-weight:500}tbody th,td:last-child{white-space:normal;overflow-wrap:anywhere;min-width:16rem}
 th button{font:inherit;font-weight:600;color:inherit;background:none;border:0;padding:0;cursor:pointer;text-align:left}
 th[aria-sort=ascending] button::after{content:" \\2191"}th[aria-sort=descending] button::after{content:" \\2193"}
 pre{overflow:auto;max-height:60vh;background:var(--card);padding:.8rem;border-radius:.5rem}
 :focus-visible{outline:3px solid var(--bar);outline-offset:1px}
-@media print{@page{size:landscape;margin:1cm}main{padding:0;max-width:none}.find{display:none}tr[hidden]{display:table-row}
+@media screen and (max-width:40rem){main{padding:.5rem}.w960 text{font-size:24px}.w640 text{font-size:16px}}
+@media print{@page{size:landscape;margin:1cm}main{padding:0;max-width:none}.find{display:none}
+tr[hidden]{display:table-row}
 .wide,pre{overflow:visible;max-height:none;border:0}table{font-size:7pt}th,td{padding:.1rem .3rem}
 tbody th,td:last-child{min-width:6rem}thead th{position:static}tr,figure,dl div{break-inside:avoid}h2{break-after:avoid}
 body{font-size:9pt}.bar,dl div{print-color-adjust:exact}}"""
