@@ -18,11 +18,9 @@ from wnsurgery.inspection import inspect
 from wnsurgery.turning import compare_weight_norm
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --enable-logging=stderr "
-    "--virtual-time-budget=3000 --dump-dom"
-).split()
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+FLAGS += ["--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom"]
 HOSTILE = "</script><script>window.harmed=1</script><img src=x onerror=window.harmed=1>\u202e\x1b[2J\x00"
 
 # Put before the page's own script: what goes wrong from the first line on.

@@ -12,6 +12,7 @@ __all__ = ["histogram", "ranges"]
 
 _LEFT, _TOP, _ROOM = 56, 10, 190  # room for the numbers of the axis, above the picture, and for the picture
 _TAIL = 60  # letters of a name that a hint shows
+_HINTED = 400  # layers up to which each has one: beyond, no pointer hits a single line
 
 Three = Sequence[float]
 
@@ -59,7 +60,7 @@ def histogram(title: str, many: Iterable[Sequence[tuple[int, int]]], per_decade:
 def ranges(title: str, unit: str, layers: Sequence[tuple[str, Three | None]], *, log: bool = True) -> str:
     """A line for each layer from its smallest to its largest number, with a mark at the median; "" without numbers.
 
-    >>> ranges("steps", "rad", [("a", (1.0, 2.0, 30.0)), ("b", None)]).count("<g>")
+    >>> ranges("steps", "rad", [("a", (1.0, 2.0, 30.0)), ("b", None)]).count("<title>")
     1
 
     Args:
@@ -76,17 +77,19 @@ def ranges(title: str, unit: str, layers: Sequence[tuple[str, Three | None]], *,
     low, high = (_log10(ticks[0]), _log10(ticks[-1])) if log else (ticks[0], ticks[-1])
 
     def place(x: float) -> str:
-        at = (_log10(x) if x > 0 else low) if log else x
+        at = min(max((_log10(x) if x > 0 else low) if log else x, low), high)
         return f"{_TOP + _ROOM * (1 - (at - low) / (high - low)):.1f}"
 
     wide = (960 - _LEFT) / len(layers)
     mark = min(0.6 * wide, 14)
+    hinted = len(layers) <= _HINTED
     lines = "".join(
-        f'<g><title>{_hint(name)}: {s[0]:.3g} / {s[1]:.3g} / {s[2]:.3g}</title><path class="mark" d="'
-        f"M{_LEFT + (i + 0.5) * wide:.1f} {place(s[0])}V{place(s[2])}"
-        f'M{_LEFT + (i + 0.5) * wide - mark / 2:.1f} {place(s[1])}h{mark:.1f}"/></g>'
+        f'<path d="M{_LEFT + (i + 0.5) * wide:.1f} {place(s[0])}V{place(s[2])}'
+        f'M{_LEFT + (i + 0.5) * wide - mark / 2:.1f} {place(s[1])}h{mark:.1f}"'
+        + (f"><title>{_hint(name)}: {s[0]:.3g} / {s[1]:.3g} / {s[2]:.3g}</title></path>" if hinted else "/>")
         for i, name, s in there
     )
+    lines = f'<g class="mark">{lines}</g>'
     axis = "".join(
         f'<path class="axis" d="M{_LEFT} {place(t)}H960"/><text x="{_LEFT - 6}" y="{float(place(t)) + 4:.1f}" '
         f'text-anchor="end">{t:.3g}</text>'
@@ -135,9 +138,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers, evenly spaced, that enclose what is seen and zero."""
     low, high = min(low, 0.0), max(high, 0.0)
-    raw = (high - low) / 5 or 1.0
+    raw = (high / 5 - low / 5) or 1.0
     power = 10.0 ** math.floor(_log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)] + (
-        [step] if low == high else []
-    )
+    many = range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)
+    ticks = [i * step for i in many if math.isfinite(i * step)]
+    return ticks if len(ticks) > 1 else [0.0, 1.0]

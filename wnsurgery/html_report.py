@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import html
 import json
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from wnsurgery.charts import histogram, ranges
 from wnsurgery.errors import InputError, printable
-from wnsurgery.page import Cell, document, facts, table
+from wnsurgery.page import document, facts, table
 from wnsurgery.text import by
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ __all__ = ["html_page", "write_html"]
 
 _DETAILS = 100_000  # letters of a parity report that the page takes
 _LARGEST = 1 << 26  # bytes of a parity report that are read
-_BINS = 8  # of `log_bins`, per decade
+_CAPTION = "min / median / max over the rows of each weight; the titles sort, by the median"
 
 
 def write_html(
@@ -58,11 +57,13 @@ def html_page(
     report: Inspection, *, title: str = "model", parity: Any = None, changes: TurnReport | None = None
 ) -> str:
     """The page as text; every string of the report is escaped."""
+    from wnsurgery.spread import BINS_PER_DECADE  # which imports torch
+
     steps = [(w.name, w.step) for w in report.weights]
     figures = [
         ranges("Effective step of the direction", f"lr |g| / ||v||^2 at lr {report.lr:g}, log scale", steps),
-        histogram("Magnitudes |g|", [w.bins[0] for w in report.weights], _BINS),
-        histogram("Norms ||v||", [w.bins[1] for w in report.weights], _BINS),
+        histogram("Magnitudes |g|", [w.bins[0] for w in report.weights], BINS_PER_DECADE),
+        histogram("Norms ||v||", [w.bins[1] for w in report.weights], BINS_PER_DECADE),
     ]
     shown = "".join(figures)
     parts = [
@@ -106,61 +107,34 @@ def _summary(report: Inspection) -> str:
     return facts(cards)
 
 
-def _three(values: Any) -> tuple[object, float | None]:
-    """A spread as a cell that sorts by its median."""
-    if values is None:
-        return "-", None
-    middle = values[1]
-    return " / ".join(f"{v:.4g}" for v in values), middle if math.isfinite(middle) else None
+def _three(values: Iterable[float] | None) -> str:
+    return "-" if values is None else " / ".join(f"{v:.4g}" for v in values)
 
 
 def _weights(report: Inspection) -> str:
     if not report.weights:
         return ""
-    texts = report.rows()
-    compared = len(texts[0]) > 9
-    rows: list[list[Cell]] = []
-    for w, text in zip(report.weights, texts[1:], strict=True):
-        spreads = [w.magnitude, w.norm, w.step, *((w.growth, w.gain) if compared else ())]
-        shape = (text[3], float(math.prod(w.shape)))
-        rows.append(
-            [
-                *text[:3],
-                shape,
-                text[4],
-                *map(_three, spreads),
-                (text[-1], float(w.dead_rows)) if w.dead_rows else text[-1],
-            ]
-        )
-    caption = "min / median / max over the rows of each weight; the titles sort, by the median"
-    return table("weights", "Weights under weight norm", caption, texts[0], rows)
+    titles, *rows = report.rows()
+    return table("weights", "Weights under weight norm", _CAPTION, titles, rows)
 
 
 def _others(report: Inspection) -> str:
     if not report.others:
         return ""
-    rows: list[list[Cell]] = [
-        [s.name, (by(s.shape), None if s.shape is None else float(math.prod(s.shape))), s.reason] for s in report.others
-    ]
+    rows = [(s.name, by(s.shape), s.reason) for s in report.others]
     return table("others", "Not under weight norm", "and why; the titles sort", ("tensor", "shape", "why"), rows)
 
 
 def _changes(changes: TurnReport) -> str:
     """What turned and what moved, as pictures and as a table."""
-    shown = ranges(
-        "Angle that the direction turned", "degrees", [(w.name, w.angle) for w in changes.weights], log=False
-    )
-    moves = [(w.name, w.moved) for w in changes.weights]
+    angles, moves, growths = ([(w.name, getattr(w, s)) for w in changes.weights] for s in ("angle", "moved", "growth"))
+    shown = ranges("Angle that the direction turned", "degrees", angles, log=False)
     shown += ranges("Relative move of the magnitude", "(g - g before) / |g before|", moves, log=False)
-    shown += ranges("Growth of ||v||", "||v|| / ||v|| before", [(w.name, w.growth) for w in changes.weights])
-    rows: list[list[Cell]] = [
-        [w.name, (by(w.shape), float(math.prod(w.shape))), _three(w.angle), _three(w.moved), _three(w.growth)]
-        for w in changes.weights
-    ]
+    shown += ranges("Growth of ||v||", "||v|| / ||v|| before", growths)
+    rows = [(w.name, by(w.shape), _three(w.angle), _three(w.moved), _three(w.growth)) for w in changes.weights]
     titles = ("weight", "shape", "angle, degrees", "g moved by", "||v|| / before")
-    caption = "min / median / max over the rows of each weight; the titles sort, by the median"
     text = f'<h2>What changed</h2><div class="figures">{shown}</div>' if shown else ""
-    text += table("changes", "Changes, weight by weight", caption, titles, rows)
+    text += table("changes", "Changes, weight by weight", _CAPTION, titles, rows)
     if changes.unmatched:
         text += table("unmatched", "Not compared", "and why", ("weight", "why"), changes.unmatched)
     return text

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from wnsurgery.errors import printable
 
-__all__ = ["Cell", "document", "facts", "safe", "table"]
+__all__ = ["document", "facts", "safe", "table"]
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -44,11 +44,13 @@ tr[hidden]{display:table-row}
 tbody th,td:last-child{min-width:6rem}thead th{position:static}tr,figure,dl div{break-inside:avoid}h2{break-after:avoid}
 body{font-size:9pt}.bar,dl div{print-color-adjust:exact}}"""
 
-# A cell sorts by data-k, a number, where it has one ("" sorts last), else by its text, numbers in it as numbers.
+# What a column sorts by: a spread by its median, a shape by its elements, "-" last, text with its numbers as numbers.
 _SCRIPT = """"use strict";
 const order=new Intl.Collator(undefined,{numeric:true}).compare;
-function key(row,column){const cell=row.cells[column],k=cell.dataset.k;
-return k===undefined?cell.textContent:k===""?null:Number(k)}
+function key(text){const parts=text.split(" / ");
+if(text==="-"||parts[1]==="nan")return null;
+if(parts.length===3)return Number(parts[1].replace("inf","Infinity"));
+return/^\\d+(x\\d+)*$/.test(text)?text.split("x").reduce((a,b)=>a*b,1):text}
 function compare(x,y,down){if(x===null||y===null)return(x===null)-(y===null);
 const c=typeof x==="number"&&typeof y==="number"?x-y:order(x,y);return down?-c:c}
 for(const part of document.querySelectorAll(".sortable")){
@@ -56,14 +58,12 @@ const body=part.querySelector("tbody"),rows=[...body.rows],heads=[...part.queryS
 heads.forEach((head,column)=>head.querySelector("button").addEventListener("click",()=>{
 const down=head.getAttribute("aria-sort")==="ascending";
 heads.forEach(h=>h.removeAttribute("aria-sort"));head.setAttribute("aria-sort",down?"descending":"ascending");
-const keys=new Map(rows.map(r=>[r,key(r,column)]));
+const keys=new Map(rows.map(r=>[r,column?key(r.cells[column].textContent):r.cells[0].textContent]));
 body.append(...[...rows].sort((a,b)=>compare(keys.get(a),keys.get(b),down)))}));
 const box=part.querySelector("input"),told=part.querySelector("[role=status]");
 box.addEventListener("input",()=>{const words=box.value.toLowerCase().split(/\\s+/);let n=0;
 for(const r of rows){const text=r.textContent.toLowerCase();r.hidden=!words.every(w=>text.includes(w));n+=!r.hidden}
 told.textContent=n+" of "+rows.length+" shown"})}"""
-
-Cell = object | tuple[object, float | None]  # what is shown, or that and the number it sorts by
 
 
 def safe(text: object) -> str:
@@ -96,14 +96,14 @@ def facts(pairs: Iterable[tuple[str, object]]) -> str:
     return f"<dl>{cards}</dl>"
 
 
-def table(ident: str, heading: str, caption: str, titles: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+def table(ident: str, heading: str, caption: str, titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table with a heading, a search box and columns that sort; the first column names its row.
 
     Args:
         ident: of the section, unique on the page.
         heading, caption: above it.
         titles: one for each column.
-        rows: cells; a pair is (what is shown, the number it sorts by, None last).
+        rows: what the cells show.
     """
     heads = "".join(f'<th scope="col"><button type="button">{safe(t)}</button></th>' for t in titles)
     lines = "".join(f"<tr>{''.join(_cell(c, i == 0) for i, c in enumerate(row))}</tr>" for row in rows)
@@ -115,9 +115,5 @@ def table(ident: str, heading: str, caption: str, titles: Sequence[str], rows: S
     )
 
 
-def _cell(cell: Cell, first: bool) -> str:
-    sort = ""
-    if isinstance(cell, tuple):
-        cell, number = cell
-        sort = ' data-k=""' if number is None else f' data-k="{number:.6g}"'
-    return f'<th scope="row"{sort}>{safe(cell)}</th>' if first else f"<td{sort}>{safe(cell)}</td>"
+def _cell(cell: object, first: bool) -> str:
+    return f'<th scope="row">{safe(cell)}</th>' if first else f"<td>{safe(cell)}</td>"
