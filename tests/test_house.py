@@ -30,7 +30,7 @@ LAYERS = [
     {"plan", "mechanism", "checkpoint", "tracing"},
     {"affine", "pairs", "targets", "promises", "manifest", "loading"},
     {"batchnorm", "data_init", "fans", "modes"},
-    {"surgery", "renormalize", "magnitudes", "param_groups", "delivery"},
+    {"surgery", "renormalize", "magnitudes", "param_groups", "delivery", "monitor"},
     {"directory"},
     {"files", "runs", "benchmark", "bench_models", "bench_works"},
     {"export", "inout", "bisection", "bench_surgery", "contents"},

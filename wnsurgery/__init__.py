@@ -42,6 +42,7 @@ _NAMES = {
     "UnsafeFileError": "errors",
     "VerificationError": "errors",
     "WeightNorm": "reparam",
+    "WeightNormMonitor": "monitor",
     "WnsurgeryError": "errors",
     "apply_weight_norm": "surgery",
     "bench": "benchmark",
