@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 
 __all__ = ["cell", "csv_text"]
+
+_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # of formulas; the last four are full-width = + - @
+_SPLITS = ',;"\t\r\n'  # what some spreadsheet's locale takes for the end of a cell
 
 
 def cell(value: object) -> object:
@@ -15,7 +16,7 @@ def cell(value: object) -> object:
     >>> cell("=1+1"), cell(-2.5), cell("conv")
     ("'=1+1", -2.5, 'conv')
     """
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(_STARTS) else value
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:
@@ -24,6 +25,8 @@ def csv_text(rows: Iterable[Sequence[object]]) -> str:
     >>> csv_text([("name", "rows"), ("a,b", 3)])
     'name,rows\n"a,b",3\n'
     """
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([cell(value) for value in row] for row in rows)
-    return out.getvalue()
+    return "".join(",".join(_quoted("" if value is None else str(cell(value))) for value in row) + "\n" for row in rows)
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in _SPLITS) else text
