@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +85,38 @@ def test_a_large_net_fits_the_terminal(width: int) -> None:
         assert max(map(len, out.getvalue().splitlines())) <= width
         texts.append(out.getvalue())
     assert len(texts[0].splitlines()) < 60 < len(texts[1].splitlines()) + 10
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_large_files_are_read_a_weight_at_a_time(tmp_path: Path, against: bool) -> None:
+    """600 MB of weights of 15 MB each are looked at, or compared, in a fraction of their size."""
+    pytest.importorskip("resource")
+    head, at = {}, 0
+    for i in range(40):
+        for name, shape in ((f"h.{i}.weight_g", [1000, 1]), (f"h.{i}.weight_v", [1000, 3750])):
+            size = 4 * shape[0] * shape[1]
+            head[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
+            at += size
+    text = json.dumps(head).encode()
+    for name in ("a", "b"):
+        with (tmp_path / f"{name}.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + at)
+    code = (
+        "import resource, sys, wnsurgery as wn\n"
+        "wn.inspect, wn.compare_weight_norm\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "found = wn.compare_weight_norm(*sys.argv[1:]) if len(sys.argv) > 2 else wn.inspect(sys.argv[1])\n"
+        "print(len(found.weights), peak() - before)\n"
+    )
+    names = ("a", "b") if against else ("a",)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(str(tmp_path / f"{n}.safetensors") for n in names)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    count, kilobytes = map(int, done.stdout.split())
+    assert count == 40
+    assert kilobytes < 200_000

@@ -10,7 +10,7 @@ from wnsurgery.errors import printable
 
 __all__ = ["histogram", "ranges"]
 
-_LEFT, _TOP, _ROOM = 56, 10, 190  # room for the numbers of the axis, above the picture, and for the picture
+_LEFT, _TOP, _ROOM = 56, 18, 190  # room for the numbers of the axis, above the picture, and for the picture
 _TAIL = 60  # letters of a name that a hint shows
 _HINTED = 400  # layers up to which each has one: beyond, no pointer hits a single line
 

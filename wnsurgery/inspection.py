@@ -193,12 +193,16 @@ def _since(w: Normed, before: Normed | Plain | None, g: Tensor, norms: Tensor) -
     if isinstance(before, Plain):
         if before.value is None:
             return None, None
-        first = row_norms(before.value(), w.axes)
-        start = first
+        plain = before.value()
+        if plain.is_meta or not plain.is_floating_point():
+            return None, None
+        start = first = row_norms(plain, w.axes)
     else:
         if before.values is None or before.axes != w.axes:
             return None, None
         start, direction = before.values()
+        if direction.is_meta:
+            return None, None
         first = row_norms(direction, w.axes)
     return spread(ratio(norms, first)), spread(ratio(g.abs(), start.abs()))
 
@@ -206,7 +210,7 @@ def _since(w: Normed, before: Normed | Plain | None, g: Tensor, norms: Tensor) -
 def _row(w: WeightFacts, compared: bool) -> tuple[str, ...]:
     kept = ",".join(map(str, w.kept)) or "none"
     kept += f" in {w.groups} groups" if w.groups > 1 else ""
-    notes = [f"= {printable(n)}" for n in w.also]
+    notes = [f"{'v is' if w.form == 'graph' else '='} {printable(n)}" for n in w.also]
     notes += [f"{w.zero_rows} rows with v = 0"] if w.zero_rows else []
     notes += [f"{w.dead_rows - w.zero_rows} rows with g = 0"] if w.dead_rows > w.zero_rows else []
     more = (_three(w.growth), _three(w.gain)) if compared else ()

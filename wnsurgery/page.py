@@ -33,15 +33,18 @@ caption{text-align:left;color:var(--soft);padding:.3rem .7rem}
 th,td{border-top:1px solid var(--line);padding:.25rem .7rem;text-align:left;white-space:nowrap;vertical-align:top}
 thead th{position:sticky;top:0;background:var(--card);border:0}
 tbody th{font-weight:500}tbody th,td:last-child{white-space:normal;overflow-wrap:anywhere;min-width:16rem}
+tbody th{min-width:20rem}
 th button{font:inherit;font-weight:600;color:inherit;background:none;border:0;padding:0;cursor:pointer;text-align:left}
 th[aria-sort=ascending] button::after{content:" \\2191"}th[aria-sort=descending] button::after{content:" \\2193"}
 pre{overflow:auto;max-height:60vh;background:var(--card);padding:.8rem;border-radius:.5rem}
 :focus-visible{outline:3px solid var(--bar);outline-offset:1px}
-@media screen and (max-width:40rem){main{padding:.5rem}.w960 text{font-size:24px}.w640 text{font-size:16px}}
+@media screen and (max-width:40rem){main{padding:.5rem}.w960 text{font-size:22px}tbody th{min-width:12rem}
+.w640 text{font-size:16px}}
 @media print{@page{size:landscape;margin:1cm}main{padding:0;max-width:none}.find{display:none}
 tr[hidden]{display:table-row}
 .wide,pre{overflow:visible;max-height:none;border:0}table{font-size:7pt}th,td{padding:.1rem .3rem}
-tbody th,td:last-child{min-width:6rem}thead th{position:static}tr,figure,dl div{break-inside:avoid}h2{break-after:avoid}
+tbody th,td:last-child{min-width:6rem!important}
+thead th{position:static}tr,figure,dl div{break-inside:avoid}h2{break-after:avoid}
 body{font-size:9pt}.bar,dl div{print-color-adjust:exact}}"""
 
 # What a column sorts by: a spread by its median, a shape by its elements, "-" last, text with its numbers as numbers.
