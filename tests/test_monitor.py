@@ -180,3 +180,22 @@ def test_what_cannot_be_watched_is_an_error() -> None:
     for wrong in ({"optimizer": []}, {"optimizer": optimizer, "every": 0}):
         with pytest.raises(wn.SelectionError):
             wn.WeightNormMonitor(model, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_turns_of_kept_axes_of_any_kind(dim: int | None) -> None:
+    """Angles over a step are those of the comparison of the two moments, computed from unit vectors, row by row."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        wn.apply_weight_norm(nn.Conv1d(3, 4, 2), dim=dim), wn.apply_weight_norm(nn.ConvTranspose2d(4, 6, 2, groups=2))
+    )
+    before = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with wn.WeightNormMonitor(model, optimizer) as monitor, torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        found = monitor.observe()
+    for one, wanted in zip(found, wn.compare_weight_norm(model, before).weights, strict=True):
+        assert one.name == wanted.name
+        assert np.allclose(one.angle or (), wanted.angle or (0, 0, 0), rtol=1e-5)
+        assert min(one.angle or (0,)) > 0.1
