@@ -18,7 +18,19 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
-    {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"},
+    {
+        "errors",
+        "kept",
+        "norms",
+        "text",
+        "snapshot",
+        "mean_only",
+        "calls",
+        "dataflow",
+        "axis_counts",
+        "moments",
+        "ownership",
+    },
     {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
     {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step", "small_weights", "looked_up"}
