@@ -18,34 +18,24 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
-    {
-        "errors",
-        "kept",
-        "norms",
-        "text",
-        "snapshot",
-        "mean_only",
-        "calls",
-        "dataflow",
-        "axis_counts",
-        "moments",
-        "dtensors",
-    },
+    {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"}
+    | {"csv_text", "ownership", "dtensors"},
     {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
+    | {"charts", "page"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
-    {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step", "small_weights", "looked_up"}
+    {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step", "small_weights", "looked_up", "spread"}
     | {"onnx_layout", "onnx_functions", "onnx_guard"},
     {"graph", "parity", "choice", "following", "multi_tensor"},
     {"walk", "steps", "flat_magnitudes", "deferred", "preparation"},
     {"plan", "mechanism", "checkpoint", "tracing"},
     {"affine", "pairs", "targets", "promises", "manifest", "loading"},
     {"batchnorm", "data_init", "fans", "modes"},
-    {"surgery", "renormalize", "magnitudes", "param_groups", "delivery"},
+    {"surgery", "renormalize", "magnitudes", "param_groups", "delivery", "monitor"},
     {"directory"},
     {"files", "runs", "benchmark", "bench_models", "bench_works"},
-    {"export", "inout", "bisection", "bench_surgery"},
-    {"verification", "inspection", "deployment", "folder", "suite"},
-    {"report"},
+    {"export", "inout", "bisection", "bench_surgery", "contents"},
+    {"verification", "inspection", "deployment", "folder", "suite", "turning"},
+    {"report", "weight_table", "html_report"},
     {"cli"},
     {"__init__", "__main__"},
 ]

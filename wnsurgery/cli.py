@@ -383,17 +383,52 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
 @_model
 @_loading
 @_stored
+@click.option("--lr", type=float, default=1.0, show_default=True, help="Learning rate to give the effective steps for.")
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="The same net earlier: print ||v|| and |g| against it."
+)
+@click.option("--against", type=click.Path(path_type=Path), help="Print what changed since this one.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print the result as CSV.")
+@click.option("--html", "page", type=click.Path(path_type=Path), help="Write the result as a page, too.")
+@click.option("--parity", type=click.Path(path_type=Path), help="JSON of a fold, export or verify to show on the page.")
+@click.option("--force", is_flag=True, help="Overwrite an existing page.")
+@click.option("--all", "everything", is_flag=True, help="On a terminal: every weight of a large net, not groups.")
 @_common
-def inspect(model: Path, as_json: bool, **options: Any) -> None:
-    """List the weights of MODEL: layout, shape, kept axes, g and ||v||, and what is not normalized and why.
+def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against: Path | None, **options: Any) -> None:
+    """List the weights of MODEL: layout, shape, kept axes, g and ||v||, effective step of the direction
+    lr |g| / ||v||^2, and what is not normalized and why.
 
     \b
-    Example:
+    Examples:
       wnsurgery inspect generator.pth
+      wnsurgery inspect step9000.pt --reference step0.pt --lr 1e-3
+      wnsurgery inspect step9000.pt --against step0.pt --html changes.html
+      wnsurgery inspect generator.pth --html report.html
+      wnsurgery inspect generator.pth --csv > weights.csv
     """
     from wnsurgery.inspection import inspect as look
 
-    show(look(model, **options), as_json=as_json)
+    page, parity, force = (options.pop(name) for name in ("page", "parity", "force"))
+    if page is None and parity is not None:
+        raise click.UsageError("--parity needs --html")
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv exclude each other")
+    if against is not None:
+        changes = _changes(model, against, options)
+        if page is not None:
+            _write_page(look(model, **options), page, model, parity, changes, force)
+        _show_table(changes, as_json, as_csv)
+        return
+    with working(f"reading {model}"):
+        report = look(model, **options)
+    if page is not None:
+        _write_page(report, page, model, parity, None, force)
+    if as_csv or as_json or not sys.stdout.isatty():
+        _show_table(report, as_json, as_csv)
+    else:
+        from wnsurgery.weight_table import show_weights
+
+        show_weights(report, everything=everything)
 
 
 @cli.command()
@@ -442,6 +477,29 @@ def bench(model: Path | None, as_json: bool, suite: bool, deploy: bool, no_compi
 
             report = measure(module, inputs, **options)
     show(report, as_json=as_json)
+
+
+def _changes(model: Path, against: Path, options: dict[str, Any]) -> Any:
+    from wnsurgery.turning import compare_weight_norm
+
+    if options["reference"] is not None:
+        raise click.UsageError("--against and --reference exclude each other")
+    own = {name: value for name, value in options.items() if name not in ("lr", "reference")}
+    with working(f"comparing {model} and {against}"):
+        return compare_weight_norm(model, against, **own)
+
+
+def _write_page(report: Any, page: Path, model: Path, parity: Path | None, changes: Any, force: bool) -> None:
+    from wnsurgery.html_report import write_html
+
+    write_html(report, page, title=model.name, parity=parity, changes=changes, force=force)
+
+
+def _show_table(report: Any, as_json: bool, as_csv: bool) -> None:
+    if as_csv:
+        click.echo(report.to_csv(), nl=False)
+    else:
+        show(report, as_json=as_json)
 
 
 def _bench_suite(model: Path | None, as_json: bool, repeats: int, own: dict[str, Any]) -> None:

@@ -389,7 +389,7 @@ def _rows(g: Array, v: Array) -> Iterator[tuple[slice, Array]]:
     if g.ndim != v.ndim or g.shape[0] != v.shape[0] or set(g.shape[1:]) - {1}:
         yield slice(None), g
         return
-    step = max(1, _BLOCK * 16 // max(1, v[:1].size))
+    step = max(1, _BLOCK * 2 // max(1, v[:1].size))
     for start in range(0, len(v), step):
         yield slice(start, start + step), g[start : start + step]
 

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from wnsurgery.errors import InputError, printable
-from wnsurgery.norms import norm
-from wnsurgery.plan import Skipped, plan_weight_norm
-from wnsurgery.reparam import Axes, Magnitude
+from wnsurgery.contents import Contents, Normed, Plain, opened
+from wnsurgery.csv_text import csv_text
+from wnsurgery.errors import InputError, SelectionError, printable
+from wnsurgery.plan import Skipped
+from wnsurgery.reparam import Magnitude
+from wnsurgery.spread import Spread, effective_step, log_bins, ratio, row_norms, spread
 from wnsurgery.text import by, columns
-from wnsurgery.walk import slots
 
-__all__ = ["Inspection", "WeightFacts", "inspect"]
+__all__ = ["Inspection", "Totals", "WeightFacts", "inspect"]
+
+Bins = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class WeightFacts:
     """One weight-normalized weight.
 
-    `magnitude` and `norm` are (min, median, max) of g and of ||v|| over its rows, None where there are no values;
     `form` says how it is stored: "ours", "torch" or "legacy" in a module, "parametrized" or "legacy" in a file, "graph"
-    in an ONNX file, where `also` names the direction's initializer.
+    in an ONNX file, where `also` names the direction's initializer. The four spreads are (min, median, max) over the
+    rows, None where there are no values.
+
+    Attributes:
+        magnitude, norm: of g and of ||v||.
+        zero_rows: rows with v = 0, which have no direction.
+        also: its other names (ties).
+        step: of lr |g| / ||v||^2, the effective step of the direction.
+        growth, gain: of ||v|| and |g| against the reference's, where there is one.
+        dead_rows: rows whose weight is zero (g = 0 or v = 0).
     """
 
     name: str
@@ -36,10 +45,25 @@ class WeightFacts:
     kept: tuple[int, ...]
     groups: int
     dtype: str
-    magnitude: tuple[float, float, float] | None
-    norm: tuple[float, float, float] | None
+    magnitude: Spread | None
+    norm: Spread | None
     zero_rows: int
     also: tuple[str, ...] = ()
+    step: Spread | None = None
+    growth: Spread | None = None
+    gain: Spread | None = None
+    dead_rows: int = 0
+    bins: tuple[Bins, Bins] = field(default=((), ()), repr=False)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over an artefact: memory shared counts once; `saved` is what folding takes away."""
+
+    parameters: int
+    bytes: int
+    saved_parameters: int
+    saved_bytes: int
 
 
 @dataclass(frozen=True)
@@ -48,19 +72,48 @@ class Inspection:
 
     weights: tuple[WeightFacts, ...]
     others: tuple[Skipped, ...]
+    totals: Totals = Totals(0, 0, 0, 0)
+    lr: float = 1.0
 
     def __str__(self) -> str:
-        head = f"{len(self.weights)} weights under weight norm"
-        rows: list[tuple[str, ...]] = [
-            ("weight", "form", "shape", "kept", "g min/median/max", "||v|| min/median/max", "note")
-        ]
-        rows += [_row(w) for w in self.weights]
-        lines = [head, *(columns(rows) if self.weights else [])]
+        lines = [self.head(), *(columns(self.rows()) if self.weights else [])]
         if self.others:
             lines += ["", f"{len(self.others)} other tensors of 2 or more dimensions"]
             table = [(printable(s.name), by(s.shape), printable(s.reason)) for s in self.others]
             lines += columns([("tensor", "shape", "why"), *table])
         return "\n".join(lines)
+
+    def head(self) -> str:
+        """The totals in one line."""
+        t = self.totals
+        saved = f"; folding saves {t.saved_parameters:,} ({t.saved_bytes:,} bytes)" if self.weights else ""
+        sizes = f"; {t.parameters:,} numbers ({t.bytes:,} bytes)"
+        return f"{len(self.weights)} weights under weight norm{sizes}{saved}"
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table of weights as text, its titles first."""
+        compared = any(w.growth for w in self.weights)
+        titles = ("weight", "form", "type", "shape", "kept", "g min/median/max", "||v|| min/median/max")
+        more = ("||v|| / before", "|g| / before") if compared else ()
+        rows: list[tuple[str, ...]] = [(*titles, f"step at lr {self.lr:g}", *more, "note")]
+        return rows + [_row(w, compared) for w in self.weights]
+
+    def to_csv(self) -> str:
+        """One line per weight and per other tensor; text that a spreadsheet would take for a formula is defused."""
+        spreads = ("magnitude", "norm", "step", "growth", "gain")
+        titles = [f"{s}_{part}" for s in spreads for part in Spread._fields]
+        rows: list[list[object]] = [
+            ["name", "form", "dtype", "shape", "kept", "groups", *titles, "zero_rows", "dead_rows", "also", "reason"]
+        ]
+        for w in self.weights:
+            numbers = [x for s in spreads for x in getattr(w, s) or ("", "", "")]
+            kept = " ".join(map(str, w.kept))
+            ties = "; ".join(printable(n) for n in w.also)
+            start = [printable(w.name), w.form, w.dtype, by(w.shape), kept, w.groups]
+            rows.append([*start, *numbers, w.zero_rows, w.dead_rows, ties, ""])
+        blank = [""] * (len(titles) + 5)
+        rows += [[printable(s.name), "", "", by(s.shape), *blank, printable(s.reason)] for s in self.others]
+        return csv_text(rows)
 
 
 def inspect(
@@ -69,6 +122,8 @@ def inspect(
     arch: str | None = None,
     trust_pickle: bool = False,
     magnitude: Magnitude = "linear",
+    lr: float = 1.0,
+    reference: nn.Module | str | os.PathLike[str] | None = None,
 ) -> Inspection:
     """List the weight norm in a live module, a checkpoint, a whole-module file or an ONNX file.
 
@@ -81,128 +136,87 @@ def inspect(
         arch: "package.module:factory" to build the model a state dict belongs to, for layer types and reasons.
         trust_pickle: let code in the file run while it is loaded.
         magnitude: "log" when pairs store the logarithm of g without saying so, as our own do.
+        lr: the learning rate that the effective steps lr |g| / ||v||^2 are given for.
+        reference: the same net at an earlier time, converted or plain, to compare ||v|| and |g| with.
 
-    Raises InputError, UnsafeFileError as the readers do.
+    Raises InputError, UnsafeFileError as the readers do; InputError when the reference has none of the weights,
+    SelectionError for a learning rate that is no positive number.
     """
-    if isinstance(target, nn.Module):
-        return _of_module(target)
-    path = Path(target)
-    if path.suffix.lower() == ".onnx":
-        return _of_graph(path)
-    from wnsurgery.files import load_model, load_object
-    from wnsurgery.stores import map_store
+    if not 0 < lr < float("inf"):
+        raise SelectionError(f"lr must be a positive number, not {lr!r}")
+    options = {"arch": arch, "trust_pickle": trust_pickle}
+    with opened(target, magnitude=magnitude, **options) as contents:  # type: ignore[arg-type]
+        if reference is None:
+            return _inspected(contents, {}, lr)
+        with opened(reference, magnitude=magnitude, **options) as before:  # type: ignore[arg-type]
+            known: dict[str, Normed | Plain] = {p.name: p for p in before.others}
+            known |= {name: w for w in before.weights for name in (w.name, *w.also)}
+            if not any(w.name in known for w in contents.weights):
+                raise InputError("the reference has none of the weights that are under weight norm here")
+            return _inspected(contents, known, lr)
 
-    content: Any
-    if path.is_dir():
-        return _of_directory(path, magnitude)
-    if arch:
-        content = load_model(path, arch=arch, trust_pickle=trust_pickle, magnitude=magnitude)
+
+def _inspected(contents: Contents, before: dict[str, Normed | Plain], lr: float) -> Inspection:
+    facts = tuple(_facts(w, before.get(w.name), lr) for w in contents.weights)
+    others = tuple(Skipped(p.name, p.shape, p.reason) for p in contents.others)
+    saved = [w.extra for w in contents.weights]
+    totals = Totals(contents.parameters, contents.bytes, sum(n for n, _ in saved), sum(b for _, b in saved))
+    return Inspection(facts, others, totals, lr)
+
+
+def _facts(w: Normed, before: Normed | Plain | None, lr: float) -> WeightFacts:
+    axes = w.axes
+    kept, groups = (axes.kept, axes.groups) if axes else ((), 1)
+    bare = WeightFacts(w.name, w.form, w.shape, kept, groups, w.dtype, None, None, 0, w.also)
+    if w.values is None or axes is None:
+        return bare
+    with torch.no_grad():
+        g, v = w.values()
+        if v.is_meta or g.is_meta:
+            return bare
+        norms, g = row_norms(v, axes), g.double().flatten()
+        zero, dead = int((norms == 0).sum()), int(((norms == 0) | (g == 0)).sum())
+        step = spread(effective_step(g, norms, lr)[norms != 0])
+        del v
+        growth, gain = _since(w, before, g, norms)
+        bins = log_bins(g), log_bins(norms)
+    return WeightFacts(
+        w.name, w.form, w.shape, kept, groups, w.dtype, spread(g), spread(norms), zero, w.also, step, growth, gain,
+        dead, bins,
+    )  # fmt: skip
+
+
+def _since(w: Normed, before: Normed | Plain | None, g: Tensor, norms: Tensor) -> tuple[Spread | None, Spread | None]:
+    """||v|| and |g| against what they were; None where the reference cannot tell."""
+    if before is None or before.shape != w.shape or w.axes is None:
+        return None, None
+    if isinstance(before, Plain):
+        if before.value is None:
+            return None, None
+        plain = before.value()
+        if plain.is_meta or not plain.is_floating_point():
+            return None, None
+        start = first = row_norms(plain, w.axes)
     else:
-        stored = None if trust_pickle else map_store(path)
-        if stored is not None and stored.source is not None:
-            try:
-                return _of_checkpoint(stored.content, path, magnitude, stored.source.fetch)
-            finally:
-                stored.source.close()
-        content = load_object(path, trust_pickle=trust_pickle)
-    return _of_module(content) if isinstance(content, nn.Module) else _of_checkpoint(content, path, magnitude)
+        if before.values is None or before.axes != w.axes:
+            return None, None
+        start, direction = before.values()
+        if direction.is_meta:
+            return None, None
+        first = row_norms(direction, w.axes)
+    return spread(ratio(norms, first)), spread(ratio(g.abs(), start.abs()))
 
 
-def _of_module(model: nn.Module) -> Inspection:
-    facts = list[WeightFacts]()
-    seen = dict[tuple[int, int], int]()
-    for slot in slots(model):
-        if slot.form not in ("ours", "torch", "legacy") or slot.tensor is None or slot.magnitude is None:
-            continue
-        key = (id(slot.magnitude), id(slot.tensor))
-        if key in seen:
-            first = facts[seen[key]]
-            facts[seen[key]] = WeightFacts(**{**first.__dict__, "also": (*first.also, *slot.names)})
-            continue
-        seen[key] = len(facts)
-        entry: Any = getattr(slot.module, "parametrizations", {})
-        rule = entry[slot.parameter][0] if slot.form == "ours" else None
-        axes = rule.axes if rule else Axes.of_pair(slot.magnitude.shape, slot.tensor.shape)
-        g = slot.magnitude.detach()
-        g = g.exp() if rule and rule.magnitude == "log" else g
-        facts.append(_facts(slot.fqn, slot.form, g, slot.tensor.detach(), axes, slot.names[1:]))
-    names = {f.name for f in facts} | {n for f in facts for n in f.also}
-    try:
-        skipped = plan_weight_norm(model).skipped
-        sites = [Skipped(s.fqn, tuple(s.weight.shape), "plain") for s in plan_weight_norm(model).sites]
-    except ValueError:  # nothing to convert in this model is no error here
-        skipped, sites = (), [Skipped(s.fqn, s.shape, "plain") for s in slots(model) if s.shape]
-    others = [s for s in (*sites, *skipped) if (s.shape is None or len(s.shape) > 1) and s.name not in names]
-    return Inspection(tuple(facts), tuple(others))
-
-
-def _of_checkpoint(
-    content: Any, path: Path, magnitude: Magnitude, fetch: Callable[[Tensor], Tensor] = Tensor.detach
-) -> Inspection:
-    from wnsurgery.checkpoint import plan_fold, state_dicts
-
-    facts: list[WeightFacts] = []
-    others: list[Skipped] = []
-    found = state_dicts(content)
-    if not found:
-        raise InputError.of(path, "holds no tensors under names")
-    for state in found:
-        tensors = state.tensors
-        steps, skips = plan_fold(state)
-        reasons = {skip.name: skip.reason for skip in skips}
-        for step in steps:
-            g, v = (fetch(tensors[key]).detach() for key in step.sources[:2])
-            g = g.double().exp() if step.log or magnitude == "log" else g
-            form = "legacy" if step.sources[0].endswith("_g") else "parametrized"
-            facts.append(_facts(step.name, form, g, v, step.axes))
-        used = {key for step in steps for key in step.sources}
-        for key, tensor in tensors.items():
-            name = state.full(key)
-            if key not in used and tensor.ndim > 1:
-                others.append(Skipped(name, tuple(tensor.shape), reasons.get(name, "plain")))
-    return Inspection(tuple(facts), tuple(others))
-
-
-def _of_directory(path: Path, magnitude: Magnitude) -> Inspection:
-    from wnsurgery.directory import map_directory
-
-    folder = map_directory(path)
-    try:
-        return _of_checkpoint(folder.stored.content, path, magnitude, folder.source.fetch)
-    finally:
-        folder.source.close()
-
-
-def _of_graph(path: Path) -> Inspection:
-    from wnsurgery.graph import find_weight_norms
-
-    found = find_weight_norms(path)
-    facts = (WeightFacts(f.value, "graph", f.shape, (), 1, f.dtype, None, None, 0, (f.v,)) for f in found)
-    return Inspection(tuple(facts), ())
-
-
-def _facts(name: str, form: str, g: Tensor, v: Tensor, axes: Axes, also: tuple[str, ...] = ()) -> WeightFacts:
-    kind = str(v.dtype).removeprefix("torch.")
-    if v.is_meta:
-        return WeightFacts(name, form, tuple(v.shape), axes.kept, axes.groups, kind, None, None, 0, also)
-    norms = norm(axes.grouped(v), axes.reduced(v.ndim), blocked=True)
-    zero = int((norms == 0).sum())
-    return WeightFacts(name, form, tuple(v.shape), axes.kept, axes.groups, kind, _spread(g), _spread(norms), zero, also)
-
-
-def _spread(values: Tensor) -> tuple[float, float, float] | None:
-    flat = values.detach().double().flatten()
-    if not flat.numel():
-        return None
-    return flat.min().item(), torch.median(flat).item(), flat.max().item()
-
-
-def _row(w: WeightFacts) -> tuple[str, ...]:
+def _row(w: WeightFacts, compared: bool) -> tuple[str, ...]:
     kept = ",".join(map(str, w.kept)) or "none"
     kept += f" in {w.groups} groups" if w.groups > 1 else ""
-    notes = [f"= {printable(n)}" for n in w.also] + ([f"{w.zero_rows} rows with v = 0"] if w.zero_rows else [])
-    return (printable(w.name), w.form, by(w.shape), kept, _three(w.magnitude), _three(w.norm), "; ".join(notes))
+    notes = [f"{'v is' if w.form == 'graph' else '='} {printable(n)}" for n in w.also]
+    notes += [f"{w.zero_rows} rows with v = 0"] if w.zero_rows else []
+    notes += [f"{w.dead_rows - w.zero_rows} rows with g = 0"] if w.dead_rows > w.zero_rows else []
+    more = (_three(w.growth), _three(w.gain)) if compared else ()
+    start = (printable(w.name), w.form, w.dtype, by(w.shape), kept, _three(w.magnitude), _three(w.norm))
+    return (*start, _three(w.step), *more, "; ".join(notes))
 
 
-def _three(values: tuple[float, float, float] | None) -> str:
+def _three(values: Iterable[float] | None) -> str:
     return "-" if values is None else " / ".join(f"{v:.4g}" for v in values)

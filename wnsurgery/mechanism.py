@@ -489,6 +489,8 @@ def _give_class(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
     base: Any = type(module)
     members: dict[str, Any] = {"__module__": parametrize.__name__}
     members |= {"__reduce_ex__": _reduce_ex, "_load_from_state_dict": _load_any_layout}
+    if _is_copied_plainly(base):
+        members["__deepcopy__"] = _deepcopy
     for name in ("reset_parameters", "_reset_parameters"):
         if callable(getattr(base, name, None)):
             members[name] = _plain_method(name)
@@ -502,6 +504,26 @@ def _give_class(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
         # a reader that executes nothing only sets the state of classes it was told of
         torch.serialization.add_safe_globals([(cls, f"{__name__}.{cls.__name__}.{id(cls)}")])
     return module
+
+
+def _is_copied_plainly(base: Any) -> bool:
+    """Whether a class leaves all of how it is copied and pickled to nn.Module."""
+    names = ("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__")
+    same = all(getattr(base, name, None) is getattr(nn.Module, name, None) for name in names)
+    return same and base.__new__ is object.__new__ and not hasattr(base, "__deepcopy__") and not _has_slots(base)
+
+
+def _has_slots(base: Any) -> bool:
+    return any(c.__dict__.get("__slots__") for c in base.__mro__)
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """What copying by way of `_reduce_ex` comes to for such a class, in a fraction of the time."""
+    base, table = _made_by_parametrize(type(self)).__bases__[0], _table(self)
+    twin = memo[id(self)] = rebuild_parametrized(base, tuple(table._modules))
+    if type(table) is nn.ModuleDict:
+        copied_module(table, memo)
+    return copied_module(self, memo, twin)
 
 
 @cache

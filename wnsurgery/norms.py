@@ -31,6 +31,7 @@ __all__ = [
     "plain_scale",
     "row_norms",
     "row_peak",
+    "row_products",
     "row_scale",
     "snapped_quotient",
     "stored_magnitude",
@@ -117,20 +118,38 @@ def _starts(count: int, length: int) -> Any:
 def row_norms(rows: Tensor) -> Tensor:
     """||row|| for each row of a matrix, a block of rows at a time."""
     count, length = rows.shape
-    total = _empty((count, 1), rows)
     step = max(1, _BLOCK // length)
-    room = _scratch(rows[:step])
+    if length < _SHORT or (count * length >= _BLOCK and torch.get_num_threads() > 1):
+        total = _empty((count, 1), rows)
+        room = _scratch(rows[:step])
+        for start in range(0, count, step):
+            part = room[: min(step, count - start)].copy_(rows[start : start + step])
+            if length < _SHORT:
+                torch.linalg.vector_norm(part, 2, 1, keepdim=True, out=total[start : start + step])
+            else:  # two operations that torch spreads over its threads, each row summed by one of them
+                torch.sum(part.mul_(part), 1, keepdim=True, out=total[start : start + step])
+        return total if length < _SHORT else total.sqrt_()
+    squares = np.empty(count)
+    most = min(step, count)
+    wide = _wide_scratch(most * length)[: most * length].reshape(most, length)
+    # numpy widens faster than torch; `.numpy()` would forbid the storage to be resized, for good
+    narrow = np.from_dlpack(rows.detach()) if rows.dtype == torch.float32 else None
     for start in range(0, count, step):
-        part = room[: min(step, count - start)].copy_(rows[start : start + step])
-        if length < _SHORT:
-            torch.linalg.vector_norm(part, 2, 1, keepdim=True, out=total[start : start + step])
-            continue
-        squares, block = total[start : start + step, 0].numpy(), part.numpy()
-        np.vecdot(block[:, :_LONG], block[:, :_LONG], out=squares)
-        for column in range(_LONG, length, _LONG):
-            more = block[:, column : column + _LONG]
-            squares += np.vecdot(more, more)
-    return total if length < _SHORT else total.sqrt_()
+        block, stop = wide[: count - start], start + step
+        if narrow is not None:
+            np.copyto(block, narrow[start:stop])
+        else:
+            torch.from_numpy(block).copy_(rows[start:stop])
+        row_products(block, block, squares[start:stop])
+    return torch.from_numpy(np.sqrt(squares, out=squares)).view(count, 1)
+
+
+def row_products(a: Any, b: Any, out: Any) -> None:
+    """The scalar products of the rows of two matrices, in the calling thread."""
+    np.vecdot(a[:, :_LONG], b[:, :_LONG], out=out)
+    for column in range(_LONG, a.shape[1], _LONG):
+        here = slice(column, column + _LONG)
+        out += np.vecdot(a[:, here], b[:, here])
 
 
 def _column_norms(v: Tensor, shape: Sequence[int], inner: Sequence[int]) -> Tensor:
@@ -148,9 +167,20 @@ class _Scratch(threading.local):
     """One block of float64 for each thread, warm: allocating it anew costs more than the arithmetic."""
 
     memory: Tensor | None = None
+    array: Any = None
 
 
 _scratches = _Scratch()
+
+
+def _wide_scratch(size: int) -> Any:
+    """The same memory as an array."""
+    if size > _BLOCK:
+        return np.empty(size)
+    if _scratches.array is None:
+        with torch.inference_mode(False):
+            _scratches.array = _scratch(torch.empty(_BLOCK, dtype=torch.float64)).numpy()
+    return _scratches.array
 
 
 def _scratch(like: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,11 +27,14 @@ from wnsurgery.norms import (
     norm,
     plain_scale,
     row_peak,
+    row_products,
     row_scale,
     snapped_quotient,
     stored_magnitude,
     wide_dtype,
 )
+from wnsurgery.ownership import holders, is_private
+from wnsurgery.ownership import prepare as prepare_counts
 
 __all__ = ["Axes", "Magnitude", "Ready", "WeightNorm", "blank_module", "compose", "decompose", "magnitude_dtype_for"]
 
@@ -38,7 +42,7 @@ Magnitude = Literal["linear", "log"]
 
 _FRESH = 1 << 23  # elements from which the allocator gives fresh pages each time, which cost more than a pass
 _WIDENED = 1 << 18  # elements widened at a time
-_BLOCK = 1 << 18  # elements a block of the backward pass has, so that it stays in a core's cache
+_BLOCK = 1 << 19  # elements a block of the backward pass has: few enough for a core's cache, enough for its calls
 
 ZERO_LOG = -1000.0  # e^-1000 is 0 in float64: the logarithm stored for a row of zeros
 
@@ -311,6 +315,8 @@ class _Compose(torch.autograd.Function):
             ctx.save_for_backward(g, v, ready.norms)
             return ready.w
         axes, magnitude, rooms = how
+        if v.numel() >= _FRESH:
+            prepare_counts()
         if ready is None:
             view, dims, rows = axes.grouped(v), axes.reduced(v.ndim), _per_row(g, v, axes)
             if v.dtype == torch.float64:
@@ -339,9 +345,18 @@ class _Compose(torch.autograd.Function):
             grad_g, grad_v = _gradients(grad_w, g, v, axes, magnitude)
         else:
             big = v.dtype == torch.float32 and v.numel() >= _FRESH
-            room = rooms.take("grad", v) if rooms is not None and big else None
+            room = None
+            if big and _fills_its_memory(grad_w) and is_private(holders(grad_w)):
+                room = grad_w
+            elif big and rooms is not None:
+                room = rooms.take("grad", v)
             grad_g, grad_v = _plain_gradients(grad_w, g, v, norms, axes, magnitude, room, _FRESH)
         return grad_g, grad_v, None, None
+
+
+def _fills_its_memory(grad: Tensor) -> bool:
+    plain = type(grad) is Tensor and grad.layout is torch.strided and grad.is_contiguous()
+    return plain and grad.dtype == torch.float32 and grad.untyped_storage().nbytes() == grad.nbytes
 
 
 # past the Python half of `Function.apply`, which unwraps what function transforms left: none is on
@@ -465,17 +480,32 @@ def _gradients_into(room: Tensor, grad_w: Tensor, size: Tensor, v: Tensor, norms
     scale = size / norms
     radial = torch.empty_like(norms)
     step = max(1, _BLOCK // max(1, flat_v.shape[1]))
-    over = room is grad_w  # then the products need a place of their own
-    scratch = torch.empty_like(flat_v[:step]) if over else out
+    products = _products(flat_w, flat_v, step)
     for start in range(0, len(flat_v), step):
         rows = slice(start, start + step)
-        products = scratch[: len(flat_v[rows])] if over else out[rows]
-        torch.mul(flat_w[rows], flat_v[rows], out=products)
-        torch.sum(products, 1, keepdim=True, out=radial[rows])
-        radial[rows].div_(norms[rows])
+        products(rows, radial[rows]).div_(norms[rows])
         torch.mul(flat_w[rows], scale[rows], out=out[rows])
         out[rows].addcmul_(flat_v[rows], scale[rows] * radial[rows] / norms[rows], value=-1)
     return radial.reshape(-1, *[1] * (v.ndim - 1))
+
+
+def _products(a: Tensor, b: Tensor, step: int) -> Callable[[slice, Tensor], Tensor]:
+    """Scalar products of the rows of two matrices, up to `step` rows at a time, into one value per row."""
+    if torch.get_num_threads() > 1:
+        scratch = torch.empty_like(a[:step])
+
+        def spread(rows: slice, out: Tensor) -> Tensor:
+            torch.mul(a[rows], b[rows], out=scratch[: len(out)])
+            return torch.sum(scratch[: len(out)], 1, keepdim=True, out=out)
+
+        return spread
+    one, other = np.from_dlpack(a.detach()), np.from_dlpack(b.detach())
+
+    def alone(rows: slice, out: Tensor) -> Tensor:
+        row_products(one[rows], other[rows], out.numpy()[:, 0])
+        return out
+
+    return alone
 
 
 def _gradients(grad_w: Tensor, g: Tensor, v: Tensor, axes: Axes, magnitude: str) -> tuple[Tensor, Tensor]:
@@ -568,9 +598,13 @@ _SHARED = (bool, int, str, Axes, torch.dtype, type(None))  # what a copy may hav
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def copied_module(module: _Module, memo: dict[int, Any]) -> _Module:
-    """A deep copy of one of our own modules, whose dozen empty tables need no copier each."""
-    twin: _Module = type(module).__new__(type(module))
+def copied_module(module: _Module, memo: dict[int, Any], twin: _Module | None = None) -> _Module:
+    """A deep copy of a module that is copied as nn.Module is, whose dozen empty tables need no copier each.
+
+    The copy is `twin` where one is given, an object without attributes yet.
+    """
+    if twin is None:
+        twin = type(module).__new__(type(module))
     memo[id(module)] = twin
     state: dict[str, Any] = getattr(module, "__getstate__", lambda: module.__dict__)()  # not before Python 3.11
     for name, value in state.items():
