@@ -69,10 +69,15 @@ def test_fully_sharded(tmp_path: Path, world: int) -> None:
 
 
 def torchrun(arguments: list[str], world: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "-m", "wnsurgery", *arguments], capture_output=True, text=True, check=False, env=environment
+        [*command, "-m", "wnsurgery", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=150,
     )
 
 
@@ -97,12 +102,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_several_processes_fold_one_directory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_fold_one_directory(tmp_path: Path, world: int) -> None:
     """`torchrun -m wnsurgery fold` shares the files and gives the bytes of one process, one report and one manifest."""
     source = shards(tmp_path / "source")
     alone = wn.fold_checkpoint(source, tmp_path / "alone", manifest=tmp_path / "alone.json")
     together = ["fold", str(source), "-o", str(tmp_path / "together"), "--manifest", str(tmp_path / "together.json")]
-    done = torchrun([*together, "--json"], 2)
+    done = torchrun([*together, "--json"], world)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "together") == contents(tmp_path / "alone")
     assert (tmp_path / "together.json").read_bytes() == (tmp_path / "alone.json").read_bytes()
