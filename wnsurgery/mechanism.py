@@ -48,8 +48,9 @@ class WeightNormList(ParametrizationList):
     _preparation: Preparation | None = None  # with the other weights of its net
 
     def forward(self) -> Tensor:
-        kept, halves = self._kept, self._parameters
-        if kept is not None and not torch.is_grad_enabled() and not _is_compiling():
+        kept = None if _is_compiling() else self._kept  # compiled code would depend on whether one is kept
+        if kept is not None and not torch.is_grad_enabled():
+            halves = self._parameters
             known = kept.is_of(halves.get("original0"), halves.get("original1"))
             if known and len(self._modules) == 1 and _tracing() is None:
                 return kept.w

@@ -34,7 +34,12 @@ def _has_small_rows(v: Tensor, axes: Axes) -> bool:
         and v.device.type == "cpu"
         and v.is_contiguous()
         and v.ndim > 0
+        and (1 not in v.shape or v.stride() == _row_major(v.shape))  # an axis of one may say which kernel is to run
     )
+
+
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def small_magnitudes(weights: Sequence[tuple[Tensor, Axes]]) -> list[Tensor | None]:
