@@ -19,7 +19,7 @@ PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
     {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"}
-    | {"csv_text", "ownership", "dtensors"},
+    | {"csv_text", "ownership", "dtensors", "tied_names"},
     {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
     | {"charts", "page"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},

@@ -25,6 +25,7 @@ from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
 from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, decompose
 from wnsurgery.small_weights import SmallWeights, is_small, small_magnitudes
+from wnsurgery.tied_names import rename_tied
 from wnsurgery.walk import Slot, legacy_hooks, slots
 
 __all__ = ["apply_weight_norm", "fold_weight_norm", "is_weight_normed"]
@@ -115,6 +116,7 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
             with _plain_grad_mode():
                 follower.split(map(_swap_at, plan.sites), carry=carry)
                 follower.settle(p for step in norms.steps for p in model.get_submodule(step.layer).parameters())
+    rename_tied(model)
     if mode == "deferred":
         set_weight_norm_mode(model, mode)
     return model
@@ -252,6 +254,7 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
         for fold_mean in means:
             fold_mean()
         follower.settle()
+    rename_tied(model)
     _log.info("weight norm folded out of %d weights", len(folded))
     return model
 
