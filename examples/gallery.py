@@ -315,13 +315,22 @@ def table(rows: list[Row], onnx: bool) -> Table:
         "seconds",
     ]
     for head in heads:
-        out.add_column(head, justify="right" if head in right else "left", overflow="fold")
+        wraps = head in ("left alone", "ONNX")
+        out.add_column(head, justify="right" if head in right else "left", overflow="fold", no_wrap=not wraps)
     for row in rows:
         alone = ", ".join(f"{n} {reason}" for reason, n in row.skipped.most_common())
         moved = f"{row.trained}" + (f" ({len(row.still)} still)" if row.still else "")
         cells = [row.name, str(row.converted), alone, str(row.convert_bits), str(row.fold_bits), moved]
         cells += ["yes" if row.loads else "NO", str(row.removal or ""), *[row.onnx] * onnx, f"{row.seconds:.1f}"]
         out.add_row(*cells, style=None if row.ok else "red")
+    alone = sum((row.skipped for row in rows), Counter[str]())
+    sums = [
+        sum(values)
+        for values in zip(*((r.converted, r.convert_bits, r.fold_bits, r.trained) for r in rows), strict=True)
+    ]
+    ends = ["yes" if all(row.loads for row in rows) else "NO", "", *[""] * onnx, f"{sum(r.seconds for r in rows):.0f}"]
+    out.add_section()
+    out.add_row("all", str(sums[0]), f"{alone.total()}", *map(str, sums[1:]), *ends)
     return out
 
 
@@ -332,6 +341,8 @@ def main() -> int:
     asked = parser.parse_args()
     torch.set_num_threads(1)  # the nets are tiny
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 132)  # a table in a pipe need not fit anything
     names = [name for name in NETS if fnmatchcase(name, asked.only)]
     if importlib.util.find_spec("transformers") is None:
         console.print("transformers is not installed: its families are left out")

@@ -120,14 +120,12 @@ def fully_sharded(rank: int, world: int, directory: Path) -> None:
     expected = gathered_fold(whole(model.state_dict()))
     if rank == 0:
         torch.save(expected, directory / f"expected-{world}.pt")
-    refused(wn.fold_weight_norm, model)
 
     shards = dict(model.state_dict())
     wn.fold_state(shards)
     assert all(isinstance(t, DTensor) and t.to_local().numel() < t.numel() for n, t in shards.items() if t.ndim > 1)
     assert same(whole(shards), expected)
     folded = on_meta(plain, mesh)
-    refused(wn.apply_weight_norm, folded)
     folded.load_state_dict(shards, assign=True)
     torch.testing.assert_close(folded(mine), model(mine))
 
@@ -147,15 +145,123 @@ def on_meta(make: Callable[[], nn.Module], mesh: Any) -> nn.Module:
         return sharded(make(), mesh=mesh)
 
 
-def refused(operation: Callable[[nn.Module], Any], model: nn.Module) -> None:
-    before = list(model.state_dict())
+class Tied(nn.Module):
+    """A head that is the embedding, and a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.body, self.head = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.body.weight.requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.body(self.embed(ids)).tanh())  # type: ignore[no-any-return]
+
+
+def surgery_on_shards(rank: int, world: int, directory: Path) -> None:
+    """A net under fully_shard is converted, trained, folded, trained and converted again, and never gathered for it."""
+    mesh = init_device_mesh("cpu", (world,))
+    mine = batch().chunk(world)[rank]
+    model = sharded(plain(), mesh=mesh)
+    largest = watch_shards()
+    wn.apply_weight_norm(model)
+    assert not largest
+    state, losses = alone()
+    assert same(whole(model.state_dict()), state)
+    torch.testing.assert_close(steps(model, mine), losses, rtol=1e-5, atol=1e-7)
+    single = wn.apply_weight_norm(plain())
+    steps(single, batch())
+    expected = gathered_fold(whole(model.state_dict()))
+    model(mine)  # the root's parameters stay whole after a forward pass alone
+    wn.fold_weight_norm(model)
+    assert same(whole(model.state_dict()), expected)
+    assert all(p.to_local().numel() < p.numel() or p.numel() < world for p in model.parameters())
+    assert not any("weight_norm" in type(m).__name__.lower() for m in model.modules())
+    wn.fold_weight_norm(single)
+    torch.testing.assert_close(steps(model, mine), steps(single, batch()), rtol=1e-5, atol=1e-7)
+    wn.apply_weight_norm(model, magnitude="log")
+    wn.apply_weight_norm(single, magnitude="log")
+    torch.testing.assert_close(steps(model, mine), steps(single, batch()), rtol=1e-5, atol=1e-7)
+    model.load_state_dict(dict(model.state_dict()), assign=True)
+    wn.fold_weight_norm(model)
+    steps(model, mine, 1)
+
+
+def ties_on_shards(rank: int, world: int, directory: Path) -> None:
+    """Tied and frozen weights stay so under fully_shard, as one group and as several."""
+    ids = torch.arange(8).remainder(7).chunk(world)[rank]
+    for parts in (False, True):
+        model, single = Tied(), Tied()
+        if parts:
+            fully_shard(model.body)
+        fully_shard(model)
+        for operation in (lambda m: wn.apply_weight_norm(m, include="*"), wn.fold_weight_norm):
+            before = whole(model.state_dict())
+            operation(model)
+            single.load_state_dict(before)
+            operation(single)
+            assert len(list(model.parameters())) == len(list(single.parameters()))
+            flags = [p.requires_grad for p in single.parameters()]
+            assert [p.requires_grad for p in model.parameters()] == flags
+            assert same(whole(model.state_dict()), whole(single.state_dict()))
+            found = steps(model, ids)
+            torch.testing.assert_close(found, steps(single, torch.arange(8).remainder(7)), rtol=1e-5, atol=1e-7)
+        assert model.head.weight is model.embed.weight
+
+
+def refusals_on_shards(rank: int, world: int, directory: Path) -> None:
+    """What cannot be done under fully_shard is refused with the net as it was, and works on."""
+    mine = batch().chunk(world)[rank]
+    model = sharded(plain())
+    refused("further up in the net", lambda: wn.apply_weight_norm(model[4]), model)
+    narrow = sharded(plain().to(torch.bfloat16))
+    refused("parameters of one type", lambda: wn.apply_weight_norm(narrow), narrow)
+    wn.apply_weight_norm(narrow, magnitude_dtype=torch.bfloat16)
+    steps(narrow, mine.bfloat16(), 1)
+    from wnsurgery import fully_sharded
+
+    known, fully_sharded._groups = fully_sharded._groups, lambda module: module.no_such_attribute
+    refused("is unknown here", lambda: wn.apply_weight_norm(model), model)
+    fully_sharded._groups, make = known, fully_sharded._fresh
+
+    def broken(*arguments: Any) -> Any:
+        if len(made) == 2:
+            raise AttributeError("another torch")
+        made.append(make(*arguments))
+        return made[-1]
+
+    made: list[Any] = []
+    fully_sharded._fresh = broken
+    refused("is unknown here", lambda: wn.apply_weight_norm(model), model)
+    fully_sharded._fresh = make
+    plain_losses = steps(plain(), batch())
+    torch.testing.assert_close(steps(model, mine), plain_losses, rtol=1e-5, atol=1e-7)
+
+
+def refused(said: str, operation: Callable[[], Any], model: nn.Module) -> None:
+    before = [(name, id(p)) for name, p in model.named_parameters()]
     try:
-        operation(model)
+        operation()
     except wn.SelectionError as error:
-        assert "before sharding" in f"{error.message} {error.hint}", error
+        assert said in error.message, error
+        assert "state" in str(error.hint) or "float32" in str(error.hint)
     else:
-        raise AssertionError("surgery under fully_shard went through")
-    assert list(model.state_dict()) == before
+        raise AssertionError("went through")
+    assert [(name, id(p)) for name, p in model.named_parameters()] == before
+
+
+def watch_shards() -> list[int]:
+    """Sizes of what is gathered from now on."""
+    seen: list[int] = []
+    gather = dist.all_gather_into_tensor
+
+    def watching(output: Tensor, *others: Any, **options: Any) -> Any:
+        seen.append(output.numel())
+        return gather(output, *others, **options)
+
+    dist.all_gather_into_tensor = watching
+    return seen
 
 
 def two_dimensional(rank: int, world: int, directory: Path) -> None:

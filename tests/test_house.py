@@ -23,7 +23,18 @@ LAYERS = [
     {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
     | {"charts", "page"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
-    {"layers", "onnx_file", "proof", "states", "chain_rule", "after_step", "small_weights", "looked_up", "spread"}
+    {
+        "fully_sharded",
+        "layers",
+        "onnx_file",
+        "proof",
+        "states",
+        "chain_rule",
+        "after_step",
+        "small_weights",
+        "looked_up",
+        "spread",
+    }
     | {"onnx_layout", "onnx_functions", "onnx_guard"},
     {"graph", "parity", "choice", "following", "multi_tensor"},
     {"walk", "steps", "flat_magnitudes", "deferred", "preparation"},

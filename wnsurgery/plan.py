@@ -299,8 +299,6 @@ def _refusal(slot: Slot) -> str:
         return f"sparse ({str(t.layout).removeprefix('torch.')}): a norm would need its dense form"
     if t.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"{str(t.dtype).removeprefix('torch.')}: too narrow to hold a direction"
-    if slot.is_fully_sharded:
-        return "under fully_shard, which keeps a list of its own: convert before sharding"
     if not is_spread(t) and (type(t.data) is not Tensor or type(t) is not nn.Parameter):
         return f"a tensor subclass ({type(t if type(t.data) is Tensor else t.data).__name__})"
     if t.is_inference():

@@ -19,6 +19,7 @@ from wnsurgery.deferred import OWNER
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
 from wnsurgery.fans import FanReport, fan_init
 from wnsurgery.following import Follower, Optimizers, Swap
+from wnsurgery.fully_sharded import FullyShard
 from wnsurgery.mechanism import WeightNormList, install, reorder_parameters, restore_parameter
 from wnsurgery.modes import Mode, check_mode, set_weight_norm_mode
 from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
@@ -101,13 +102,15 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
         raise TypeError(f"apply_weight_norm got unexpected arguments: {', '.join(sorted(init_options))}")
     check_mode(mode)
     _refuse_wrapped(model)
+    sharding = FullyShard(model)
     follower = Follower(model, optimizer)
     carry = init == "preserve" and batch_norm == "keep"
     with without_batch_norm(model, batch_norm, inputs, data=data) as norms:
         plan = plan_weight_norm(model, include=include, exclude=exclude, dim=dim)
         options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
         with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
-            apply_plan(model, plan, **options, freeze_magnitude=freeze_magnitude and init == "preserve")
+            options["freeze_magnitude"] = freeze_magnitude and init == "preserve"
+            apply_plan(model, plan, **options, sharding=sharding)
             if init != "preserve" and plan.sites:
                 names = {site.fqn for site in plan.sites}
                 init_options["include"] = lambda _, name: name in names
@@ -145,6 +148,7 @@ def apply_plan(
     magnitude: Magnitude = "linear",
     magnitude_dtype: torch.dtype | None = None,
     freeze_magnitude: bool = False,
+    sharding: FullyShard | None = None,
 ) -> M:
     """Carry out a plan made by `plan_weight_norm` on the same model; see `apply_weight_norm`."""
     if magnitude not in ("linear", "log"):
@@ -152,11 +156,13 @@ def apply_plan(
     if magnitude_dtype is not None and not magnitude_dtype.is_floating_point:
         raise SelectionError(f"magnitude_dtype must be a floating-point type, not {magnitude_dtype}")
     _refuse_wrapped(model)
+    sharding = FullyShard(model) if sharding is None else sharding
     with _plain_grad_mode(), _collecting_later():
         pairs = []
         plain = magnitude == "linear" and magnitude_dtype in (None, torch.float32)
         known = small_magnitudes([(site.weight, site.axes) for site in plan.sites]) if plain else []
         for site, g in zip_longest(plan.sites, known):
+            sharding.check(site.fqn, (site.slot.module, site.slot.parameter), site.weight)
             try:
                 pair = (
                     decompose(site.weight, site.axes, magnitude=magnitude, magnitude_dtype=magnitude_dtype)
@@ -168,7 +174,8 @@ def apply_plan(
             pairs.append(pair)
             if magnitude == "log" and not pair[0].is_meta and bool((pair[0] == ZERO_LOG).any()):
                 _log.warning("%s: its rows of zeros stay zero, since e^s never is", site.fqn)
-        with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
+        owners = (owner.module for site in plan.sites for owner in site.owners)
+        with _all_or_nothing(owners), sharding.all_or_nothing():
             net = Preparation()
             for site, (g, v) in zip(plan.sites, pairs, strict=True):
                 for owner in site.owners:
@@ -176,6 +183,7 @@ def apply_plan(
                     g, v = install(owner.module, owner.parameter, rule, (g, v), net)  # noqa: PLW2901 - owners share these
                 if freeze_magnitude:
                     g.requires_grad_(False)
+                sharding.split(site.fqn, [(o.module, o.parameter) for o in site.owners], list(map(_entry, site.owners)))
     _log.info("weight norm applied to %d weights", len(plan.sites))
     return model
 
@@ -218,17 +226,16 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     when the optimizer (LBFGS) cannot follow.
     """
     _refuse_wrapped(model)
+    sharding = FullyShard(model)
     follower = Follower(model, optimizer)
     means = folded_means(model)
     found = [slot for slot in slots(model) if slot.form in _WEIGHT_NORM]
     for slot in slots(model):
         if _is_stacked(slot):
             raise PairError(f"{slot.fqn}: another parametrization is stacked on its weight norm; remove that first")
-        if slot.form in _WEIGHT_NORM and slot.is_fully_sharded:
-            raise SelectionError(
-                f"{slot.fqn}: fully_shard keeps a list of its own of what it manages",
-                hint="do the surgery before sharding, or fold the state dict: fold_state(state)",
-            )
+    for slot in found:
+        if slot.tensor is not None:
+            sharding.check(slot.fqn, _halves(slot)[1], slot.tensor)
     with _plain_grad_mode(), _collecting_later():
         folded: dict[tuple[int, int], nn.Parameter] = {}
         swaps: list[Swap] = []
@@ -239,13 +246,16 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
                 folded[key] = _plain_weight(slot, known.get(key))
                 swaps.append(_swap_from(slot, folded[key]))
         deferred = [entry for slot in found if isinstance(entry := _entry(slot), WeightNormList)]
-        with _all_or_nothing(slot.module for slot in found):
+        halves = {id(slot): _halves(slot) for slot in found}
+        with _all_or_nothing(slot.module for slot in found), sharding.all_or_nothing():
             for slot in found:
                 weight = folded[id(slot.magnitude), id(slot.tensor)]
                 if slot.form == "legacy":
                     _remove_legacy(slot, weight)
                 else:
                     _remove_parametrized(slot, weight)
+            for weight, owners in _owners(found, folded):
+                sharding.join(weight, halves[id(owners[0])], [(o.module, o.parameter) for o in owners])
             for slot in found:
                 _refresh_recurrent(slot.module)
             follower.join(swaps)
@@ -257,6 +267,25 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     rename_tied(model)
     _log.info("weight norm folded out of %d weights", len(folded))
     return model
+
+
+def _halves(slot: Slot) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
+    """Who holds g and v of a pair, and under which names."""
+    if slot.form == "legacy":
+        return (slot.module, f"{slot.parameter}_g"), (slot.module, f"{slot.parameter}_v")
+    table: Any = slot.module.parametrizations[slot.parameter]  # type: ignore[index]
+    return (table, "original0"), (table, "original1")
+
+
+def _owners(
+    found: Iterable[Slot], folded: Mapping[tuple[int, int], nn.Parameter]
+) -> Iterator[tuple[nn.Parameter, list[Slot]]]:
+    """Each folded weight with all the slots that it has gone into."""
+    owners: dict[tuple[int, int], list[Slot]] = {}
+    for slot in found:
+        owners.setdefault((id(slot.magnitude), id(slot.tensor)), []).append(slot)
+    for key, slots_ in owners.items():
+        yield folded[key], slots_
 
 
 def _small_weights(found: Iterable[Slot]) -> dict[tuple[int, int], Tensor]:

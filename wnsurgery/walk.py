@@ -50,11 +50,6 @@ class Slot:
         return self.names[0]
 
     @property
-    def is_fully_sharded(self) -> bool:
-        """Whether torch's `fully_shard` manages the tensor: it keeps a list of parameters that surgery would miss."""
-        return any(cls.__name__ == "FSDPModule" for _, module in self.ancestors for cls in type(module).__mro__)
-
-    @property
     def shape(self) -> tuple[int, ...] | None:
         """The tensor's shape, None where it has none yet (lazy, quantized)."""
         lazy = self.tensor is None or is_lazy(self.tensor)
