@@ -147,7 +147,7 @@ def _moved(record: Any, parameter: Any, places: Sequence[Place]) -> Any:
     new.sharded_param = parameter
     new.__dict__.pop("_unsharded_param", None)  # whole parameters are made anew from gathered memory
     new.all_gather_outputs = []
-    new._post_load_hook_handle = places[0][0].register_load_state_dict_post_hook(lambda *_: new.reset_sharded_param())
+    new._post_load_hook_handle = _on_load(places[0][0], new)
     new.reset_sharded_param()
     return new
 
@@ -166,6 +166,10 @@ def _fresh(group: Any, record: Any, g: Any, places: Sequence[Place]) -> Any:
     if hasattr(record, "orig_dtype"):  # the net has run already
         new.init_dtype_attrs(group.mp_policy)
     return new
+
+
+def _on_load(holder: Any, record: Any) -> Any:
+    return holder.register_load_state_dict_post_hook(lambda *_: record.reset_sharded_param())
 
 
 def _name(tensor: Tensor) -> str:
