@@ -187,6 +187,17 @@ def surgery_on_shards(rank: int, world: int, directory: Path) -> None:
     wn.fold_weight_norm(model)
     steps(model, mine, 1)
 
+    shards = dict(sharded(plain(), mesh=mesh).state_dict())
+    late, early = on_meta(plain, mesh), on_meta(plain, mesh)
+    late.load_state_dict(shards, assign=True)
+    wn.apply_weight_norm(late)
+    wn.apply_weight_norm(early)  # on the meta device
+    assert all(p.is_meta for p in early.parameters())
+    early.load_state_dict({name: t.clone() for name, t in late.state_dict().items()}, assign=True)
+    for found in (late, early):
+        assert same(whole(found.state_dict()), state)
+        torch.testing.assert_close(steps(found, mine), losses, rtol=1e-5, atol=1e-7)
+
 
 def ties_on_shards(rank: int, world: int, directory: Path) -> None:
     """Tied and frozen weights stay so under fully_shard, as one group and as several."""
