@@ -38,8 +38,9 @@ Made = Callable[[], tuple[nn.Module, Mapping[str, Tensor]]]
 NETS: dict[str, Made] = {**CLASSICS, **FAMILIES}
 LEGEND = """\
 convert, fold: elements of weights and outputs whose bits changed. moved: pairs whose g and v both moved in one
-training step, of those whose plain weight has a gradient. loads: a saved state dict gives the same bits. removal: ulp between our fold and torch's own removal
-(ours from the exact value, torch's from it), for nets that come under torch's weight norm."""
+training step, of those whose plain weight has a gradient. loads: a saved state dict gives the same bits. removal: ulp
+between our fold and torch's own removal (ours from the exact value, torch's from it), for nets that come under torch's
+weight norm."""
 
 
 @dataclass(frozen=True)
