@@ -68,7 +68,7 @@ def test_help_imports_no_torch(arguments: list[str]) -> None:
 
 def test_commands_are_the_documented_ones() -> None:
     """The commands of the README are the commands there are."""
-    assert COMMANDS == ["bench", "convert", "export", "fold", "inspect", "run", "verify"]
+    assert COMMANDS == ["bench", "completion", "convert", "export", "fold", "inspect", "run", "verify"]
 
 
 def test_convert_then_fold_restores_every_bit(run: Any, model_file: Path) -> None:

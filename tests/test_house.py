@@ -45,7 +45,8 @@ LAYERS = [
     {"files", "runs", "benchmark", "bench_models", "bench_works"},
     {"export", "inout", "bisection", "bench_surgery", "contents"},
     {"verification", "inspection", "deployment", "folder", "suite", "turning"},
-    {"report", "weight_table", "html_report"},
+    {"report", "weight_table", "html_report", "arguments", "completion"},
+    {"leaving"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import logging
-import os
-import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -16,8 +10,11 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from wnsurgery import __version__
-from wnsurgery.errors import SelectionError, WnsurgeryError
-from wnsurgery.report import counting, escape, say, show, working
+from wnsurgery.arguments import parse_axes, parse_dims, parse_scales
+from wnsurgery.completion import SHELLS, script
+from wnsurgery.errors import SelectionError
+from wnsurgery.leaving import leave
+from wnsurgery.report import counting, escape, quiet, show, speak, working
 
 __all__ = ["cli", "main"]
 
@@ -38,9 +35,20 @@ def _options(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
     return apply
 
 
+_manner = _options(
+    click.option(
+        "-q", "--quiet", is_flag=True, expose_value=False, callback=speak("quiet"),
+        help="Print errors only, and what --json or --csv ask for.",
+    ),
+    click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, callback=speak("verbose"),
+        help="Tell on stderr what is done, with what, in how much time and memory.",
+    ),
+)  # fmt: skip
 _common = _options(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
     click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback when something fails."),
+    _manner,
 )
 _writing = _options(
     click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write; default: beside MODEL."),
@@ -87,8 +95,11 @@ _model = click.argument("model", type=click.Path(path_type=Path))
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
+@_manner
 def cli() -> None:
     """Put a neural network into weight normalization, take it out, and ship it.
+
+    Results go to stdout, messages and progress to stderr. `wnsurgery COMMAND --help` shows examples.
 
     \b
     Exit codes: 0 done; 1 a bug of ours; 2 usage; 3 input missing, damaged, unsupported or ambiguous; 4 refused as
@@ -171,9 +182,9 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
         options["data"] = _read_inputs(batch)
     options["inputs"] = _inputs(options.pop("input_file"), ())
     options["include"], options["exclude"] = options["include"] or None, options["exclude"] or None
-    dim = _parse_dims(options.pop("dims"))
-    options["init_scale"] = _parse_scales(options.pop("scales"))
-    with counting(f"converting {model}", data=True) as told:
+    dim = parse_dims(options.pop("dims"))
+    options["init_scale"] = parse_scales(options.pop("scales"))
+    with counting(f"converting {model.name}", data=True) as told:
         report = convert_checkpoint(model, output, dim=dim, progress=told, **options)
     show(report, as_json=as_json)
 
@@ -230,14 +241,14 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
     from wnsurgery.ranks import launched
     from wnsurgery.stores import is_file_name
 
-    dim = _parse_dims(options.pop("dims"))
+    dim = parse_dims(options.pop("dims"))
     with launched() as ranks:
         group = None if model.is_dir() and not is_file_name(output) and ranks.size > 1 else False
         if ranks.rank > 0:
             if group is None:
                 fold_checkpoint(model, output, dim=dim, process_group=group, **options)
             return
-        with counting(f"folding {model}", data=True) as told:
+        with counting(f"folding {model.name}", data=True) as told:
             folded = fold_checkpoint(model, output, dim=dim, progress=told, process_group=group, **options)
     show(folded, as_json=as_json)
 
@@ -254,7 +265,13 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
 @click.option("--dynamic-axes", multiple=True, metavar="NAME=0,2", help="Let these axes of an input vary; repeat.")
 @click.option("--half", is_flag=True, help="Round the folded weights to float16.")
 @click.option("--external", is_flag=True, help="Put the weights into OUTPUT.data in any case.")
-@click.option("--exporter", type=click.Choice(["dynamo", "torchscript"]), default="dynamo", show_default=True)
+@click.option(
+    "--exporter",
+    type=click.Choice(["dynamo", "torchscript"]),
+    default="dynamo",
+    show_default=True,
+    help="Which of torch's exporters.",
+)
 @click.option("--example", metavar="PACKAGE.MODULE:FUNCTION", help="Callable that returns the inputs.")
 @click.option("--rtol", type=float, help="Relative tolerance on outputs; default: by type.")
 @click.option("--atol", type=float, help="Absolute tolerance on outputs; default: by type.")
@@ -281,12 +298,12 @@ def export(model: Path, as_json: bool, **options: Any) -> None:
         inputs = example_inputs(example)
     if inputs is None:
         raise SelectionError("export needs inputs", hint="--input-shape 1x3x32x32, --input FILE or --example FUNCTION")
-    axes = _parse_axes(options.pop("dynamic_axes"))
+    axes = parse_axes(options.pop("dynamic_axes"))
     if axes and options["dynamic"]:
         raise click.UsageError("--dynamic and --dynamic-axes exclude each other")
     options["dynamic"] = axes or options["dynamic"]
     module = load_model(model, **{name: options.pop(name) for name in ("arch", "trust_pickle", "entry", "magnitude")})
-    with working(f"exporting {model}"):
+    with working(f"exporting {model.name}"):
         report = export_onnx(module, inputs, output, **options)
     show(report, as_json=as_json)
 
@@ -315,7 +332,7 @@ def run(model: Path, input_file: Path, output: Path, provider: str, force: bool,
     if input_file.is_dir():
         from wnsurgery.folder import run_folder
 
-        with counting(f"running {model}") as progress:
+        with counting(f"running {model.name}") as progress:
             report = run_folder(
                 model, input_file, output, provider=provider, batch=options["batch"], force=force, progress=progress
             )
@@ -373,7 +390,7 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
         from wnsurgery.inout import random_inputs
 
         options["more"] += [random_inputs(shapes, seed) for seed in range(1, options["n_inputs"])]
-    with working(f"comparing {a} and {b}"):
+    with working(f"comparing {a.name} and {b.name}"):
         report = compare(a, b, inputs, **options)
     show(report, as_json=as_json)
     report.raise_for_status()
@@ -419,11 +436,11 @@ def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against:
             _write_page(look(model, **options), page, model, parity, changes, force)
         _show_table(changes, as_json, as_csv)
         return
-    with working(f"reading {model}"):
+    with working(f"reading {model.name}"):
         report = look(model, **options)
     if page is not None:
         _write_page(report, page, model, parity, None, force)
-    if as_csv or as_json or not sys.stdout.isatty():
+    if as_csv or as_json or quiet() or not sys.stdout.isatty():
         _show_table(report, as_json, as_csv)
     else:
         from wnsurgery.weight_table import show_weights
@@ -466,7 +483,7 @@ def bench(model: Path | None, as_json: bool, suite: bool, deploy: bool, no_compi
     if inputs is None:
         raise SelectionError("bench needs inputs", hint="--input-shape 16x3x32x32 or --input FILE")
     module = load_model(model, **{name: options.pop(name) for name in ("arch", "trust_pickle", "entry", "magnitude")})
-    with working(f"timing {model}"):
+    with working(f"timing {model.name}"):
         report: Any
         if deploy:
             from wnsurgery.deployment import bench_deployment
@@ -485,7 +502,7 @@ def _changes(model: Path, against: Path, options: dict[str, Any]) -> Any:
     if options["reference"] is not None:
         raise click.UsageError("--against and --reference exclude each other")
     own = {name: value for name, value in options.items() if name not in ("lr", "reference")}
-    with working(f"comparing {model} and {against}"):
+    with working(f"comparing {model.name} and {against.name}"):
         return compare_weight_norm(model, against, **own)
 
 
@@ -497,7 +514,7 @@ def _write_page(report: Any, page: Path, model: Path, parity: Path | None, chang
 
 def _show_table(report: Any, as_json: bool, as_csv: bool) -> None:
     if as_csv:
-        click.echo(report.to_csv(), nl=False)
+        print(report.to_csv(), end="")
     else:
         show(report, as_json=as_json)
 
@@ -513,6 +530,20 @@ def _bench_suite(model: Path | None, as_json: bool, repeats: int, own: dict[str,
     show(report, as_json=as_json)
 
 
+@cli.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print what makes SHELL complete commands, options and their values.
+
+    \b
+    Examples:
+      wnsurgery completion bash >> ~/.bashrc
+      wnsurgery completion zsh >> ~/.zshrc
+      wnsurgery completion fish > ~/.config/fish/completions/wnsurgery.fish
+    """
+    print(script(cli, shell))
+
+
 # Arguments -----------------------------------------------------------------------------------------------
 
 
@@ -521,52 +552,6 @@ def _beside(model: Path, word: str) -> Path:
         model = model.resolve() if model.name in ("", "..") else model
         return model.with_name(f"{model.name}.{word}")
     return model.with_name(f"{model.stem}.{word}{model.suffix}")
-
-
-def _parse_dims(dims: tuple[str, ...]) -> Any:
-    """`0`, `0,2`, `none` for all weights, or `PATTERN=AXES` for some."""
-    parsed: dict[str, Any] = {}
-    for text in dims:
-        pattern, _, axes = text.rpartition("=")
-        try:
-            kept = None if axes == "none" else tuple(int(a) for a in axes.split(","))
-        except ValueError:
-            raise click.BadParameter(f"{text!r} is not [PATTERN=]AXES, e.g. 'ups.*=1'", param_hint="--dim") from None
-        parsed[pattern or "*"] = kept[0] if kept and len(kept) == 1 else kept
-    return parsed or "auto"
-
-
-def _parse_axes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """`x=0,2` as {"x": (0, 2)}."""
-    found = {}
-    for text in texts:
-        name, _, axes = text.rpartition("=")
-        try:
-            found[name] = tuple(int(a) for a in axes.split(","))
-        except ValueError:
-            raise click.BadParameter(f"{text!r} is not NAME=AXES, e.g. x=0,2", param_hint="--dynamic-axes") from None
-    return found
-
-
-def _parse_scales(scales: tuple[str, ...]) -> Any:
-    """`0.5` for all weights, or `PATTERN=0.1` for some, these first."""
-    parsed: dict[str, float] = {}
-    rest: float | None = None
-    for text in scales:
-        pattern, _, number = text.rpartition("=")
-        try:
-            scale = float(number)
-        except ValueError:
-            raise click.BadParameter(
-                f"{text!r} is not [PATTERN=]X, e.g. 'head=0.1'", param_hint="--init-scale"
-            ) from None
-        if pattern:
-            parsed.setdefault(pattern, scale)
-        else:
-            rest = scale
-    if not parsed:
-        return 1.0 if rest is None else rest
-    return parsed if rest is None else {**parsed, "*": rest}
 
 
 def _read_inputs(path: Path) -> Any:
@@ -587,82 +572,6 @@ def _inputs(file: Path | None, shapes: tuple[str, ...]) -> Any:
     return random_inputs(shapes)
 
 
-# Errors and exit codes -----------------------------------------------------------------------------------
-
-
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command and leave the process with its exit code."""
-    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    _show_warnings()
-    sys.exit(_run(arguments, debug))
-
-
-def _show_warnings() -> None:
-    """What the library logs as a warning, as a line on stderr."""
-
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            say(f"wnsurgery: {record.levelname.lower()}: {escape(record.getMessage())}")
-
-    logger = logging.getLogger("wnsurgery")
-    if not any(type(handler).__name__ == "Lines" for handler in logger.handlers):
-        handler = Lines(logging.WARNING)
-        logger.addHandler(handler)
-
-
-def _run(arguments: list[str] | None, debug: bool) -> int:
-    try:
-        cli.main(args=arguments, prog_name="wnsurgery", standalone_mode=False)
-        sys.stdout.flush()
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.ClickException as error:
-        return _fail(error.format_message(), None, 2, debug)
-    except WnsurgeryError as error:
-        return _fail(error.message, error.hint, error.exit_code, debug)
-    except (KeyboardInterrupt, click.Abort):
-        return 130
-    except SystemExit as stop:
-        if stop.code != 1:  # that is what click makes of a closed pipe; nothing of ours raises it
-            raise
-        _discard_stdout()
-        return 141
-    except OSError as error:
-        if not _is_stdout(error):
-            return _bug(error, debug)
-        _discard_stdout()
-        return 141 if _is_closed(error) else _fail(f"stdout: {error.strerror}", None, 5, debug)
-    except Exception as error:
-        return _bug(error, debug)
-    return 0
-
-
-def _bug(error: Exception, debug: bool) -> int:
-    message = f"internal error: {type(error).__name__}: {error}"
-    return _fail(message, "this is a bug of wnsurgery; run again with --debug and report it", 1, debug)
-
-
-def _is_closed(error: BaseException | None) -> bool:
-    """Whether whoever read our output has gone."""
-    return isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EINVAL)
-
-
-def _is_stdout(error: OSError) -> bool:
-    """Whether an error came from writing results: files are written under names, and say so."""
-    return error.filename is None and error.errno in (errno.EPIPE, errno.EINVAL, errno.ENOSPC, errno.EIO, errno.EBADF)
-
-
-def _discard_stdout() -> None:
-    """Let the interpreter's own last flush go nowhere, instead of failing once more."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _fail(message: str, hint: str | None, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    say(f"wnsurgery: error: {escape(message)}")
-    if hint:
-        say(f"hint: {escape(hint)}")
-    return code
+    leave(cli, arguments)

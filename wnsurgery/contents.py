@@ -151,8 +151,10 @@ def _of_checkpoint(
     content: Any, path: Path, magnitude: Magnitude, fetch: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> Contents:
     from wnsurgery.checkpoint import plan_fold, state_dicts
+    from wnsurgery.loading import named
 
-    found = state_dicts(content)
+    with named(path):
+        found = state_dicts(content)
     if not found:
         raise InputError.of(path, "holds no tensors under names")
     weights: dict[Any, Normed] = {}

@@ -18,10 +18,12 @@ WnsurgeryError
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from os import PathLike
+from pathlib import Path
 
 __all__ = [
     "ExportError",
@@ -126,6 +128,16 @@ class InputError(WnsurgeryError, ValueError):
 
 class InputMissingError(InputError, FileNotFoundError):
     """The input path does not exist."""
+
+    @classmethod
+    def at(cls, path: PathLike[str] | str) -> InputMissingError:
+        """That nothing is at a path, with the names most like it in its directory."""
+        where = Path(path)
+        near: list[str] = []
+        with contextlib.suppress(OSError, ValueError):
+            near = get_close_matches(where.name, [other.name for other in where.parent.iterdir()], n=3)
+        hint = f"near names: {', '.join(printable(where.with_name(name)) for name in near)}" if near else None
+        return cls(f"{path}: no such file", hint=hint)
 
 
 class ExportError(WnsurgeryError, RuntimeError):

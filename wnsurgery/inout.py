@@ -29,7 +29,7 @@ def read_arrays(path: str | os.PathLike[str]) -> Arrays:
     """
     path = Path(path)
     if not path.exists():
-        raise InputMissingError(f"{path}: no such file")
+        raise InputMissingError.at(path)
     if path.suffix.lower() not in (".npy", ".npz"):
         raise InputError.of(path, "not an .npz or .npy file")
     try:

@@ -303,10 +303,14 @@ def _magnitude(slot: Slot) -> Magnitude:
 
 @contextmanager
 def named(path: Path_) -> Iterator[None]:
-    """Errors about a weight say which file it is in."""
+    """Errors about a weight, or about what lies around it, say which file it is in."""
     try:
         yield
     except (PairError, NonFiniteWeightError) as error:
+        raise _with_path(error, path) from error
+    except InputError as error:
+        if str(path) in error.message:
+            raise
         raise _with_path(error, path) from error
 
 

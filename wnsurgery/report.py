@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
-__all__ = ["counting", "escape", "say", "show", "to_jsonable", "working"]
+import click
+
+__all__ = ["counting", "escape", "quiet", "say", "show", "speak", "to_jsonable", "verbose", "working"]
 
 
 def escape(text: str) -> str:
@@ -27,10 +32,59 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def speak(manner: str) -> Callable[[click.Context, Any, bool], None]:
+    """What an option does that sets how much is said, wherever it stands on the line."""
+
+    def note(context: click.Context, _: Any, value: bool) -> None:
+        if not value or context.meta.get(f"wnsurgery.{manner}"):
+            return
+        context.meta[f"wnsurgery.{manner}"] = True
+        if manner == "verbose":
+            context.find_root().call_on_close(partial(_say_cost, time.perf_counter()))
+
+    return note
+
+
+def _say_cost(started: float) -> None:
+    """With what the work was done, how long it took and how much memory it had at the most."""
+    modules = ("wnsurgery", "torch", "onnx", "onnxruntime")
+    parts = [f"Python {sys.version.split()[0]}"]
+    parts += [
+        f"{name} {sys.modules[name].__version__}" for name in modules if hasattr(sys.modules.get(name), "__version__")
+    ]
+    parts.append(f"{time.perf_counter() - started:.1f} s")
+    with suppress(ImportError):  # Windows does not tell
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        parts.append(f"at most {peak / 1e6:.0f} MB of memory")
+    say(f"wnsurgery: {', '.join(parts)}")
+
+
+def quiet() -> bool:
+    """Whether nothing but errors is to be said."""
+    return _manner("quiet")
+
+
+def verbose() -> bool:
+    """Whether everything is to be said."""
+    return _manner("verbose") and not quiet()
+
+
+def _manner(manner: str) -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(f"wnsurgery.{manner}"))
+
+
+def _is_terminal() -> bool:
+    """Whether stderr can show something that moves."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not quiet()
+
+
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """A spinner on stderr while something takes its time; nothing where stderr is no terminal."""
-    if not sys.stderr.isatty():
+    if not _is_terminal():
         yield
         return
     from rich.console import Console
@@ -42,22 +96,26 @@ def working(what: str) -> Iterator[None]:
 @contextmanager
 def counting(what: str, *, data: bool = False) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar on stderr, to be told (done, in all); None where stderr is no terminal. `data`: they are bytes."""
-    if not sys.stderr.isatty():
+    if not _is_terminal():
         yield None
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress
 
     columns: Any = Progress.get_default_columns()
     if data:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), rich.DownloadColumn()]
+        columns += [rich.TransferSpeedColumn(), rich.TextColumn("left:"), rich.TimeRemainingColumn()]
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(escape(what).replace("[", "\\["), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def show(result: Any, *, as_json: bool) -> None:
-    """A result on stdout: JSON on one line if asked for, else what `str(result)` prints."""
+    """A result on stdout: JSON on one line if asked for, else what `str(result)` prints, if anything is to be said."""
+    if quiet() and not as_json:
+        return
     if as_json:
         text = json.dumps(to_jsonable(result), ensure_ascii=True, allow_nan=False)
     else:

@@ -214,7 +214,7 @@ def _side(artefact: Artefact, arch: Arch | None, trust_pickle: bool, magnitude: 
         return _of_module(artefact, type(artefact).__name__)
     path = Path(artefact)
     if not path.exists():
-        raise InputMissingError(f"{path}: no such file")
+        raise InputMissingError.at(path)
     return _of_graph(path) if path.suffix.lower() == ".onnx" else _of_checkpoint(path, arch, trust_pickle, magnitude)
 
 

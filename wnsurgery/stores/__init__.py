@@ -208,7 +208,7 @@ def _open(path: Path) -> BinaryIO:
             raise InputError.of(path, "not a regular file")
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
-        raise InputMissingError(f"{path}: no such file") from None
+        raise InputMissingError.at(path) from None
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise

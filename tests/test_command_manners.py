@@ -1,0 +1,247 @@
+"""How the command behaves among others: in shells, pipes, terminals and encodings."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import wnsurgery as wn
+from wnsurgery.cli import cli, main
+
+COMMANDS = sorted(cli.commands)
+COMMAND = [sys.executable, "-m", "wnsurgery"]
+COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7])[;m]")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A converted state dict."""
+    torch.manual_seed(0)
+    save_file(
+        wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))).state_dict(), tmp_path / "n.safetensors"
+    )
+    return tmp_path / "n.safetensors"
+
+
+def call(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "TERM")} | environment
+    return subprocess.run(
+        [*COMMAND, *map(str, words)], capture_output=True, text=True, check=False, env=settings,
+        encoding=environment.get("PYTHONIOENCODING", "utf-8"), errors="strict",
+    )  # fmt: skip
+
+
+def run(*words: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(w) for w in words])
+    return int(stop.value.code or 0)
+
+
+# Completion ----------------------------------------------------------------------------------------------
+
+
+def complete(shell: str, words: str, at: int) -> list[str]:
+    done = call(_WNSURGERY_COMPLETE=f"{shell}_complete", COMP_WORDS=words, COMP_CWORD=str(at))
+    return [line.rpartition(",")[2] for line in done.stdout.split()]
+
+
+def test_completion_knows_commands_options_and_values() -> None:
+    """Tab completes all three, from the command itself, so that it cannot be out of date."""
+    assert complete("bash", "wnsurgery ", 1) == COMMANDS
+    assert "--zero-norm" in complete("bash", "wnsurgery fold --z", 2)
+    assert complete("bash", "wnsurgery convert --init ", 3) == ["preserve", "data", "fan"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script for each shell asks this command; a shell that is there accepts it."""
+    assert run("completion", shell) == 0
+    text = capsys.readouterr().out
+    assert f"_WNSURGERY_COMPLETE={shell}_complete" in text
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=text, text=True, check=True)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_completion_in_bash(tmp_path: Path) -> None:
+    """Loaded in a shell, the script offers what begins as the word does."""
+    (tmp_path / "wnsurgery").write_text(f'#!/bin/sh\nexec {sys.executable} -m wnsurgery "$@"\n')
+    (tmp_path / "wnsurgery").chmod(0o755)
+    script = (
+        'eval "$(wnsurgery completion bash)"; COMP_WORDS=(wnsurgery con); COMP_CWORD=1; '
+        '_wnsurgery_completion wnsurgery con wnsurgery; echo "${COMPREPLY[@]}"'
+    )
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["convert"]
+
+
+# Help ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_has_examples_and_describes_every_option(name: str) -> None:
+    """`--help` ends the description with commands to copy (run by tests/test_readme.py); no option is without help."""
+    command = cli.commands[name]
+    assert "Examples:" in (command.help or "")
+    assert re.search(rf"^ *(.* )?wnsurgery {name} ", command.help or "", flags=re.MULTILINE)
+    for option in command.params:
+        assert not isinstance(option, click.Option) or option.help, option.opts
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["flod", "x"], "Did you mean 'fold'?"),
+        (["fold", "x", "--outptu", "y"], "Did you mean '--output'?"),
+        (["convert", "x", "--init", "dta"], "'preserve', 'data', 'fan'"),
+        (["fold", "{folder}/n.safetensor"], "near names: {folder}/n.safetensors"),
+        (["inspect", "{folder}/m.safetensors"], "near names: {folder}/n.safetensors"),
+    ],
+)
+def test_did_you_mean(words: list[str], said: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A slip in a command, an option, a value or a file's name is answered with what is like it."""
+    code = run(*(word.format(folder=file.parent) for word in words))
+    assert code == (3 if "near" in said else 2)
+    assert said.format(folder=file.parent) in capsys.readouterr().err
+
+
+# Loud and quiet ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_quiet(first: bool, file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`-q` before or after the command: the work done without a word; JSON that was asked for; errors as ever."""
+
+    def quietly(*words: object) -> int:
+        return run("-q", *words) if first else run(words[0], "--quiet", *words[1:])
+
+    assert quietly("fold", file, "-o", tmp_path / "o.pt") == 0
+    assert capfd.readouterr() == ("", "")
+    assert (tmp_path / "o.pt").exists()
+    assert quietly("convert", tmp_path / "o.pt", "-o", tmp_path / "c.pt") == 0  # which has a warning about kept axes
+    assert capfd.readouterr() == ("", "")
+    assert quietly("inspect", file, "--json") == 0
+    assert json.loads(capfd.readouterr().out)
+    assert quietly("fold", tmp_path / "none.pt") == 3
+    out, err = capfd.readouterr()
+    assert (out, err.splitlines()[0]) == ("", f"wnsurgery: error: {tmp_path / 'none.pt'}: no such file")
+    assert run("convert", tmp_path / "o.pt", "-o", tmp_path / "d.pt") == 0  # quiet is forgotten
+    assert capfd.readouterr().out
+
+
+def test_verbose(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`-v` tells on stderr what was done, with which versions, in how much time and memory; stdout stays as it is."""
+    torch.save(nn.Linear(2, 2), tmp_path / "m.pt")
+    assert run("convert", tmp_path / "m.pt", "-o", tmp_path / "a.pt", "--json") == 0
+    plain = json.loads(capfd.readouterr().out)
+    assert run("convert", tmp_path / "m.pt", "-v", "-o", tmp_path / "b.pt", "--json") == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out).keys() == plain.keys()
+    assert "weight norm applied to 1 weights" in err
+    assert f"torch {torch.__version__}" in err
+    assert re.search(r"\d\.\d s", err)
+    assert run("convert", tmp_path / "m.pt", "-q", "-v", "-o", tmp_path / "c.pt") == 0
+    assert "applied" not in capfd.readouterr().err
+
+
+# Terminals and encodings ---------------------------------------------------------------------------------
+
+
+def on_a_terminal(words: list[str], **environment: str) -> str:
+    """What a command writes to a terminal of 100 columns."""
+    pty = pytest.importorskip("pty")
+    import fcntl
+    import struct
+    import termios
+
+    outer, inner = pty.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    settings = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
+    process = subprocess.Popen([*COMMAND, *words], stdout=inner, stderr=inner, env=settings | environment)
+    os.close(inner)
+    written = b""
+    while True:
+        try:
+            part = os.read(outer, 65536)
+        except OSError:  # Linux, when the other end is closed
+            part = b""
+        if not part:
+            break
+        written += part
+    os.close(outer)
+    assert process.wait() == 0
+    return written.decode()
+
+
+def large(folder: Path) -> Path:
+    """Enough work for a bar to be drawn."""
+    save_file(
+        {f"{i}.weight_{h}": torch.rand(400, 400 if h == "v" else 1) for i in range(30) for h in "gv"},
+        folder / "l.safetensors",
+    )
+    return folder / "l.safetensors"
+
+
+def test_progress_and_colours_are_for_terminals(tmp_path: Path) -> None:
+    """A bar with speed and time left on a terminal; no colour with NO_COLOR, nothing that moves on a dumb one, with -q
+    or into a pipe."""
+    words = ["fold", str(large(tmp_path)), "--force"]
+    shown = on_a_terminal(words, TERM="xterm-256color")
+    assert "MB/s" in shown or "left:" in shown
+    assert "left:" in shown
+    assert COLOUR.search(shown)
+    assert not COLOUR.search(on_a_terminal(words, TERM="xterm-256color", NO_COLOR="1"))
+    assert not COLOUR.search(on_a_terminal(["inspect", words[1]], TERM="xterm-256color", NO_COLOR="1"))
+    for silent in (on_a_terminal(words, TERM="dumb"), on_a_terminal(["-q", *words], TERM="xterm"), call(*words).stderr):
+        assert "left:" not in silent
+        assert "\x1b" not in silent
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437", "utf-8"])
+def test_no_encoding_fails(encoding: str, tmp_path: Path) -> None:
+    """What the terminal's encoding lacks is spelled out: names from files, paths, and signs of ours."""
+    names = ["层.weight", "größe.weight", "a\u2192b.weight", "\U0001f600.weight"]
+    path = tmp_path / "модель.safetensors"
+    save_file({name: torch.ones(2, 2) for name in names}, path)
+    outputs = {}
+    for words in (
+        ["inspect", path],
+        ["convert", path, "--force"],
+        ["inspect", path, "--csv"],
+        ["fold", path, "--force"],
+    ):
+        done = call(*words, PYTHONIOENCODING=encoding)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        outputs[words[0]] = done.stdout
+    assert ("größe" in outputs["inspect"]) == (encoding != "ascii")
+    assert ("层" in outputs["inspect"]) == (encoding == "utf-8")
+    missing = call("fold", tmp_path / "нет.pt", PYTHONIOENCODING=encoding)
+    assert missing.returncode == 3
+    assert len(missing.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["a b.pt", "-dash.pt", "[brackets].pt", "semi;colon.pt", "C:\\dir\\w.pt", "%n$x.pt"])
+def test_any_file_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names with blanks, brackets, drive letters, backslashes and leading dashes are names."""
+    monkeypatch.chdir(tmp_path)
+    with Path(name).open("wb") as opened:
+        torch.save(nn.Linear(2, 2).state_dict(), opened)
+    before = Path(name).read_bytes()
+    assert run("convert", "-o", "out.pt", "--", name) == 0
+    assert run("inspect", "--", name) == 0
+    assert Path(name).read_bytes() == before
+    assert run("fold", "-o", name, "--force", "out.pt") == 0 if not name.startswith("-") else True
+    assert torch.load(name, weights_only=True).keys() == {"weight", "bias"}
