@@ -23,11 +23,12 @@ from statistics import median
 
 import torch
 from sklearn.datasets import load_digits
-from svg_plot import BLUE, GREEN, GREY, INK, PURPLE, RED, Panel, legend, picture
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import wnsurgery as wn
+
+from svg_plot import BLUE, GREEN, GREY, INK, PURPLE, RED, Panel, legend, picture
 
 STEPS, SEEDS, BATCH, TRAIN, INIT_IMAGES = 300, 5, 100, 1440, 500
 RATES = (0.01, 0.1, 1.0)
@@ -106,7 +107,8 @@ def convergence(steps: int, seeds: int) -> str:
     for i, rate in enumerate(RATES):
         label = "training loss (cross-entropy, nats)" if i == 0 else ""
         panel = Panel(
-            70 + 290 * i, 240, (0, steps), (0.003, 5), [0, steps // 3, steps * 2 // 3, steps], (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3),
+            70 + 290 * i, 240, (0, steps), (0.003, 5), [0, steps // 3, steps * 2 // 3, steps],
+            (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3),
             f"learning rate {rate:g}", "step of SGD", label, log=True,
         )  # fmt: skip
         for method, (_, colour, dash) in METHODS.items():
@@ -118,6 +120,9 @@ def convergence(steps: int, seeds: int) -> str:
             last = each[-1]
             print(f"  rate {rate:g}, {method}: {median(last):.3f} ({min(last):.3f}..{max(last):.3f})")
         panels.append(panel)
+    pairs = [first_pair(data_init(net(seed))) for seed in range(seeds)]
+    ratio = median((g.flatten() / lengths(v)).median().item() for g, v in pairs)
+    print(f"after data init g of the first layer is {ratio:.1f} ||v||: steps of w across it grow {ratio**2:.0f}-fold")
     names = [(name, colour, dash) for name, (_, colour, dash) in METHODS.items()]
     return picture(
         "Training loss on handwritten digits, plain and under weight norm",
@@ -188,7 +193,7 @@ def growth(steps: int, seeds: int) -> str:
 
 
 def parts(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Per row: the gradient of w along w, from g's, and the length of its rest, from v's (equation 3 solved for them)."""
+    """Per row: the gradient of w along w, from g's, and the length of its rest, from v's (equation 3)."""
     g, v = first_pair(model)
     assert g.grad is not None and v.grad is not None
     radial = g.grad.double().flatten()
@@ -225,7 +230,7 @@ def gradient(steps: int, seeds: int) -> str:
 
 
 def triangle(row: int, step: int, along: float, across: float) -> Panel:
-    """The negative gradient of one row in the plane it spans with w, lengths to scale and w's direction to the right."""
+    """The negative gradient of one row in the plane it spans with w, to scale, w's direction to the right."""
     size = 1.15 * max(abs(along), across)
     ratio = 390 / 220
     panel = Panel(
