@@ -52,7 +52,7 @@ def near(drawn: str, committed: str) -> bool:
 
 
 def test_quick_run_writes_the_same_bytes_each_time(tmp_path: Path, pictures: ModuleType) -> None:
-    """The command and a second process give the same files, well-formed; ||v|| keeps to the law under plain SGD alone."""
+    """The command and a second process give the same files; ||v|| keeps to the law under plain SGD alone."""
     done = subprocess.run(
         [sys.executable, "-W", "error", EXAMPLES / "pictures.py", "--quick", "-o", tmp_path / "new"],
         capture_output=True,
