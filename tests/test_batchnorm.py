@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import wnsurgery as wn
-from wnsurgery.cli import _run
+from wnsurgery.cli import main
 
 MODES = ("fold", "mean-only")
 
@@ -637,6 +637,12 @@ def test_nets_built_with_mean_only_fold_by_tracing(caplog: Any) -> None:
 # Files ---------------------------------------------------------------------------------------------------
 
 
+def _run(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return int(stop.value.code or 0)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_command_line_converts_and_names(mode: str, tmp_path: Path, capsys: Any) -> None:
     """convert --batch-norm works on whole modules and with --arch, and prints what it took and kept."""
@@ -645,12 +651,12 @@ def test_command_line_converts_and_names(mode: str, tmp_path: Path, capsys: Any)
     torch.save(model, tmp_path / "whole.pt")
     torch.save(model.state_dict(), tmp_path / "state.pt")
     out = tmp_path / "out.pt"
-    assert _run(["convert", str(tmp_path / "whole.pt"), "-o", str(out), "--batch-norm", mode], debug=False) == 0
+    assert _run(["convert", str(tmp_path / "whole.pt"), "-o", str(out), "--batch-norm", mode]) == 0
     printed = capsys.readouterr().out
     assert "1 BatchNorms taken, 1 kept" in printed
     assert "3: kept" in printed
     assert difference(wn.load_model(out)(x), model(x)) < 1e-5
-    assert _run(["fold", str(out), "-o", str(tmp_path / "plain.pt")], debug=False) == 0
+    assert _run(["fold", str(out), "-o", str(tmp_path / "plain.pt")]) == 0
     assert difference(wn.load_model(tmp_path / "plain.pt")(x), model(x)) < 1e-5
 
     def build() -> nn.Module:
@@ -661,7 +667,7 @@ def test_command_line_converts_and_names(mode: str, tmp_path: Path, capsys: Any)
     other = wn.apply_weight_norm(build(), batch_norm=mode)
     other.load_state_dict(torch.load(tmp_path / "wn.pt", weights_only=True))
     assert difference(other(x), model(x)) < 1e-5
-    assert _run(["convert", str(tmp_path / "state.pt"), "--batch-norm", mode], debug=False) == 2
+    assert _run(["convert", str(tmp_path / "state.pt"), "--batch-norm", mode]) == 2
     assert "needs the model" in capsys.readouterr().err
 
 

@@ -628,3 +628,17 @@ def test_long_rows_of_a_traced_graph_fold_whole(tmp_path: Path, groups: int) -> 
     assert [node.op_type for node in graph.node] == ["ConvTranspose"]
     assert len(report.found) == 1
     assert np.array_equal(arrays[graph.node[0].input[1]], fold_weight_norm(model)[0].weight.detach().numpy())
+
+
+def test_weights_are_found_in_the_graph_s_order(tmp_path: Path) -> None:
+    """Reports list weights as the graph computes them, whatever order the search met them in."""
+    count = 12
+    body = " ".join(
+        f"n{i} = ReduceL2 <axes = [1], keepdims = 1> (v{i}) d{i} = Div(v{i}, n{i}) w{i} = Mul(d{i}, g{i}) "
+        f"h{i + 1} = MatMul({f'h{i}' if i else 'x'}, w{i})"
+        for i in range(count)
+    )
+    arrays = {f"v{i}": RNG.standard_normal((6, 6)).astype(np.float32) for i in range(count)}
+    arrays |= {f"g{i}": RNG.uniform(0.5, 2, (6, 1)).astype(np.float32) for i in range(count)}
+    path = _save(tmp_path / "a.onnx", f"{body} y = Identity(h{count})", opset=13, **arrays)
+    assert [one.v for one in find_weight_norms(path)] == [f"v{i}" for i in range(count)]

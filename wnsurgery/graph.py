@@ -238,7 +238,8 @@ class _Matcher:
                     matches.append(match)
                 else:
                     todo.extend(v for v in value.producer().inputs if v is not None)  # type: ignore[union-attr]
-        return matches
+        position = _position(self.model)
+        return sorted(matches, key=lambda match: position(match.value.producer()))  # type: ignore[arg-type]
 
     def _frontier(self) -> list[ir.Value]:
         """Constants behind a norm that a run-time operation, or the caller, reads."""
