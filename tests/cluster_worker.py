@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,68 @@ def ties_on_shards(rank: int, world: int, directory: Path) -> None:
             found = steps(model, ids)
             torch.testing.assert_close(found, steps(single, torch.arange(8).remainder(7)), rtol=1e-5, atol=1e-7)
         assert model.head.weight is model.embed.weight
+
+
+def tools_on_shards(rank: int, world: int, directory: Path) -> None:
+    """Under fully_shard an optimizer follows; what measures, initialises and rescales gives one process's numbers."""
+    mine = batch().chunk(world)[rank]
+
+    def pair(make: Any = torch.optim.AdamW) -> tuple[nn.Module, nn.Module, Any, Any]:
+        model, single = sharded(plain()), plain()
+        return model, single, make(model.parameters(), lr=0.01), make(single.parameters(), lr=0.01)
+
+    def go(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(x) - 1).square().mean().backward()
+            optimizer.step()
+
+    def close(model: nn.Module, single: nn.Module) -> None:
+        torch.testing.assert_close(whole(model.state_dict()), whole(single.state_dict()), rtol=1e-4, atol=1e-5)
+
+    for mode in ("parametrized", "deferred"):
+        model, single, ours, theirs = pair()
+        go(model, ours, mine)
+        go(single, theirs, batch())
+        for operation in (partial(wn.apply_weight_norm, mode=mode), wn.fold_weight_norm):
+            operation(model, optimizer=ours)
+            operation(single, optimizer=theirs)
+            go(model, ours, mine)
+            go(single, theirs, batch())
+            close(model, single)
+
+    model, single, ours, theirs = pair(torch.optim.SGD)
+    wn.apply_weight_norm(model, optimizer=ours, init="data", data=mine)
+    wn.apply_weight_norm(single, optimizer=theirs, init="data", data=batch(), process_group=False)
+    close(model, single)
+    with wn.WeightNormMonitor(model, ours, every=1) as a, wn.WeightNormMonitor(single, theirs, every=1) as b:
+        go(model, ours, mine)
+        go(single, theirs, batch())
+    assert len(a.records) == len(b.records) > 0
+    assert all(abs(x.norm[1] - y.norm[1]) < 1e-4 * y.norm[1] for x, y in zip(a.records, b.records, strict=True))
+    single.load_state_dict(whole(model.state_dict()))
+    assert [w.norm for w in wn.inspect(model).weights] == [w.norm for w in wn.inspect(single).weights]
+    for aim in ("magnitude", "unit"):
+        before = folded_bits(model)
+        report = wn.renormalize_(model, aim, optimizer=ours)
+        assert report == wn.renormalize_(single, aim)
+        assert same(whole(model.state_dict()), whole(single.state_dict()))
+        assert same(folded_bits(model), before)
+    assert any(weight.rescaled for weight in report.weights)
+    assert not wn.stale_parameters(model, ours)
+    with wn.keep_unit_norm(model, ours):
+        go(model, ours, mine)
+    for module in model.modules():
+        if hasattr(module, "parametrizations"):
+            v = module.parametrizations.weight.original1.full_tensor()
+            norms = v.flatten(1).norm(dim=1) if module is not model[6] else v.transpose(0, 1).flatten(1).norm(dim=1)
+            assert bool(((norms - 1).abs() < 1e-6)[norms > 0].all())
+
+
+def folded_bits(model: nn.Module) -> dict[str, Tensor]:
+    state = whole(model.state_dict())
+    wn.fold_state(state)
+    return state
 
 
 def refusals_on_shards(rank: int, world: int, directory: Path) -> None:

@@ -68,7 +68,7 @@ def test_fully_sharded(tmp_path: Path, world: int) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_surgery_under_fully_shard(tmp_path: Path, world: int) -> None:
     """Converting and folding in place under FSDP2, before and after it has run: bits and losses of one process."""
-    run(tmp_path, world, "surgery_on_shards,ties_on_shards,refusals_on_shards")
+    run(tmp_path, world, "surgery_on_shards,ties_on_shards,tools_on_shards,refusals_on_shards")
 
 
 # Files ---------------------------------------------------------------------------------------------------

@@ -14,13 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["count_not_finite", "is_spread", "local_rows", "spread_over"]
+__all__ = ["count_not_finite", "gathered", "is_spread", "local_rows", "placed_like", "spread_like", "spread_over"]
 
 
 def is_spread(tensor: Any) -> bool:
     """Whether a tensor is a DTensor, without importing what defines them."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def gathered(tensor: Any) -> Tensor:
+    """All of a tensor, in every process."""
+    return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[no-any-return]
+
+
+def spread_like(tensor: Any, like: Any) -> Any:
+    """A tensor with its elements in the processes where another's are."""
+    return tensor.redistribute(placements=like.placements) if is_spread(like) and is_spread(tensor) else tensor
+
+
+def placed_like(tensor: Tensor, like: Any, *, whole: bool = False) -> Any:
+    """A tensor that every process has, spread as another is; or, if `whole`, only fit to be multiplied with it."""
+    if not is_spread(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = DTensor.from_local(tensor, like.device_mesh, (Replicate(),) * len(like.placements), run_check=False)
+    return everywhere if whole else everywhere.redistribute(placements=like.placements)
 
 
 def _whole_rows(v: Any, kept: Sequence[int], groups: int) -> tuple[Any, ...]:

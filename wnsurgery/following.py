@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wnsurgery.chain_rule import ChainRule
+from wnsurgery.dtensors import spread_like
 from wnsurgery.errors import SelectionError
 from wnsurgery.reparam import Axes, Magnitude, compose, decompose
 
@@ -441,7 +442,9 @@ def _copied(x: Any) -> Any:
 def _stored(x: Tensor, parameter: Tensor, old_state: Tensor, old_parameter: Tensor) -> Tensor:
     """State laid out as its parameter, in its type where the old state had its parameter's, where the old one was."""
     dtype = parameter.dtype if old_state.dtype == old_parameter.dtype else old_state.dtype
-    return torch.empty_like(parameter, dtype=dtype, device=old_state.device, requires_grad=False).copy_(x)
+    return torch.empty_like(parameter, dtype=dtype, device=old_state.device, requires_grad=False).copy_(
+        spread_like(x, parameter)
+    )
 
 
 def _split_grad(swap: Swap, rule: ChainRule) -> list[tuple[Tensor, Tensor | None]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wnsurgery.contents import Contents, Normed, Plain, opened
 from wnsurgery.csv_text import csv_text
+from wnsurgery.dtensors import gathered
 from wnsurgery.errors import InputError, SelectionError, printable
 from wnsurgery.plan import Skipped
 from wnsurgery.reparam import Magnitude
@@ -174,7 +175,7 @@ def _facts(w: Normed, before: Normed | Plain | None, lr: float) -> WeightFacts:
         g, v = w.values()
         if v.is_meta or g.is_meta:
             return bare
-        norms, g = row_norms(v, axes), g.double().flatten()
+        norms, g = row_norms(v, axes), gathered(g).double().flatten()
         zero, dead = int((norms == 0).sum()), int(((norms == 0) | (g == 0)).sum())
         step = spread(effective_step(g, norms, lr)[norms != 0])
         del v

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wnsurgery.after_step import StepHandle
 from wnsurgery.csv_text import csv_text
+from wnsurgery.dtensors import gathered
 from wnsurgery.errors import MissingPackageError, OutputError, OutputExistsError, SelectionError, printable
 from wnsurgery.following import Optimizers, as_optimizers
 from wnsurgery.norms import norm
@@ -191,7 +192,7 @@ class WeightNormMonitor:
             moved = torch.empty(0)
         else:
             memory.sub_(v)
-            moved = norm(pair.axes.grouped(memory), pair.axes.reduced(v.ndim), blocked=True)
+            moved = gathered(norm(pair.axes.grouped(memory), pair.axes.reduced(v.ndim), blocked=True))
             memory.copy_(v)
         return pair.size(), pair.norms(), moved
 

@@ -58,6 +58,9 @@ def wide_dtype(v: Tensor) -> torch.dtype:
     return torch.float32 if v.device.type == "mps" else torch.float64
 
 
+_ORDINARY = (Tensor, torch.nn.Parameter)  # subclasses have operations of their own
+
+
 def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
     """||v|| over `dims`, kept as size 1, in the wide type; float64 rows of any magnitude stay in range.
 
@@ -70,7 +73,7 @@ def norm(v: Tensor, dims: Sequence[int], *, blocked: bool) -> Tensor:
     if not dims:
         return v.to(wide).abs()
     shape = [1 if d in dims else s for d, s in enumerate(v.shape)]
-    blocked = blocked and v.device.type == "cpu" and v.numel() > 0
+    blocked = blocked and v.device.type == "cpu" and v.numel() > 0 and type(v) in _ORDINARY
     rows = _as_rows(v, dims) if blocked else None
     if rows is not None:
         return (_small_row_norms if v.numel() <= SMALL else row_norms)(rows).view(shape)

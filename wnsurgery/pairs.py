@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wnsurgery.dtensors import gathered, is_spread
 from wnsurgery.errors import PairError, SelectionError
 from wnsurgery.mechanism import WeightNormList
 from wnsurgery.norms import norm, wide_dtype
@@ -57,13 +58,20 @@ class Pair:
         hook = next(hook for hook in legacy_hooks(slot.module) if hook.name == slot.parameter)
         return torch._weight_norm(v, self.g, hook.dim)
 
+    def whole(self) -> Pair:
+        """The same with all of g and v in every process, of which changes do not come back; itself where they are."""
+        if not is_spread(self.v):
+            return self
+        g, v = (nn.Parameter(gathered(half.detach()), half.requires_grad) for half in (self.g, self.v))
+        return replace(self, g=g, v=v)
+
     def norms(self) -> Tensor:
         """||v|| per row, in float64, shaped like the reduced direction."""
-        return norm(self.axes.grouped(self.v.detach()), self.axes.reduced(self.v.ndim), blocked=True)
+        return gathered(norm(self.axes.grouped(self.v.detach()), self.axes.reduced(self.v.ndim), blocked=True))
 
     def size(self) -> Tensor:
         """|g|, or e^s for a log-scale magnitude, in float64, shaped like `norms()`."""
-        g = self.g.detach().to(wide_dtype(self.v))
+        g = gathered(self.g.detach()).to(wide_dtype(self.v))
         view = self.axes.grouped(self.v)
         dims = self.axes.reduced(self.v.ndim)
         return (g.exp() if self.magnitude == "log" else g.abs()).reshape(

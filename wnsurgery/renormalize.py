@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wnsurgery.after_step import StepHandle
+from wnsurgery.dtensors import placed_like
 from wnsurgery.errors import NonFiniteWeightError, SelectionError
 from wnsurgery.following import Optimizers, as_optimizers, rescale_state
 from wnsurgery.pairs import Pair, pairs
@@ -107,14 +108,15 @@ def renormalize_(
         for pair in _once_per_direction(pairs(model, include, exclude)):
             if pair.is_meta:
                 continue
-            _check_finite(pair)
-            factor, growth = _wanted(pair, to)
-            v, factor, kept = _exactly(pair, factor) if exact else _keeping_bits(pair, factor)
+            whole = pair.whole()
+            _check_finite(whole)
+            factor, growth = _wanted(whole, to)
+            v, factor, kept = _exactly(whole, factor) if exact else _keeping_bits(whole, factor)
             rescaled = int((factor != 1).sum())
             done.append(Renormalized(pair.fqn, factor.numel(), rescaled, kept, growth))
             if rescaled:
-                actions.append(rescale_state(optimizers, pair.v, pair.spread(factor)))
-                actions.append(_writer(pair.v, v))
+                actions.append(rescale_state(optimizers, pair.v, placed_like(whole.spread(factor), pair.v, whole=True)))
+                actions.append(_writer(pair.v, placed_like(v, pair.v)))
         for act in actions:
             act()
     return RenormReport(tuple(done))
@@ -163,15 +165,16 @@ def keep_unit_norm(
 def _project(chosen: list[Pair], optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for pair in chosen:
-            norms = pair.norms()
+            whole = pair.whole()
+            norms = whole.norms()
             slack = 2 * torch.finfo(pair.v.dtype).eps  # rounding v moves its norm by half an eps at most
             moved = ((norms - 1).abs() > slack) & torch.isfinite(norms) & torch.isfinite(norms.reciprocal())
             if bool(moved.any()):
                 factor = torch.where(moved, norms.reciprocal(), torch.ones_like(norms))
-                v, factor, _ = _exactly(pair, factor)
+                v, factor, _ = _exactly(whole, factor)
                 if optimizers:
-                    rescale_state(optimizers, pair.v, pair.spread(factor))()
-                pair.v.copy_(v)
+                    rescale_state(optimizers, pair.v, placed_like(whole.spread(factor), pair.v, whole=True))()
+                pair.v.copy_(placed_like(v, pair.v))
 
 
 # One weight ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wnsurgery.dtensors import gathered
 from wnsurgery.norms import norm
 from wnsurgery.reparam import Axes
 
@@ -45,7 +46,7 @@ def spread(values: Tensor) -> Spread | None:
 
 def row_norms(v: Tensor, axes: Axes) -> Tensor:
     """||v|| of each row, flat, in float64."""
-    return norm(axes.grouped(v), axes.reduced(v.ndim), blocked=True).double().flatten()
+    return gathered(norm(axes.grouped(v), axes.reduced(v.ndim), blocked=True)).double().flatten()
 
 
 def effective_step(g: Tensor, norms: Tensor, lr: float = 1.0) -> Tensor:
