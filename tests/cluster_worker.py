@@ -260,7 +260,10 @@ def tools_on_shards(rank: int, world: int, directory: Path) -> None:
     assert len(a.records) == len(b.records) > 0
     assert all(abs(x.norm[1] - y.norm[1]) < 1e-4 * y.norm[1] for x, y in zip(a.records, b.records, strict=True))
     single.load_state_dict(whole(model.state_dict()))
-    assert [w.norm for w in wn.inspect(model).weights] == [w.norm for w in wn.inspect(single).weights]
+    spreads = [
+        [(w.norm.min, w.norm.median, w.norm.max) for w in wn.inspect(m).weights if w.norm] for m in (model, single)
+    ]
+    torch.testing.assert_close(*map(torch.tensor, spreads), rtol=1e-6, atol=0)
     for aim in ("magnitude", "unit"):
         before = folded_bits(model)
         report = wn.renormalize_(model, aim, optimizer=ours)

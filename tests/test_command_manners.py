@@ -209,6 +209,15 @@ def test_progress_and_colours_are_for_terminals(tmp_path: Path) -> None:
         assert "\x1b" not in silent
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_stdout_closed_before_the_start(file: Path) -> None:
+    """Results have nowhere to go: an output error, said in one line."""
+    done = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *COMMAND, "inspect", str(file)], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (5, "wnsurgery: error: stdout: closed\n")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437", "utf-8"])
 def test_no_encoding_fails(encoding: str, tmp_path: Path) -> None:
     """What the terminal's encoding lacks is spelled out: names from files, paths, and signs of ours."""

@@ -51,6 +51,8 @@ def _spell_out_what_cannot_be_written() -> None:
 
 
 def _run(command: click.Command, arguments: list[str] | None, debug: bool) -> int:
+    if sys.stdout is None:  # closed before the start
+        return _fail("stdout: closed", None, 5, debug)
     try:
         command.main(args=arguments, prog_name="wnsurgery", standalone_mode=False)
         sys.stdout.flush()
