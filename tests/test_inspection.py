@@ -120,3 +120,13 @@ def test_large_files_are_read_a_weight_at_a_time(tmp_path: Path, against: bool) 
     count, kilobytes = map(int, done.stdout.split())
     assert count == 40
     assert kilobytes < 200_000
+
+
+def test_progress_is_told_in_bytes(tmp_path: Path) -> None:
+    """Each weight adds its bytes, up to all of them, in order."""
+    torch.save(
+        wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2).half())).state_dict(), tmp_path / "a.pt"
+    )
+    told: list[tuple[int, int]] = []
+    wn.inspect(tmp_path / "a.pt", progress=lambda done, whole: told.append((done, whole)))
+    assert told == [(48, 64), (64, 64)]

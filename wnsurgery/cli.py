@@ -436,8 +436,8 @@ def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against:
             _write_page(look(model, **options), page, model, parity, changes, force)
         _show_table(changes, as_json, as_csv)
         return
-    with working(f"reading {model.name}"):
-        report = look(model, **options)
+    with counting(f"reading {model.name}", data=True) as told:
+        report = look(model, progress=told, **options)
     if page is not None:
         _write_page(report, page, model, parity, None, force)
     if as_csv or as_json or quiet() or not sys.stdout.isatty():
@@ -502,8 +502,8 @@ def _changes(model: Path, against: Path, options: dict[str, Any]) -> Any:
     if options["reference"] is not None:
         raise click.UsageError("--against and --reference exclude each other")
     own = {name: value for name, value in options.items() if name not in ("lr", "reference")}
-    with working(f"comparing {model.name} and {against.name}"):
-        return compare_weight_norm(model, against, **own)
+    with counting(f"comparing {model.name} and {against.name}") as told:
+        return compare_weight_norm(model, against, progress=told, **own)
 
 
 def _write_page(report: Any, page: Path, model: Path, parity: Path | None, changes: Any, force: bool) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,8 @@ from wnsurgery.spread import Spread, effective_step, log_bins, ratio, row_norms,
 from wnsurgery.text import by, columns
 
 __all__ = ["Inspection", "Totals", "WeightFacts", "inspect"]
+
+Progress = Callable[[int, int], None]
 
 Bins = tuple[tuple[int, int], ...]
 
@@ -125,6 +128,7 @@ def inspect(
     magnitude: Magnitude = "linear",
     lr: float = 1.0,
     reference: nn.Module | str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
 ) -> Inspection:
     """List the weight norm in a live module, a checkpoint, a whole-module file or an ONNX file.
 
@@ -139,6 +143,7 @@ def inspect(
         magnitude: "log" when pairs store the logarithm of g without saying so, as our own do.
         lr: the learning rate that the effective steps lr |g| / ||v||^2 are given for.
         reference: the same net at an earlier time, converted or plain, to compare ||v|| and |g| with.
+        progress: told (bytes of directions looked at, bytes in all).
 
     Raises InputError, UnsafeFileError as the readers do; InputError when the reference has none of the weights,
     SelectionError for a learning rate that is no positive number.
@@ -148,21 +153,29 @@ def inspect(
     options = {"arch": arch, "trust_pickle": trust_pickle}
     with opened(target, magnitude=magnitude, **options) as contents:  # type: ignore[arg-type]
         if reference is None:
-            return _inspected(contents, {}, lr)
+            return _inspected(contents, {}, lr, progress)
         with opened(reference, magnitude=magnitude, **options) as before:  # type: ignore[arg-type]
             known: dict[str, Normed | Plain] = {p.name: p for p in before.others}
             known |= {name: w for w in before.weights for name in (w.name, *w.also)}
             if not any(w.name in known for w in contents.weights):
                 raise InputError("the reference has none of the weights that are under weight norm here")
-            return _inspected(contents, known, lr)
+            return _inspected(contents, known, lr, progress)
 
 
-def _inspected(contents: Contents, before: dict[str, Normed | Plain], lr: float) -> Inspection:
-    facts = tuple(_facts(w, before.get(w.name), lr) for w in contents.weights)
+def _inspected(
+    contents: Contents, before: dict[str, Normed | Plain], lr: float, progress: Progress | None
+) -> Inspection:
+    sizes = [math.prod(w.shape) * getattr(getattr(torch, w.dtype, None), "itemsize", 4) for w in contents.weights]
+    facts, done, whole = [], 0, sum(sizes)
+    for w, size in zip(contents.weights, sizes, strict=True):
+        facts.append(_facts(w, before.get(w.name), lr))
+        done += size
+        if progress is not None:
+            progress(done, whole)
     others = tuple(Skipped(p.name, p.shape, p.reason) for p in contents.others)
     saved = [w.extra for w in contents.weights]
     totals = Totals(contents.parameters, contents.bytes, sum(n for n, _ in saved), sum(b for _, b in saved))
-    return Inspection(facts, others, totals, lr)
+    return Inspection(tuple(facts), others, totals, lr)
 
 
 def _facts(w: Normed, before: Normed | Plain | None, lr: float) -> WeightFacts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,7 @@ def compare_weight_norm(
     arch: str | None = None,
     trust_pickle: bool = False,
     magnitude: Magnitude = "linear",
+    progress: Callable[[int, int], None] | None = None,
 ) -> TurnReport:
     """Which directions turned and which magnitudes moved between two moments of training, weight by weight.
 
@@ -91,22 +92,25 @@ def compare_weight_norm(
         after, before: modules or paths, as `inspect` takes them; a plain weight counts as g = ||w||, v = w, and
             is compared with a pair through the weight that the pair stands for.
         arch, trust_pickle, magnitude: as of `inspect`.
+        progress: told (tensors looked at, tensors in all).
 
     Raises InputError when the two have no weight in common; as `inspect` does.
     """
     options = {"arch": arch, "trust_pickle": trust_pickle, "magnitude": magnitude}
     with opened(after, **options) as new, opened(before, **options) as old, torch.no_grad():  # type: ignore[arg-type]
-        return _compared(new, old)
+        return _compared(new, old, progress)
 
 
-def _compared(new: Contents, old: Contents) -> TurnReport:
+def _compared(new: Contents, old: Contents, progress: Callable[[int, int], None] | None) -> TurnReport:
     known: dict[str, Normed | Plain] = {p.name: p for p in old.others}
     known |= {name: w for w in old.weights for name in (w.name, *w.also)}
     turned: list[Turned] = []
     unmatched: list[tuple[str, str]] = []
     names = set[str]()
     current: list[Normed | Plain] = [*new.weights, *new.others]
-    for one in current:
+    for i, one in enumerate(current):
+        if progress is not None:
+            progress(i, len(current))
         names |= {one.name, *(one.also if isinstance(one, Normed) else ())}
         was = known.get(one.name)
         if isinstance(one, Plain) and not isinstance(was, Normed):
