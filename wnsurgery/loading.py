@@ -30,6 +30,7 @@ from wnsurgery.errors import (
 )
 from wnsurgery.mean_only import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from wnsurgery.mechanism import PASSING, WeightNormList, rebuild_parametrized
+from wnsurgery.ranks import OtherRankError
 from wnsurgery.reparam import Axes, Magnitude, WeightNorm
 from wnsurgery.stores import Stored, read_store
 from wnsurgery.stores.modules import ModulePolicy, modules_in
@@ -309,7 +310,7 @@ def named(path: Path_) -> Iterator[None]:
     except (PairError, NonFiniteWeightError) as error:
         raise _with_path(error, path) from error
     except InputError as error:
-        if str(path) in error.message:
+        if isinstance(error, OtherRankError) or str(path) in error.message:
             raise
         raise _with_path(error, path) from error
 

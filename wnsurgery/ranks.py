@@ -11,7 +11,11 @@ import torch
 
 from wnsurgery.errors import InputError, SelectionError
 
-__all__ = ["Ranks", "launched"]
+__all__ = ["OtherRankError", "Ranks", "launched"]
+
+
+class OtherRankError(InputError):
+    """Another process of the group failed; its own message says at what."""
 
 
 class Ranks:
@@ -46,7 +50,7 @@ class Ranks:
         return cls(group, size)
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in their order; InputError when a rank has failed."""
+        """The values of all ranks, in their order; OtherRankError when a rank has failed."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
@@ -54,7 +58,7 @@ class Ranks:
         for rank, (error, _) in enumerate(gathered):
             if error is not None:
                 self._broken = True
-                raise InputError(f"rank {rank}: {error}")
+                raise OtherRankError(f"rank {rank}: {error}")
         return [value for _, value in gathered]
 
     def fail(self, message: str) -> None:
