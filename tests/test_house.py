@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
-    {"errors", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"}
+    {"fused_kernels"},
+    {"errors", "fused", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"}
     | {"csv_text", "ownership", "dtensors", "tied_names"},
     {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
     | {"charts", "page"}

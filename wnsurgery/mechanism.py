@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
+from wnsurgery import fused
 from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError, WnsurgeryError
 from wnsurgery.kept import Kept, Rooms
@@ -75,7 +76,9 @@ class WeightNormList(ParametrizationList):
         self.absorb()
         if training:
             net = self._preparation
-            w: Tensor = rule.compose(g, v, self._rooms(), None if net is None else net.take(self, g, v))
+            one_by_one = net is None or fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude) is not None
+            ready = None if net is None or one_by_one else net.take(self, g, v)
+            w: Tensor = rule.compose(g, v, self._rooms(), ready)
             self._hand_out(w, g, v)
             return w
         with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, so that its version tells of writes
@@ -157,28 +160,28 @@ class WeightNormList(ParametrizationList):
         """Watch a computed weight for as long as somebody holds it, to see whether it is written into."""
         if w.is_inference() or g.is_inference() or v.is_inference():
             return
-        owner = weakref.ref(self)
+        alias = w.detach()
+        version, owner = alias._version, weakref.ref(self)
 
         def let_go(_gone: weakref.ref[Tensor]) -> None:
             entry = owner()
             watched = None if entry is None else entry.__dict__.get("_handed_out")
-            if entry is not None and watched:
-                try:
-                    entry.absorb()
-                except WnsurgeryError:  # a callback cannot raise: the next access does
-                    entry.__dict__["_handed_out"] = watched
+            if entry is None or not watched:
+                return
+            if alias._version == version and len(watched) == 1 and watched[0][1] is alias:
+                del entry.__dict__["_handed_out"]  # nobody wrote into it
+                return
+            try:
+                entry.absorb()
+            except WnsurgeryError:  # a callback cannot raise: the next access does
+                entry.__dict__["_handed_out"] = watched
 
-        alias = w.detach()
-        record = (
-            weakref.ref(w, let_go),
-            alias,
-            alias._version,
-            g,
-            g._version,
-            v,
-            v._version,
-        )
-        self.__dict__["_handed_out"] = [*self.__dict__.get("_handed_out", ())[-_MAX_HANDLES:], record]
+        record = (weakref.ref(w, let_go), alias, version, g, g._version, v, v._version)
+        held = self.__dict__.get("_handed_out")
+        if held is None:
+            self.__dict__["_handed_out"] = [record]
+            return
+        self.__dict__["_handed_out"] = [*held[-_MAX_HANDLES:], record]
 
     def pair(self) -> tuple[Tensor, Tensor]:
         g: Tensor | None = self._parameters.get("original0")

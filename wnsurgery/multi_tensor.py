@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from wnsurgery import fused
 from wnsurgery.norms import norm, plain_scale, snapped_quotient, wide_dtype
 from wnsurgery.reparam import Axes, Magnitude, Ready, compose_eagerly, first_order_gradients
 from wnsurgery.small_weights import SmallWeights, is_small
@@ -45,21 +46,22 @@ class ManyWeights:
 
     def __init__(self, items: Sequence[Item]) -> None:
         self._items = items
-        small = {i for i, item in enumerate(items) if is_small(item.g, item.v, item.axes, item.magnitude)}
-        self._small, self._others = sorted(small), [i for i in range(len(items)) if i not in small]
-        pairs = [(items[i].g, items[i].v) for i in self._small]
-        self._side_by_side = SmallWeights(pairs) if pairs else None
+        self._small = [i for i, item in enumerate(items) if is_small(item.g, item.v, item.axes, item.magnitude)]
+        self._side_by_side: SmallWeights | None = None
 
     def compose(self) -> list[Tensor | None]:
         """Write w = g * v / ||v|| into each item's memory, in the bits of `compose`.
 
         Returns ||v|| per row in float32 for each weight where that serves the gradients, None where rows are extreme.
         """
+        if fused.started():
+            return self._in_one_pass()
         found: list[Ready | None] = [None] * len(self._items)
-        if self._side_by_side is not None:
-            for i, ready in zip(self._small, self._side_by_side.compute(), strict=True):
+        others = sorted(set(range(len(self._items))).difference(self._small))
+        if self._small:
+            for i, ready in zip(self._small, self._together().compute(), strict=True):
                 found[i] = ready
-        for i, ready in zip(self._others, row_factors([self._items[i] for i in self._others]), strict=True):
+        for i, ready in zip(others, row_factors([self._items[i] for i in others]), strict=True):
             found[i] = ready
         copies = [
             (item.w, r.w) for item, r in zip(self._items, found, strict=True) if r is not None and r.w is not None
@@ -73,6 +75,24 @@ class ManyWeights:
                 torch.mul(item.v, item.axes.spread(ready.factor, item.v), out=item.w)
         return [None if ready is None else ready.norms for ready in found]
 
+    def _together(self) -> SmallWeights:
+        if self._side_by_side is None:
+            self._side_by_side = SmallWeights([(self._items[i].g, self._items[i].v) for i in self._small])
+        return self._side_by_side
+
+    def _in_one_pass(self) -> list[Tensor | None]:
+        """`compose` with the compiled kernels, each weight written once; the others as ever."""
+        norms = [_pass_over(item) for item in self._items]
+        left = [i for i, n in enumerate(norms) if n is None]
+        for i, ready in zip(left, row_factors([self._items[i] for i in left]), strict=True):
+            item = self._items[i]
+            if ready is None or ready.factor is None:
+                item.w.copy_(compose_eagerly(item.g, item.v, item.axes, item.magnitude))
+            else:
+                torch.mul(item.v, item.axes.spread(ready.factor, item.v), out=item.w)
+                norms[i] = ready.norms
+        return norms
+
     def gradients(
         self, grads: Sequence[Tensor], norms: Sequence[Tensor | None], private: Sequence[bool]
     ) -> list[tuple[Tensor, Tensor]]:
@@ -81,10 +101,11 @@ class ManyWeights:
         `norms` are those `compose` gave, None for weights whose g or v changed since. Where `private`, dL/dv may take
         the memory of dL/dw.
         """
+        fused.start()
         done: dict[int, tuple[Tensor, Tensor]] = {}
         lengths = [n for i in self._small if (n := norms[i]) is not None]
-        if self._side_by_side is not None and len(lengths) == len(self._small):
-            found = self._side_by_side.gradients([grads[i] for i in self._small], lengths)
+        if not fused.started() and self._small and len(lengths) == len(self._small):
+            found = self._together().gradients([grads[i] for i in self._small], lengths)
             done.update(zip(self._small, found, strict=True))
         for i, (item, grad) in enumerate(zip(self._items, grads, strict=True)):
             if i not in done:
@@ -92,6 +113,13 @@ class ManyWeights:
                     grad, item.g, item.v, norms[i], item.axes, item.magnitude, private=private[i]
                 )
         return [done[i] for i in range(len(grads))]
+
+
+def _pass_over(item: Item) -> Tensor | None:
+    """Write one weight by the compiled kernels; None where they do not take it, or a row is not an ordinary one."""
+    sizes = fused.plan(item.g, item.v, item.axes.kept, item.axes.groups, item.magnitude)
+    known = sizes is not None and item.w.stride() == item.v.stride() and item.w.dtype == item.v.dtype
+    return fused.forward(item.g, item.v, sizes, item.w) if sizes is not None and known else None
 
 
 def row_factors(items: Sequence[Item]) -> list[Ready | None]:

@@ -12,13 +12,14 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from wnsurgery import fused
 from wnsurgery.dtensors import count_not_finite, is_spread, local_rows, spread_over
 from wnsurgery.errors import NonFiniteWeightError, PairError
 from wnsurgery.kept import Rooms
@@ -225,12 +226,34 @@ def compose_eagerly(
     ready: Ready | None = None,
 ) -> Tensor:
     """`compose` for a pair known to fit, in eager mode; w and later dL/dv in memory of `rooms` where there is some."""
+    if torch.is_grad_enabled() and v.dtype == torch.float32 and (v.requires_grad or g.requires_grad):
+        fused.start()
+    if ready is None:
+        sizes = fused.plan(g, v, axes.kept, axes.groups, magnitude)
+        ready = None if sizes is None else _in_one_pass(g, v, sizes, rooms)
     return _apply(g, v, (axes, magnitude, rooms), ready)  # type: ignore[no-any-return]
+
+
+def _in_one_pass(g: Tensor, v: Tensor, sizes: fused.Sizes, rooms: Rooms | None) -> Ready | None:
+    """The weight and its norms by the compiled kernels, None where a row needs the long way."""
+    if v.numel() >= _FRESH:
+        prepare_counts()
+    room = None if rooms is None else rooms.take("w", v)
+    w = torch.empty_like(v) if room is None else room
+    norms = fused.forward(g, v, sizes, w)
+    return None if norms is None else Ready(norms, None, w)
 
 
 def _fits(g: Tensor, v: Tensor, axes: Axes) -> bool:
     shape = axes.magnitude_shape(v.shape)
     return tuple(g.shape) == shape or g.numel() == 1 == math.prod(shape)  # 0-d and (1, 1, ...) mean the same
+
+
+@lru_cache(maxsize=4096)
+def _shapes_fit(g: torch.Size, v: torch.Size, kept: tuple[int, ...], groups: int) -> bool:
+    """`_fits`, remembered: what is asked at every use of a weight."""
+    shape = Axes(kept, groups).magnitude_shape(v)
+    return tuple(g) == shape or math.prod(g) == 1 == math.prod(shape)
 
 
 def _needs_plain_operations(g: Tensor, v: Tensor) -> bool:
@@ -427,6 +450,10 @@ def _plain_gradients(
     large: int,
 ) -> tuple[Tensor, Tensor]:
     """The paper's equation 3 for ordinary rows, first order only, in as few passes as torch offers."""
+    sizes = fused.plan(g, v, axes.kept, axes.groups, magnitude)
+    if sizes is not None and grad_w.dtype == torch.float32:
+        grad_v = torch.empty_like(v) if room is None else room
+        return fused.backward(grad_w.contiguous(), g, v, norms, sizes, grad_v), grad_v
     dense = v.dtype == torch.float32 == g.dtype and v.is_contiguous()
     if dense and axes.kept == (0,) and 1 < v.ndim == g.ndim and v.numel() < large and magnitude == "linear":
         grad_v, grad_g = _fused_backward(grad_w.contiguous(), v, g.contiguous(), norms, 0)
@@ -561,10 +588,12 @@ class WeightNorm(nn.Module):
 
     def compose(self, g: Tensor, v: Tensor, rooms: Rooms, ready: Ready | None = None) -> Tensor:
         """`forward` for its own pair in eager mode, with memory that may be used again; see `compose_eagerly`."""
-        plain = not (self._forward_hooks or self._forward_pre_hooks) and (ready is not None or _fits(g, v, self.axes))
+        axes = self.axes
+        fits = ready is not None or _shapes_fit(g.shape, v.shape, axes.kept, axes.groups)
+        plain = fits and not (self._forward_hooks or self._forward_pre_hooks)
         if not plain or torch.autograd.forward_ad._current_level >= 0:
             return self(g, v)  # type: ignore[no-any-return]
-        return compose_eagerly(g, v, self.axes, self.magnitude, rooms, ready)
+        return compose_eagerly(g, v, axes, self.magnitude, rooms, ready)
 
     def fits(self, g: Tensor, v: Tensor) -> bool:
         """Whether a pair has the shapes that `compose` takes."""

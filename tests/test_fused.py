@@ -1,0 +1,215 @@
+"""The compiled kernels: the bits and gradients of the other paths, for every layout, size and number of threads."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wnsurgery as wn
+from wnsurgery import fused
+from wnsurgery.reparam import Axes, compose, decompose, first_order_gradients
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking a process that has threads
+
+SHAPES = [
+    ((7, 5), Axes((0,))),
+    ((64, 64), Axes((0,))),
+    ((1, 1), Axes((0,))),
+    ((5,), Axes((0,))),
+    ((33, 3, 3, 3), Axes((0,))),
+    ((6, 20000), Axes((0,))),
+    ((600, 900), Axes((0,))),
+    ((12, 7), Axes((1,))),
+    ((16, 8, 5), Axes((1,))),
+    ((700, 650), Axes((1,))),
+    ((40, 50, 3, 3), Axes((1,))),
+    ((30, 41), Axes(())),
+]
+
+
+@pytest.fixture
+def plain_paths() -> Iterator[None]:
+    """Everything as where numba is not installed."""
+    module, asked = fused._Kernels.module, fused._Kernels.asked
+    fused._Kernels.module, fused._Kernels.asked = None, True
+    yield
+    fused._Kernels.module, fused._Kernels.asked = module, asked
+
+
+@pytest.fixture
+def one_and_two_threads() -> Iterator[tuple[int, ...]]:
+    before = torch.get_num_threads()
+    yield (1, 2)
+    torch.set_num_threads(before)
+
+
+def pair(shape: tuple[int, ...], axes: Axes, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(shape, generator=generator)
+    return torch.randn(axes.magnitude_shape(shape), generator=generator), v
+
+
+def by_kernels(g: Tensor, v: Tensor, axes: Axes) -> tuple[Tensor, Tensor | None]:
+    assert fused.start(), "numba is in the test extra"
+    sizes = fused.plan(g, v, axes.kept, axes.groups, "linear")
+    assert sizes is not None
+    w = torch.full_like(v, torch.nan)
+    return w, fused.forward(g, v, sizes, w)
+
+
+@pytest.mark.parametrize(("shape", "axes"), SHAPES, ids=str)
+def test_the_weight_is_that_of_the_other_paths_bit_for_bit(
+    shape: tuple[int, ...], axes: Axes, plain_paths: None, one_and_two_threads: tuple[int, ...]
+) -> None:
+    """For the pair as converted, for one rescaled by powers of two, and for one in training."""
+    g, v = pair(shape, axes)
+    norm, _ = decompose(v, axes)
+    for magnitude in (g, norm, norm * 4, -norm):
+        wanted = compose(magnitude, v, axes)
+        fused._Kernels.asked = False
+        for threads in one_and_two_threads:
+            torch.set_num_threads(threads)
+            w, norms = by_kernels(magnitude, v, axes)
+            assert norms is not None
+            assert torch.equal(w, wanted)
+            assert torch.equal(norms, norm)
+        fused._Kernels.module, fused._Kernels.asked = None, True
+    assert torch.equal(compose(norm, v, axes), v)
+
+
+@pytest.mark.parametrize(("shape", "axes"), SHAPES, ids=str)
+def test_gradients_are_those_of_float64(
+    shape: tuple[int, ...], axes: Axes, one_and_two_threads: tuple[int, ...]
+) -> None:
+    """The paper's equation 3, in the weight's own memory and in another, with one thread as with two."""
+    g, v = pair(shape, axes)
+    up = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    _, norms = by_kernels(g, v, axes)
+    wide = [x.double().requires_grad_() for x in (g, v)]
+    compose(*wide, axes).backward(up.double())
+    seen = []
+    for threads in one_and_two_threads:
+        torch.set_num_threads(threads)
+        for private in (False, True):
+            grads = first_order_gradients(up.clone(), g, v, norms, axes, "linear", private=private)
+            sizes = (up.square().sum().sqrt(), (g / norms).abs().max() * up.abs().max())
+            for found, exact, size in zip(grads, wide, sizes, strict=True):
+                assert exact.grad is not None
+                torch.testing.assert_close(found.double(), exact.grad, rtol=1e-5, atol=1e-6 * size.item())
+            seen.append(grads)
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-20, 1e15, 1e30])
+@pytest.mark.parametrize("axes", [Axes((0,)), Axes((1,))])
+def test_rows_beyond_the_ordinary_take_the_long_way(size: float, axes: Axes) -> None:
+    """One such row is enough; the result is what it is without the kernels."""
+    v = torch.randn(9, 9)
+    v.select(axes.kept[0], 4).mul_(size)
+    g = torch.ones(axes.magnitude_shape(v.shape))
+    assert by_kernels(g, v, axes)[1] is None
+    w = compose(g, v.requires_grad_(), axes)
+    exact = v.detach().double()
+    norms = exact.norm(dim=1 - axes.kept[0], keepdim=True)
+    torch.testing.assert_close(w.detach().double(), torch.where(norms == 0, 0.0, exact / norms), rtol=3e-7, atol=0)
+
+
+def test_a_magnitude_of_zero_is_an_ordinary_one() -> None:
+    """Rows of zeros have g = 0 and learn; they do not slow the others down."""
+    g, v = decompose(torch.tensor([[0.0, -0.0], [3.0, 4.0]]), Axes((0,)))
+    w, norms = by_kernels(g, v, Axes((0,)))
+    assert norms is not None
+    assert torch.equal(w, torch.tensor([[0.0, -0.0], [3.0, 4.0]]))
+    assert w.signbit().tolist() == [[False, True], [False, False]]
+
+
+def test_what_the_kernels_do_not_take() -> None:
+    fused.start()
+    g, v = torch.ones(4, 1), torch.randn(4, 6)
+    linear = ((0,), 1, "linear")
+    assert fused.plan(g, v, *linear) == (0, 4, 6)
+    assert fused.plan(g, v, (0,), 1, "log") is None
+    assert fused.plan(g, v, (0,), 2, "linear") is None
+    assert fused.plan(g.double(), v, *linear) is None
+    assert fused.plan(g, v.bfloat16(), *linear) is None
+    assert fused.plan(g, v.t().contiguous().t(), *linear) is None
+    assert fused.plan(g.t(), v, *linear) is None
+    assert fused.plan(g, v.to("meta"), *linear) is None
+    assert fused.plan(g[:0], v[:0], *linear) is None
+    assert fused.plan(torch.ones(4, 1, 1), torch.randn(4, 6, 2)[..., :1], *linear) is None
+    assert fused.plan(torch.ones(2, 3, 1), torch.randn(2, 3, 4), (0, 1), 1, "linear") is None
+
+
+def _train(model: nn.Module, steps: int) -> list[float]:
+    torch.manual_seed(1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(torch.randn(4, 3, 16)).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.ConvTranspose1d(8, 600, 4), nn.Conv1d(600, 600, 1))
+
+
+@pytest.mark.parametrize("mode", ["parametrized", "deferred"])
+def test_training_is_the_same_without_numba(mode: str, plain_paths: None) -> None:
+    model = wn.apply_weight_norm(_net(), mode=mode)
+    twin = copy.deepcopy(model)
+    losses = _train(model, 5)
+    assert not fused.started()
+    fused._Kernels.asked = False
+    assert _train(twin, 5) == pytest.approx(losses, rel=1e-5)
+    assert fused.started()
+
+
+def test_evaluation_and_folding_do_not_start_the_compiler() -> None:
+    """Which takes about a second: only training makes up for it."""
+    program = (
+        "import sys, torch, wnsurgery as wn; from torch import nn\n"
+        "net = wn.apply_weight_norm(nn.Linear(3, 2)).eval()\n"
+        "with torch.no_grad(): net(torch.ones(1, 3))\n"
+        "wn.fold_weight_norm(net)\n"
+        "assert 'numba' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_without_numba_a_net_trains_as_before() -> None:
+    program = (
+        "import sys, torch; sys.modules['numba'] = None; import wnsurgery as wn; from torch import nn\n"
+        "from wnsurgery import fused\n"
+        "net = wn.apply_weight_norm(nn.Linear(3, 2)); net(torch.ones(1, 3)).sum().backward()\n"
+        "assert not fused.started() and net.parametrizations.weight.original1.grad is not None\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_fork_has_threads_of_its_own(one_and_two_threads: tuple[int, ...]) -> None:
+    """A pool of threads does not survive a fork; its calls would wait for ever."""
+    torch.set_num_threads(2)
+    g, v = pair((600, 900), Axes((0,)))
+    w, norms = by_kernels(g, v, Axes((0,)))
+    sizes = fused.plan(g, v, (0,), 1, "linear")
+    assert norms is not None and sizes is not None
+    child = multiprocessing.get_context("fork").Process(target=fused.forward, args=(g, v, sizes, w))
+    child.start()
+    child.join(60)
+    try:
+        assert child.exitcode == 0
+    finally:
+        child.kill()

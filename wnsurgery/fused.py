@@ -1,0 +1,158 @@
+"""Weight norm of a weight in the CPU's memory in one pass: which weights the compiled kernels take, and the calls.
+
+The kernels come with numba, which takes about a second to start, once in a process: so they are started for training,
+where a weight is computed again at every step, and used for all else from then on. Where numba is missing,
+`started()` stays false and everything is done by torch's and numpy's operations.
+
+The number of threads is torch's; it decides no bit, since each row is summed by one of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Sizes", "backward", "forward", "plan", "start", "started"]
+
+_log = logging.getLogger("wnsurgery")
+_SPREAD = 1 << 17  # elements for which another thread is worth its call
+
+
+class Sizes(NamedTuple):
+    """A weight as the kernels see it: `inputs` is 0 where each row lies in one piece of `columns` elements; else so
+    many pieces of `columns` elements, one in each of the `inputs`, make a row."""
+
+    inputs: int
+    rows: int
+    columns: int
+
+
+class _Kernels:
+    """numba's module, once somebody has asked for it."""
+
+    module: Any = None
+    asked = False
+
+
+def start() -> bool:
+    """Load the kernels where numba is installed; whether they are there."""
+    if not _Kernels.asked:
+        _Kernels.asked = True
+        try:
+            from wnsurgery import fused_kernels
+        except ImportError as error:
+            _log.info("numba is not of use here (%s): training takes a little longer", error)
+        else:
+            _Kernels.module = fused_kernels
+    return _Kernels.module is not None
+
+
+def started() -> bool:
+    """Whether the kernels are loaded."""
+    return _Kernels.module is not None
+
+
+def plan(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int, magnitude: str) -> Sizes | None:
+    """How the kernels see this pair; None where they are not loaded or do not take it.
+
+    They take float32 in the CPU's memory, row after row, with a linear g and axis 0, axis 1 or no axis kept.
+    """
+    if (
+        _Kernels.module is None
+        or groups != 1
+        or magnitude != "linear"
+        or v.dtype is not torch.float32
+        or g.dtype is not torch.float32
+        or not (v.is_cpu and g.is_cpu and v.is_contiguous() and g.is_contiguous())
+        or v.is_neg()
+        or g.is_neg()
+    ):
+        return None
+    return _sizes(v.shape, g.shape, kept)
+
+
+@lru_cache(maxsize=4096)
+def _sizes(shape: torch.Size, g_shape: torch.Size, kept: tuple[int, ...]) -> Sizes | None:
+    elements = math.prod(shape)
+    if not elements or kept not in ((0,), (1,), ()) or len(shape) <= (kept[0] if kept else -1):
+        return None
+    rows = shape[kept[0]] if kept else 1
+    fits = tuple(g_shape) in (tuple(s if d in kept else 1 for d, s in enumerate(shape)), () if rows == 1 else None)
+    if not fits:
+        return None
+    return Sizes(shape[0], rows, math.prod(shape[2:])) if kept == (1,) else Sizes(0, rows, elements // rows)
+
+
+def forward(g: Tensor, v: Tensor, sizes: Sizes, w: Tensor) -> Tensor | None:
+    """Write g * v / ||v|| into `w`, laid out as v; returns ||v|| with the shape of g.
+
+    None where a row is not an ordinary one (see `norms.ordinary_factors`): then nothing in `w` is of use.
+    """
+    norms = torch.empty_like(g)
+    kernels, places = _Kernels.module, (v.data_ptr(), g.data_ptr(), w.data_ptr(), norms.data_ptr())
+    inputs, rows, columns = sizes
+    if v.numel() < 2 * _SPREAD or torch.get_num_threads() == 1:
+        fine = (
+            kernels.columns_forward(*places, inputs, rows, columns, 0, rows)
+            if inputs
+            else kernels.rows_forward(*places, rows, columns)
+        )
+    elif inputs:
+        fine = _in_threads(v, rows, lambda a, b: kernels.columns_forward(*places, inputs, rows, columns, a, b))
+    else:
+        fine = _in_threads(
+            v, rows, lambda a, b: kernels.rows_forward(*_from(places, (1, 0, 1, 0), a, columns), b - a, columns)
+        )
+    return norms if fine else None
+
+
+def backward(up: Tensor, g: Tensor, v: Tensor, norms: Tensor, sizes: Sizes, grad_v: Tensor) -> Tensor:
+    """Write dL/dv into `grad_v`, which may be dL/dw itself; returns dL/dg. All laid out as v."""
+    grad_g = torch.empty_like(g)
+    kernels = _Kernels.module
+    places = (up.data_ptr(), v.data_ptr(), g.data_ptr(), norms.data_ptr(), grad_g.data_ptr(), grad_v.data_ptr())
+    inputs, rows, columns = sizes
+    if v.numel() < 2 * _SPREAD or torch.get_num_threads() == 1:
+        if inputs:
+            kernels.columns_backward(*places, inputs, rows, columns, 0, rows)
+        else:
+            kernels.rows_backward(*places, rows, columns)
+    elif inputs:
+        _in_threads(v, rows, lambda a, b: kernels.columns_backward(*places, inputs, rows, columns, a, b))
+    else:
+        _in_threads(
+            v,
+            rows,
+            lambda a, b: kernels.rows_backward(*_from(places, (1, 1, 0, 0, 0, 1), a, columns), b - a, columns),
+        )
+    return grad_g
+
+
+def _from(places: Sequence[int], whole: Sequence[int], row: int, columns: int) -> list[int]:
+    """Addresses of a row: of `columns` elements in whole matrices, of one in what has one value per row."""
+    return [place + 4 * row * (columns if matrix else 1) for place, matrix in zip(places, whole, strict=True)]
+
+
+def _in_threads(v: Tensor, rows: int, work: Callable[[int, int], Any]) -> bool:
+    """Run work(first, last) on parts of the rows; whether no part says False."""
+    parts = min(torch.get_num_threads(), v.numel() // _SPREAD, rows)
+    if parts < 2:
+        return work(0, rows) is not False
+    bounds = [rows * i // parts for i in range(parts + 1)]
+    waiting = [_pool(os.getpid(), parts - 1).submit(work, *pair) for pair in zip(bounds[1:], bounds[2:], strict=False)]
+    found = [work(0, bounds[1]), *(one.result() for one in waiting)]
+    return all(one is not False for one in found)
+
+
+@lru_cache(maxsize=4)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process; a fork has none of its parent's."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="wnsurgery")

@@ -1,0 +1,194 @@
+"""Weight norm and its gradients in one pass over memory, compiled by numba for the CPU it runs on.
+
+A kernel takes addresses of float32 matrices that lie row after row in memory, and their sizes. Rows are summed in
+float64, as in `norms`; a row is one kept index ("rows" kernels) or the columns are, `taps` of them for each kept index
+("columns" kernels). The factor g / ||v|| follows the rules of `norms.ordinary_factors`.
+
+numba keeps the compiled code beside this file, or in the user's cache directory, for the next process.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+__all__ = [
+    "columns_backward",
+    "columns_forward",
+    "rows_backward",
+    "rows_forward",
+]
+
+_SLACK = 2.0**-40
+_NEAR = 2.0**-20  # a factor closer to a power of two may stand for it
+_CHUNK = 1 << 13  # elements summed at a stretch
+_SHORT_CHUNK = 1 << 9  # the same in float32
+
+_fast = njit(nogil=True, fastmath={"reassoc", "contract"})  # sums in any order; nothing else is given up
+_exact = njit(nogil=True)
+
+
+def _kernel(function):
+    """Compile at the first call, or take what an earlier process has compiled."""
+    options = {"nogil": True, "fastmath": {"reassoc", "contract"}}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no place to write to
+        return njit(**options)(function)
+
+
+@intrinsic
+def _floats_at(_context, address):
+    """The float32 pointer at an address."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(types.int64), generate
+
+
+@_exact
+def _factor(g, norm):
+    """g / ||v|| in float32, a power of two exactly where g is the stored value of that multiple of ||v||; NaN where the
+    row is not an ordinary one."""
+    if not 2.0**-30 < norm < 2.0**30:
+        return np.float32(np.nan)
+    factor = np.float32(np.float64(g) / norm)
+    size = abs(factor)
+    if g == 0:
+        return factor
+    if not 2.0**-60 <= size <= 2.0**60:
+        return np.float32(np.nan)
+    fraction, exponent = math.frexp(np.float64(size))
+    if fraction < 0.5 + _NEAR or fraction > 1.0 - _NEAR:
+        power = math.ldexp(1.0, exponent - 1 if fraction < 0.75 else exponent)
+        low = np.float32(norm * power * (1.0 - _SLACK))
+        high = np.float32(norm * power * (1.0 + _SLACK))
+        if low <= g <= high:
+            return np.float32(power)
+    return factor
+
+
+@_fast
+def _squares(v, start, stop):
+    total = 0.0
+    for begin in range(start, stop, _CHUNK):
+        part = 0.0
+        for i in range(begin, min(begin + _CHUNK, stop)):
+            x = np.float64(v[i])
+            part += x * x
+        total += part
+    return total
+
+
+@_fast
+def _product(a, b, start, stop):
+    total = 0.0
+    for begin in range(start, stop, _SHORT_CHUNK):
+        part = np.float32(0.0)
+        for i in range(begin, min(begin + _SHORT_CHUNK, stop)):
+            part += a[i] * b[i]
+        total += np.float64(part)
+    return total
+
+
+@_exact
+def _coefficients(product, g, norm):
+    """dL/dg, and what dL/dw and v are multiplied by in dL/dv."""
+    size, length = np.float64(g), np.float64(norm)
+    radial = product / length
+    return np.float32(radial), np.float32(size / length), np.float32(size * radial / (length * length))
+
+
+@_kernel
+def rows_forward(v_at, g_at, w_at, norms_at, rows, columns):
+    """w = g * v / ||v|| and ||v||; whether every row is an ordinary one, else nothing of it is of use."""
+    v, g, w, norms = _floats_at(v_at), _floats_at(g_at), _floats_at(w_at), _floats_at(norms_at)
+    for r in range(rows):
+        start, stop = r * columns, (r + 1) * columns
+        norm = math.sqrt(_squares(v, start, stop))
+        factor = _factor(g[r], norm)
+        if math.isnan(factor):
+            return False
+        norms[r] = np.float32(norm)
+        for i in range(start, stop):
+            w[i] = v[i] * factor
+    return True
+
+
+@_kernel
+def rows_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, rows, columns):
+    """dL/dg and dL/dv from dL/dw; dL/dv may take the place of dL/dw."""
+    up, v, grad_v = _floats_at(up_at), _floats_at(v_at), _floats_at(grad_v_at)
+    g, norms, grad_g = _floats_at(g_at), _floats_at(norms_at), _floats_at(grad_g_at)
+    for r in range(rows):
+        start, stop = r * columns, (r + 1) * columns
+        grad_g[r], across, along = _coefficients(_product(up, v, start, stop), g[r], norms[r])
+        if up_at == grad_v_at:  # a loop of its own, which the compiler knows to be safe in any order
+            for i in range(start, stop):
+                up[i] = up[i] * across - v[i] * along
+        else:
+            for i in range(start, stop):
+                grad_v[i] = up[i] * across - v[i] * along
+
+
+@_kernel
+def columns_forward(v_at, g_at, w_at, norms_at, inputs, outputs, taps, first, last):
+    """`rows_forward` with axis 1 kept, for the kept indices from `first` to before `last`."""
+    v, g, w, norms = _floats_at(v_at), _floats_at(g_at), _floats_at(w_at), _floats_at(norms_at)
+    width = (last - first) * taps
+    sums, factors = np.zeros(width, np.float64), np.empty(width, np.float32)
+    for i in range(inputs):
+        start = (i * outputs + first) * taps
+        for j in range(width):
+            x = np.float64(v[start + j])
+            sums[j] += x * x
+    for o in range(last - first):
+        total = 0.0
+        for j in range(o * taps, (o + 1) * taps):
+            total += sums[j]
+        norm = math.sqrt(total)
+        factor = _factor(g[first + o], norm)
+        if math.isnan(factor):
+            return False
+        norms[first + o] = np.float32(norm)
+        for j in range(o * taps, (o + 1) * taps):
+            factors[j] = factor
+    for i in range(inputs):
+        start = (i * outputs + first) * taps
+        for j in range(width):
+            w[start + j] = v[start + j] * factors[j]
+    return True
+
+
+@_kernel
+def columns_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, inputs, outputs, taps, first, last):
+    """`rows_backward` with axis 1 kept, for the kept indices from `first` to before `last`."""
+    up, v, grad_v = _floats_at(up_at), _floats_at(v_at), _floats_at(grad_v_at)
+    g, norms, grad_g = _floats_at(g_at), _floats_at(norms_at), _floats_at(grad_g_at)
+    width = (last - first) * taps
+    sums = np.zeros(width, np.float64)
+    across, along = np.empty(width, np.float32), np.empty(width, np.float32)
+    for i in range(inputs):
+        start = (i * outputs + first) * taps
+        for j in range(width):
+            sums[j] += np.float64(up[start + j] * v[start + j])
+    for o in range(last - first):
+        total = 0.0
+        for j in range(o * taps, (o + 1) * taps):
+            total += sums[j]
+        grad_g[first + o], a, b = _coefficients(total, g[first + o], norms[first + o])
+        for j in range(o * taps, (o + 1) * taps):
+            across[j], along[j] = a, b
+    for i in range(inputs):
+        start = (i * outputs + first) * taps
+        if up_at == grad_v_at:
+            for j in range(width):
+                up[start + j] = up[start + j] * across[j] - v[start + j] * along[j]
+        else:
+            for j in range(width):
+                grad_v[start + j] = up[start + j] * across[j] - v[start + j] * along[j]
