@@ -148,6 +148,18 @@ def test_what_the_kernels_do_not_take() -> None:
     assert fused.plan(torch.ones(2, 3, 1), torch.randn(2, 3, 4), (0, 1), 1, "linear") is None
 
 
+def test_a_batch_of_gradients_of_a_large_weight() -> None:
+    """Which have no memory of their own that a kernel could write to."""
+    g, v = (x.requires_grad_() for x in pair((300, 400), Axes((0,))))
+    assert fused.start()
+    w = compose(g, v, Axes((0,)))
+    ups = torch.randn(3, 300, 400)
+    together = torch.autograd.grad(w, [g, v], ups, is_grads_batched=True, retain_graph=True)
+    for i, up in enumerate(ups):
+        for many, one in zip(together, torch.autograd.grad(w, [g, v], up, retain_graph=True), strict=True):
+            torch.testing.assert_close(many[i], one, rtol=1e-4, atol=1e-5)
+
+
 def _train(model: nn.Module, steps: int) -> list[float]:
     torch.manual_seed(1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

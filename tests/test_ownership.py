@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wnsurgery import reparam
+from wnsurgery import fused, reparam
 from wnsurgery.kept import Rooms
 from wnsurgery.ownership import holders, is_private, prepare
 from wnsurgery.reparam import Axes, compose_eagerly
@@ -121,17 +121,25 @@ def test_gradients_written_in_place_are_those_of_the_formula(threads: int, monke
     torch.testing.assert_close(kept[0].double(), exact[2], rtol=1e-4, atol=1e-5 * float(exact[2].abs().max()))
 
 
-def test_v_grad_takes_the_memory_of_a_private_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training a large weight needs no second block of its size for dL/dv."""
+@pytest.mark.parametrize("compiled", [True, False])
+def test_v_grad_takes_the_memory_of_a_private_gradient(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training a large weight needs no second block of its size for dL/dv, by the compiled kernels and without them."""
     monkeypatch.setattr(reparam, "_FRESH", 1 << 16)
+    if compiled:
+        assert fused.start()
+    else:
+        monkeypatch.setattr(fused._Kernels, "module", None)
+        monkeypatch.setattr(fused._Kernels, "asked", True)
     starts: list[int] = []
-    written = reparam._gradients_into
+    home, name = (fused, "backward") if compiled else (reparam, "_gradients_into")
+    written = getattr(home, name)
 
-    def seen(room: Tensor, grad_w: Tensor, *rest: Tensor) -> Tensor:
+    def seen(*arguments: Any) -> Any:
+        room, grad_w = (arguments[-1], arguments[0]) if compiled else arguments[:2]
         starts.extend((room.data_ptr(), grad_w.data_ptr()))
-        return written(room, grad_w, *rest)
+        return written(*arguments)
 
-    monkeypatch.setattr(reparam, "_gradients_into", seen)
+    monkeypatch.setattr(home, name, seen)
     v = torch.randn(300, 400, requires_grad=True)
     g = torch.ones(300, 1, requires_grad=True)
     F.linear(torch.randn(2, 400), compose_eagerly(g, v, Axes((0,)), "linear", Rooms())).sum().backward()

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -147,7 +148,7 @@ def _in_threads(v: Tensor, rows: int, work: Callable[[int, int], Any]) -> bool:
     if parts < 2:
         return work(0, rows) is not False
     bounds = [rows * i // parts for i in range(parts + 1)]
-    waiting = [_pool(os.getpid(), parts - 1).submit(work, *pair) for pair in zip(bounds[1:], bounds[2:], strict=False)]
+    waiting = [_pool(os.getpid(), parts - 1).submit(work, *pair) for pair in pairwise(bounds[1:])]
     found = [work(0, bounds[1]), *(one.result() for one in waiting)]
     return all(one is not False for one in found)
 

@@ -8,6 +8,7 @@ numba keeps the compiled code beside this file, or in the user's cache directory
 """
 
 # mypy: ignore-errors
+# ruff: noqa: PLR0913, PLR0917 - addresses and sizes
 from __future__ import annotations
 
 import math

@@ -29,7 +29,7 @@ from wnsurgery.kept import Kept, Rooms
 from wnsurgery.looked_up import look_up, serves
 from wnsurgery.multi_tensor import Item
 from wnsurgery.preparation import Preparation
-from wnsurgery.reparam import ZERO_LOG, WeightNorm, blank_module, copied_module
+from wnsurgery.reparam import ZERO_LOG, Ready, WeightNorm, blank_module, compose_in_one_pass, copied_module
 
 __all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_parameter"]
 
@@ -75,10 +75,7 @@ class WeightNormList(ParametrizationList):
                 kept = None
         self.absorb()
         if training:
-            net = self._preparation
-            one_by_one = net is None or fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude) is not None
-            ready = None if net is None or one_by_one else net.take(self, g, v)
-            w: Tensor = rule.compose(g, v, self._rooms(), ready)
+            w: Tensor = rule.compose(g, v, self._rooms(), self._ready_for(rule, g, v))
             self._hand_out(w, g, v)
             return w
         with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, so that its version tells of writes
@@ -91,6 +88,13 @@ class WeightNormList(ParametrizationList):
         else:
             self._hand_out(w, g, v)
         return w
+
+    def _ready_for(self, rule: Any, g: Tensor, v: Tensor) -> Ready | None:
+        """What a training pass need not compute by itself: all of it by the compiled kernels, else its row factors."""
+        sizes = fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
+        if sizes is not None:
+            return compose_in_one_pass(g, v, sizes, self._rooms())
+        return None if self._preparation is None else self._preparation.take(self, g, v)
 
     def item(self) -> Item | None:
         """Its pair and rule, None where the factor cannot be told from the row norms in passing."""

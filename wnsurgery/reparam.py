@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from wnsurgery import fused
 from wnsurgery.dtensors import count_not_finite, is_spread, local_rows, spread_over
 from wnsurgery.errors import NonFiniteWeightError, PairError
-from wnsurgery.kept import Rooms
+from wnsurgery.kept import LARGE, Rooms
 from wnsurgery.norms import (
     RowScale,
     norm,
@@ -230,18 +230,18 @@ def compose_eagerly(
         fused.start()
     if ready is None:
         sizes = fused.plan(g, v, axes.kept, axes.groups, magnitude)
-        ready = None if sizes is None else _in_one_pass(g, v, sizes, rooms)
+        ready = None if sizes is None else compose_in_one_pass(g, v, sizes, rooms)
     return _apply(g, v, (axes, magnitude, rooms), ready)  # type: ignore[no-any-return]
 
 
-def _in_one_pass(g: Tensor, v: Tensor, sizes: fused.Sizes, rooms: Rooms | None) -> Ready | None:
-    """The weight and its norms by the compiled kernels, None where a row needs the long way."""
-    if v.numel() >= _FRESH:
+def compose_in_one_pass(g: Tensor, v: Tensor, sizes: fused.Sizes, rooms: Rooms | None = None) -> Ready:
+    """w and ||v|| by the compiled kernels, for a pair they take; nothing where a row needs the long way."""
+    if v.numel() >= LARGE:
         prepare_counts()
     room = None if rooms is None else rooms.take("w", v)
     w = torch.empty_like(v) if room is None else room
     norms = fused.forward(g, v, sizes, w)
-    return None if norms is None else Ready(norms, None, w)
+    return Ready(None) if norms is None else Ready(norms, None, w)
 
 
 def _fits(g: Tensor, v: Tensor, axes: Axes) -> bool:
@@ -318,7 +318,10 @@ def _size_and_norm(g: Tensor, v: Tensor, dims: tuple[int, ...], magnitude: str) 
 
 
 class Ready(NamedTuple):
-    """What somebody has computed of a weight already: ||v|| per row in float32, and w or g / ||v|| per row."""
+    """What somebody has computed of a weight already: ||v|| per row in float32, and w or g / ||v|| per row.
+
+    Neither w nor the factor where somebody tried, and found that its rows need the long way.
+    """
 
     norms: Tensor | None
     factor: Tensor | None = None
@@ -340,7 +343,7 @@ class _Compose(torch.autograd.Function):
         axes, magnitude, rooms = how
         if v.numel() >= _FRESH:
             prepare_counts()
-        if ready is None:
+        if ready is None or ready.factor is None:
             view, dims, rows = axes.grouped(v), axes.reduced(v.ndim), _per_row(g, v, axes)
             if v.dtype == torch.float64:
                 ctx.save_for_backward(g, v, None)
@@ -368,8 +371,9 @@ class _Compose(torch.autograd.Function):
             grad_g, grad_v = _gradients(grad_w, g, v, axes, magnitude)
         else:
             big = v.dtype == torch.float32 and v.numel() >= _FRESH
+            over = big or (fused.started() and v.dtype == torch.float32 and v.numel() >= LARGE)
             room = None
-            if big and _fills_its_memory(grad_w) and is_private(holders(grad_w)):
+            if over and _fills_its_memory(grad_w) and is_private(holders(grad_w)):
                 room = grad_w
             elif big and rooms is not None:
                 room = rooms.take("grad", v)
@@ -377,8 +381,13 @@ class _Compose(torch.autograd.Function):
         return grad_g, grad_v, None, None
 
 
+def _is_plain(grad: Tensor) -> bool:
+    """Whether a gradient is what it seems: no batch of gradients, no subclass."""
+    return type(grad) is Tensor and torch._C._has_storage(grad)
+
+
 def _fills_its_memory(grad: Tensor) -> bool:
-    plain = type(grad) is Tensor and grad.layout is torch.strided and grad.is_contiguous()
+    plain = _is_plain(grad) and grad.layout is torch.strided and grad.is_contiguous()
     return plain and grad.dtype == torch.float32 and grad.untyped_storage().nbytes() == grad.nbytes
 
 
@@ -451,9 +460,9 @@ def _plain_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The paper's equation 3 for ordinary rows, first order only, in as few passes as torch offers."""
     sizes = fused.plan(g, v, axes.kept, axes.groups, magnitude)
-    if sizes is not None and grad_w.dtype == torch.float32:
+    if sizes is not None and grad_w.dtype == torch.float32 and _is_plain(grad_w):
         grad_v = torch.empty_like(v) if room is None else room
-        return fused.backward(grad_w.contiguous(), g, v, norms, sizes, grad_v), grad_v
+        return fused.backward(grad_w.resolve_neg().contiguous(), g, v, norms, sizes, grad_v), grad_v
     dense = v.dtype == torch.float32 == g.dtype and v.is_contiguous()
     if dense and axes.kept == (0,) and 1 < v.ndim == g.ndim and v.numel() < large and magnitude == "linear":
         grad_v, grad_g = _fused_backward(grad_w.contiguous(), v, g.contiguous(), norms, 0)
