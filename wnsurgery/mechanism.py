@@ -28,14 +28,21 @@ from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError, Wn
 from wnsurgery.kept import Kept, Rooms
 from wnsurgery.looked_up import look_up, serves
 from wnsurgery.multi_tensor import Item
-from wnsurgery.preparation import Preparation
-from wnsurgery.reparam import ZERO_LOG, Ready, WeightNorm, blank_module, compose_in_one_pass, copied_module
+from wnsurgery.preparation import Made, Preparation, may_make
+from wnsurgery.reparam import (
+    ZERO_LOG,
+    WeightNorm,
+    blank_module,
+    compose_eagerly,
+    compose_in_one_pass,
+    copied_module,
+)
 
 __all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_parameter"]
 
 _MAX_HANDLES = 63  # weights handed out and still alive that are watched for writes
 PASSING = frozenset(
-    {"_deferred", "_handed_out", "_kept", "_lent", "_ready"}
+    {"_deferred", "_handed_out", "_kept", "_lent", "_made", "_ready", "_round"}
 )  # attributes that belong to this process and this moment
 _is_compiling, _tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
 _ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
@@ -46,6 +53,7 @@ class WeightNormList(ParametrizationList):
 
     _deferred: DeferredWeight | None = None  # in deferred mode
     _kept: Kept | None = None
+    _made: Made | None = None  # for the next use in training
     _preparation: Preparation | None = None  # with the other weights of its net
 
     def forward(self) -> Tensor:
@@ -55,6 +63,10 @@ class WeightNormList(ParametrizationList):
             known = kept.is_of(halves.get("original0"), halves.get("original1"))
             if known and len(self._modules) == 1 and _tracing() is None:
                 return kept.w
+        made = None if _is_compiling() or self._made is None else self._take_made()
+        return self._computed() if made is None else made
+
+    def _computed(self) -> Tensor:
         rule: Any = self._modules["0"]
         g, v = self.pair()
         if "1" in self._modules:  # something is stacked on top
@@ -72,29 +84,77 @@ class WeightNormList(ParametrizationList):
                 return kept.w  # type: ignore[no-any-return]
             if not kept.is_written():
                 del self.__dict__["_kept"]  # its memory serves the next weight
-                kept = None
         self.absorb()
-        if training:
-            w: Tensor = rule.compose(g, v, self._rooms(), self._ready_for(rule, g, v))
-            self._hand_out(w, g, v)
-            return w
+        return self._for_training(rule, g, v) if training else self._for_evaluation(rule, g, v)
+
+    def _for_evaluation(self, rule: Any, g: Tensor, v: Tensor) -> Tensor:
+        """The weight without a graph, kept until its pair changes."""
         with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, so that its version tells of writes
-            w = rule.compose(g, v, self._rooms())
+            w: Tensor = rule.compose(g, v, self._rooms())
         if g.requires_grad or v.requires_grad:
             # as a Parameter would under no_grad: matmul chooses its kernel, and so the last bit, by this flag
             w.requires_grad_()
         if Kept.can_hold(g, v):
             self.__dict__["_kept"] = Kept(w, g, v)
-        else:
-            self._hand_out(w, g, v)
+        elif (record := self._record(w, g, v)) is not None:
+            self._watch(record)
         return w
 
-    def _ready_for(self, rule: Any, g: Tensor, v: Tensor) -> Ready | None:
-        """What a training pass need not compute by itself: all of it by the compiled kernels, else its row factors."""
+    def _take_made(self) -> Tensor | None:
+        """The weight that was made ahead for this use, None if it does not serve it; it serves no other."""
+        state, halves = self.__dict__, self._parameters
+        if not torch.is_grad_enabled():
+            return None
+        if "_handed_out" in state or "_kept" in state:
+            self.absorb()
+        made: Made = state.pop("_made")
+        alone = len(self._modules) == 1 and "_kept" not in state and "_deferred" not in state
+        if not alone or _hooked(self._modules["0"]) or _tracing() is not None or not may_make():
+            return None
+        if not made.is_of(halves.get("original0"), halves.get("original1")):
+            return None
+        return self._hand_over(made)
+
+    def _hand_over(self, made: Made) -> Tensor:
+        net = self._preparation
+        if net is not None:
+            net.use(self)
+        if made.record is not None:
+            self._watch(made.record)
+        return made.lend()
+
+    def _for_training(self, rule: Any, g: Tensor, v: Tensor) -> Tensor:
+        """The weight with its graph: made by itself, or with those that the last pass used."""
+        net, ready = self._preparation, None
         sizes = fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
-        if sizes is not None:
-            return compose_in_one_pass(g, v, sizes, self._rooms())
-        return None if self._preparation is None else self._preparation.take(self, g, v)
+        if sizes is not None and net is not None and may_make():
+            made = net.make(self)
+            if made is not None:
+                return self._hand_over(made)
+        elif sizes is None and net is not None:
+            ready = net.take(self, g, v)
+        w: Tensor = rule.compose(g, v, self._rooms(), ready)
+        record = self._record(w, g, v)
+        if record is not None:
+            self._watch(record)
+        return w
+
+    def make(self) -> Made | None:
+        """The weight for a use in training to come, None where only the use itself can tell what it is."""
+        g, v = self.pair()
+        rule: Any = self._modules["0"]
+        if "1" in self._modules or _hooked(rule) or _is_watched(g, v) or torch.autograd.forward_ad._current_level >= 0:
+            return None
+        kept = self.__dict__.get("_kept")
+        if kept is not None and not kept.is_written():
+            del self.__dict__["_kept"]  # its memory serves
+        self.absorb()
+        sizes = fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
+        ready = None if sizes is None else compose_in_one_pass(g, v, sizes, self._rooms())
+        if ready is None or ready.w is None:
+            return None
+        w = compose_eagerly(g, v, rule.axes, rule.magnitude, self._rooms(), ready)
+        return Made(w, g, v, self._record(w, g, v))
 
     def item(self) -> Item | None:
         """Its pair and rule, None where the factor cannot be told from the row norms in passing."""
@@ -160,10 +220,10 @@ class WeightNormList(ParametrizationList):
             rooms = self.__dict__["_lent"] = Rooms()
         return rooms
 
-    def _hand_out(self, w: Tensor, g: Tensor, v: Tensor) -> None:
-        """Watch a computed weight for as long as somebody holds it, to see whether it is written into."""
+    def _record(self, w: Tensor, g: Tensor, v: Tensor) -> Any:
+        """What tells whether a computed weight was written into, for as long as somebody holds it."""
         if w.is_inference() or g.is_inference() or v.is_inference():
-            return
+            return None
         alias = w.detach()
         version, owner = alias._version, weakref.ref(self)
 
@@ -172,20 +232,26 @@ class WeightNormList(ParametrizationList):
             watched = None if entry is None else entry.__dict__.get("_handed_out")
             if entry is None or not watched:
                 return
-            if alias._version == version and len(watched) == 1 and watched[0][1] is alias:
-                del entry.__dict__["_handed_out"]  # nobody wrote into it
+            if alias._version == version:  # nobody wrote into it
+                entry._unwatch(alias)
                 return
             try:
                 entry.absorb()
             except WnsurgeryError:  # a callback cannot raise: the next access does
                 entry.__dict__["_handed_out"] = watched
 
-        record = (weakref.ref(w, let_go), alias, version, g, g._version, v, v._version)
+        return (weakref.ref(w, let_go), alias, version, g, g._version, v, v._version)
+
+    def _watch(self, record: Any) -> None:
         held = self.__dict__.get("_handed_out")
-        if held is None:
-            self.__dict__["_handed_out"] = [record]
-            return
-        self.__dict__["_handed_out"] = [*held[-_MAX_HANDLES:], record]
+        self.__dict__["_handed_out"] = [record] if held is None else [*held[-_MAX_HANDLES:], record]
+
+    def _unwatch(self, alias: Tensor) -> None:
+        left = [record for record in self.__dict__["_handed_out"] if record[1] is not alias]
+        if left:
+            self.__dict__["_handed_out"] = left
+        else:
+            del self.__dict__["_handed_out"]
 
     def pair(self) -> tuple[Tensor, Tensor]:
         g: Tensor | None = self._parameters.get("original0")
@@ -294,6 +360,10 @@ class WeightNormList(ParametrizationList):
             self.__dict__["_deferred"] = weight
             self._refresh()
         return self
+
+
+def _hooked(rule: nn.Module) -> bool:
+    return bool(rule._forward_hooks or rule._forward_pre_hooks)
 
 
 def _is_watched(g: Tensor, v: Tensor) -> bool:

@@ -1,13 +1,15 @@
-"""A net's factors g / ||v||, computed for all its weights at once when a training pass comes to the first of them.
+"""What a training pass needs of a net's weights, made for all of them when it comes to the first.
 
-Between a weight's norms and its product lie some twenty operations on one value per row, which cost a small layer many
-times its arithmetic. A `Preparation` runs them once for all the weights that the last pass used. What it prepares
-serves one use of each weight, and only while its g and v are what they were.
+By the time a pass comes to the next layer, the processor has forgotten the code that makes a weight, and finding it
+again costs a small layer many times the arithmetic. A `Preparation` makes at one go what the last pass used: whole
+weights where the compiled kernels take them, else the factors g / ||v||. What it makes serves one use of each weight,
+and only while its g and v are what they were.
 """
 
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,42 +20,94 @@ from wnsurgery.multi_tensor import row_factors
 from wnsurgery.reparam import Ready
 from wnsurgery.small_weights import SmallWeights, is_small
 
-__all__ = ["Preparation"]
+__all__ = ["Made", "Preparation", "may_make"]
 
 _PLANS = 8  # sets of weights used together that are remembered
+
+
+class Made:
+    """A weight with its graph, computed ahead of its use."""
+
+    __slots__ = ("_g", "_moment", "_v", "record", "w")
+
+    def __init__(self, w: Tensor, g: Tensor, v: Tensor, record: Any) -> None:
+        self.w, self._g, self._v, self.record = w, g, v, record
+        self._moment = _moment(g, v)
+
+    def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
+        """Whether it is what a use of this pair would compute now."""
+        return g is self._g and v is self._v and g is not None and v is not None and _moment(g, v) == self._moment
+
+    def lend(self) -> Tensor:
+        """The weight, for its one use; in the backward pass its turn comes as if it had been made now."""
+        node = self.w.grad_fn
+        if node is not None:
+            node._set_sequence_nr(_next_number())  # type: ignore[attr-defined]
+        return self.w
+
+
+_next_number: Any = torch._C._autograd._get_sequence_nr
+_saving_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def may_make() -> bool:
+    """Whether weights may be made ahead of use: not where somebody watches what each layer saves for its backward pass,
+    as activation checkpointing does."""
+    return _saving_hooks(True) is None
 
 
 class Preparation:
     """The weights of one net that are used together, told by the passes themselves.
 
-    An *entry* is whoever owns a pair: an object that takes a `_ready` attribute and has `item()`, its pair and rule.
+    An *entry* is whoever owns a pair: an object with attributes `_ready` and `_round` to spare, with `item()`, its pair
+    and rule, and `make()`, its weight as a `Made` or None.
     """
 
     def __init__(self) -> None:
-        self._round = 0
-        self._used: dict[int, weakref.ref[Any]] = {}  # since the round began, by identity
+        self._round = 0  # an entry that was used since it began carries its number
+        self._known: dict[int, weakref.ref[Any]] = {}
         self._plans: dict[tuple[Any, ...], _Plan] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Preparation:
         twin = memo[id(self)] = Preparation()
         return twin
 
-    def take(self, entry: Any, g: Tensor, v: Tensor) -> Ready | None:
-        """What is known of one weight, for one use; None where its rows need the long way.
+    def use(self, entry: Any) -> None:
+        """A pass uses a weight."""
+        entry.__dict__["_round"] = self._round
+        if id(entry) not in self._known:
+            self._known[id(entry)] = weakref.ref(entry, partial(self._forget, id(entry)))
 
-        A weight that comes up for the second time begins a new round, for all those of the one before.
-        """
+    def _forget(self, name: int, _gone: Any) -> None:
+        self._known.pop(name, None)
+
+    def _together(self, entry: Any) -> list[Any]:
+        """What to prepare now that an entry is needed: it alone, or all those of the round that its second use ends."""
+        if entry.__dict__.get("_round") != self._round:
+            return [entry]
+        known = [one for reference in list(self._known.values()) if (one := reference()) is not None]
+        self._round += 1
+        return [one for one in known if one.__dict__.get("_round") == self._round - 1]
+
+    def take(self, entry: Any, g: Tensor, v: Tensor) -> Ready | None:
+        """The factors of one weight, for one use; None where its rows need the long way."""
         waiting = entry.__dict__.pop("_ready", None)
-        if waiting is None or waiting[0] != self._round or waiting[1] != _moment(g, v):
-            again = id(entry) in self._used
-            together = [one for reference in self._used.values() if (one := reference()) is not None]
-            if again:
-                self._round += 1
-                self._used = {}
-            self._prepare(together if again else [entry])
+        if waiting is None or waiting[0] != _moment(g, v):
+            self._prepare(self._together(entry))
             waiting = entry.__dict__.pop("_ready", None)
-        self._used[id(entry)] = weakref.ref(entry)
-        return None if waiting is None else waiting[2]
+        self.use(entry)
+        return None if waiting is None else waiting[1]
+
+    def make(self, entry: Any) -> Made | None:
+        """One weight, for one use; None where it cannot be made ahead."""
+        together = self._together(entry)
+        for one in together if len(together) > 1 else ():
+            waiting = one.__dict__.get("_made")
+            if one is not entry and (waiting is None or not waiting.is_of(*one.pair())):
+                one.__dict__["_made"] = one.make()
+        made: Made | None = entry.make()
+        self.use(entry)
+        return made
 
     def _prepare(self, entries: list[Any]) -> None:
         key = tuple(
@@ -69,7 +123,7 @@ class Preparation:
         for reference, (g, v), ready in zip(plan.entries, plan.pairs, found, strict=True):
             entry = reference()
             if ready is not None and entry is not None:
-                entry.__dict__["_ready"] = (self._round, _moment(g, v), ready)
+                entry.__dict__["_ready"] = (_moment(g, v), ready)
 
 
 class _Plan:
@@ -87,4 +141,5 @@ class _Plan:
 
 def _moment(g: Tensor, v: Tensor) -> tuple[Any, ...]:
     """What changes when a pair does, or becomes another one's."""
-    return (id(g), id(v), g._version, v._version, g.data_ptr(), v.data_ptr(), v.dtype, steps_counted())
+    wanted = (g.requires_grad, v.requires_grad)
+    return (id(g), id(v), g._version, v._version, g.data_ptr(), v.data_ptr(), v.dtype, wanted, steps_counted())
