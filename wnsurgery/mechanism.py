@@ -42,10 +42,48 @@ __all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_paramet
 
 _MAX_HANDLES = 63  # weights handed out and still alive that are watched for writes
 PASSING = frozenset(
-    {"_deferred", "_handed_out", "_kept", "_lent", "_made", "_ready", "_round"}
+    {"_deferred", "_evaluation", "_handed_out", "_kept", "_lent", "_made", "_ready", "_round"}
 )  # attributes that belong to this process and this moment
 _is_compiling, _tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
 _ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
+
+
+class _HandedOut(weakref.ref[Tensor]):
+    """A weight somebody holds: when he lets it go, a write into it reaches g and v, if they did not change since."""
+
+    __slots__ = ("_g", "_g_version", "_owner", "_v", "_v_version", "_version", "alias")
+
+    def __new__(cls, w: Tensor, owner: WeightNormList, g: Tensor, v: Tensor) -> _HandedOut:
+        return super().__new__(cls, w, _let_go)
+
+    def __init__(self, w: Tensor, owner: WeightNormList, g: Tensor, v: Tensor) -> None:
+        super().__init__(w, _let_go)  # type: ignore[call-arg]
+        self.alias, self._owner, self._g, self._v = w.detach(), weakref.ref(owner), g, v
+        self._version, self._g_version, self._v_version = self.alias._version, g._version, v._version
+
+    def is_of(self, g: Tensor, v: Tensor) -> bool:
+        """Whether it was computed from this pair as it is now."""
+        return g is self._g and v is self._v and g._version == self._g_version and v._version == self._v_version
+
+    def is_written(self) -> bool:
+        return self.alias._version != self._version
+
+    def let_go(self) -> None:
+        entry = self._owner()
+        watched = None if entry is None else entry.__dict__.get("_handed_out")
+        if entry is None or not watched:
+            return
+        if not self.is_written():
+            entry._unwatch(self)
+            return
+        try:
+            entry.absorb()
+        except WnsurgeryError:  # a callback cannot raise: the next access does
+            entry.__dict__["_handed_out"] = watched
+
+
+def _let_go(handle: _HandedOut) -> None:
+    handle.let_go()
 
 
 class WeightNormList(ParametrizationList):
@@ -89,6 +127,28 @@ class WeightNormList(ParametrizationList):
 
     def _for_evaluation(self, rule: Any, g: Tensor, v: Tensor) -> Tensor:
         """The weight without a graph, kept until its pair changes."""
+        net = self._preparation
+        if net is None or not Kept.can_hold(g, v):
+            return self._without_graph(rule, g, v)
+        net.keep(self)
+        kept = self._kept
+        return self._without_graph(rule, g, v) if kept is None else kept.w
+
+    def keep(self) -> None:
+        """Compute the weight for uses in evaluation to come, where it can be kept and is not."""
+        g, v = self.pair()
+        plain = "1" not in self._modules and self._deferred is None and not _is_watched(g, v)
+        if not plain or not Kept.can_hold(g, v):
+            return
+        kept = self.__dict__.get("_kept")
+        if kept is not None and kept.is_of(g, v):
+            return
+        if kept is not None and not kept.is_written():
+            del self.__dict__["_kept"]
+        self.absorb()
+        self._without_graph(self._modules["0"], g, v)
+
+    def _without_graph(self, rule: Any, g: Tensor, v: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, so that its version tells of writes
             w: Tensor = rule.compose(g, v, self._rooms())
         if g.requires_grad or v.requires_grad:
@@ -220,34 +280,16 @@ class WeightNormList(ParametrizationList):
             rooms = self.__dict__["_lent"] = Rooms()
         return rooms
 
-    def _record(self, w: Tensor, g: Tensor, v: Tensor) -> Any:
+    def _record(self, w: Tensor, g: Tensor, v: Tensor) -> _HandedOut | None:
         """What tells whether a computed weight was written into, for as long as somebody holds it."""
-        if w.is_inference() or g.is_inference() or v.is_inference():
-            return None
-        alias = w.detach()
-        version, owner = alias._version, weakref.ref(self)
+        return None if w.is_inference() or g.is_inference() or v.is_inference() else _HandedOut(w, self, g, v)
 
-        def let_go(_gone: weakref.ref[Tensor]) -> None:
-            entry = owner()
-            watched = None if entry is None else entry.__dict__.get("_handed_out")
-            if entry is None or not watched:
-                return
-            if alias._version == version:  # nobody wrote into it
-                entry._unwatch(alias)
-                return
-            try:
-                entry.absorb()
-            except WnsurgeryError:  # a callback cannot raise: the next access does
-                entry.__dict__["_handed_out"] = watched
-
-        return (weakref.ref(w, let_go), alias, version, g, g._version, v, v._version)
-
-    def _watch(self, record: Any) -> None:
+    def _watch(self, record: _HandedOut) -> None:
         held = self.__dict__.get("_handed_out")
         self.__dict__["_handed_out"] = [record] if held is None else [*held[-_MAX_HANDLES:], record]
 
-    def _unwatch(self, alias: Tensor) -> None:
-        left = [record for record in self.__dict__["_handed_out"] if record[1] is not alias]
+    def _unwatch(self, gone: _HandedOut) -> None:
+        left = [record for record in self.__dict__["_handed_out"] if record is not gone]
         if left:
             self.__dict__["_handed_out"] = left
         else:
@@ -284,13 +326,12 @@ class WeightNormList(ParametrizationList):
             return
         live = []
         for record in records:
-            handle, alias, version, g, g_version, v, v_version = record
-            if g is not now_g or v is not now_v or (g._version, v._version) != (g_version, v_version):
+            if not record.is_of(now_g, now_v):
                 continue
-            if alias._version != version:
-                self._store(alias)
+            if record.is_written():
+                self._store(record.alias)
                 return
-            if handle() is not None:
+            if record() is not None:
                 live.append(record)
         if live:
             self.__dict__["_handed_out"] = live

@@ -56,16 +56,39 @@ def may_make() -> bool:
     return _saving_hooks(True) is None
 
 
+class _Rounds:
+    """Which entries are used together: a round ends when one of its entries comes up for the second time."""
+
+    def __init__(self, mark: str) -> None:
+        self._mark, self._number = mark, 0  # an entry that was used since the round began carries its number
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def use(self, entry: Any) -> None:
+        entry.__dict__[self._mark] = self._number
+        if id(entry) not in self._known:
+            self._known[id(entry)] = weakref.ref(entry, partial(self._forget, id(entry)))
+
+    def _forget(self, name: int, _gone: Any) -> None:
+        self._known.pop(name, None)
+
+    def together(self, entry: Any) -> list[Any]:
+        """What to prepare now that an entry is needed: it alone, or all those of the round that its second use ends."""
+        if entry.__dict__.get(self._mark) != self._number:
+            return [entry]
+        known = [one for reference in list(self._known.values()) if (one := reference()) is not None]
+        self._number += 1
+        return [one for one in known if one.__dict__.get(self._mark) == self._number - 1]
+
+
 class Preparation:
     """The weights of one net that are used together, told by the passes themselves.
 
-    An *entry* is whoever owns a pair: an object with attributes `_ready` and `_round` to spare, with `item()`, its pair
-    and rule, and `make()`, its weight as a `Made` or None.
+    An *entry* is whoever owns a pair: an object with attributes `_ready`, `_round` and `_evaluation` to spare, with
+    `item()`, its pair and rule, `make()`, its weight as a `Made` or None, and `keep()`, its weight for evaluation.
     """
 
     def __init__(self) -> None:
-        self._round = 0  # an entry that was used since it began carries its number
-        self._known: dict[int, weakref.ref[Any]] = {}
+        self._training, self._evaluation = _Rounds("_round"), _Rounds("_evaluation")
         self._plans: dict[tuple[Any, ...], _Plan] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Preparation:
@@ -73,34 +96,21 @@ class Preparation:
         return twin
 
     def use(self, entry: Any) -> None:
-        """A pass uses a weight."""
-        entry.__dict__["_round"] = self._round
-        if id(entry) not in self._known:
-            self._known[id(entry)] = weakref.ref(entry, partial(self._forget, id(entry)))
-
-    def _forget(self, name: int, _gone: Any) -> None:
-        self._known.pop(name, None)
-
-    def _together(self, entry: Any) -> list[Any]:
-        """What to prepare now that an entry is needed: it alone, or all those of the round that its second use ends."""
-        if entry.__dict__.get("_round") != self._round:
-            return [entry]
-        known = [one for reference in list(self._known.values()) if (one := reference()) is not None]
-        self._round += 1
-        return [one for one in known if one.__dict__.get("_round") == self._round - 1]
+        """A training pass uses a weight."""
+        self._training.use(entry)
 
     def take(self, entry: Any, g: Tensor, v: Tensor) -> Ready | None:
         """The factors of one weight, for one use; None where its rows need the long way."""
         waiting = entry.__dict__.pop("_ready", None)
         if waiting is None or waiting[0] != _moment(g, v):
-            self._prepare(self._together(entry))
+            self._prepare(self._training.together(entry))
             waiting = entry.__dict__.pop("_ready", None)
         self.use(entry)
         return None if waiting is None else waiting[1]
 
     def make(self, entry: Any) -> Made | None:
         """One weight, for one use; None where it cannot be made ahead."""
-        together = self._together(entry)
+        together = self._training.together(entry)
         for one in together if len(together) > 1 else ():
             waiting = one.__dict__.get("_made")
             if one is not entry and (waiting is None or not waiting.is_of(*one.pair())):
@@ -108,6 +118,12 @@ class Preparation:
         made: Made | None = entry.make()
         self.use(entry)
         return made
+
+    def keep(self, entry: Any) -> None:
+        """An evaluation pass needs a weight that is not kept: keep it, and those that the last pass used with it."""
+        for one in self._evaluation.together(entry):
+            one.keep()
+        self._evaluation.use(entry)
 
     def _prepare(self, entries: list[Any]) -> None:
         key = tuple(
