@@ -18,10 +18,11 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Sizes", "backward", "forward", "plan", "start", "started"]
+__all__ = ["Sizes", "backward", "forward", "many_forward", "plan", "start", "started", "table_of"]
 
 _log = logging.getLogger("wnsurgery")
 _SPREAD = 1 << 17  # elements for which another thread is worth its call
@@ -135,6 +136,22 @@ def backward(up: Tensor, g: Tensor, v: Tensor, norms: Tensor, sizes: Sizes, grad
             lambda a, b: kernels.rows_backward(*_from(places, (1, 1, 0, 0, 0, 1), a, columns), b - a, columns),
         )
     return grad_g
+
+
+def table_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    """What `many_forward` needs to know of pairs with kept axis 0 or none that the kernels take."""
+    lines, elements, rows = [], 0, 0
+    for g, v in pairs:
+        lines.append((v.data_ptr(), g.data_ptr(), 4 * elements, 4 * rows, g.numel(), v.numel() // g.numel(), 0))
+        elements, rows = elements + v.numel(), rows + g.numel()
+    return np.array(lines, dtype=np.int64)
+
+
+def many_forward(table: Any, w: Tensor, norms: Tensor) -> list[bool]:
+    """`forward` of many weights into one block each for w and ||v||, in this thread; whether each consists of ordinary
+    rows."""
+    _Kernels.module.many_forward(table, w.data_ptr(), norms.data_ptr())
+    return table[:, 6].tolist()  # type: ignore[no-any-return]
 
 
 def _from(places: Sequence[int], whole: Sequence[int], row: int, columns: int) -> list[int]:

@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 __all__ = [
     "columns_backward",
     "columns_forward",
+    "many_forward",
     "rows_backward",
     "rows_forward",
 ]
@@ -135,6 +136,15 @@ def rows_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, rows, colum
         else:
             for i in range(start, stop):
                 grad_v[i] = up[i] * across - v[i] * along
+
+
+@_kernel
+def many_forward(table, w_at, norms_at):
+    """`rows_forward` of many weights: a line of the table holds the addresses of v and g, the places of w and the norms
+    in their blocks, rows and columns; its last column takes the answer."""
+    for k in range(len(table)):
+        t = table[k]
+        t[6] = rows_forward(t[0], t[1], w_at + t[2], norms_at + t[3], t[4], t[5])
 
 
 @_kernel

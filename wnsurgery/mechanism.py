@@ -31,6 +31,7 @@ from wnsurgery.multi_tensor import Item
 from wnsurgery.preparation import Made, Preparation, may_make
 from wnsurgery.reparam import (
     ZERO_LOG,
+    Ready,
     WeightNorm,
     blank_module,
     compose_eagerly,
@@ -199,7 +200,7 @@ class WeightNormList(ParametrizationList):
             self._watch(record)
         return w
 
-    def make(self) -> Made | None:
+    def make(self, ready: Ready | None = None) -> Made | None:
         """The weight for a use in training to come, None where only the use itself can tell what it is."""
         g, v = self.pair()
         rule: Any = self._modules["0"]
@@ -209,8 +210,9 @@ class WeightNormList(ParametrizationList):
         if kept is not None and not kept.is_written():
             del self.__dict__["_kept"]  # its memory serves
         self.absorb()
-        sizes = fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
-        ready = None if sizes is None else compose_in_one_pass(g, v, sizes, self._rooms())
+        if ready is None:
+            sizes = fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
+            ready = None if sizes is None else compose_in_one_pass(g, v, sizes, self._rooms())
         if ready is None or ready.w is None:
             return None
         w = compose_eagerly(g, v, rule.axes, rule.magnitude, self._rooms(), ready)

@@ -28,15 +28,28 @@ _PLANS = 8  # sets of weights used together that are remembered
 class Made:
     """A weight with its graph, computed ahead of its use."""
 
-    __slots__ = ("_g", "_moment", "_v", "record", "w")
+    __slots__ = ("_at", "_flags", "_g", "_steps", "_v", "_versions", "record", "w")
 
     def __init__(self, w: Tensor, g: Tensor, v: Tensor, record: Any) -> None:
         self.w, self._g, self._v, self.record = w, g, v, record
-        self._moment = _moment(g, v)
+        # sums and shifts, not tuples: thousands of them a second would keep the garbage collector busy
+        self._versions = g._version << 32 | v._version
+        self._at = g.data_ptr() << 64 | v.data_ptr()
+        self._flags = g.requires_grad << 1 | v.requires_grad
+        self._steps = steps_counted()
 
     def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether it is what a use of this pair would compute now."""
-        return g is self._g and v is self._v and g is not None and v is not None and _moment(g, v) == self._moment
+        return (
+            g is self._g
+            and v is self._v
+            and g is not None
+            and v is not None
+            and g._version << 32 | v._version == self._versions
+            and g.data_ptr() << 64 | v.data_ptr() == self._at
+            and g.requires_grad << 1 | v.requires_grad == self._flags
+            and steps_counted() == self._steps
+        )
 
     def lend(self) -> Tensor:
         """The weight, for its one use; in the backward pass its turn comes as if it had been made now."""
@@ -83,8 +96,9 @@ class _Rounds:
 class Preparation:
     """The weights of one net that are used together, told by the passes themselves.
 
-    An *entry* is whoever owns a pair: an object with attributes `_ready`, `_round` and `_evaluation` to spare, with
-    `item()`, its pair and rule, `make()`, its weight as a `Made` or None, and `keep()`, its weight for evaluation.
+    An *entry* is whoever owns a pair: an object with attributes `_made`, `_ready`, `_round` and `_evaluation` to spare,
+    with `item()`, its pair and rule, `absorb()`, which settles its pair, `make()`, its weight as a `Made` or None, and
+    `keep()`, which keeps its weight for evaluation.
     """
 
     def __init__(self) -> None:
@@ -111,12 +125,18 @@ class Preparation:
     def make(self, entry: Any) -> Made | None:
         """One weight, for one use; None where it cannot be made ahead."""
         together = self._training.together(entry)
-        for one in together if len(together) > 1 else ():
-            waiting = one.__dict__.get("_made")
-            if one is not entry and (waiting is None or not waiting.is_of(*one.pair())):
-                one.__dict__["_made"] = one.make()
-        made: Made | None = entry.make()
+        for one in together:
+            one.absorb()
+        needed = [one for one in together if one is entry or not _has_made(one)]
+        ready: dict[int, Ready | None] = {}
+        plan = self._plan(needed) if len(needed) > 1 else None
+        if plan is not None and plan.small is not None:
+            with torch.no_grad():
+                ready = dict(zip(map(id, plan.living()), plan.small.compute(), strict=False))
+        for one in needed:
+            one.__dict__["_made"] = one.make(ready.get(id(one)))
         self.use(entry)
+        made: Made | None = entry.__dict__.pop("_made")
         return made
 
     def keep(self, entry: Any) -> None:
@@ -125,7 +145,7 @@ class Preparation:
             one.keep()
         self._evaluation.use(entry)
 
-    def _prepare(self, entries: list[Any]) -> None:
+    def _plan(self, entries: list[Any]) -> _Plan:
         key = tuple(
             what for e in entries for half in e.pair() for what in (id(e), id(half), half.dtype, half.data_ptr())
         )
@@ -134,12 +154,20 @@ class Preparation:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
             plan = self._plans[key] = _Plan(entries)
+        return plan
+
+    def _prepare(self, entries: list[Any]) -> None:
+        plan = self._plan(entries)
         with torch.no_grad():
             found = [*(plan.small.compute() if plan.small else ()), *row_factors(plan.others)]
-        for reference, (g, v), ready in zip(plan.entries, plan.pairs, found, strict=True):
-            entry = reference()
+        for entry, (g, v), ready in zip(plan.living(), plan.pairs, found, strict=True):
             if ready is not None and entry is not None:
                 entry.__dict__["_ready"] = (_moment(g, v), ready)
+
+
+def _has_made(entry: Any) -> bool:
+    made = entry.__dict__.get("_made")
+    return made is not None and made.is_of(*entry.pair())
 
 
 class _Plan:
@@ -153,6 +181,10 @@ class _Plan:
         self.pairs = [(item.g, item.v) for _, item in (*small, *others)]
         self.small = SmallWeights([(item.g, item.v) for _, item in small]) if small else None
         self.others = [item for _, item in others]
+
+    def living(self) -> list[Any]:
+        """The entries, the small ones first; None for one that is gone."""
+        return [reference() for reference in self.entries]
 
 
 def _moment(g: Tensor, v: Tensor) -> tuple[Any, ...]:

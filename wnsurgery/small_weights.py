@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from wnsurgery import fused
 from wnsurgery.norms import SMALL, ordinary_factors
 from wnsurgery.reparam import Axes, Ready
 
@@ -22,7 +23,8 @@ __all__ = ["SmallWeights", "is_small", "small_magnitudes"]
 
 def is_small(g: Tensor, v: Tensor, axes: Axes, magnitude: str) -> bool:
     """Whether a pair can be one of `SmallWeights`: float32 rows in one piece of the CPU's memory."""
-    return magnitude == "linear" and g.dtype == torch.float32 and g.device.type == "cpu" and _has_small_rows(v, axes)
+    plain = g.dtype == torch.float32 and g.device.type == "cpu" and g.is_contiguous() and not (g.is_neg() or v.is_neg())
+    return magnitude == "linear" and plain and _has_small_rows(v, axes)
 
 
 def _has_small_rows(v: Tensor, axes: Axes) -> bool:
@@ -90,9 +92,8 @@ class SmallWeights:
         self._lengths = np.repeat(lengths, counts)  # of each row
         self._starts = _starts(self._lengths)
         self._firsts = _starts(counts)  # each weight's first row
-        with torch.inference_mode(False), torch.no_grad():
-            self._flat_v, self._flat_g = torch.empty(sum(self._sizes)), torch.empty(sum(self._rows))
-            self._places_v, self._places_g = self._like_v(self._flat_v), self._like_g(self._flat_g)
+        self._blocks: tuple[Tensor, Tensor, list[Tensor], list[Tensor]] | None = None
+        self._table: Any = None
 
     def _like_v(self, flat: Tensor) -> list[Tensor]:
         chunks = torch.unsafe_split_with_sizes(flat, self._sizes)  # each with a version of its own
@@ -102,18 +103,26 @@ class SmallWeights:
         chunks = torch.unsafe_split_with_sizes(flat, self._rows)
         return [chunk.resize_(g.shape) for chunk, g in zip(chunks, self._g, strict=True)]
 
-    def _copy_pairs(self) -> None:
-        torch._foreach_copy_(self._places_v, self._v)
-        torch._foreach_copy_(self._places_g, self._g)
+    def _copy_pairs(self) -> tuple[Tensor, Tensor]:
+        """All v and all g side by side, in memory that is kept."""
+        if self._blocks is None:
+            v, g = torch.empty(sum(self._sizes)), torch.empty(sum(self._rows))
+            self._blocks = v, g, self._like_v(v), self._like_g(g)
+        flat_v, flat_g, places_v, places_g = self._blocks
+        torch._foreach_copy_(places_v, self._v)
+        torch._foreach_copy_(places_g, self._g)
+        return flat_v, flat_g
 
     def compute(self) -> list[Ready | None]:
         """All weights, in memory of their own; None for one with a row that is not an ordinary one."""
         with torch.inference_mode(False), torch.no_grad():
-            self._copy_pairs()
-            wide = self._flat_v.to(torch.float64).numpy()
+            if fused.started():
+                return self._in_one_pass()
+            flat_v, flat_g = self._copy_pairs()
+            wide = flat_v.to(torch.float64).numpy()
             norms = np.sqrt(np.add.reduceat(np.multiply(wide, wide, out=wide), self._starts))
-            factor, ordinary = ordinary_factors(self._flat_g.numpy(), norms)
-            w = self._like_v(self._flat_v * self._spread(factor))
+            factor, ordinary = ordinary_factors(flat_g.numpy(), norms)
+            w = self._like_v(flat_v * self._spread(factor))
             short = torch.from_numpy(norms.astype(np.float32)).split_with_sizes(self._rows)
             found: list[Ready | None] = [Ready(n, None, one) for n, one in zip(short, w, strict=True)]
             if ordinary is not None:
@@ -121,18 +130,27 @@ class SmallWeights:
                 found = [one if fine else None for one, fine in zip(found, whole, strict=True)]
             return found
 
+    def _in_one_pass(self) -> list[Ready | None]:
+        """`compute` by the compiled kernels, which read each pair where it lies."""
+        if self._table is None:
+            self._table = fused.table_of(list(zip(self._g, self._v, strict=True)))
+        w, norms = torch.empty(sum(self._sizes)), torch.empty(sum(self._rows))
+        fine = fused.many_forward(self._table, w, norms)
+        short = torch.unsafe_split_with_sizes(norms, self._rows)
+        return [Ready(n, None, one) if ok else None for n, one, ok in zip(short, self._like_v(w), fine, strict=True)]
+
     def _spread(self, per_row: Any) -> Tensor:
         return torch.from_numpy(np.repeat(per_row, self._lengths))
 
     def gradients(self, grads: Sequence[Tensor], norms: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """dL/dg and dL/dv of all weights from dL/dw and the norms of `compute` (the paper's equation 3)."""
         with torch.inference_mode(False), torch.no_grad():
-            self._copy_pairs()
-            upstream = torch.empty_like(self._flat_v)
+            flat_v, flat_g = self._copy_pairs()
+            upstream = torch.empty_like(flat_v)
             torch._foreach_copy_(self._like_v(upstream), list(grads))
             lengths = torch.cat([n.reshape(-1) for n in norms]).numpy()
-            radial = np.add.reduceat((upstream * self._flat_v).numpy(), self._starts) / lengths
-            ratio = self._flat_g.numpy() / lengths
+            radial = np.add.reduceat((upstream * flat_v).numpy(), self._starts) / lengths
+            ratio = flat_g.numpy() / lengths
             upstream.mul_(self._spread(ratio))
-            upstream.addcmul_(self._flat_v, self._spread(ratio * radial / lengths), value=-1)
+            upstream.addcmul_(flat_v, self._spread(ratio * radial / lengths), value=-1)
             return list(zip(self._like_g(torch.from_numpy(radial)), self._like_v(upstream), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import gc
 import json
 import os
 import resource
@@ -11,10 +12,11 @@ import statistics
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import product
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -188,13 +190,12 @@ def _rows(name: str, work: str, threads: int, device: str, repeats: int) -> Iter
     """One work on one net by all variants, in turns."""
     steps = {variant: WORKS[work](model, x) for variant, model, x in _variants(name, device)}
     samples: dict[str, list[dict[str, float]]] = {variant: [] for variant in steps}
-    for round_ in range(repeats + 2):
-        for variant, step in steps.items():
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            times = step()
-            times["faults"] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-            if round_ >= 2:  # the first two warm up
-                samples[variant].append(times)
+    for round_, (variant, step) in _without_collector(product(range(repeats + 2), steps.items())):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        times = step()
+        times["faults"] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        if round_ >= 2:  # the first two warm up
+            samples[variant].append(times)
     for part in (p for p in samples["plain"][0] if p != "faults"):
         for variant, rounds in samples.items():
             ratios = [r[part] / p[part] for r, p in zip(rounds, samples["plain"], strict=True)]
@@ -202,6 +203,21 @@ def _rows(name: str, work: str, threads: int, device: str, repeats: int) -> Iter
             median = statistics.median(r[part] for r in rounds) * 1e3
             faults = statistics.median(r["faults"] for r in rounds)
             yield SuiteRow(name, work, part, variant, threads, device, median, middle, low, high, faults)
+
+
+_Item = TypeVar("_Item")
+
+
+def _without_collector(items: Iterable[_Item]) -> Iterator[_Item]:
+    """The items, while the garbage collector rests, as in `timeit`: what it finds to do depends on all variants."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield from items
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _with_fault_free(
