@@ -7,10 +7,12 @@ import multiprocessing
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import wnsurgery as wn
 from wnsurgery import fused
@@ -187,6 +189,119 @@ def test_training_is_the_same_without_numba(mode: str, plain_paths: None) -> Non
     fused._Kernels.asked = False
     assert _train(twin, 5) == pytest.approx(losses, rel=1e-5)
     assert fused.started()
+
+
+def _layers(count: int = 4) -> nn.Sequential:
+    torch.manual_seed(0)
+    net = wn.apply_weight_norm(nn.Sequential(*(nn.Linear(6, 6) for _ in range(count))))
+    for _ in range(3):  # from the second pass on, the first layer's use makes all weights
+        net(torch.ones(2, 6)).sum().backward()
+    net.zero_grad()
+    return net
+
+
+def _entry(net: nn.Sequential, index: int) -> Any:
+    return net[index].parametrizations.weight  # type: ignore[union-attr]
+
+
+def _begin_pass(net: nn.Sequential) -> Tensor:
+    """The first layer's share of a pass, after which the weights of the others are there."""
+    x: Tensor = net[0](torch.ones(2, 6))
+    assert all(_entry(net, i).__dict__.get("_made") is not None for i in range(1, len(net)))
+    return x
+
+
+def test_weights_made_ahead_come_in_their_turn_in_the_backward_pass() -> None:
+    """Gradients are ready layer by layer from the last to the first, which DistributedDataParallel counts on."""
+    net = _layers()
+    order: list[int] = []
+    for i in range(len(net)):
+        _entry(net, i).original1.register_post_accumulate_grad_hook(lambda _, i=i: order.append(i))
+    _begin_pass(net)
+    x = torch.ones(2, 6)
+    marks: list[str] = []
+    for i, layer in enumerate(net):
+        x = layer(x)
+        x.register_hook(lambda _, i=i: marks.append(f"{i}:{len(order)}"))  # type: ignore[no-untyped-call]
+    x.sum().backward()
+    assert order == [3, 2, 1, 0]
+    assert marks == ["3:0", "2:1", "1:2", "0:3"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry.original0.data.mul_(2),
+        lambda entry: entry.original1.mul_(torch.linspace(1, 2, 6)),
+        lambda entry: setattr(entry.original0, "data", entry.original0.data * 2),
+        lambda entry: entry.right_inverse(torch.eye(6)),
+        lambda entry: torch.optim.SGD([entry.original0], lr=1.0, weight_decay=0.5, fused=True).step(),
+    ],
+    ids=["in place", "direction", "data", "assigned", "fused optimizer"],
+)
+def test_a_weight_made_ahead_does_not_outlive_its_pair(change: Any) -> None:
+    net = _layers()
+    _begin_pass(net)
+    entry = _entry(net, 2)
+    entry.original0.grad = torch.ones_like(entry.original0)
+    with torch.no_grad():
+        if change.__code__.co_names[:2] == ("original0", "data"):
+            entry.original0.add_(0)  # a write through .data alone leaves no trace, as ever
+        change(entry)
+    assert torch.equal(net[2].weight, compose(entry.original0, entry.original1, Axes((0,))))  # type: ignore[arg-type]
+
+
+def test_a_pair_frozen_in_between_gets_no_gradient() -> None:
+    net = _layers()
+    x = _begin_pass(net)
+    entry = _entry(net, 2)
+    entry.original0.requires_grad_(False)
+    net[1:](x).sum().backward()
+    assert entry.original0.grad is None
+    assert entry.original1.grad is not None
+
+
+def test_a_write_into_a_weight_made_ahead_reaches_its_pair() -> None:
+    net = _layers()
+    _begin_pass(net)
+    with torch.no_grad():
+        nn.init.constant_(net[2].weight, 0.5)  # type: ignore[arg-type]
+    torch.testing.assert_close(net[2].weight, torch.full((6, 6), 0.5))
+
+
+def test_checkpointed_layers_beside_others() -> None:
+    """Activation checkpointing counts what is saved in its region: no weight may come from outside of it."""
+    net, plain = _layers(), _layers()
+    for _ in range(4):
+        for model, checkpointed in ((net, True), (plain, False)):
+            model.zero_grad()
+            x = model[0](torch.ones(2, 6))
+            x = checkpoint(model[1:3], x, use_reentrant=False) if checkpointed else model[1:3](x)
+            model[3](x).square().sum().backward()
+        for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+            assert a.grad is not None and b.grad is not None
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_evaluation_weights_are_renewed_together() -> None:
+    """After a step, the first layer that is evaluated renews those that the last evaluation used."""
+    net = _layers()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(2):
+        net(torch.ones(2, 6)).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            net[:3](torch.ones(2, 6))
+    net(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        net[0](torch.ones(2, 6))
+    kept = [i for i in range(len(net)) if _entry(net, i).__dict__.get("_kept") is not None]
+    assert kept == [0, 1, 2]
+    for i in kept:
+        entry = _entry(net, i)
+        with torch.no_grad():
+            assert torch.equal(net[i].weight, compose(entry.original0, entry.original1, Axes((0,))))  # type: ignore[arg-type]
 
 
 def test_evaluation_and_folding_do_not_start_the_compiler() -> None:

@@ -92,11 +92,12 @@ class Kept:
     `steps=False` leaves optimizer steps out: for a caller who renews the weight after each of them.
     """
 
-    __slots__ = ("_counted", "_g", "_places", "_probed", "_starts", "_step", "_v", "_versions", "w")
+    __slots__ = ("_counted", "_g", "_places", "_probed", "_starts", "_step", "_v", "_versions", "used", "w")
 
     def __init__(self, w: Tensor, g: Tensor, v: Tensor, *, steps: bool = True) -> None:
         _steps.start()
         self.w, self._g, self._v = w, g, v
+        self.used = False  # for whoever keeps weights ahead of their use
         self._counted = _steps if steps else _no_steps
         self._places = (*_places(g, (2,)), *_places(v, (1, 3)))
         self._starts = (g.data_ptr(), v.data_ptr())

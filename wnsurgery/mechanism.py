@@ -101,6 +101,8 @@ class WeightNormList(ParametrizationList):
             halves = self._parameters
             known = kept.is_of(halves.get("original0"), halves.get("original1"))
             if known and len(self._modules) == 1 and _tracing() is None:
+                if not kept.used:
+                    self._evaluated(kept)
                 return kept.w
         made = None if _is_compiling() or self._made is None else self._take_made()
         return self._computed() if made is None else made
@@ -120,6 +122,7 @@ class WeightNormList(ParametrizationList):
         training = torch.is_grad_enabled()
         if kept is not None:
             if not training and kept.is_of(g, v):
+                self._evaluated(kept)
                 return kept.w  # type: ignore[no-any-return]
             if not kept.is_written():
                 del self.__dict__["_kept"]  # its memory serves the next weight
@@ -133,7 +136,16 @@ class WeightNormList(ParametrizationList):
             return self._without_graph(rule, g, v)
         net.keep(self)
         kept = self._kept
-        return self._without_graph(rule, g, v) if kept is None else kept.w
+        if kept is None:
+            return self._without_graph(rule, g, v)
+        self._evaluated(kept)
+        return kept.w
+
+    def _evaluated(self, kept: Kept) -> None:
+        """An evaluation pass uses the weight kept."""
+        kept.used = True
+        if self._preparation is not None:
+            self._preparation.evaluate(self)
 
     def keep(self) -> None:
         """Compute the weight for uses in evaluation to come, where it can be kept and is not."""

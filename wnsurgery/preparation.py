@@ -143,6 +143,9 @@ class Preparation:
         """An evaluation pass needs a weight that is not kept: keep it, and those that the last pass used with it."""
         for one in self._evaluation.together(entry):
             one.keep()
+
+    def evaluate(self, entry: Any) -> None:
+        """An evaluation pass uses a weight."""
         self._evaluation.use(entry)
 
     def _plan(self, entries: list[Any]) -> _Plan:
