@@ -41,6 +41,7 @@ from wnsurgery.reparam import (
 
 __all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_parameter"]
 
+_AHEAD = 1 << 17  # elements above which a weight that was made ahead would have left the cache by its use
 _MAX_HANDLES = 63  # weights handed out and still alive that are watched for writes
 PASSING = frozenset(
     {"_deferred", "_evaluation", "_handed_out", "_kept", "_lent", "_made", "_ready", "_round"}
@@ -200,7 +201,7 @@ class WeightNormList(ParametrizationList):
         """The weight with its graph: made by itself, or with those that the last pass used."""
         net, ready = self._preparation, None
         sizes = fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
-        if sizes is not None and net is not None and may_make():
+        if sizes is not None and net is not None and v.numel() <= _AHEAD and may_make():
             made = net.make(self)
             if made is not None:
                 return self._hand_over(made)

@@ -238,8 +238,11 @@ def compose_in_one_pass(g: Tensor, v: Tensor, sizes: fused.Sizes, rooms: Rooms |
     """w and ||v|| by the compiled kernels, for a pair they take; nothing where a row needs the long way."""
     if v.numel() >= LARGE:
         prepare_counts()
-    room = None if rooms is None else rooms.take("w", v)
-    w = torch.empty_like(v) if room is None else room
+    w = None
+    if rooms is not None and v.numel() >= LARGE:
+        w = rooms.take("w", v)
+        w = rooms.take("second w", v) if w is None else w  # a discriminator has two in use, for real and fake
+    w = torch.empty_like(v) if w is None else w
     norms = fused.forward(g, v, sizes, w)
     return Ready(None) if norms is None else Ready(norms, None, w)
 
@@ -370,8 +373,9 @@ class _Compose(torch.autograd.Function):
         if norms is None or torch.is_grad_enabled():
             grad_g, grad_v = _gradients(grad_w, g, v, axes, magnitude)
         else:
-            big = v.dtype == torch.float32 and v.numel() >= _FRESH
-            over = big or (fused.started() and v.dtype == torch.float32 and v.numel() >= LARGE)
+            size = v.numel() if v.dtype == torch.float32 else 0
+            big = size >= _FRESH
+            over = big or (size >= LARGE and fused.started())
             room = None
             if over and _fills_its_memory(grad_w) and is_private(holders(grad_w)):
                 room = grad_w
