@@ -201,11 +201,12 @@ class WeightNormList(ParametrizationList):
         """The weight with its graph: made by itself, or with those that the last pass used."""
         net, ready = self._preparation, None
         sizes = fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
-        if sizes is not None and net is not None and v.numel() <= _AHEAD and may_make():
-            made = net.make(self)
+        if sizes is not None:
+            made = net.make(self) if net is not None and v.numel() <= _AHEAD and may_make() else None
             if made is not None:
                 return self._hand_over(made)
-        elif sizes is None and net is not None:
+            ready = compose_in_one_pass(g, v, sizes, self._rooms())
+        elif net is not None:
             ready = net.take(self, g, v)
         w: Tensor = rule.compose(g, v, self._rooms(), ready)
         record = self._record(w, g, v)

@@ -123,19 +123,20 @@ class Preparation:
         return None if waiting is None else waiting[1]
 
     def make(self, entry: Any) -> Made | None:
-        """One weight, for one use; None where it cannot be made ahead."""
+        """One weight, for one use, with those that were used together with it; None where nothing is to be gained."""
         together = self._training.together(entry)
+        self.use(entry)
+        if len(together) == 1:
+            return None
         for one in together:
             one.absorb()
         needed = [one for one in together if one is entry or not _has_made(one)]
-        ready: dict[int, Ready | None] = {}
-        plan = self._plan(needed) if len(needed) > 1 else None
-        if plan is not None and plan.small is not None:
+        plan, ready = self._plan(needed), {}
+        if plan.small is not None:
             with torch.no_grad():
                 ready = dict(zip(map(id, plan.living()), plan.small.compute(), strict=False))
         for one in needed:
             one.__dict__["_made"] = one.make(ready.get(id(one)))
-        self.use(entry)
         made: Made | None = entry.__dict__.pop("_made")
         return made
 
