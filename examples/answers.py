@@ -133,7 +133,7 @@ def against_a_penalty() -> None:
         return model[0].weight.norm().item()  # type: ignore[union-attr,operator]
 
     plain, penalised, normed = net(), net(), wn.apply_weight_norm(net())
-    wrong = wn.apply_weight_norm(net())
+    slow, shortened = wn.apply_weight_norm(net()), wn.apply_weight_norm(net())
     start = norm_of(plain)
     losses = [
         train(plain, sgd(plain), 500),
@@ -144,11 +144,17 @@ def against_a_penalty() -> None:
             lambda: 0.01 * sum(m.weight.square().sum() for m in (penalised[0], penalised[2])),
         ),  # type: ignore[misc,union-attr,operator]
         train(normed, sgd(normed), 500),
-        train(wrong, sgd(wrong), 500, lambda: 0.01 * sum(pair(m)[1].square().sum() for m in (wrong[0], wrong[2]))),  # type: ignore[misc]
+        train(slow, sgd(slow, 0.1), 500),
+        train(
+            shortened,
+            sgd(shortened, 0.1),
+            500,
+            lambda: 0.01 * sum(pair(m)[1].square().sum() for m in (shortened[0], shortened[2])),
+        ),  # type: ignore[misc]
     ]
     print(f"norm of the first layer's weight at the start: {start:.1f}")
-    names = ("plain", "L2 penalty on w", "weight norm", "weight norm, L2 penalty on v")
-    for name, loss, model in zip(names, losses, (plain, penalised, normed, wrong), strict=True):
+    names = ("plain", "L2 penalty on w", "weight norm", "weight norm, rate 0.1", "the same, L2 penalty on v")
+    for name, loss, model in zip(names, losses, (plain, penalised, normed, slow, shortened), strict=True):
         v = f", norm of v {pair(model[0])[1].norm():.1f}" if wn.is_weight_normed(model[0]) else ""
         print(f"{name}: loss {loss:.2f}, norm of w {norm_of(model):.1f}{v}")
 
