@@ -136,7 +136,7 @@ def convergence(steps: int, seeds: int) -> str:
 # Growth of ||v|| -----------------------------------------------------------------------------------------
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "SGD, rate 1": lambda m: torch.optim.SGD(m.parameters(), lr=1.0),
+    "SGD, rate 0.5": lambda m: torch.optim.SGD(m.parameters(), lr=0.5),
     "SGD, momentum 0.9, rate 0.1": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9),
     "Adam, rate 0.01": lambda m: torch.optim.Adam(m.parameters(), lr=0.01),
 }
