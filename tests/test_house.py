@@ -19,7 +19,7 @@ PACKAGE = ROOT / "wnsurgery"
 LAYERS = [
     {"fused_kernels"},
     {"errors", "fused", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"}
-    | {"csv_text", "ownership", "dtensors", "tied_names"},
+    | {"csv_text", "ownership", "dtensors"},
     {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
     | {"charts", "page"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
@@ -38,7 +38,7 @@ LAYERS = [
     | {"onnx_layout", "onnx_functions", "onnx_guard"},
     {"graph", "parity", "choice", "following", "multi_tensor"},
     {"walk", "steps", "flat_magnitudes", "deferred", "preparation"},
-    {"plan", "mechanism", "checkpoint", "tracing"},
+    {"plan", "mechanism", "checkpoint", "tracing", "tied_names"},
     {"affine", "pairs", "targets", "promises", "manifest", "loading"},
     {"batchnorm", "data_init", "fans", "modes"},
     {"surgery", "renormalize", "magnitudes", "param_groups", "delivery", "monitor"},

@@ -36,6 +36,7 @@ class FullyShard:
     def __init__(self, model: nn.Module) -> None:
         self._found: dict[tuple[int, str], tuple[Any, Any]] = {}
         self._touched: dict[int, Any] = {}
+        self._expected = "torch.distributed.fsdp" in sys.modules
         home = sys.modules.get("torch.distributed.fsdp")
         if home is None or not hasattr(home, "FSDPModule"):
             return
@@ -47,6 +48,10 @@ class FullyShard:
                         for record in group.fsdp_params:
                             for holder, name in _holders(record):
                                 self._found[id(holder), name] = group, record
+
+    def __bool__(self) -> bool:
+        """Whether `fully_shard` was imported, so that parameters may be managed here or further up."""
+        return self._expected
 
     def check(self, fqn: str, place: Place, tensor: Tensor) -> None:
         """Refuse a sharded parameter that is none of this net's records: the call was on a part of the sharded net."""

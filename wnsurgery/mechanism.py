@@ -466,7 +466,8 @@ def install(
         _give_class(_undressed(module), (*_table(module), name))
     table = _table(module)
     table._modules[name] = entry
-    table.train(module.training)
+    if not module.training or not table.training:
+        table.train(module.training)
     table.__dict__.setdefault(_ORDER, order)
     return entry._parameters["original0"], entry._parameters["original1"]  # type: ignore[return-value]
 

@@ -161,14 +161,14 @@ class _Selection:
         self.exclude = patterns(exclude)
         self.dim = dim
         self.shared_memory = _shared_memory(found)
-        weights = [s for s in found if s.form != "buffer"]
-        names = [s.fqn for s in weights if s.shape is None or len(s.shape) > 1]
         wishes = [("include", p) for p in self.include or ()] + [("exclude", p) for p in self.exclude]
         if isinstance(dim, Mapping):
             wishes += [("dim", p) for p in dim]
+        weights = [s for s in found if s.form != "buffer"] if wishes else []
         for option, pattern in wishes:
             if not any(matches(pattern, s) for s in weights):
                 shown = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
+                names = [s.fqn for s in weights if s.shape is None or len(s.shape) > 1]
                 raise SelectionError.no_match(option, shown, names)
 
     def verdict(self, group: list[Slot]) -> Axes | str:
@@ -255,9 +255,11 @@ def _shared_memory(found: list[Slot]) -> dict[int, list[str]]:
     starts: dict[tuple[Any, int], dict[int, str]] = {}
     for slot in found:
         t = slot.tensor
-        if slot.form != "plain" or t is None or not slot.shape or type(t.data) is not Tensor:
+        if slot.form != "plain" or t is None or is_lazy(t):
             continue
-        if t.layout == torch.strided and not t.is_meta and t.numel():
+        if type(t) is not nn.Parameter and type(t.data) is not Tensor:
+            continue
+        if t.layout == torch.strided and t.ndim and not t.is_meta and t.numel():
             starts.setdefault((t.device, t.data_ptr()), {}).setdefault(id(t), slot.fqn)
     return {key: list(same.values()) for same in starts.values() if len(same) > 1 for key in same}
 
@@ -299,7 +301,7 @@ def _refusal(slot: Slot) -> str:
         return f"sparse ({str(t.layout).removeprefix('torch.')}): a norm would need its dense form"
     if t.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"{str(t.dtype).removeprefix('torch.')}: too narrow to hold a direction"
-    if not is_spread(t) and (type(t.data) is not Tensor or type(t) is not nn.Parameter):
+    if type(t) is not nn.Parameter and not is_spread(t):
         return f"a tensor subclass ({type(t if type(t.data) is Tensor else t.data).__name__})"
     if t.is_inference():
         return "made under inference_mode: it cannot be trained"
@@ -320,10 +322,11 @@ def _module_refusal(group: list[Slot]) -> str:
     """Why a module's way of using its weight rules weight norm out; empty if it does not."""
     for slot in group:
         module = slot.module
-        if getattr(module, "max_norm", None) is not None and isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            return "max_norm rewrites the rows at every lookup"
-        if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            return "sparse=True: sparse gradients do not pass through a norm"
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            if getattr(module, "max_norm", None) is not None:
+                return "max_norm rewrites the rows at every lookup"
+            if getattr(module, "sparse", False):
+                return "sparse=True: sparse gradients do not pass through a norm"
         if any(
             type(h).__name__ in ("SpectralNorm", "WeightNorm") and getattr(h, "name", None) == slot.parameter
             for h in module._forward_pre_hooks.values()

@@ -91,13 +91,7 @@ class Axes:
 
     def check(self, weight_shape: Sequence[int]) -> Axes:
         """The same axes, non-negative and checked against a weight's shape; PairError where they do not fit."""
-        ndim = len(weight_shape)
-        if any(not -ndim <= d < ndim for d in self.kept):
-            raise PairError(f"kept axes {self.kept} do not exist in a weight of shape {tuple(weight_shape)}")
-        kept = tuple(sorted({d % ndim for d in self.kept}))
-        if self.groups > 1 and (kept != (1,) or weight_shape[0] % self.groups):
-            raise PairError(f"{self.groups} groups do not divide a weight of shape {tuple(weight_shape)}")
-        return Axes(kept, self.groups)
+        return _checked(self, tuple(weight_shape))
 
     @classmethod
     def of_pair(cls, g_shape: Sequence[int], v_shape: Sequence[int]) -> Axes:
@@ -118,6 +112,17 @@ class Axes:
             if grouped and v[0] % g[0] == 0:
                 return cls((1,), groups=g[0])
         raise PairError(f"a magnitude of shape {g} does not fit a direction of shape {v}")
+
+
+@lru_cache(maxsize=4096)
+def _checked(axes: Axes, shape: tuple[int, ...]) -> Axes:
+    ndim = len(shape)
+    if any(not -ndim <= d < ndim for d in axes.kept):
+        raise PairError(f"kept axes {axes.kept} do not exist in a weight of shape {shape}")
+    kept = tuple(sorted({d % ndim for d in axes.kept}))
+    if axes.groups > 1 and (kept != (1,) or shape[0] % axes.groups):
+        raise PairError(f"{axes.groups} groups do not divide a weight of shape {shape}")
+    return Axes(kept, axes.groups)
 
 
 _COLUMNS = Axes((1,))
@@ -624,15 +629,20 @@ class WeightNorm(nn.Module):
 
 
 @cache
-def _blank(kind: Any) -> dict[str, Any]:
-    return dict(kind().__dict__)
+def _blank(kind: Any) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
+    """The attributes of a new module of a kind: those that all may share, and the empty tables each has of its own."""
+    made = kind().__dict__
+    empty = tuple((n, type(one)) for n, one in made.items() if type(one) in (dict, set, OrderedDict) and not one)
+    return {name: one for name, one in made.items() if name not in dict(empty)}, empty
 
 
 def blank_module(module: nn.Module, kind: type[nn.Module]) -> None:
     """What `kind.__init__(module)` does, for modules that are made by the thousand."""
-    for name, value in _blank(kind).items():  # type: ignore[arg-type]
-        empty = type(value) in (dict, set, OrderedDict) and not value
-        module.__dict__[name] = type(value)() if empty else value
+    shared, empty = _blank(kind)  # type: ignore[arg-type]
+    attributes = module.__dict__
+    attributes.update(shared)
+    for name, make in empty:
+        attributes[name] = make()
 
 
 _SHARED = (bool, int, str, Axes, torch.dtype, type(None))  # what a copy may have in common with its original

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, decompose
 from wnsurgery.small_weights import SmallWeights, is_small, small_magnitudes
 from wnsurgery.tied_names import rename_tied
-from wnsurgery.walk import Slot, legacy_hooks, slots
+from wnsurgery.walk import Slot, legacy_hooks, modules_of, slots
 
 __all__ = ["apply_weight_norm", "fold_weight_norm", "is_weight_normed"]
 
@@ -106,11 +106,12 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
     follower = Follower(model, optimizer)
     carry = init == "preserve" and batch_norm == "keep"
     with without_batch_norm(model, batch_norm, inputs, data=data) as norms:
-        plan = plan_weight_norm(model, include=include, exclude=exclude, dim=dim)
+        with _collecting_later():
+            plan = plan_weight_norm(model, include=include, exclude=exclude, dim=dim)
         options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
         with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
             options["freeze_magnitude"] = freeze_magnitude and init == "preserve"
-            apply_plan(model, plan, **options, sharding=sharding)
+            _carry_out(plan, **options, sharding=sharding)
             if init != "preserve" and plan.sites:
                 names = {site.fqn for site in plan.sites}
                 init_options["include"] = lambda _, name: name in names
@@ -148,34 +149,44 @@ def apply_plan(
     magnitude: Magnitude = "linear",
     magnitude_dtype: torch.dtype | None = None,
     freeze_magnitude: bool = False,
-    sharding: FullyShard | None = None,
 ) -> M:
     """Carry out a plan made by `plan_weight_norm` on the same model; see `apply_weight_norm`."""
+    _refuse_wrapped(model)
+    sharding = FullyShard(model)
+    with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
+        _carry_out(plan, magnitude, magnitude_dtype, freeze_magnitude, sharding)
+    return model
+
+
+def _carry_out(
+    plan: Plan,
+    magnitude: Magnitude,
+    magnitude_dtype: torch.dtype | None,
+    freeze_magnitude: bool,
+    sharding: FullyShard,
+) -> None:
+    """Apply a plan; on an error the caller puts the modules back."""
     if magnitude not in ("linear", "log"):
         raise SelectionError(f'magnitude must be "linear" or "log", not {magnitude!r}')
     if magnitude_dtype is not None and not magnitude_dtype.is_floating_point:
         raise SelectionError(f"magnitude_dtype must be a floating-point type, not {magnitude_dtype}")
-    _refuse_wrapped(model)
-    sharding = FullyShard(model) if sharding is None else sharding
     with _plain_grad_mode(), _collecting_later():
         pairs = []
         plain = magnitude == "linear" and magnitude_dtype in (None, torch.float32)
         known = small_magnitudes([(site.weight, site.axes) for site in plan.sites]) if plain else []
         for site, g in zip_longest(plan.sites, known):
             sharding.check(site.fqn, (site.slot.module, site.slot.parameter), site.weight)
+            if g is not None:  # all its rows are finite and not zero
+                pairs.append((g, site.weight.detach()))
+                continue
             try:
-                pair = (
-                    decompose(site.weight, site.axes, magnitude=magnitude, magnitude_dtype=magnitude_dtype)
-                    if g is None
-                    else (g, site.weight.detach())
-                )
+                pair = decompose(site.weight, site.axes, magnitude=magnitude, magnitude_dtype=magnitude_dtype)
             except NonFiniteWeightError as error:
                 raise NonFiniteWeightError(f"{site.fqn}: {error.message}") from error
             pairs.append(pair)
             if magnitude == "log" and not pair[0].is_meta and bool((pair[0] == ZERO_LOG).any()):
                 _log.warning("%s: its rows of zeros stay zero, since e^s never is", site.fqn)
-        owners = (owner.module for site in plan.sites for owner in site.owners)
-        with _all_or_nothing(owners), sharding.all_or_nothing():
+        with sharding.all_or_nothing():
             net = Preparation()
             for site, (g, v) in zip(plan.sites, pairs, strict=True):
                 for owner in site.owners:
@@ -183,9 +194,10 @@ def apply_plan(
                     g, v = install(owner.module, owner.parameter, rule, (g, v), net)  # noqa: PLW2901 - owners share these
                 if freeze_magnitude:
                     g.requires_grad_(False)
-                sharding.split(site.fqn, [(o.module, o.parameter) for o in site.owners], list(map(_entry, site.owners)))
+                if sharding:
+                    places = [(owner.module, owner.parameter) for owner in site.owners]
+                    sharding.split(site.fqn, places, list(map(_entry, site.owners)))
     _log.info("weight norm applied to %d weights", len(plan.sites))
-    return model
 
 
 def is_weight_normed(model: nn.Module) -> bool:
@@ -194,7 +206,7 @@ def is_weight_normed(model: nn.Module) -> bool:
     >>> is_weight_normed(apply_weight_norm(nn.Linear(3, 2)))
     True
     """
-    return any(slot.form in _WEIGHT_NORM or _is_stacked(slot) for slot in slots(model))
+    return any(slot.form in _WEIGHT_NORM or (slot.form == "other" and _is_stacked(slot)) for slot in slots(model))
 
 
 def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
@@ -229,44 +241,71 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     sharding = FullyShard(model)
     follower = Follower(model, optimizer)
     means = folded_means(model)
-    found = [slot for slot in slots(model) if slot.form in _WEIGHT_NORM]
-    for slot in slots(model):
-        if _is_stacked(slot):
-            raise PairError(f"{slot.fqn}: another parametrization is stacked on its weight norm; remove that first")
-    for slot in found:
-        if slot.tensor is not None:
-            sharding.check(slot.fqn, _halves(slot)[1], slot.tensor)
     with _plain_grad_mode(), _collecting_later():
-        folded: dict[tuple[int, int], nn.Parameter] = {}
-        swaps: list[Swap] = []
-        known = _small_weights(found)
-        for slot in found:
-            key = (id(slot.magnitude), id(slot.tensor))
-            if key not in folded:
-                folded[key] = _plain_weight(slot, known.get(key))
-                swaps.append(_swap_from(slot, folded[key]))
-        deferred = [entry for slot in found if isinstance(entry := _entry(slot), WeightNormList)]
-        halves = {id(slot): _halves(slot) for slot in found}
-        with _all_or_nothing(slot.module for slot in found), sharding.all_or_nothing():
-            for slot in found:
-                weight = folded[id(slot.magnitude), id(slot.tensor)]
-                if slot.form == "legacy":
-                    _remove_legacy(slot, weight)
-                else:
-                    _remove_parametrized(slot, weight)
-            for weight, owners in _owners(found, folded):
-                sharding.join(weight, halves[id(owners[0])], [(o.module, o.parameter) for o in owners])
-            for slot in found:
+        pairs = _pairs(model, sharding)
+        weights = _plain_weights(pairs)
+        owners = [slot for pair in pairs for slot in pair.owners]
+        deferred = [entry for slot in owners if isinstance(entry := _entry(slot), WeightNormList) and entry._deferred]
+        halves = [_halves(pair.owners[0]) if sharding else None for pair in pairs]
+        with _all_or_nothing(slot.module for slot in owners), sharding.all_or_nothing():
+            for pair, weight in zip(pairs, weights, strict=True):
+                for slot in pair.owners:
+                    if slot.form == "legacy":
+                        _remove_legacy(slot, weight)
+                    else:
+                        _remove_parametrized(slot, weight)
+            for pair, weight, places in zip(pairs, weights, halves, strict=True):
+                if places is not None:
+                    sharding.join(weight, places, [(slot.module, slot.parameter) for slot in pair.owners])
+            for slot in owners:
                 _refresh_recurrent(slot.module)
-            follower.join(swaps)
+            follower.join(map(_Pair.swap, pairs, weights))
         for entry in deferred:
             entry.undefer(settle=False)
         for fold_mean in means:
             fold_mean()
         follower.settle()
     rename_tied(model)
-    _log.info("weight norm folded out of %d weights", len(folded))
+    _log.info("weight norm folded out of %d weights", len(pairs))
     return model
+
+
+class _Pair(NamedTuple):
+    """One (g, v) to fold, with its rule and all the slots that hold it."""
+
+    g: Tensor
+    v: Tensor
+    axes: Axes
+    magnitude: Magnitude
+    owners: list[Slot]
+
+    def swap(self, weight: nn.Parameter) -> Swap:
+        return Swap(weight, self.g, self.v, self.axes, self.magnitude)  # type: ignore[arg-type]
+
+
+def _pairs(model: nn.Module, sharding: FullyShard) -> list[_Pair]:
+    """Every pair of a model, in walking order."""
+    found: dict[tuple[int, int], _Pair] = {}
+    for slot in slots(model):
+        if slot.form not in _WEIGHT_NORM:
+            if slot.form == "other" and _is_stacked(slot):
+                raise PairError(f"{slot.fqn}: another parametrization is stacked on its weight norm; remove that first")
+            continue
+        g, v = slot.magnitude, slot.tensor
+        if g is None or v is None:
+            raise PairError(f"{slot.fqn}: one half of the (g, v) pair is missing")
+        if sharding:
+            sharding.check(slot.fqn, _halves(slot)[1], v)
+        known = found.get((id(g), id(v)))
+        if known is not None:
+            known.owners.append(slot)
+            continue
+        try:
+            axes, magnitude = _rule_of(slot)
+        except PairError as error:
+            raise PairError(f"{slot.fqn}: {error.message}") from error
+        found[id(g), id(v)] = _Pair(g, v, axes, magnitude, [slot])
+    return list(found.values())
 
 
 def _halves(slot: Slot) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
@@ -277,60 +316,35 @@ def _halves(slot: Slot) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
     return (table, "original0"), (table, "original1")
 
 
-def _owners(
-    found: Iterable[Slot], folded: Mapping[tuple[int, int], nn.Parameter]
-) -> Iterator[tuple[nn.Parameter, list[Slot]]]:
-    """Each folded weight with all the slots that it has gone into."""
-    owners: dict[tuple[int, int], list[Slot]] = {}
-    for slot in found:
-        owners.setdefault((id(slot.magnitude), id(slot.tensor)), []).append(slot)
-    for key, slots_ in owners.items():
-        yield folded[key], slots_
+def _plain_weights(pairs: Sequence[_Pair]) -> list[nn.Parameter]:
+    """The folded weights as Parameters, with the attributes people hung on v."""
+    small = [pair for pair in pairs if _is_small(pair)]
+    ready = SmallWeights([(pair.g, pair.v) for pair in small]).compute() if small else []
+    known = {id(pair): one.w.clone() for pair, one in zip(small, ready, strict=True) if one and one.w is not None}
+    weights = []
+    for pair in pairs:
+        g, v, axes, magnitude, owners = pair
+        w = known.get(id(pair))
+        if w is None:
+            try:
+                w = compose(g, v, axes, magnitude=magnitude).detach()
+            except PairError as error:
+                raise PairError(f"{owners[0].fqn}: {error.message}") from error
+        weight = nn.Parameter(w, requires_grad=g.requires_grad or v.requires_grad)
+        if v.__dict__:
+            weight.__dict__.update((name, value) for name, value in v.__dict__.items() if name != OWNER)
+        weights.append(weight)
+    return weights
 
 
-def _small_weights(found: Iterable[Slot]) -> dict[tuple[int, int], Tensor]:
-    """The weights of the small pairs among some slots, by the identity of g and v."""
-    pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    for slot in found:
-        g, v = slot.magnitude, slot.tensor
-        if g is None or v is None:
-            continue
-        axes, magnitude = _rule_of(slot)
-        try:
-            axes = axes or Axes.of_pair(g.shape, v.shape)
-        except PairError:
-            continue  # `compose` says so with the weight's name
-        if is_small(g, v, axes, magnitude) and tuple(g.shape) == axes.magnitude_shape(v.shape):
-            pairs[id(g), id(v)] = g, v
-    ready = SmallWeights(list(pairs.values())).compute() if pairs else []
-    return {key: one.w.clone() for key, one in zip(pairs, ready, strict=True) if one is not None and one.w is not None}
+def _is_small(pair: _Pair) -> bool:
+    g, v, axes, magnitude, _ = pair
+    return is_small(g, v, axes, magnitude) and tuple(g.shape) == axes.magnitude_shape(v.shape)
 
 
-def _plain_weight(slot: Slot, known: Tensor | None) -> nn.Parameter:
-    """The folded weight of a pair as a Parameter, with the attributes people hung on v."""
-    g, v = slot.magnitude, slot.tensor
-    if g is None or v is None:
-        raise PairError(f"{slot.fqn}: one half of the (g, v) pair is missing")
-    axes, magnitude = _rule_of(slot)
-    try:
-        w = compose(g, v, axes, magnitude=magnitude) if known is None else known
-    except PairError as error:
-        raise PairError(f"{slot.fqn}: {error.message}") from error
-    weight = nn.Parameter(w.detach(), requires_grad=g.requires_grad or v.requires_grad)
-    weight.__dict__.update((name, value) for name, value in v.__dict__.items() if name != OWNER)
-    return weight
-
-
-def _swap_from(slot: Slot, weight: nn.Parameter) -> Swap:
-    g: Any = slot.magnitude
-    v: Any = slot.tensor
-    axes, magnitude = _rule_of(slot)
-    return Swap(weight, g, v, axes or Axes.of_pair(g.shape, v.shape), magnitude)
-
-
-def _rule_of(slot: Slot) -> tuple[Axes | None, Magnitude]:
-    if slot.form != "ours":
-        return None, "linear"  # torch's g tells its axes by its shape
+def _rule_of(slot: Slot) -> tuple[Axes, Magnitude]:
+    if slot.form != "ours":  # torch's g tells its axes by its shape
+        return Axes.of_pair(slot.magnitude.shape, slot.tensor.shape), "linear"  # type: ignore[union-attr]
     entry: Any = slot.module.parametrizations[slot.parameter]  # type: ignore[index]
     if isinstance(entry, WeightNormList):
         entry.absorb()
@@ -344,9 +358,7 @@ def _entry(slot: Slot) -> Any:
 
 
 def _is_stacked(slot: Slot) -> bool:
-    """Whether a weight is under weight norm and something else on top of it."""
-    if slot.form != "other":
-        return False
+    """Whether an otherwise parametrized weight is under weight norm, with something else on top of it."""
     entry: Any = slot.module._modules["parametrizations"]._modules[slot.parameter]  # type: ignore[union-attr]
     kinds = [type(m).__name__ for m in entry._modules.values()]
     return len(kinds) > 1 and any(k in ("WeightNorm", "_WeightNorm") for k in kinds)
@@ -410,8 +422,9 @@ def _refuse_wrapped(model: nn.Module) -> None:
     """Wrappers that have copied the parameter list cannot follow surgery beneath them."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
+    wrapped = [m for m in modules_of(model) if isinstance(m, nn.parallel.DistributedDataParallel)]
+    for name, module in model.named_modules() if wrapped else ():
+        if module in wrapped:
             where = f"{name}: " if name else ""
             raise SelectionError(
                 f"{where}DistributedDataParallel holds the old parameters",
@@ -429,21 +442,24 @@ def _plain_grad_mode() -> Iterator[None]:
 @contextmanager
 def _all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put classes and attributes of the modules back as they were if anything goes wrong inside."""
-    saved: dict[int, tuple[nn.Module, type, dict[str, Any], dict[str, dict[str, Any]], list[Callable[[], None]]]] = {}
+    saved: dict[int, tuple[nn.Module, type, dict[str, Any], dict[str, dict[str, Any]], Callable[[], None] | None]] = {}
     for module in modules:
-        inner = {k: dict(v) for k, v in module.__dict__.items() if isinstance(v, dict)}
-        saved.setdefault(id(module), (module, type(module), dict(module.__dict__), inner, [_table_restorer(module)]))
+        if id(module) not in saved:
+            attributes = dict(module.__dict__)
+            inner = {k: dict(v) for k, v in attributes.items() if isinstance(v, dict) and v}
+            saved[id(module)] = module, type(module), attributes, inner, _table_restorer(module)
     try:
         yield
     except BaseException:
-        for module, cls, attributes, inner, undo in saved.values():
+        for module, cls, attributes, inner, restore in saved.values():
             module.__class__ = cls
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for key, entries in inner.items():
-                attributes[key].clear()
-                attributes[key].update(entries)
-            for restore in undo:
+            for key, table in attributes.items():
+                if isinstance(table, dict):
+                    table.clear()
+                    table.update(inner.get(key, {}))
+            if restore is not None:
                 restore()
         raise
 
@@ -461,14 +477,15 @@ def _collecting_later() -> Iterator[None]:
             gc.enable()
 
 
-def _table_restorer(module: nn.Module) -> Callable[[], None]:
-    """Undo for the table of parametrizations under a module."""
+def _table_restorer(module: nn.Module) -> Callable[[], None] | None:
+    """Undo for the table of parametrizations under a module, if it has one."""
     table = module._modules.get("parametrizations")
-    entries = dict(table._modules) if isinstance(table, nn.ModuleDict) else {}
+    if not isinstance(table, nn.ModuleDict):
+        return None
+    entries = dict(table._modules)
 
     def restore() -> None:
-        if isinstance(table, nn.ModuleDict):
-            table._modules.clear()
-            table._modules.update(entries)
+        table._modules.clear()
+        table._modules.update(entries)
 
     return restore

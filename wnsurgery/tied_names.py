@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from wnsurgery.walk import modules_of
+
 __all__ = ["rename_tied"]
 
 _LISTS = ("_tied_weights_keys", "all_tied_weights_keys")  # {name of the copy: name of the tensor it is tied to}
@@ -20,7 +22,7 @@ _HALF = re.compile(r"(.*\.|)parametrizations\.([^.]+)\.original[01]")
 def rename_tied(model: nn.Module) -> None:
     """Name g and v of converted weights in the lists of tied parameters of a model's modules, and plain weights again
     once they are folded. Patterns stay as they are."""
-    for module in model.modules():
+    for module in modules_of(model):
         for attribute in _LISTS:
             default = getattr(type(module), attribute, None)
             known = module.__dict__.get(attribute, default)

@@ -6,8 +6,7 @@ There is one walker, `slots`. The plan, folding and data-dependent initialisatio
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +16,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from wnsurgery.reparam import WeightNorm
 
-__all__ = ["Slot", "legacy_hooks", "slots"]
+__all__ = ["Slot", "legacy_hooks", "modules_of", "slots"]
 
 _MAX_NAMES = 16  # names kept per shared module; deep diamonds of sharing have exponentially many
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """One tensor of one module: where it is, under which names, and in what form.
 
     Attributes:
@@ -36,13 +34,16 @@ class Slot:
         ancestors: the modules from the root down to the owner, as (qualified name, module).
     """
 
-    module: nn.Module = field(repr=False)
+    module: nn.Module
     parameter: str
     names: tuple[str, ...]
     form: str
-    tensor: Tensor | None = field(repr=False)
-    magnitude: Tensor | None = field(repr=False)
-    ancestors: tuple[tuple[str, nn.Module], ...] = field(repr=False)
+    tensor: Tensor | None
+    magnitude: Tensor | None
+    ancestors: tuple[tuple[str, nn.Module], ...]
+
+    def __repr__(self) -> str:
+        return f"Slot(names={self.names!r}, form={self.form!r})"
 
     @property
     def fqn(self) -> str:
@@ -66,6 +67,19 @@ def slots(model: nn.Module) -> list[Slot]:
             fqns = tuple(f"{n}.{parameter}" if n else parameter for n in names)
             found.append(Slot(module, parameter, fqns, form, tensor, magnitude, ancestors))
     return found
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Each module of a tree once, in no order, parametrization machinery left out."""
+    found: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            own = "parametrizations" if "parametrizations" in module._modules and _is_parametrized(module) else None
+            waiting += [child for name, child in module._modules.items() if child is not None and name != own]
+    return list(found.values())
 
 
 def _modules(
@@ -92,8 +106,10 @@ def _modules(
 
 
 def _is_parametrized(module: nn.Module) -> bool:
-    scripted = isinstance(module, torch.jit.ScriptModule)  # its tables are not dicts
-    return not scripted and isinstance(module._modules.get("parametrizations"), nn.ModuleDict)
+    if isinstance(module, torch.jit.ScriptModule):  # its tables are not dicts
+        return False
+    table = module._modules.get("parametrizations")
+    return table is not None and isinstance(table, nn.ModuleDict)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor | None, Tensor | None]]:
@@ -102,7 +118,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor | None, Tenso
         yield from ((name, "plain", parameter, None) for name, parameter in module.named_parameters(recurse=False))
         yield from ((name, "buffer", buffer, None) for name, buffer in module.named_buffers(recurse=False))
         return
-    legacy = {hook.name for hook in legacy_hooks(module)}
+    legacy = {hook.name for hook in legacy_hooks(module)} if module._forward_pre_hooks else set()
     parts = {f"{name}{end}" for name in legacy for end in ("_g", "_v")}
     for name, parameter in module._parameters.items():
         if parameter is not None and name not in parts:
