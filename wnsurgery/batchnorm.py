@@ -28,6 +28,7 @@ from wnsurgery.errors import NonFiniteWeightError, SelectionError
 from wnsurgery.mean_only import MeanOnlyBatchNorm, MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from wnsurgery.snapshot import HOOKS, Snapshot
 from wnsurgery.tracing import trace
+from wnsurgery.walk import modules_of
 
 __all__ = [
     "BatchNormMode",
@@ -391,9 +392,9 @@ def folded_means(model: nn.Module) -> list[Any]:
 
     Logs a warning for each that cannot be folded, with the reason.
     """
-    norms = [(name, m) for name, m in model.named_modules() if isinstance(m, MeanOnlyBatchNorm)]
-    if not norms:
+    if not any(isinstance(m, MeanOnlyBatchNorm) for m in modules_of(model)):
         return []
+    norms = [(name, m) for name, m in model.named_modules() if isinstance(m, MeanOnlyBatchNorm)]
     inside = {id(m) for m in model.modules()}
     chooser: _Chooser | None = None
     actions: list[Any] = []

@@ -619,11 +619,50 @@ def _rebuild_by(function: Any, arguments: tuple[Any, ...], names: tuple[str, ...
     return _give_class(module, names)
 
 
+class _Shared(type):
+    """Classes of converted modules, one for all modules that have a class and weights' names in common.
+
+    Torch's `parametrize` takes a module's class for the module's own: what it puts there for one module must do for
+    all, and what it deletes for one the others still need. Its properties are therefore ours, which ask each module.
+    """
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        torchs = isinstance(value, property) and value.fget.__module__ == parametrize.__name__
+        super().__setattr__(name, _computed(name) if torchs else value)
+
+    def __delattr__(cls, name: str) -> None:
+        if cls.__dict__.get(name) is not _computed(name):
+            super().__delattr__(name)
+
+
+_classes: weakref.WeakKeyDictionary[type, dict[tuple[str, ...], weakref.ref[type]]] = weakref.WeakKeyDictionary()
+
+
 def _give_class(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """A class of the module's own over its present one, as torch's `parametrize` makes it, with what torch's lacks:
-    pickling, copying, all layouts, resetting, and `module.weight` by a short way."""
+    """A class over the module's present one, as torch's `parametrize` makes it, with what torch's lacks: pickling,
+    copying, all layouts, resetting, and `module.weight` by a short way."""
     base: Any = type(module)
-    members: dict[str, Any] = {"__module__": parametrize.__name__}
+    kind = _Shared if type(base) in (type, _Shared) else type  # others may have rules for classes of their own
+    known = _classes.setdefault(base, {}) if kind is _Shared else {}
+    cls: Any = known[names]() if names in known else None
+    if cls is None or cls._made_over != _changeable(base):
+        cls = kind(f"Parametrized{base.__name__}", (base,), _members(base, names))
+        known[names] = weakref.ref(cls)
+    module.__class__ = cls
+    allowed = torch.serialization.get_safe_globals()
+    if rebuild_parametrized in allowed:
+        # a reader that executes nothing only sets the state of classes it was told of
+        torch.serialization.add_safe_globals([(cls, f"{__name__}.{cls.__name__}.{id(cls)}")])
+    return module
+
+
+def _changeable(base: Any) -> tuple[Any, ...]:
+    """What of a class decides how it is converted, and is at times replaced at run time."""
+    return tuple(getattr(base, name, None) for name in ("forward", "reset_parameters", "_reset_parameters"))
+
+
+def _members(base: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    members: dict[str, Any] = {"__module__": parametrize.__name__, "_made_over": _changeable(base)}
     members |= {"__reduce_ex__": _reduce_ex, "_load_from_state_dict": _load_any_layout}
     if _is_copied_plainly(base):
         members["__deepcopy__"] = _deepcopy
@@ -633,13 +672,7 @@ def _give_class(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
     members |= {name: _computed(name) for name in names}
     if base.forward is nn.Embedding.forward and "weight" in names:
         members["forward"] = _look_up
-    cls: Any = type(f"Parametrized{base.__name__}", (base,), members)
-    module.__class__ = cls
-    allowed = torch.serialization.get_safe_globals()
-    if rebuild_parametrized in allowed:
-        # a reader that executes nothing only sets the state of classes it was told of
-        torch.serialization.add_safe_globals([(cls, f"{__name__}.{cls.__name__}.{id(cls)}")])
-    return module
+    return members
 
 
 def _is_copied_plainly(base: Any) -> bool:
@@ -664,7 +697,8 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 @cache
 def _computed(name: str) -> property:
-    """`module.weight`: straight from our list, past two module calls, where nobody has hooks there."""
+    """`module.weight`: straight from our list, past two module calls, where nobody has hooks there; of a module whose
+    weight is a plain one, that."""
 
     def weight(self: nn.Module) -> Tensor:
         table = self._modules.get("parametrizations")
@@ -673,11 +707,18 @@ def _computed(name: str) -> property:
             entry._forward_hooks or entry._forward_pre_hooks or parametrize._cache_enabled
         ):
             return entry.forward()
+        if entry is None:
+            if name in self.__dict__:
+                return self.__dict__[name]  # type: ignore[no-any-return]
+            raise AttributeError(name)  # upon which `nn.Module.__getattr__` looks among its parameters
         return _as_torch_does(self, name)
 
-    def assign(self: nn.Module, value: Tensor) -> None:
-        entry: Any = self.parametrizations[name]  # type: ignore[index]
-        entry.right_inverse(value)
+    def assign(self: nn.Module, value: Any) -> None:
+        table = self._modules.get("parametrizations")
+        if table is None or name not in table._modules:
+            self.__dict__[name] = value
+        else:
+            table._modules[name].right_inverse(value)  # type: ignore[union-attr,operator]
 
     return property(weight, assign)
 

@@ -237,11 +237,11 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     Raises PairError when a pair does not fit together or another parametrization is stacked on it, SelectionError
     when the optimizer (LBFGS) cannot follow.
     """
-    _refuse_wrapped(model)
-    sharding = FullyShard(model)
-    follower = Follower(model, optimizer)
-    means = folded_means(model)
     with _plain_grad_mode(), _collecting_later():
+        _refuse_wrapped(model)
+        sharding = FullyShard(model)
+        follower = Follower(model, optimizer)
+        means = folded_means(model)
         pairs = _pairs(model, sharding)
         weights = _plain_weights(pairs)
         owners = [slot for pair in pairs for slot in pair.owners]
@@ -265,7 +265,7 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
         for fold_mean in means:
             fold_mean()
         follower.settle()
-    rename_tied(model)
+        rename_tied(model)
     _log.info("weight norm folded out of %d weights", len(pairs))
     return model
 
