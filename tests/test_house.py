@@ -39,7 +39,7 @@ LAYERS = [
     {"graph", "parity", "choice", "following", "multi_tensor"},
     {"walk", "steps", "flat_magnitudes", "deferred", "preparation"},
     {"plan", "mechanism", "checkpoint", "tracing", "tied_names"},
-    {"affine", "pairs", "targets", "promises", "manifest", "loading"},
+    {"affine", "directions", "pairs", "targets", "promises", "manifest", "loading"},
     {"batchnorm", "data_init", "fans", "modes"},
     {"surgery", "renormalize", "magnitudes", "param_groups", "delivery", "monitor"},
     {"directory"},

@@ -208,6 +208,77 @@ def test_repeating_gives_the_same() -> None:
     assert all(torch.allclose(p, once[n], rtol=1e-5, atol=1e-6) for n, p in model.named_parameters())
 
 
+def neutral_moments(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of x v / ||v|| in float64."""
+    v = layer.parametrizations.weight.original1.detach().double()
+    t = x.double() @ (v / v.norm(dim=1, keepdim=True)).T
+    return t.mean(0), t.std(0, unbiased=False)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_directions_of_any_length_and_forward_passes_with_gradients(scale: float, gradients: bool) -> None:
+    """g and b are 1/std[t] and -mean[t]/std[t], t = x v / ||v||, however long v is, whatever mode the forward sets."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(gradients):
+                return self.layer(x)
+
+    torch.manual_seed(0)
+    model, x = wn.apply_weight_norm(Own()), torch.randn(200, 6) * 3 + 2
+    with torch.no_grad():
+        model.layer.parametrizations.weight.original1.mul_(scale)
+        model.layer.parametrizations.weight.original1[1] *= 100
+    wn.data_dependent_init(model, x)
+    mean, std = neutral_moments(model.layer, x)
+    g = model.layer.parametrizations.weight.original0.flatten().double()
+    assert torch.allclose(g, 1 / std, rtol=1e-5)
+    assert torch.allclose(model.layer.bias.double(), -mean / std, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        out = model(x)
+        assert (out.std(0, unbiased=False) - 1).abs().max() < 1e-4
+        assert torch.equal(out, nn.functional.linear(x, model.layer.weight, model.layer.bias))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_write_into_a_weight_before_is_not_lost(gradients: bool) -> None:
+    model = wn.apply_weight_norm(nn.Sequential(nn.Linear(4, 3)))
+    with torch.set_grad_enabled(gradients):
+        w = model[0].weight
+    with torch.no_grad():
+        w.fill_(2.0)
+    wn.data_dependent_init(model, torch.randn(50, 4))
+    assert torch.equal(model[0].parametrizations.weight.original1, torch.full((3, 4), 2.0))
+    assert (model[0].weight / model[0].weight[0, 0]).sub(1).abs().max() < 1e-6
+
+
+def test_a_failure_after_a_layer_has_run_lends_nothing_on() -> None:
+    """The weight of a layer whose pass broke off in the middle is its own again."""
+
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("no")
+
+    class Inner(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            super().forward(x)
+            raise RuntimeError("no")
+
+    for layer in (nn.Linear(4, 4), Inner(4, 4)):
+        model = wn.apply_weight_norm(nn.Sequential(layer, Fails()))
+        with torch.no_grad():
+            before = layer.weight.clone()
+        with pytest.raises(wn.InputError, match="no"):
+            wn.data_dependent_init(model, torch.randn(9, 4))
+        with torch.no_grad():
+            assert torch.equal(layer.weight, before)
+
+
 def test_init_scale_and_selection() -> None:
     """init_scale sets the deviation, include and exclude pick the layers."""
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from wnsurgery.batches import batches_of, call_with, in_one_line, is_batch, moved
+from wnsurgery.directions import Directions
 from wnsurgery.errors import InputError, SelectionError, WnsurgeryError
 from wnsurgery.joint_norm import JointNorms
 from wnsurgery.lockstep import Guard, Lockstep, Paused, Replay
@@ -397,6 +398,7 @@ class _Layer:
         self.open: set[int] = set()  # the batches inside its forward
         self.refused = self.masked = False
         self.own_shift: Tensor | None = None
+        self.directions = Directions(slot)
         g, bias = slot.magnitude, bias_of(slot)
         assert g is not None
         self.g, self.bias = g, bias
@@ -425,12 +427,14 @@ class _Layer:
         self.open.add(passes.current)
         if not self.run.sharded:
             self.neutral()
+            self.directions.lend()
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         number = self.run.passes.current
         if number not in self.open:
             return None
         self.open.discard(number)
+        norms = self.directions.take_back()
         if self.settled:
             return None
         if not self.run.sharded:
@@ -446,12 +450,18 @@ class _Layer:
             self.run.reasons[self.slot.fqn] = "its output is not one value per output channel"
             return module(*args, **kwargs)  # that output was made with g = 1
         with torch.no_grad():
-            return self._meet(output, number)
+            return self._meet(output, number, norms)
 
-    def _meet(self, output: Tensor, number: int) -> Tensor | None:
+    def _meet(self, output: Tensor, number: int, norms: Tensor | None) -> Tensor | None:
+        """Wait with the moments of one batch's output until g and b are set; returns the output that these give.
+
+        norms: what the output is multiplied by per channel; None where it was made with g = 1.
+        """
         keep = fitting(self.run.masks.get(number, ()), output, self.axis)
         self.masked = self.masked or keep is not None
         moments = Moments.of(output, self.axis, keep)
+        if norms is not None:
+            moments = moments.divided(norms)
         if not bool(torch.isfinite(moments.std).all()) and moments.count:
             raise _not_finite(self.slot.fqn)
         self.run.mask_fitted = self.run.mask_fitted or keep is not None
@@ -460,11 +470,14 @@ class _Layer:
             return None
         _, scale = self.run.set_by[id(self.g)]
         shift = _wide(self.old[1][1]) if self.own_shift is None and self.bias is not None else self.own_shift
+        scale = scale if norms is None else scale / norms.to(scale)
         view = [1] * output.ndim
         view[self.axis] = self.g.numel()
         work = torch.promote_types(output.dtype, torch.float32)
-        result = output.to(work) * scale.to(output.device, work).reshape(view)
-        return (result if shift is None else result + shift.to(output.device, work).reshape(view)).to(output.dtype)
+        result, factor = output.to(work), scale.to(output.device, work).reshape(view)
+        if shift is None:
+            return (result * factor).to(output.dtype)
+        return torch.addcmul(shift.to(output.device, work).reshape(view), result, factor).to(output.dtype)
 
     def set(self, moments: Moments) -> None:
         """Set g and b such that outputs with these moments (at g = 1, b = 0) get mean 0 and the target deviation."""

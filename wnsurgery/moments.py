@@ -102,6 +102,11 @@ class Moments:
             max(self.eps, other.eps),
         )
 
+    def divided(self, by: Tensor) -> Moments:
+        """Of the same values, each divided by a positive number, one per channel."""
+        by = by.to(self.mean)
+        return Moments(self.count, self.mean / by, self.m2 / by.square(), self.peak / by, self.eps)
+
     @property
     def variance(self) -> Tensor:
         """Population variance per channel, shape (channels,); NaN where there are no values."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wnsurgery.errors import SelectionError
 from wnsurgery.layers import layer_of
+from wnsurgery.mechanism import WeightNormList
 from wnsurgery.plan import Pattern, matches, patterns
 from wnsurgery.walk import Slot
 
@@ -23,7 +24,10 @@ _FORMS = ("ours", "torch", "legacy")
 
 
 def select(everything: list[Slot], include: Pattern | None, exclude: Pattern | None) -> list[Slot]:
-    """The weight-normalized weights of a selection; SelectionError where a pattern or the whole of it fits none."""
+    """The weight-normalized weights of a selection, writes into them that are still pending done.
+
+    Raises SelectionError where a pattern or the whole selection fits none.
+    """
     found = [slot for slot in everything if slot.form in _FORMS]
     for option, wish in (("include", include), ("exclude", exclude)):
         for pattern in patterns(wish):
@@ -32,6 +36,11 @@ def select(everything: list[Slot], include: Pattern | None, exclude: Pattern | N
     chosen = [s for s in chosen if not any(matches(p, s) for p in patterns(exclude))]
     if not chosen:
         raise SelectionError("no weight-normalized weight to initialise", hint="call apply_weight_norm first")
+    for slot in chosen:
+        if slot.form == "ours":
+            entry: Any = slot.module.parametrizations[slot.parameter]  # type: ignore[index]
+            if isinstance(entry, WeightNormList):
+                entry.absorb()
     return chosen
 
 

@@ -1,0 +1,72 @@
+"""Run a layer on v itself: its output is that of the unit directions v / ||v||, times ||v|| per channel.
+
+Who measures outputs of unit directions divides by ||v|| afterwards, and no weight need be computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from wnsurgery.kept import Kept
+from wnsurgery.mechanism import WeightNormList
+from wnsurgery.norms import norm
+from wnsurgery.walk import Slot
+
+__all__ = ["Directions"]
+
+_RANGE = 2.0**-10, 2.0**10  # norms with which an output neither overflows nor loses digits where v / ||v|| would not
+
+
+class Directions:
+    """What a weight-normalized layer's evaluation forward is to use in place of its weight.
+
+    The layer takes it for the weight that it has kept for its g and v as they are when it is lent: writing to g, or a
+    forward pass with gradients, ends the loan.
+    """
+
+    def __init__(self, slot: Slot) -> None:
+        table: Any = slot.module._modules.get("parametrizations")
+        entry = None if table is None else table._modules.get(slot.parameter)
+        self._entry = entry if slot.form == "ours" and isinstance(entry, WeightNormList) else None
+        self._lent: Any = None
+        self._norms: Tensor | None = None
+
+    def lend(self) -> None:
+        """Let the next forward pass use v, where its rows allow that."""
+        entry = self._entry
+        if entry is None or entry._deferred is not None or self._extreme():
+            return
+        g, v = entry.pair()
+        if Kept.can_hold(g, v):
+            w = v.detach()
+            w.requires_grad_(g.requires_grad or v.requires_grad)  # as for a kept weight
+            self._lent = entry.__dict__["_kept"] = Kept(w, g, v)
+
+    def take_back(self) -> Tensor | None:
+        """||v|| per channel in float64 if the layer used v, None if it used its weight."""
+        entry, lent = self._entry, cast(Any, self._lent)
+        self._lent = None
+        if entry is None or lent is None:
+            return None
+        if entry.__dict__.get("_kept") is not lent:
+            return None
+        del entry.__dict__["_kept"]
+        return self._norms if lent.used else None
+
+    def _extreme(self) -> bool:
+        """Whether v would not do in place of v / ||v||; measured once, since initialisation leaves v alone."""
+        if self._norms is None:
+            entry: Any = self._entry
+            v, axes = entry.pair()[1].detach(), entry[0].axes
+            if v.dtype != torch.float32 or type(v) is not Tensor or v.is_meta:
+                self._entry = None
+                return True
+            self._norms = norm(axes.grouped(v), axes.reduced(v.ndim), blocked=True).reshape(-1)
+            low, high = self._norms.aminmax() if self._norms.numel() else (self._norms, self._norms)
+            if not (low.numel() and _RANGE[0] < low and high < _RANGE[1]):
+                self._entry = None
+                return True
+        return False
