@@ -5,7 +5,7 @@ Who measures outputs of unit directions divides by ||v|| afterwards, and no weig
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Directions:
         table: Any = slot.module._modules.get("parametrizations")
         entry = None if table is None else table._modules.get(slot.parameter)
         self._entry = entry if slot.form == "ours" and isinstance(entry, WeightNormList) else None
-        self._lent: Any = None
+        self._lent: Kept | None = None
         self._norms: Tensor | None = None
 
     def lend(self) -> None:
@@ -47,13 +47,12 @@ class Directions:
 
     def take_back(self) -> Tensor | None:
         """||v|| per channel in float64 if the layer used v, None if it used its weight."""
-        entry, lent = self._entry, cast(Any, self._lent)
+        entry, lent = self._entry, self._lent
         self._lent = None
-        if entry is None or lent is None:
+        kept: Any = None if entry is None else entry.__dict__.get("_kept")
+        if lent is None or kept is not lent:
             return None
-        if entry.__dict__.get("_kept") is not lent:
-            return None
-        del entry.__dict__["_kept"]
+        del entry.__dict__["_kept"]  # type: ignore[union-attr]
         return self._norms if lent.used else None
 
     def _extreme(self) -> bool:
