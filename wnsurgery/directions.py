@@ -52,7 +52,7 @@ class Directions:
         kept: Any = None if entry is None else entry.__dict__.get("_kept")
         if lent is None or kept is not lent:
             return None
-        del entry.__dict__["_kept"]  # type: ignore[union-attr]
+        del entry.__dict__["_kept"]
         return self._norms if lent.used else None
 
     def _extreme(self) -> bool:
