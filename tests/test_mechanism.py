@@ -102,6 +102,18 @@ def test_writes_through_either_owner_of_a_tie() -> None:
     assert model.embed.weight.eq(0.5).all()
 
 
+@pytest.mark.parametrize("owner", [0, 1])
+def test_folding_takes_in_a_write_through_any_owner_of_a_tie(owner: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    wn.apply_weight_norm(model)
+    weight = model[owner].weight
+    with torch.no_grad():
+        weight.fill_(3.0)
+    wn.fold_weight_norm(model)
+    assert model[0].weight is model[1].weight and torch.equal(model[0].weight, torch.full((4, 4), 3.0))
+
+
 def test_writing_nan_is_an_error_and_not_a_broken_layer() -> None:
     """NaN written into module.weight raises at the next use and leaves the pair as it was."""
     host = layer()

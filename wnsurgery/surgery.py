@@ -296,14 +296,14 @@ def _pairs(model: nn.Module, sharding: FullyShard) -> list[_Pair]:
             raise PairError(f"{slot.fqn}: one half of the (g, v) pair is missing")
         if sharding:
             sharding.check(slot.fqn, _halves(slot)[1], v)
+        try:
+            axes, magnitude = _rule_of(slot)  # of each owner: a write may be pending with any of them
+        except PairError as error:
+            raise PairError(f"{slot.fqn}: {error.message}") from error
         known = found.get((id(g), id(v)))
         if known is not None:
             known.owners.append(slot)
             continue
-        try:
-            axes, magnitude = _rule_of(slot)
-        except PairError as error:
-            raise PairError(f"{slot.fqn}: {error.message}") from error
         found[id(g), id(v)] = _Pair(g, v, axes, magnitude, [slot])
     return list(found.values())
 
@@ -343,6 +343,7 @@ def _is_small(pair: _Pair) -> bool:
 
 
 def _rule_of(slot: Slot) -> tuple[Axes, Magnitude]:
+    """The rule of a pair, once a write that was pending with this owner has reached it."""
     if slot.form != "ours":  # torch's g tells its axes by its shape
         return Axes.of_pair(slot.magnitude.shape, slot.tensor.shape), "linear"  # type: ignore[union-attr]
     entry: Any = slot.module.parametrizations[slot.parameter]  # type: ignore[index]
