@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wnsurgery import fused, reparam
+from wnsurgery import fused, ownership, reparam
 from wnsurgery.kept import Rooms
-from wnsurgery.ownership import holders, is_private, prepare
+from wnsurgery.ownership import counted, is_private, prepare
 from wnsurgery.reparam import Axes, compose_eagerly
 
 X = torch.arange(20.0).view(5, 4)
 
 
+@counted
 class Watched(torch.autograd.Function):
     """Says whether the gradient that comes to it is private."""
 
@@ -28,8 +31,8 @@ class Watched(torch.autograd.Function):
         return w.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.found.append(is_private(holders(grad)))
+    def receive(ctx: Any, grad: Tensor, count: int) -> tuple[Tensor, None]:
+        ctx.found.append(is_private(grad, count))
         return grad.clone(), None
 
 
@@ -74,6 +77,69 @@ def test_a_gradient_somebody_keeps_is_not_private(
     w.register_hook(lambda grad: kept.append(keep(grad)))
     use(w).backward()
     assert found == [False]
+
+
+def _judged(keep: bool, run: Callable[[Tensor], None]) -> bool:
+    """What is found of a gradient that is kept, or not, in a backward pass run in some surroundings; the counts are
+    found out in it, if they are not known."""
+    found: list[bool] = []
+    w = Watched.apply(torch.ones(8, 4, requires_grad=True), found)
+    held: list[Tensor] = []
+    if keep:
+        w.register_hook(held.append)
+    loss = F.linear(X, w).square().sum()
+    loss.register_hook(lambda _: prepare())
+    run(loss)
+    return found[0]
+
+
+def _plainly(loss: Tensor) -> None:
+    loss.backward()
+
+
+def _beside_a_compiler(loss: Tensor) -> None:
+    """From a compiled function that could not be compiled whole: the compiler runs this thread's calls."""
+    known: list[bool] = []
+    loss.register_hook(lambda _: known.append(torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None))
+
+    @torch.compile(backend="eager")
+    def step(x: Tensor) -> Tensor:
+        y = x + 1
+        torch._dynamo.graph_break()
+        loss.backward()
+        return y * 2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the compiler says of its own doing
+        step(torch.ones(2))
+    assert known == [True]
+
+
+def _beside_a_debugger(loss: Tensor) -> None:
+    before = sys.gettrace()
+    sys.settrace(lambda *_: None)
+    try:
+        loss.backward()
+    finally:
+        sys.settrace(before)
+
+
+BESIDE = {"nothing": _plainly, "a compiler": _beside_a_compiler, "a debugger": _beside_a_debugger}
+
+
+@pytest.mark.parametrize("used", BESIDE.values(), ids=BESIDE.keys())
+@pytest.mark.parametrize("first", BESIDE.values(), ids=BESIDE.keys())
+def test_what_runs_beside_does_not_move_the_counts(
+    first: Callable[[Tensor], None], used: Callable[[Tensor], None]
+) -> None:
+    """Wherever the counts are found out, a kept gradient is never taken for a private one, there or elsewhere."""
+    ownership._when_private.cache_clear()
+    try:
+        assert not _judged(keep=True, run=first)
+        assert not _judged(keep=True, run=used)
+        assert _judged(keep=False, run=_plainly)
+    finally:
+        ownership._when_private.cache_clear()
 
 
 def test_gradients_asked_for_or_shared_are_not_private() -> None:

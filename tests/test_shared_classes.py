@@ -164,3 +164,14 @@ def test_a_method_put_on_the_class_of_one_can_be_taken_away() -> None:
     assert model[1].hello() == "hello"
     del kind.hello
     assert not hasattr(model[0], "hello")
+
+
+def test_a_property_put_on_the_class_of_one() -> None:
+    """One that somebody else made, and one that can only be set."""
+    model, _ = two()
+    kind: Any = type(model[0])
+    seen: list[int] = []
+    kind.size = property(lambda self: self.in_features)
+    kind.told = property(None, lambda self, value: seen.append(value))
+    model[1].told = 7
+    assert (model[0].size, model[1].size) == (4, 3) and seen == [7]

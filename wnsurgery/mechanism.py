@@ -627,7 +627,7 @@ class _Shared(type):
     """
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        torchs = isinstance(value, property) and value.fget.__module__ == parametrize.__name__
+        torchs = isinstance(value, property) and getattr(value.fget, "__module__", "") == parametrize.__name__
         super().__setattr__(name, _computed(name) if torchs else value)
 
     def __delattr__(cls, name: str) -> None:

@@ -2,8 +2,9 @@
 
 A tensor can be held through its object in Python, through other handles of the same tensor, through views of its
 memory, through the tensor it is a view of, and through the memory's own object. What the counts of all these are when
-nobody but the engine holds it depends on the versions of Python and torch; it is found out once, on two gradients of
-four elements.
+nobody but the engine holds it depends on the versions of Python and torch; it is found out once, on gradients of four
+elements. The references to its object are counted in the function that the engine itself calls: how many more there
+are further in depends on how Python runs its calls, which a compiler or a debugger changes.
 """
 
 from __future__ import annotations
@@ -11,20 +12,52 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeAlias
+from threading import Thread
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["holders", "is_private", "prepare"]
+__all__ = ["counted", "is_private", "prepare"]
 
 _Counts: TypeAlias = tuple[int, ...]
+_Function = TypeVar("_Function", bound=type[torch.autograd.Function])
 
 
-def holders(grad: Tensor) -> _Counts:
-    """Everything that counts who holds a tensor or its memory; to be called with a local variable of a backward."""
+def counted(function: _Function) -> _Function:
+    """Give an autograd function of one output its backward pass from its `receive(ctx, grad, count)`.
+
+    The count is of the references to the gradient's object, for `is_private`; 0 where it could not be taken.
+    """
+    receive: Callable[[Any, Tensor, int], Any] = function.receive  # type: ignore[attr-defined]
+
+    def apply(self: Any, grad: Tensor) -> Any:
+        return receive(self, grad, sys.getrefcount(grad))
+
+    function._backward_cls.apply = apply  # type: ignore[attr-defined]
+    function.backward = staticmethod(lambda ctx, grad: receive(ctx, grad, 0))  # type: ignore[method-assign]
+    return function
+
+
+def is_private(grad: Tensor, count: int) -> bool:
+    """Whether nobody but the engine holds a gradient, by the count that `receive` was given with it."""
+    return count > 0 and _counts_are_plain() and _holders(grad, count) in _when_private()
+
+
+def prepare() -> None:
+    """Find out the counts, outside of any backward pass."""
+    _when_private()
+
+
+def _counts_are_plain() -> bool:
+    """Whether the interpreter itself runs this thread's calls; a compiler that does holds references of its own."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is None
+
+
+def _holders(grad: Tensor, count: int) -> _Counts:
+    """Everything that counts who holds a tensor or its memory."""
     storage, base = grad.untyped_storage(), grad._base
-    counts: _Counts = (sys.getrefcount(grad), grad._use_count(), sys.getrefcount(storage))  # type: ignore[attr-defined]
+    counts: _Counts = (count, grad._use_count(), sys.getrefcount(storage))  # type: ignore[attr-defined]
     counts += (torch._C._storage_Use_Count(storage._cdata),)
     return counts if base is None else (*counts, sys.getrefcount(base), base._use_count())  # type: ignore[attr-defined]
 
@@ -43,6 +76,7 @@ class _Upstream(torch.autograd.Function):
         return fresh.t() if ctx.view else fresh, None
 
 
+@counted
 class _Counting(torch.autograd.Function):
     """Counts who holds the gradient that comes to it."""
 
@@ -52,8 +86,8 @@ class _Counting(torch.autograd.Function):
         return w.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.found.append(holders(grad))
+    def receive(ctx: Any, grad: Tensor, count: int) -> tuple[Tensor, None]:
+        ctx.found.append(_holders(grad, count))
         return grad.clone(), None
 
 
@@ -71,6 +105,13 @@ def _when_private() -> frozenset[_Counts]:
         return frozenset()
     alone: list[_Counts] = []
     held: list[_Counts] = []
+    apart = Thread(target=_count, args=(alone, held))  # whose calls no compiler runs, whoever asks
+    apart.start()
+    apart.join()
+    return frozenset() if set(alone) & set(held) else frozenset(alone)
+
+
+def _count(alone: list[_Counts], held: list[_Counts]) -> None:
     upstream: Any = _Upstream.apply
     counting: Any = _Counting.apply
     with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
@@ -82,14 +123,3 @@ def _when_private() -> frozenset[_Counts]:
                 passed = counting(w, held)
                 passed.register_hook(lambda grad, keep=keep, kept=kept: kept.append(keep(grad)))
                 upstream(passed, view).backward()
-    return frozenset() if set(alone) & set(held) else frozenset(alone)
-
-
-def prepare() -> None:
-    """Find out the counts, outside of any backward pass."""
-    _when_private()
-
-
-def is_private(counts: _Counts) -> bool:
-    """Whether `holders` found nobody but the engine."""
-    return counts in _when_private()

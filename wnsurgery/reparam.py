@@ -34,7 +34,7 @@ from wnsurgery.norms import (
     stored_magnitude,
     wide_dtype,
 )
-from wnsurgery.ownership import holders, is_private
+from wnsurgery.ownership import counted, is_private
 from wnsurgery.ownership import prepare as prepare_counts
 
 __all__ = ["Axes", "Magnitude", "Ready", "WeightNorm", "blank_module", "compose", "decompose", "magnitude_dtype_for"]
@@ -339,6 +339,7 @@ class Ready(NamedTuple):
 _How: TypeAlias = tuple[Axes, Magnitude, Rooms | None]
 
 
+@counted
 class _Compose(torch.autograd.Function):
     """compose() for eager mode: one pass for the norm, one for the product, the paper's formula backward."""
 
@@ -372,7 +373,7 @@ class _Compose(torch.autograd.Function):
         return _laid_out_as(torch.mul(v, factor) if room is None else torch.mul(v, factor, out=room), v)
 
     @staticmethod
-    def backward(ctx: Any, grad_w: Tensor) -> tuple[Tensor | None, ...]:
+    def receive(ctx: Any, grad_w: Tensor, count: int) -> tuple[Tensor | None, ...]:
         g, v, norms = ctx.saved_tensors
         axes, magnitude, rooms = ctx.how
         if norms is None or torch.is_grad_enabled():
@@ -382,7 +383,7 @@ class _Compose(torch.autograd.Function):
             big = size >= _FRESH
             over = big or (size >= LARGE and fused.started())
             room = None
-            if over and _fills_its_memory(grad_w) and is_private(holders(grad_w)):
+            if over and _fills_its_memory(grad_w) and is_private(grad_w, count):
                 room = grad_w
             elif big and rooms is not None:
                 room = rooms.take("grad", v)
