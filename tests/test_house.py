@@ -17,9 +17,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
-    {"fused_kernels"},
-    {"errors", "fused", "kept", "norms", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"}
-    | {"csv_text", "ownership", "dtensors"},
+    {"fused_kernels", "norms"},
+    {"errors", "fused", "kept", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"}
+    | {"csv_text", "ownership", "dtensors", "compiled"},
     {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
     | {"charts", "page"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},

@@ -11,7 +11,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from torch import Tensor
 
 from wnsurgery import Axes, NonFiniteWeightError, PairError, compose, decompose
@@ -124,6 +124,17 @@ def test_float64_products_stay_right_at_any_range(numbers: list[float], size: fl
         assert not w.any()
         return
     assert worst_ulp(w, exact(g, v)) <= 1.5
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(floats32, min_size=4, max_size=4), st.floats(2.0**-6, 1.0))
+@example([2.0**-149, 0.0, 0.0, 0.0], 1.0)
+@example([3e-43, -2e-43, 1e-44, 0.0], 1.0)
+def test_the_largest_magnitudes_stay_right(numbers: list[float], share: float) -> None:
+    """Up to the largest float32, which stands for norms beyond it where v has one, g gives the exact value."""
+    v, g = torch.tensor([numbers]), torch.tensor([[share * torch.finfo(torch.float32).max]])
+    if v.any() and v.double().norm() < 2.0**127:
+        assert worst_ulp(compose(g, v), exact(g, v)) <= 1.5
 
 
 def test_threads_and_order_do_not_decide_a_bit() -> None:

@@ -24,8 +24,11 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "LARGE_FLOAT32",
+    "SLACK",
     "SMALL",
     "RowScale",
+    "is_stored_norm",
     "norm",
     "ordinary_factors",
     "plain_scale",
@@ -42,7 +45,7 @@ _BLOCK = 1 << 18  # elements widened at a time: 2 MiB of float64, which stay in 
 SMALL = 1 << 14  # elements up to which the calls cost more than the arithmetic
 _SHORT = 32  # elements of a row below which a call for each row costs more than the row
 _LONG = 1 << 13  # elements of a row from which BLAS would start threads of its own
-_SLACK = 2.0**-40  # more than the relative error of a norm in float64, whatever the order of summation
+SLACK = 2.0**-40  # more than the relative error of a norm in float64, whatever the order of summation
 _NEAR = 8  # units in the last place around a power of two within which a factor may stand for that power
 
 
@@ -267,7 +270,7 @@ def _linear_scale(g: Tensor, norms: Tensor) -> tuple[Tensor, bool] | None:
     """
     sums = norms.numpy()
     squarable = sums.min() > 2.0**-30 and sums.max() < 2.0**30
-    if not squarable and not (sums.min() > 0 and sums.max() < math.inf and g.abs().max() < _large(torch.float32)):
+    if not squarable and not (sums.min() > 0 and sums.max() < math.inf and g.abs().max() < LARGE_FLOAT32):
         return None
     factor = _factors(g.clone().numpy(), sums)
     return (torch.from_numpy(factor), bool(squarable)) if _in_range(factor).all() else None
@@ -301,7 +304,7 @@ def _factors(g: Any, norms: Any) -> Any:
             fraction, exponent = np.frexp(np.abs(factor[rows]))
             power = np.ldexp(1.0, exponent - (fraction < 0.75))
             stored, base = g[rows], norms[rows] * power
-            low, high = (base * (1 - _SLACK)).astype(np.float32), (base * (1 + _SLACK)).astype(np.float32)
+            low, high = (base * (1 - SLACK)).astype(np.float32), (base * (1 + SLACK)).astype(np.float32)
             factor[rows] = np.where((low <= stored) & (stored <= high), power.astype(np.float32), factor[rows])
     return factor
 
@@ -318,24 +321,25 @@ def _large(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).max / 4
 
 
+LARGE_FLOAT32 = _large(torch.float32)
+
+
 def snapped_quotient(g: Tensor, norms: Tensor, wide: torch.dtype, magnitude: str) -> Tensor:
     """|w| / ||v|| rounded to 24 bits, zero for rows of zeros, exactly one where g is the stored norm."""
     size = g.to(wide).exp() if magnitude == "log" else g.to(wide)
     zero = norms == 0
     quotient = size / torch.where(zero, torch.ones_like(norms), norms)
     quotient = torch.where(zero, torch.zeros_like(quotient), quotient)
+    # the largest g are not rounded up, which would take w to infinity; they may stand for a norm beyond their type
+    large = size.abs() >= LARGE_FLOAT32
     if wide == torch.float64:
-        narrow = quotient.abs().clamp(2.0**-120, 2.0**120) == quotient.abs()
-        narrow = narrow & (
-            size.abs() < _large(torch.float32)
-        )  # a quotient rounded up would take the largest g to infinity
+        narrow = (quotient.abs().clamp(2.0**-120, 2.0**120) == quotient.abs()) & ~large
         quotient = torch.where(narrow, quotient.float().to(wide), quotient)
     stored = torch.promote_types(g.dtype, torch.float32)
-    slack = _SLACK if wide == torch.float64 else 2.0**-22
-    power = _nearest_power(torch.where(zero, torch.ones_like(quotient), quotient))
-    same = _is_stored_norm(g.to(stored), norms, slack, magnitude)
-    quotient = torch.where(_is_stored_norm(g.to(stored), norms * power, slack, magnitude), power, quotient)
-    quotient = torch.where(same, torch.ones_like(quotient), quotient)
+    slack = SLACK if wide == torch.float64 else 2.0**-22
+    power = _nearest_power(torch.where(zero | large, torch.ones_like(quotient), quotient))
+    same = is_stored_norm(g.to(stored), norms * power, slack, magnitude)
+    quotient = torch.where(same, power, quotient)
     return torch.where(zero, torch.zeros_like(quotient), quotient)
 
 
@@ -347,7 +351,7 @@ def _nearest_power(x: Tensor) -> Tensor:
     return torch.pow(2.0, exponent)  # exact for whole numbers; exporters know no exp2
 
 
-def _is_stored_norm(g: Tensor, norms: Tensor, slack: float, magnitude: str) -> Tensor:
+def is_stored_norm(g: Tensor, norms: Tensor, slack: float, magnitude: str) -> Tensor:
     """Whether g is what `stored_magnitude` gives for these norms, up to their own relative error."""
     if magnitude == "log":
         return _is_stored_log(g, norms.log())

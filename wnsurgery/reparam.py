@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from wnsurgery import fused
+from wnsurgery.compiled import compose_compiled, is_for_compiler
 from wnsurgery.dtensors import count_not_finite, is_spread, local_rows, spread_over
 from wnsurgery.errors import NonFiniteWeightError, PairError
 from wnsurgery.kept import LARGE, Rooms
@@ -289,6 +290,8 @@ def _per_row(g: Tensor, v: Tensor, axes: Axes) -> Tensor:
 def _compose_traceable(g: Tensor, v: Tensor, axes: Axes, magnitude: str) -> Tensor:
     """The same bits from plain differentiable operations, with no look at the values."""
     view, dims, rows = axes.grouped(v), axes.reduced(v.ndim), _per_row(g, v, axes)
+    if is_for_compiler(v):
+        return compose_compiled(rows, view, dims, magnitude).reshape(v.shape)
     scale = row_scale(rows.detach(), view.detach(), dims, magnitude, blocked=False)
     factor = _with_gradient(scale, rows, view, dims, magnitude)
     w = v.to(factor.dtype) * axes.spread(factor, v)
