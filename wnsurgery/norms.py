@@ -357,7 +357,7 @@ def is_stored_norm(g: Tensor, norms: Tensor, slack: float, magnitude: str) -> Te
         return _is_stored_log(g, norms.log())
     limit = torch.finfo(g.dtype).max
     low = (norms * (1 - slack)).to(g.dtype).clamp(max=limit)
-    high = (norms * (1 + slack)).to(g.dtype).clamp(max=limit)
+    high = (norms * (1 + slack)).to(g.dtype)
     return (low <= g) & (g <= high)
 
 
