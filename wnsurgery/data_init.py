@@ -558,12 +558,13 @@ def _device(model: nn.Module) -> torch.device | None:
 def _undisturbed(model: nn.Module, training: bool | None) -> Iterator[None]:
     """Run forward passes; leave modes, random state, buffers and gradients as they were."""
     modules = list(model.modules())
-    lazy = next((n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)), None)
-    if lazy is not None:
+    held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    if any(map(is_lazy, held)):
+        lazy = next(n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t))
         raise SelectionError(f"{lazy}: lazy, not initialised yet", hint="run one forward pass first")
     modes = [(m, m.training) for m in modules]
     buffers = [(m, n, b, b.detach().clone()) for m in modules for n, b in m._buffers.items() if b is not None]
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    devices = {t.device for t in held if t.is_cuda}
     try:
         eager = torch.compiler.set_stance("force_eager")  # compiled code would not run the hooks that measure
         with eager, torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():

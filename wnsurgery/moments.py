@@ -54,6 +54,8 @@ class Moments:
         cube = values.detach().flatten(axis + 1) if axis + 1 < values.ndim else values.detach()[..., None]
         cube = cube.flatten(0, axis - 1) if axis > 0 else cube[None]
         empty = cls(0, nothing, nothing, nothing, eps)
+        if 0 < cube.numel() <= _BLOCK:
+            return cls._of_block(cube, wide)
         # blocks that stay in the cache: a copy of the whole in float64 would cost more than the layer itself
         rows = max(1, _BLOCK // max(1, cube[0].numel())) if len(cube) else 1
         blocks = (

@@ -32,13 +32,20 @@ class Attributes:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        machines = {id(m._modules.get("parametrizations")) for m in model.modules()}
-        machines |= {id(m) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)}
-        machines |= {id(m) for m in model.modules() if isinstance(m, ParametrizationList)}
-        modules = [m for m in model.modules() if id(m) not in machines]
+        self._model: nn.Module | None = model
         self._dicts: list[dict[Any, Any]] = []
         self._lists: list[list[Any]] = []
-        for module in modules:
+        self._own: defaultdict[int, dict[tuple[int, Any], Any]] = defaultdict(dict)
+        self._own_lists: defaultdict[int, dict[int, list[Any]]] = defaultdict(dict)
+
+    def _look(self, model: nn.Module) -> None:
+        """Before the first of several runs; a run alone needs none of this."""
+        everything = list(model.modules())
+        machines = {id(m._modules.get("parametrizations")) for m in everything}
+        machines |= {id(m) for m in everything if isinstance(m, torch.jit.ScriptModule | ParametrizationList)}
+        for module in everything:
+            if id(module) in machines:
+                continue
             self._dicts += [module.__dict__, module._buffers]
             for name, value in module.__dict__.items():
                 if name in _MACHINERY:
@@ -49,13 +56,14 @@ class Attributes:
                     self._lists.append(value)
         self._seen = [dict(d) for d in self._dicts]
         self._seen_lists = [list(entries) for entries in self._lists]
-        self._own: defaultdict[int, dict[tuple[int, Any], Any]] = defaultdict(dict)
-        self._own_lists: defaultdict[int, dict[int, list[Any]]] = defaultdict(dict)
 
     def inside(self, number: int) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def enter(self, number: int) -> None:
+        if self._model is not None:
+            self._look(self._model)
+            self._model = None
         for (place, key), value in self._own[number].items():
             for there in (self._dicts[place], self._seen[place]):
                 if value is _GONE:
