@@ -97,6 +97,8 @@ def deliver(output: Output, src: Path_, stored: Stored, report: CheckpointReport
         return replace(planned, warnings=(*late, *planned.warnings))
 
     def last() -> None:
+        if promises is not None:
+            promises.settle()
         if stored.source is not None:
             stored.source.check_all()
         output.settle(whole())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from wnsurgery.stores.values import Loaded
 
 __all__ = ["Promises"]
 
+_LARGE = 1 << 20  # bytes of a weight from which it is compared while it is written
 _KEEP = 1 << 24  # bytes of magnitudes kept, so that writing g and v apart does not compute them twice
 
 
@@ -50,6 +52,9 @@ class Promises(AtOnce, Loaded):
         self._room = _KEEP
         self._rooms = Rooms()
 
+        self._judge: ThreadPoolExecutor | None = None
+        self._judging: Future[None] | None = None
+
     def make(self, step: Step, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if step.action == "rekeyed" or any(t.is_meta and not self.source.holds(t) for t in sources):
             return run_step(step, sources, self.magnitude, self.zero_norm)
@@ -66,17 +71,19 @@ class Promises(AtOnce, Loaded):
     def fetch(self, tensor: Tensor) -> Tensor:
         job, index = self._jobs.get(tensor.untyped_storage()._cdata, (None, 0)) if tensor.is_meta else (None, 0)
         if job is None:
+            self.settle()
             return super().fetch(tensor)
         kept = self._small.get((id(job), index))
         if kept is not None:
             return kept
         if self._last[0] is not job:
-            self._last = (None, ())  # the memory of the last weight goes before the next one comes
+            self.forget()  # the memory of the last weight goes before the next one comes
             self._last = (job, self._run(job))
         return self._last[1][index].detach()
 
     def forget(self) -> None:
         """Let go of the last weight."""
+        self.settle()
         self._last = (None, ())
 
     def run_all(self) -> None:
@@ -84,9 +91,11 @@ class Promises(AtOnce, Loaded):
         for job, index in list(self._jobs.values()):
             if id(job) not in self._told and index == 0:
                 self._run(job)
+        self.settle()
 
     def findings(self) -> tuple[list[str], float | None, str]:
         """What this process found out about the weights it made."""
+        self.settle()
         return self.notes, self.max_ulp, self.worst
 
     def learn(self, theirs: Sequence[tuple[list[str], float | None, str]]) -> None:
@@ -96,18 +105,36 @@ class Promises(AtOnce, Loaded):
         if known:
             self.max_ulp, self.worst = max(known, key=lambda entry: entry[0])
 
+    def read(self, start: int, stop: int, owner: Tensor) -> Tensor:
+        self.settle()
+        return super().read(start, stop, owner)
+
     def _run(self, job: _Job) -> tuple[Tensor, ...]:
+        self.settle()
         sources = [super(Promises, self).fetch(t) for t in job.sources]
         again = id(job) in self._told
         made = run_step(job.step, sources, self.magnitude, self.zero_norm, None if again else self.notes, self._rooms)
         if not again:
             self._told.add(id(job))
-            if self.judge:
+            if self.judge and made[0].nbytes < _LARGE:
                 self.measure(job.step, sources, made)
+            elif self.judge:
+                self._judge = self._judge or ThreadPoolExecutor(1, thread_name_prefix="proof")
+                self._judging = self._judge.submit(self._compare, job.step, [(sources, made)])
         if job.step.action == "converted" and made[0].nbytes <= self._room:
             self._room -= made[0].nbytes
             self._small[id(job), 0] = made[0].detach()
         return made
+
+    def _compare(self, step: Step, held: list[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> None:
+        """`measure`, after which nobody holds the tensors: their memory is to serve the next weight."""
+        self.measure(step, *held.pop())
+
+    def settle(self) -> None:
+        """Wait until the last weight, which is written meanwhile, has been compared."""
+        judging, self._judging = self._judging, None
+        if judging is not None:
+            judging.result()
 
 
 def _like(step: Step, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:

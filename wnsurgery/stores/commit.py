@@ -119,6 +119,9 @@ def _create(temporary: Path, path: Path) -> BinaryIO:
     return cast(BinaryIO, _Unbuffered(handle, "wb"))
 
 
+_AT_ONCE = 1 << 16  # bytes: writes of many megabytes took half as long again, and up to five times as long
+
+
 class _Unbuffered(io.FileIO):
     """A file whose writes go to the system as they come, whole: they are large, and a buffer would only copy them."""
 
@@ -126,7 +129,7 @@ class _Unbuffered(io.FileIO):
         rest = memoryview(data).cast("B")
         size = len(rest)
         while rest:
-            rest = rest[super().write(rest) or 0 :]
+            rest = rest[super().write(rest[:_AT_ONCE]) or 0 :]
         return size
 
 
