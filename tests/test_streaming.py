@@ -247,6 +247,38 @@ def test_the_figures_stand_in_the_report(tmp_path: Path) -> None:
     assert maker.max_ulp == proof.max_ulp
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_large_weights_are_compared_while_they_are_written(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every one, wherever the worst is, with the figures of a comparison afterwards; where comparing fails, nothing is
+    written."""
+    source, out = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}"
+    generator = torch.Generator().manual_seed(1)
+    state = {}
+    for name, rows in (("a", 600), ("b", 500), ("c", 3)):
+        state[f"{name}.weight_v"] = torch.randn(rows, 700, generator=generator)
+        state[f"{name}.weight_g"] = torch.rand(rows, 1, generator=generator)
+        state[f"{name}.bias"] = torch.randn(700_000, generator=generator)
+    (torch.save if suffix == ".pt" else safetensors.torch.save_file)(state, source)
+    report = fold_checkpoint(source, out)
+    folded = dict(every_tensor(read_store(out).content))
+    worst = {
+        n: ulps_apart(folded[f"{n}.weight"], state[f"{n}.weight_g"], state[f"{n}.weight_v"], Axes((0,))) for n in "abc"
+    }
+    assert report.proof is not None and report.proof.max_ulp == max(worst.values())
+    assert report.proof.worst.removesuffix(".weight") == max(worst, key=lambda n: worst[n])
+    before = out.read_bytes()
+
+    def broken(*_: object, **__: object) -> float:
+        raise RuntimeError("cannot compare")
+
+    monkeypatch.setattr("wnsurgery.checkpoint.ulps_apart", broken)
+    with pytest.raises(RuntimeError, match="cannot compare"):
+        fold_checkpoint(source, out, force=True)
+    assert out.read_bytes() == before and {p.name for p in tmp_path.iterdir()} == {source.name, out.name}
+
+
 # Hostile files -------------------------------------------------------------------------------------------
 
 

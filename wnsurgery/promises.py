@@ -51,7 +51,6 @@ class Promises(AtOnce, Loaded):
         self._small: dict[tuple[int, int], Tensor] = {}
         self._room = _KEEP
         self._rooms = Rooms()
-
         self._judge: ThreadPoolExecutor | None = None
         self._judging: Future[None] | None = None
 
@@ -81,6 +80,10 @@ class Promises(AtOnce, Loaded):
             self._last = (job, self._run(job))
         return self._last[1][index].detach()
 
+    def read(self, start: int, stop: int, owner: Tensor) -> Tensor:
+        self.settle()
+        return super().read(start, stop, owner)
+
     def forget(self) -> None:
         """Let go of the last weight."""
         self.settle()
@@ -92,6 +95,12 @@ class Promises(AtOnce, Loaded):
             if id(job) not in self._told and index == 0:
                 self._run(job)
         self.settle()
+
+    def settle(self) -> None:
+        """Wait until the last weight, which is written meanwhile, has been compared."""
+        judging, self._judging = self._judging, None
+        if judging is not None:
+            judging.result()
 
     def findings(self) -> tuple[list[str], float | None, str]:
         """What this process found out about the weights it made."""
@@ -105,10 +114,6 @@ class Promises(AtOnce, Loaded):
         if known:
             self.max_ulp, self.worst = max(known, key=lambda entry: entry[0])
 
-    def read(self, start: int, stop: int, owner: Tensor) -> Tensor:
-        self.settle()
-        return super().read(start, stop, owner)
-
     def _run(self, job: _Job) -> tuple[Tensor, ...]:
         self.settle()
         sources = [super(Promises, self).fetch(t) for t in job.sources]
@@ -116,7 +121,7 @@ class Promises(AtOnce, Loaded):
         made = run_step(job.step, sources, self.magnitude, self.zero_norm, None if again else self.notes, self._rooms)
         if not again:
             self._told.add(id(job))
-            if self.judge and made[0].nbytes < _LARGE:
+            if self.judge and max(t.nbytes for t in made) < _LARGE:
                 self.measure(job.step, sources, made)
             elif self.judge:
                 self._judge = self._judge or ThreadPoolExecutor(1, thread_name_prefix="proof")
@@ -129,12 +134,6 @@ class Promises(AtOnce, Loaded):
     def _compare(self, step: Step, held: list[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> None:
         """`measure`, after which nobody holds the tensors: their memory is to serve the next weight."""
         self.measure(step, *held.pop())
-
-    def settle(self) -> None:
-        """Wait until the last weight, which is written meanwhile, has been compared."""
-        judging, self._judging = self._judging, None
-        if judging is not None:
-            judging.result()
 
 
 def _like(step: Step, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
