@@ -196,6 +196,28 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     assert not staged.parent.exists()
 
 
+def test_a_file_whose_comparison_failed_is_not_kept_for_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large weight is compared while it is written; its file is complete once that is done."""
+    source = tmp_path / "in"
+    source.mkdir()
+    v = torch.randn(600, 700, generator=torch.Generator().manual_seed(1))
+    tensors = {"a.weight_g": torch.ones(600, 1), "a.weight_v": v}
+    safetensors.torch.save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    (source / "config.json").write_text("{}", encoding="utf-8")
+
+    def broken(*_: object, **__: object) -> float:
+        raise RuntimeError("cannot compare")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wnsurgery.checkpoint.ulps_apart", broken)
+        with pytest.raises(RuntimeError, match="cannot compare"):
+            fold_checkpoint(source, tmp_path / "out", resume=True)
+    report = fold_checkpoint(source, tmp_path / "out", resume=True)
+    assert report.proof is not None and report.proof.max_ulp is not None
+
+
 def test_two_writers_do_not_mix(tmp_path: Path) -> None:
     """While one run writes a directory, a second one is refused and the first is not disturbed."""
     from wnsurgery.stores.staging import staged

@@ -53,5 +53,5 @@ def _factor(g: Tensor, quotient: Tensor, norms: Tensor, magnitude: str) -> Tenso
     # the largest g are not rounded up, which would take w to infinity; they may stand for a norm beyond their type
     large = (quotient * norms).abs() >= LARGE_FLOAT32  # not in rows of zeros, where this is NaN
     power = torch.where(large, 1.0, nearest.view(torch.float64))
-    stored = is_stored_norm(g.to(torch.promote_types(g.dtype, torch.float32)), norms * power, SLACK, magnitude)
+    stored = is_stored_norm(g, norms * power, SLACK, magnitude)
     return torch.where(stored, power, torch.where(large, quotient, rounded.view(torch.float64)))

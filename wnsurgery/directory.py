@@ -222,7 +222,7 @@ def _write_all(staging: Staging, files: Iterable[Planned], maker: Promises) -> N
         if not staging.has(name):
             with staging.file(name) as file:
                 write(file)
-        maker.forget()
+                maker.forget()  # a file counts as written once its last weight has been compared
 
 
 def _digest_of_work(output: Output, src: Path, report: CheckpointReport) -> str:

@@ -47,15 +47,14 @@ class Moments:
         """
         axis %= values.ndim
         wide = torch.float32 if values.device.type == "mps" else torch.float64
-        eps = torch.finfo(values.dtype).eps
-        nothing = torch.zeros(values.shape[axis], dtype=wide, device=values.device)
         if keep is not None:
             values, axis = values.detach().movedim(axis, -1)[keep], 1
         cube = values.detach().flatten(axis + 1) if axis + 1 < values.ndim else values.detach()[..., None]
         cube = cube.flatten(0, axis - 1) if axis > 0 else cube[None]
-        empty = cls(0, nothing, nothing, nothing, eps)
         if 0 < cube.numel() <= _BLOCK:
             return cls._of_block(cube, wide)
+        nothing = torch.zeros(cube.shape[1], dtype=wide, device=cube.device)
+        empty = cls(0, nothing, nothing, nothing, torch.finfo(cube.dtype).eps)
         # blocks that stay in the cache: a copy of the whole in float64 would cost more than the layer itself
         rows = max(1, _BLOCK // max(1, cube[0].numel())) if len(cube) else 1
         blocks = (

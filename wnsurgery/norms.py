@@ -335,10 +335,9 @@ def snapped_quotient(g: Tensor, norms: Tensor, wide: torch.dtype, magnitude: str
     if wide == torch.float64:
         narrow = (quotient.abs().clamp(2.0**-120, 2.0**120) == quotient.abs()) & ~large
         quotient = torch.where(narrow, quotient.float().to(wide), quotient)
-    stored = torch.promote_types(g.dtype, torch.float32)
     slack = SLACK if wide == torch.float64 else 2.0**-22
     power = _nearest_power(torch.where(zero | large, torch.ones_like(quotient), quotient))
-    same = is_stored_norm(g.to(stored), norms * power, slack, magnitude)
+    same = is_stored_norm(g, norms * power, slack, magnitude)
     quotient = torch.where(same, power, quotient)
     return torch.where(zero, torch.zeros_like(quotient), quotient)
 
@@ -352,7 +351,8 @@ def _nearest_power(x: Tensor) -> Tensor:
 
 
 def is_stored_norm(g: Tensor, norms: Tensor, slack: float, magnitude: str) -> Tensor:
-    """Whether g is what `stored_magnitude` gives for these norms, up to their own relative error."""
+    """Whether g, in 16 bits taken as float32, is what `stored_magnitude` gives for norms with an error of their own."""
+    g = g.to(torch.promote_types(g.dtype, torch.float32))
     if magnitude == "log":
         return _is_stored_log(g, norms.log())
     limit = torch.finfo(g.dtype).max

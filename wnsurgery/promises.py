@@ -51,8 +51,8 @@ class Promises(AtOnce, Loaded):
         self._small: dict[tuple[int, int], Tensor] = {}
         self._room = _KEEP
         self._rooms = Rooms()
-        self._judge: ThreadPoolExecutor | None = None
-        self._judging: Future[None] | None = None
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="proof")  # starts its thread when it is first used
+        self._comparing: Future[None] | None = None
 
     def make(self, step: Step, sources: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if step.action == "rekeyed" or any(t.is_meta and not self.source.holds(t) for t in sources):
@@ -76,7 +76,7 @@ class Promises(AtOnce, Loaded):
         if kept is not None:
             return kept
         if self._last[0] is not job:
-            self.forget()  # the memory of the last weight goes before the next one comes
+            self._last = (None, ())  # the memory of the last weight goes before the next one comes
             self._last = (job, self._run(job))
         return self._last[1][index].detach()
 
@@ -98,9 +98,9 @@ class Promises(AtOnce, Loaded):
 
     def settle(self) -> None:
         """Wait until the last weight, which is written meanwhile, has been compared."""
-        judging, self._judging = self._judging, None
-        if judging is not None:
-            judging.result()
+        comparing, self._comparing = self._comparing, None
+        if comparing is not None:
+            comparing.result()
 
     def findings(self) -> tuple[list[str], float | None, str]:
         """What this process found out about the weights it made."""
@@ -124,8 +124,7 @@ class Promises(AtOnce, Loaded):
             if self.judge and max(t.nbytes for t in made) < _LARGE:
                 self.measure(job.step, sources, made)
             elif self.judge:
-                self._judge = self._judge or ThreadPoolExecutor(1, thread_name_prefix="proof")
-                self._judging = self._judge.submit(self._compare, job.step, [(sources, made)])
+                self._comparing = self._beside.submit(self._compare, job.step, [(sources, made)])
         if job.step.action == "converted" and made[0].nbytes <= self._room:
             self._room -= made[0].nbytes
             self._small[id(job), 0] = made[0].detach()
