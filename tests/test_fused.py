@@ -87,6 +87,31 @@ def test_the_weight_is_that_of_the_other_paths_bit_for_bit(
 
 
 @pytest.mark.parametrize(("shape", "axes"), SHAPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 1, 3, 9])
+def test_what_is_written_past_the_cache_is_the_same_to_the_bit_and_stays_in_its_place(
+    shape: tuple[int, ...],
+    axes: Axes,
+    offset: int,
+    monkeypatch: pytest.MonkeyPatch,
+    one_and_two_threads: tuple[int, ...],
+) -> None:
+    g, v = pair(shape, axes)
+    near, norms = by_kernels(g, v, axes)
+    sizes = fused.plan(g, v, axes.kept, axes.groups, "linear")
+    assert sizes is not None
+    monkeypatch.setattr(fused, "_FAR", 1)
+    monkeypatch.setattr(fused, "_SPREAD", 1 << 9)
+    for threads in one_and_two_threads:
+        torch.set_num_threads(threads)
+        memory = torch.full((v.numel() + 32,), 7.0)
+        w = memory[offset : offset + v.numel()].view(shape)
+        assert torch.equal(fused.forward(g, v, sizes, w), norms)  # type: ignore[arg-type]
+        assert torch.equal(w, near)
+        assert bool((memory[:offset] == 7).all())
+        assert bool((memory[offset + v.numel() :] == 7).all())
+
+
+@pytest.mark.parametrize(("shape", "axes"), SHAPES, ids=str)
 def test_gradients_are_those_of_float64(
     shape: tuple[int, ...], axes: Axes, one_and_two_threads: tuple[int, ...]
 ) -> None:

@@ -20,7 +20,7 @@ LAYERS = [
     {"fused_kernels", "norms"},
     {"errors", "fused", "kept", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"}
     | {"csv_text", "ownership", "dtensors", "compiled"},
-    {"keys", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
+    {"keys", "loans", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
     | {"charts", "page"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
     {
@@ -36,7 +36,7 @@ LAYERS = [
         "spread",
     }
     | {"onnx_layout", "onnx_functions", "onnx_guard"},
-    {"graph", "parity", "choice", "following", "multi_tensor"},
+    {"graph", "parity", "choice", "following", "multi_tensor", "joint_graph"},
     {"walk", "steps", "flat_magnitudes", "deferred", "preparation"},
     {"plan", "mechanism", "checkpoint", "tracing", "tied_names"},
     {"affine", "directions", "pairs", "targets", "promises", "manifest", "loading"},

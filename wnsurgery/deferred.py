@@ -208,7 +208,7 @@ class DeferredWeight:
         assert self.leaf is not None
         self.norms = norms
         if self.kept is None:
-            self.kept = Kept(self.leaf, self.g, self.v, steps=False)
+            self.kept = Kept(self.leaf, self.g, self.v, count_steps=False)
         else:
             self.kept.renew()
 

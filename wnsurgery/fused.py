@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Sizes", "backward", "forward", "many_forward", "plan", "start", "started", "table_of"]
+__all__ = ["Sizes", "backward", "forward", "lines_of", "many_backward", "many_forward", "plan", "start", "started"]
 
 _log = logging.getLogger("wnsurgery")
 _SPREAD = 1 << 17  # elements for which another thread is worth its call
+_FAR = 1 << 21  # elements of a weight that is out of the cache by the time its layer reads it
 
 
 class Sizes(NamedTuple):
@@ -101,17 +102,19 @@ def forward(g: Tensor, v: Tensor, sizes: Sizes, w: Tensor) -> Tensor | None:
     norms = torch.empty_like(g)
     kernels, places = _Kernels.module, (v.data_ptr(), g.data_ptr(), w.data_ptr(), norms.data_ptr())
     inputs, rows, columns = sizes
-    if v.numel() < 2 * _SPREAD or torch.get_num_threads() == 1:
+    size = v.numel()
+    far = size >= _FAR
+    if size < 2 * _SPREAD or torch.get_num_threads() == 1:
         fine = (
-            kernels.columns_forward(*places, inputs, rows, columns, 0, rows)
+            kernels.columns_forward(*places, inputs, rows, columns, far, 0, rows)
             if inputs
-            else kernels.rows_forward(*places, rows, columns)
+            else kernels.rows_forward(*places, rows, columns, far)
         )
     elif inputs:
-        fine = _in_threads(v, rows, lambda a, b: kernels.columns_forward(*places, inputs, rows, columns, a, b))
+        fine = _in_threads(v, rows, lambda a, b: kernels.columns_forward(*places, inputs, rows, columns, far, a, b))
     else:
         fine = _in_threads(
-            v, rows, lambda a, b: kernels.rows_forward(*_from(places, (1, 0, 1, 0), a, columns), b - a, columns)
+            v, rows, lambda a, b: kernels.rows_forward(*_from(places, (1, 0, 1, 0), a, columns), b - a, columns, far)
         )
     return norms if fine else None
 
@@ -138,20 +141,29 @@ def backward(up: Tensor, g: Tensor, v: Tensor, norms: Tensor, sizes: Sizes, grad
     return grad_g
 
 
-def table_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
-    """What `many_forward` needs to know of pairs with kept axis 0 or none that the kernels take."""
-    lines, elements, rows = [], 0, 0
+def lines_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[int, ...]]:
+    """What `many_forward` needs to know of pairs with kept axis 0 or none that the kernels take: the addresses of v and
+    g, room for that of w, the place of the norms, rows, columns, and room for the answer."""
+    lines, rows = list[tuple[int, ...]](), 0
     for g, v in pairs:
-        lines.append((v.data_ptr(), g.data_ptr(), 4 * elements, 4 * rows, g.numel(), v.numel() // g.numel(), 0))
-        elements, rows = elements + v.numel(), rows + g.numel()
-    return np.array(lines, dtype=np.int64)
+        lines.append((v.data_ptr(), g.data_ptr(), 0, 4 * rows, g.numel(), v.numel() // g.numel(), 0))
+        rows += g.numel()
+    return lines
 
 
-def many_forward(table: Any, w: Tensor, norms: Tensor) -> list[bool]:
-    """`forward` of many weights into one block each for w and ||v||, in this thread; whether each consists of ordinary
+def many_forward(table: Any, weights: Sequence[Tensor], norms: Tensor) -> list[bool]:
+    """`forward` of many weights, in this thread, with ||v|| of all in one block; whether each consists of ordinary
     rows."""
-    _Kernels.module.many_forward(table, w.data_ptr(), norms.data_ptr())
+    table[:, 2] = [w.data_ptr() for w in weights]
+    _Kernels.module.many_forward(table, norms.data_ptr())
     return table[:, 6].tolist()  # type: ignore[no-any-return]
+
+
+def many_backward(numbers: Sequence[int]) -> None:
+    """`backward` of many weights in this thread: of each the addresses of dL/dw, v, g, norms, dL/dg and dL/dv, the rows
+    and the columns."""
+    if numbers:
+        _Kernels.module.many_backward(np.array(numbers, dtype=np.int64).reshape(-1, 8))
 
 
 def _from(places: Sequence[int], whole: Sequence[int], row: int, columns: int) -> list[int]:

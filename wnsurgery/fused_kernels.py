@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
 __all__ = [
     "columns_backward",
     "columns_forward",
+    "many_backward",
     "many_forward",
     "rows_backward",
     "rows_forward",
@@ -29,6 +31,7 @@ _SLACK = 2.0**-40
 _NEAR = 2.0**-20  # a factor closer to a power of two may stand for it
 _CHUNK = 1 << 13  # elements summed at a stretch
 _SHORT_CHUNK = 1 << 9  # the same in float32
+_EIGHT = 8  # elements written at a time past the cache
 
 _fast = njit(nogil=True, fastmath={"reassoc", "contract"})  # sums in any order; nothing else is given up
 _exact = njit(nogil=True)
@@ -51,6 +54,37 @@ def _floats_at(_context, address):
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(types.float32)(types.int64), generate
+
+
+@intrinsic
+def _scale_past_cache(_context, w, i, v, factors, j):
+    """w[i + k] = v[i + k] * factors[j + k] for k below 8, past the cache; w[i] lies at a multiple of 32 bytes."""
+
+    def generate(context, builder, _signature, arguments):
+        to, at, source, factors, of = arguments
+        eight = ir.VectorType(ir.FloatType(), _EIGHT).as_pointer()
+
+        def place(pointer, index):
+            return builder.bitcast(builder.gep(pointer, [index]), eight)
+
+        v, f = builder.load(place(source, at), align=4), builder.load(place(factors, of), align=4)
+        store = builder.store(builder.fmul(v, f), place(to, at), align=_EIGHT * 4)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    pointer, index = types.CPointer(types.float32), types.int64
+    return types.void(pointer, index, pointer, pointer, index), generate
+
+
+@intrinsic
+def _settle(_context):
+    """Everything written is there for other threads to read, also what went past the cache."""
+
+    def generate(context, builder, _signature, _arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @_exact
@@ -98,6 +132,20 @@ def _product(a, b, start, stop):
     return total
 
 
+@_fast
+def _write_past_cache(w_at, v_at, factors_at, moving, start, stop):
+    """w[i] = v[i] * factors[(i - start) * moving] from `start` to before `stop`; at least eight factors are there."""
+    w, v, factors = _floats_at(w_at), _floats_at(v_at), _floats_at(factors_at)
+    first = min(stop, start + -(w_at // 4 + start) % _EIGHT)
+    last = stop - (stop - first) % _EIGHT
+    for i in range(start, first):
+        w[i] = v[i] * factors[(i - start) * moving]
+    for i in range(first, last, _EIGHT):
+        _scale_past_cache(w, i, v, factors, (i - start) * moving)
+    for i in range(last, stop):
+        w[i] = v[i] * factors[(i - start) * moving]
+
+
 @_exact
 def _coefficients(product, g, norm):
     """dL/dg, and what dL/dw and v are multiplied by in dL/dv."""
@@ -107,9 +155,13 @@ def _coefficients(product, g, norm):
 
 
 @_kernel
-def rows_forward(v_at, g_at, w_at, norms_at, rows, columns):
-    """w = g * v / ||v|| and ||v||; whether every row is an ordinary one, else nothing of it is of use."""
+def rows_forward(v_at, g_at, w_at, norms_at, rows, columns, far):
+    """w = g * v / ||v|| and ||v||; whether every row is an ordinary one, else nothing of it is of use.
+
+    With `far`, w is written past the cache: what is to be overwritten is not read first, nor kept near for a reader.
+    """
     v, g, w, norms = _floats_at(v_at), _floats_at(g_at), _floats_at(w_at), _floats_at(norms_at)
+    factors = np.empty(_EIGHT, np.float32)
     for r in range(rows):
         start, stop = r * columns, (r + 1) * columns
         norm = math.sqrt(_squares(v, start, stop))
@@ -117,8 +169,14 @@ def rows_forward(v_at, g_at, w_at, norms_at, rows, columns):
         if math.isnan(factor):
             return False
         norms[r] = np.float32(norm)
-        for i in range(start, stop):
-            w[i] = v[i] * factor
+        if far:
+            factors[:] = factor
+            _write_past_cache(w_at, v_at, factors.ctypes.data, 0, start, stop)
+        else:
+            for i in range(start, stop):
+                w[i] = v[i] * factor
+    if far:
+        _settle()
     return True
 
 
@@ -139,20 +197,28 @@ def rows_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, rows, colum
 
 
 @_kernel
-def many_forward(table, w_at, norms_at):
-    """`rows_forward` of many weights: a line of the table holds the addresses of v and g, the places of w and the norms
-    in their blocks, rows and columns; its last column takes the answer."""
+def many_forward(table, norms_at):
+    """`rows_forward` of many weights: a line of the table holds the addresses of v, g and w, the place of the norms in
+    their block, rows and columns; its last column takes the answer."""
     for k in range(len(table)):
         t = table[k]
-        t[6] = rows_forward(t[0], t[1], w_at + t[2], norms_at + t[3], t[4], t[5])
+        t[6] = rows_forward(t[0], t[1], t[2], norms_at + t[3], t[4], t[5], False)
 
 
 @_kernel
-def columns_forward(v_at, g_at, w_at, norms_at, inputs, outputs, taps, first, last):
+def many_backward(table):
+    """`rows_backward` of many weights: a line of the table holds what it takes."""
+    for k in range(len(table)):
+        t = table[k]
+        rows_backward(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7])
+
+
+@_kernel
+def columns_forward(v_at, g_at, w_at, norms_at, inputs, outputs, taps, far, first, last):
     """`rows_forward` with axis 1 kept, for the kept indices from `first` to before `last`."""
     v, g, w, norms = _floats_at(v_at), _floats_at(g_at), _floats_at(w_at), _floats_at(norms_at)
     width = (last - first) * taps
-    sums, factors = np.zeros(width, np.float64), np.empty(width, np.float32)
+    sums, factors = np.zeros(width, np.float64), np.empty(width + _EIGHT, np.float32)
     for i in range(inputs):
         start = (i * outputs + first) * taps
         for j in range(width):
@@ -171,8 +237,13 @@ def columns_forward(v_at, g_at, w_at, norms_at, inputs, outputs, taps, first, la
             factors[j] = factor
     for i in range(inputs):
         start = (i * outputs + first) * taps
-        for j in range(width):
-            w[start + j] = v[start + j] * factors[j]
+        if far:
+            _write_past_cache(w_at, v_at, factors.ctypes.data, 1, start, start + width)
+        else:
+            for j in range(width):
+                w[start + j] = v[start + j] * factors[j]
+    if far:
+        _settle()
     return True
 
 

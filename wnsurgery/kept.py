@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["LARGE", "Kept", "Rooms", "steps_counted"]
+__all__ = ["LARGE", "Kept", "Rooms", "steps"]
 
 LARGE = 1 << 16  # elements from which memory is worth keeping; smaller blocks come warm from the allocator
 _ALONE = 2  # storage references when only the lender holds it: its tensor, and the handle that counting takes
@@ -76,29 +76,23 @@ class _Steps:
         self.count += 1
 
 
-_steps = _Steps()
+steps = _Steps()
 _no_steps = _Steps()
-
-
-def steps_counted() -> int:
-    """Optimizer steps of this process so far, from the first call on."""
-    _steps.start()
-    return _steps.count
 
 
 class Kept:
     """A computed weight with everything that tells whether its g and v, or it itself, have been written to since.
 
-    `steps=False` leaves optimizer steps out: for a caller who renews the weight after each of them.
+    `count_steps=False` leaves optimizer steps out: for a caller who renews the weight after each of them.
     """
 
     __slots__ = ("_counted", "_g", "_places", "_probed", "_starts", "_step", "_v", "_versions", "used", "w")
 
-    def __init__(self, w: Tensor, g: Tensor, v: Tensor, *, steps: bool = True) -> None:
-        _steps.start()
+    def __init__(self, w: Tensor, g: Tensor, v: Tensor, *, count_steps: bool = True) -> None:
+        steps.start()
         self.w, self._g, self._v = w, g, v
         self.used = False  # for whoever keeps weights ahead of their use
-        self._counted = _steps if steps else _no_steps
+        self._counted = steps if count_steps else _no_steps
         self._places = (*_places(g, (2,)), *_places(v, (1, 3)))
         self._starts = (g.data_ptr(), v.data_ptr())
         self.renew()

@@ -24,19 +24,21 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from wnsurgery import fused
 from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
-from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError, WnsurgeryError
+from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
+from wnsurgery.joint_graph import is_in_backward, may_share
 from wnsurgery.kept import Kept, Rooms
+from wnsurgery.loans import Loan, lend_out
 from wnsurgery.looked_up import look_up, serves
 from wnsurgery.multi_tensor import Item
-from wnsurgery.preparation import Made, Preparation, may_make
+from wnsurgery.preparation import Preparation, may_make
 from wnsurgery.reparam import (
     ZERO_LOG,
     Ready,
     WeightNorm,
     blank_module,
-    compose_eagerly,
     compose_in_one_pass,
     copied_module,
+    with_graph,
 )
 
 __all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_parameter"]
@@ -44,48 +46,11 @@ __all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_paramet
 _AHEAD = 1 << 17  # elements above which a weight that was made ahead would have left the cache by its use
 _MAX_HANDLES = 63  # weights handed out and still alive that are watched for writes
 PASSING = frozenset(
-    {"_deferred", "_evaluation", "_handed_out", "_kept", "_lent", "_made", "_ready", "_round"}
+    {"_deferred", "_evaluation", "_handed_out", "_kept", "_lent", "_made", "_nested", "_ready", "_round"}
 )  # attributes that belong to this process and this moment
 _is_compiling, _tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
+_grad_enabled = torch.is_grad_enabled
 _ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
-
-
-class _HandedOut(weakref.ref[Tensor]):
-    """A weight somebody holds: when he lets it go, a write into it reaches g and v, if they did not change since."""
-
-    __slots__ = ("_g", "_g_version", "_owner", "_v", "_v_version", "_version", "alias")
-
-    def __new__(cls, w: Tensor, owner: WeightNormList, g: Tensor, v: Tensor) -> _HandedOut:
-        return super().__new__(cls, w, _let_go)
-
-    def __init__(self, w: Tensor, owner: WeightNormList, g: Tensor, v: Tensor) -> None:
-        super().__init__(w, _let_go)  # type: ignore[call-arg]
-        self.alias, self._owner, self._g, self._v = w.detach(), weakref.ref(owner), g, v
-        self._version, self._g_version, self._v_version = self.alias._version, g._version, v._version
-
-    def is_of(self, g: Tensor, v: Tensor) -> bool:
-        """Whether it was computed from this pair as it is now."""
-        return g is self._g and v is self._v and g._version == self._g_version and v._version == self._v_version
-
-    def is_written(self) -> bool:
-        return self.alias._version != self._version
-
-    def let_go(self) -> None:
-        entry = self._owner()
-        watched = None if entry is None else entry.__dict__.get("_handed_out")
-        if entry is None or not watched:
-            return
-        if not self.is_written():
-            entry._unwatch(self)
-            return
-        try:
-            entry.absorb()
-        except WnsurgeryError:  # a callback cannot raise: the next access does
-            entry.__dict__["_handed_out"] = watched
-
-
-def _let_go(handle: _HandedOut) -> None:
-    handle.let_go()
 
 
 class WeightNormList(ParametrizationList):
@@ -93,20 +58,24 @@ class WeightNormList(ParametrizationList):
 
     _deferred: DeferredWeight | None = None  # in deferred mode
     _kept: Kept | None = None
-    _made: Made | None = None  # for the next use in training
+    _made: Loan | None = None  # for the next use in training
     _preparation: Preparation | None = None  # with the other weights of its net
 
     def forward(self) -> Tensor:
-        kept = None if _is_compiling() else self._kept  # compiled code would depend on whether one is kept
-        if kept is not None and not torch.is_grad_enabled():
+        if _is_compiling():  # compiled code would depend on what is kept, and what was made
+            return self._computed()
+        if _grad_enabled():
+            made = None if self._made is None else self._take_made()
+            return self._computed() if made is None else made
+        kept = self._kept
+        if kept is not None:
             halves = self._parameters
             known = kept.is_of(halves.get("original0"), halves.get("original1"))
             if known and len(self._modules) == 1 and _tracing() is None:
                 if not kept.used:
                     self._evaluated(kept)
                 return kept.w
-        made = None if _is_compiling() or self._made is None else self._take_made()
-        return self._computed() if made is None else made
+        return self._computed()
 
     def _computed(self) -> Tensor:
         rule: Any = self._modules["0"]
@@ -170,36 +139,43 @@ class WeightNormList(ParametrizationList):
             w.requires_grad_()
         if Kept.can_hold(g, v):
             self.__dict__["_kept"] = Kept(w, g, v)
-        elif (record := self._record(w, g, v)) is not None:
+        elif (record := lend_out(w, self, g, v)) is not None:
             self._watch(record)
         return w
 
     def _take_made(self) -> Tensor | None:
         """The weight that was made ahead for this use, None if it does not serve it; it serves no other."""
-        state, halves = self.__dict__, self._parameters
-        if not torch.is_grad_enabled():
-            return None
+        state, halves, modules = self.__dict__, self._parameters, self._modules
         if "_handed_out" in state or "_kept" in state:
             self.absorb()
-        made: Made = state.pop("_made")
-        alone = len(self._modules) == 1 and "_kept" not in state and "_deferred" not in state
-        if not alone or _hooked(self._modules["0"]) or _tracing() is not None or not may_make():
-            return None
-        if not made.is_of(halves.get("original0"), halves.get("original1")):
+        made: Loan = state.pop("_made")
+        rule: Any = modules["0"]
+        if (
+            len(modules) != 1
+            or "_kept" in state
+            or "_deferred" in state
+            or rule._forward_hooks
+            or rule._forward_pre_hooks
+            or _tracing() is not None
+            or not may_make()
+            or not made.serves(halves.get("original0"), halves.get("original1"))
+            or (made.shared and (is_in_backward() or not may_share(*self.pair())))
+        ):
             return None
         return self._hand_over(made)
 
-    def _hand_over(self, made: Made) -> Tensor:
+    def _hand_over(self, made: Loan) -> Tensor:
         net = self._preparation
         if net is not None:
             net.use(self)
-        if made.record is not None:
-            self._watch(made.record)
-        return made.lend()
+        self._watch(made)
+        return made.use()
 
     def _for_training(self, rule: Any, g: Tensor, v: Tensor) -> Tensor:
         """The weight with its graph: made by itself, or with those that the last pass used."""
         net, ready = self._preparation, None
+        if is_in_backward():
+            self.__dict__["_nested"] = True
         sizes = fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
         if sizes is not None:
             made = net.make(self) if net is not None and v.numel() <= _AHEAD and may_make() else None
@@ -209,28 +185,32 @@ class WeightNormList(ParametrizationList):
         elif net is not None:
             ready = net.take(self, g, v)
         w: Tensor = rule.compose(g, v, self._rooms(), ready)
-        record = self._record(w, g, v)
+        record = lend_out(w, self, g, v)
         if record is not None:
             self._watch(record)
         return w
 
-    def make(self, ready: Ready | None = None) -> Made | None:
-        """The weight for a use in training to come, None where only the use itself can tell what it is."""
+    def make(self, ready: Ready | None = None) -> Loan | None:
+        """The weight for a use in training to come, None where only the use itself can tell what it is.
+
+        `ready` is what somebody has computed of it, from the pair as it is.
+        """
+        state, modules = self.__dict__, self._modules
         g, v = self.pair()
-        rule: Any = self._modules["0"]
-        if "1" in self._modules or _hooked(rule) or _is_watched(g, v) or torch.autograd.forward_ad._current_level >= 0:
+        rule: Any = modules["0"]
+        if len(modules) != 1 or rule._forward_hooks or rule._forward_pre_hooks:
             return None
-        kept = self.__dict__.get("_kept")
-        if kept is not None and not kept.is_written():
-            del self.__dict__["_kept"]  # its memory serves
-        self.absorb()
+        if "_kept" in state and not state["_kept"].is_written():
+            del state["_kept"]  # its memory serves
         if ready is None:
+            if _is_watched(g, v):
+                return None
+            self.absorb()
             sizes = fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
             ready = None if sizes is None else compose_in_one_pass(g, v, sizes, self._rooms())
         if ready is None or ready.w is None:
             return None
-        w = compose_eagerly(g, v, rule.axes, rule.magnitude, self._rooms(), ready)
-        return Made(w, g, v, self._record(w, g, v))
+        return lend_out(with_graph(ready, g, v, (rule.axes, rule.magnitude, self._rooms())), self, g, v, ahead=True)
 
     def item(self) -> Item | None:
         """Its pair and rule, None where the factor cannot be told from the row norms in passing."""
@@ -296,20 +276,18 @@ class WeightNormList(ParametrizationList):
             rooms = self.__dict__["_lent"] = Rooms()
         return rooms
 
-    def _record(self, w: Tensor, g: Tensor, v: Tensor) -> _HandedOut | None:
-        """What tells whether a computed weight was written into, for as long as somebody holds it."""
-        return None if w.is_inference() or g.is_inference() or v.is_inference() else _HandedOut(w, self, g, v)
-
-    def _watch(self, record: _HandedOut) -> None:
+    def _watch(self, loan: Loan) -> None:
         held = self.__dict__.get("_handed_out")
-        self.__dict__["_handed_out"] = [record] if held is None else [*held[-_MAX_HANDLES:], record]
+        self.__dict__["_handed_out"] = [loan] if held is None else [*held[-_MAX_HANDLES:], loan]
 
-    def _unwatch(self, gone: _HandedOut) -> None:
-        left = [record for record in self.__dict__["_handed_out"] if record is not gone]
+    def unwatch(self, gone: Loan) -> None:
+        """A weight was let go as it was handed out."""
+        state = self.__dict__
+        left = [loan for loan in state["_handed_out"] if loan is not gone]
         if left:
-            self.__dict__["_handed_out"] = left
+            state["_handed_out"] = left
         else:
-            del self.__dict__["_handed_out"]
+            del state["_handed_out"]
 
     def pair(self) -> tuple[Tensor, Tensor]:
         g: Tensor | None = self._parameters.get("original0")
@@ -329,8 +307,8 @@ class WeightNormList(ParametrizationList):
             self._deferred.settle()
             return
         kept = self.__dict__.get("_kept")
-        records = self.__dict__.pop("_handed_out", None)
-        if kept is None and not records:
+        loans = self.__dict__.pop("_handed_out", None)
+        if kept is None and not loans:
             return
         now_g, now_v = self.pair()
         if kept is not None and kept.is_written():
@@ -338,17 +316,17 @@ class WeightNormList(ParametrizationList):
             if kept.was_of(now_g, now_v):
                 self._store(kept.w)
                 return
-        if not records:
+        if not loans:
             return
         live = []
-        for record in records:
-            if not record.is_of(now_g, now_v):
+        for loan in loans:
+            if not loan.is_of(now_g, now_v):
                 continue
-            if record.is_written():
-                self._store(record.alias)
+            if loan.is_written():
+                self._store(loan.written())
                 return
-            if record() is not None:
-                live.append(record)
+            if loan() is not None:
+                live.append(loan)
         if live:
             self.__dict__["_handed_out"] = live
 

@@ -14,59 +14,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
+from torch.autograd import forward_ad
 
-from wnsurgery.kept import steps_counted
+from wnsurgery import fused
+from wnsurgery.joint_graph import is_in_backward, may_share, with_joint_graph
+from wnsurgery.kept import LARGE, steps
+from wnsurgery.loans import Loan, lend_out
 from wnsurgery.multi_tensor import row_factors
+from wnsurgery.norms import SMALL
 from wnsurgery.reparam import Ready
 from wnsurgery.small_weights import SmallWeights, is_small
 
-__all__ = ["Made", "Preparation", "may_make"]
+__all__ = ["Preparation", "may_make"]
 
 _PLANS = 8  # sets of weights used together that are remembered
+_SHARING = 64  # weights with one node of the graph in common: gradients come by so many at a time
 
 
-class Made:
-    """A weight with its graph, computed ahead of its use."""
-
-    __slots__ = ("_at", "_flags", "_g", "_steps", "_v", "_versions", "record", "w")
-
-    def __init__(self, w: Tensor, g: Tensor, v: Tensor, record: Any) -> None:
-        self.w, self._g, self._v, self.record = w, g, v, record
-        # sums and shifts, not tuples: thousands of them a second would keep the garbage collector busy
-        self._versions = g._version << 32 | v._version
-        self._at = g.data_ptr() << 64 | v.data_ptr()
-        self._flags = g.requires_grad << 1 | v.requires_grad
-        self._steps = steps_counted()
-
-    def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
-        """Whether it is what a use of this pair would compute now."""
-        return (
-            g is self._g
-            and v is self._v
-            and g is not None
-            and v is not None
-            and g._version << 32 | v._version == self._versions
-            and g.data_ptr() << 64 | v.data_ptr() == self._at
-            and g.requires_grad << 1 | v.requires_grad == self._flags
-            and steps_counted() == self._steps
-        )
-
-    def lend(self) -> Tensor:
-        """The weight, for its one use; in the backward pass its turn comes as if it had been made now."""
-        node = self.w.grad_fn
-        if node is not None:
-            node._set_sequence_nr(_next_number())  # type: ignore[attr-defined]
-        return self.w
-
-
-_next_number: Any = torch._C._autograd._get_sequence_nr
 _saving_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
+_inference_mode = torch.is_inference_mode_enabled
 
 
 def may_make() -> bool:
     """Whether weights may be made ahead of use: not where somebody watches what each layer saves for its backward pass,
-    as activation checkpointing does."""
-    return _saving_hooks(True) is None
+    as activation checkpointing does, nor in forward or inference mode."""
+    return _saving_hooks(True) is None and forward_ad._current_level < 0 and not _inference_mode()
 
 
 class _Rounds:
@@ -88,30 +61,28 @@ class _Rounds:
         """What to prepare now that an entry is needed: it alone, or all those of the round that its second use ends."""
         if entry.__dict__.get(self._mark) != self._number:
             return [entry]
-        known = [one for reference in list(self._known.values()) if (one := reference()) is not None]
+        mark, number = self._mark, self._number
         self._number += 1
-        return [one for one in known if one.__dict__.get(self._mark) == self._number - 1]
+        known = list(self._known.values())  # while the collector may take some away
+        return [one for at in known if (one := at()) is not None and one.__dict__.get(mark) == number]
 
 
 class Preparation:
     """The weights of one net that are used together, told by the passes themselves.
 
     An *entry* is whoever owns a pair: an object with attributes `_made`, `_ready`, `_round` and `_evaluation` to spare,
-    with `item()`, its pair and rule, `absorb()`, which settles its pair, `make()`, its weight as a `Made` or None, and
-    `keep()`, which keeps its weight for evaluation.
+    with `pair()`, `item()`, its pair and rule, `absorb()`, which settles its pair, `make()`, its weight as a `Loan` or
+    None, and `keep()`, which keeps its weight for evaluation. One that was used in a backward pass has `_nested`.
     """
 
     def __init__(self) -> None:
         self._training, self._evaluation = _Rounds("_round"), _Rounds("_evaluation")
-        self._plans: dict[tuple[Any, ...], _Plan] = {}
+        self.use = self._training.use  # a training pass uses a weight
+        self._plans: list[_Plan] = []  # the last one used is the first
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Preparation:
         twin = memo[id(self)] = Preparation()
         return twin
-
-    def use(self, entry: Any) -> None:
-        """A training pass uses a weight."""
-        self._training.use(entry)
 
     def take(self, entry: Any, g: Tensor, v: Tensor) -> Ready | None:
         """The factors of one weight, for one use; None where its rows need the long way."""
@@ -122,22 +93,24 @@ class Preparation:
         self.use(entry)
         return None if waiting is None else waiting[1]
 
-    def make(self, entry: Any) -> Made | None:
+    def make(self, entry: Any) -> Loan | None:
         """One weight, for one use, with those that were used together with it; None where nothing is to be gained."""
         together = self._training.together(entry)
         self.use(entry)
         if len(together) == 1:
             return None
+        needed = []
         for one in together:
-            one.absorb()
-        needed = [one for one in together if one is entry or not _has_made(one)]
-        plan, ready = self._plan(needed), {}
-        if plan.small is not None:
-            with torch.no_grad():
-                ready = dict(zip(map(id, plan.living()), plan.small.compute(), strict=False))
-        for one in needed:
-            one.__dict__["_made"] = one.make(ready.get(id(one)))
-        made: Made | None = entry.__dict__.pop("_made")
+            state = one.__dict__
+            if "_handed_out" in state or "_kept" in state:
+                one.absorb()
+            if one is entry or not _has_made(one):
+                needed.append(one)
+        plan = self._plan(needed)
+        alone = needed if plan.small is None else _make_small(needed, plan, plan.small)
+        for one in alone:
+            one.__dict__["_made"] = one.make()
+        made: Loan | None = entry.__dict__.pop("_made")
         return made
 
     def keep(self, entry: Any) -> None:
@@ -150,48 +123,95 @@ class Preparation:
         self._evaluation.use(entry)
 
     def _plan(self, entries: list[Any]) -> _Plan:
-        key = tuple(
-            what for e in entries for half in e.pair() for what in (id(e), id(half), half.dtype, half.data_ptr())
-        )
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) >= _PLANS:
-                self._plans.clear()
-            plan = self._plans[key] = _Plan(entries)
-        return plan
+        for i, plan in enumerate(self._plans):
+            if plan.is_of(entries):
+                if i:
+                    self._plans.insert(0, self._plans.pop(i))
+                return plan
+        del self._plans[_PLANS - 1 :]
+        self._plans.insert(0, _Plan(entries))
+        return self._plans[0]
 
     def _prepare(self, entries: list[Any]) -> None:
         plan = self._plan(entries)
         with torch.no_grad():
             found = [*(plan.small.compute() if plan.small else ()), *row_factors(plan.others)]
-        for entry, (g, v), ready in zip(plan.living(), plan.pairs, found, strict=True):
-            if ready is not None and entry is not None:
-                entry.__dict__["_ready"] = (_moment(g, v), ready)
+        for i, ready in zip((*plan.small_at, *plan.others_at), found, strict=True):
+            if ready is not None:
+                entries[i].__dict__["_ready"] = (_moment(*entries[i].pair()), ready)
+
+
+def _make_small(entries: list[Any], plan: _Plan, small: SmallWeights) -> list[Any]:
+    """Make the small weights of a plan, with nodes of the graph in common where they may; returns the other entries.
+
+    They may not in a backward pass, which ends before others that would share a node, nor where processes exchange
+    gradients, which count every call.
+    """
+    made = small.make()
+    others = [entries[i] for i in plan.not_small_at]
+    sharing: list[int] = []
+    apart = is_in_backward() or (dist.is_available() and dist.is_initialized())
+    for k, (i, g, v, fine) in enumerate(zip(plan.small_at, small.g, small.v, made.fine, strict=True)):
+        if not fine:
+            others.append(entries[i])
+        elif not apart and may_share(g, v) and "_nested" not in entries[i].__dict__:
+            sharing.append(k)
+        else:
+            entries[i].__dict__["_made"] = entries[i].make(made.ready(k, g.numel()))
+    for first in range(0, len(sharing), _SHARING):
+        chosen = sharing[first : first + _SHARING]
+        for k, w in zip(chosen, with_joint_graph(small, chosen, made), strict=True):
+            one = entries[plan.small_at[k]]
+            one.__dict__["_made"] = lend_out(w, one, small.g[k], small.v[k], ahead=True, shared=True)
+    return others
 
 
 def _has_made(entry: Any) -> bool:
     made = entry.__dict__.get("_made")
-    return made is not None and made.is_of(*entry.pair())
+    return made is not None and made.serves(*entry.pair())
 
 
 class _Plan:
     """How the weights of some entries are computed; holds their pairs, so that no other tensor takes their identity."""
 
     def __init__(self, entries: list[Any]) -> None:
-        known = [(entry, item) for entry in entries if (item := entry.item()) is not None]
-        small = [(entry, i) for entry, i in known if is_small(i.g, i.v, i.axes, i.magnitude)]
-        others = [(entry, i) for entry, i in known if not is_small(i.g, i.v, i.axes, i.magnitude)]
-        self.entries = [weakref.ref(entry) for entry, _ in (*small, *others)]
-        self.pairs = [(item.g, item.v) for _, item in (*small, *others)]
-        self.small = SmallWeights([(item.g, item.v) for _, item in small]) if small else None
-        self.others = [item for _, item in others]
+        pairs = [entry.pair() for entry in entries]
+        self._lines = [
+            (weakref.ref(one), g, v, g.data_ptr(), v.data_ptr(), g.dtype, v.dtype, v.numel(), v.is_contiguous())
+            for one, (g, v) in zip(entries, pairs, strict=True)
+        ]
+        known = {i: item for i, entry in enumerate(entries) if (item := entry.item()) is not None}
+        few = LARGE if fused.started() else SMALL
+        self.small_at = [i for i, it in known.items() if is_small(it.g, it.v, it.axes, it.magnitude, few)]
+        chosen = set(self.small_at)
+        self.others_at = [i for i in known if i not in chosen]
+        self.not_small_at = [i for i in range(len(entries)) if i not in chosen]
+        self.small = SmallWeights([pairs[i] for i in self.small_at]) if chosen else None
+        self.others = [known[i] for i in self.others_at]
 
-    def living(self) -> list[Any]:
-        """The entries, the small ones first; None for one that is gone."""
-        return [reference() for reference in self.entries]
+    def is_of(self, entries: list[Any]) -> bool:
+        """Whether these are its entries, with the same pairs in the same memory."""
+        if len(entries) != len(self._lines):
+            return False
+        for one, (reference, g, v, g_at, v_at, g_type, v_type, size, dense) in zip(entries, self._lines, strict=True):
+            pair = one.pair()
+            if (
+                reference() is not one
+                or pair[0] is not g
+                or pair[1] is not v
+                or g.data_ptr() != g_at
+                or v.data_ptr() != v_at
+                or g.dtype is not g_type
+                or v.dtype is not v_type
+                or v.numel() != size
+                or v.is_contiguous() != dense
+            ):
+                return False
+        return True
 
 
 def _moment(g: Tensor, v: Tensor) -> tuple[Any, ...]:
     """What changes when a pair does, or becomes another one's."""
+    steps.start()
     wanted = (g.requires_grad, v.requires_grad)
-    return (id(g), id(v), g._version, v._version, g.data_ptr(), v.data_ptr(), v.dtype, wanted, steps_counted())
+    return (id(g), id(v), g._version, v._version, g.data_ptr(), v.data_ptr(), v.dtype, wanted, steps.count)

@@ -38,7 +38,17 @@ from wnsurgery.norms import (
 from wnsurgery.ownership import counted, is_private
 from wnsurgery.ownership import prepare as prepare_counts
 
-__all__ = ["Axes", "Magnitude", "Ready", "WeightNorm", "blank_module", "compose", "decompose", "magnitude_dtype_for"]
+__all__ = [
+    "Axes",
+    "Magnitude",
+    "Ready",
+    "WeightNorm",
+    "blank_module",
+    "compose",
+    "decompose",
+    "magnitude_dtype_for",
+    "with_graph",
+]
 
 Magnitude = Literal["linear", "log"]
 
@@ -240,6 +250,11 @@ def compose_eagerly(
     return _apply(g, v, (axes, magnitude, rooms), ready)  # type: ignore[no-any-return]
 
 
+def with_graph(ready: Ready, g: Tensor, v: Tensor, how: How) -> Tensor:
+    """The weight that somebody has computed of a pair, with its graph."""
+    return _apply(g, v, how, ready)  # type: ignore[no-any-return]
+
+
 def compose_in_one_pass(g: Tensor, v: Tensor, sizes: fused.Sizes, rooms: Rooms | None = None) -> Ready:
     """w and ||v|| by the compiled kernels, for a pair they take; nothing where a row needs the long way."""
     if v.numel() >= LARGE:
@@ -339,7 +354,7 @@ class Ready(NamedTuple):
     w: Tensor | None = None
 
 
-_How: TypeAlias = tuple[Axes, Magnitude, Rooms | None]
+How: TypeAlias = tuple[Axes, Magnitude, Rooms | None]
 
 
 @counted
@@ -347,7 +362,7 @@ class _Compose(torch.autograd.Function):
     """compose() for eager mode: one pass for the norm, one for the product, the paper's formula backward."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, v: Tensor, how: _How, ready: Ready | None) -> Tensor:
+    def forward(ctx: Any, g: Tensor, v: Tensor, how: How, ready: Ready | None) -> Tensor:
         ctx.how = how
         if ready is not None and ready.w is not None:
             ctx.save_for_backward(g, v, ready.norms)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,19 +18,19 @@ from wnsurgery import fused
 from wnsurgery.norms import SMALL, ordinary_factors
 from wnsurgery.reparam import Axes, Ready
 
-__all__ = ["SmallWeights", "is_small", "small_magnitudes"]
+__all__ = ["Made", "SmallWeights", "is_small", "small_magnitudes"]
 
 
-def is_small(g: Tensor, v: Tensor, axes: Axes, magnitude: str) -> bool:
-    """Whether a pair can be one of `SmallWeights`: float32 rows in one piece of the CPU's memory."""
+def is_small(g: Tensor, v: Tensor, axes: Axes, magnitude: str, limit: int = SMALL) -> bool:
+    """Whether a pair can be one of `SmallWeights`: float32 rows in one piece of the CPU's memory, few elements."""
     plain = g.dtype == torch.float32 and g.device.type == "cpu" and g.is_contiguous() and not (g.is_neg() or v.is_neg())
-    return magnitude == "linear" and plain and _has_small_rows(v, axes)
+    return magnitude == "linear" and plain and _has_small_rows(v, axes, limit)
 
 
-def _has_small_rows(v: Tensor, axes: Axes) -> bool:
+def _has_small_rows(v: Tensor, axes: Axes, limit: int = SMALL) -> bool:
     return (
         (type(v) is Tensor or issubclass(type(v), nn.Parameter))
-        and 0 < v.numel() <= SMALL
+        and 0 < v.numel() <= limit
         and v.dtype == torch.float32
         and axes.kept in ((0,), ())
         and v.device.type == "cpu"
@@ -70,8 +70,26 @@ def small_magnitudes(weights: Sequence[tuple[Tensor, Axes]]) -> list[Tensor | No
     return found
 
 
+def _floats(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.float32, device="cpu")
+
+
 def _starts(lengths: Any) -> Any:
     return np.concatenate(([0], np.cumsum(lengths)[:-1]))
+
+
+class Made(NamedTuple):
+    """What `SmallWeights.make` has made: weights, ||v|| of all their rows in one block, where in it each weight's norms
+    begin, and of which weights that is true: others have a row that is not an ordinary one."""
+
+    weights: list[Tensor]
+    norms: Tensor
+    starts: list[int]
+    fine: list[bool]
+
+    def ready(self, i: int, rows: int) -> Ready:
+        """One weight that is fine, by itself."""
+        return Ready(self.norms[self.starts[i] :][:rows], None, self.weights[i])
 
 
 class SmallWeights:
@@ -84,16 +102,18 @@ class SmallWeights:
     """
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        self._g, self._v = [g for g, _ in pairs], [v for _, v in pairs]
-        self._shapes = [tuple(v.shape) for v in self._v]
-        self._sizes = [v.numel() for v in self._v]
-        self._rows = [g.numel() for g in self._g]
+        self.g, self.v = [g for g, _ in pairs], [v for _, v in pairs]
+        self._shapes = [tuple(v.shape) for v in self.v]
+        self._sizes = [v.numel() for v in self.v]
+        self._rows = [g.numel() for g in self.g]
+        self._all_rows = sum(self._rows)
         counts, lengths = np.array(self._rows), np.array(self._sizes) // np.array(self._rows)
         self._lengths = np.repeat(lengths, counts)  # of each row
         self._starts = _starts(self._lengths)
-        self._firsts = _starts(counts)  # each weight's first row
+        self._firsts: list[int] = _starts(counts).tolist()  # each weight's first row
         self._blocks: tuple[Tensor, Tensor, list[Tensor], list[Tensor]] | None = None
         self._table: Any = None
+        self.lines: list[tuple[int, ...]] = []  # of `fused.lines_of`, once `make` has run
 
     def _like_v(self, flat: Tensor) -> list[Tensor]:
         chunks = torch.unsafe_split_with_sizes(flat, self._sizes)  # each with a version of its own
@@ -101,16 +121,16 @@ class SmallWeights:
 
     def _like_g(self, flat: Tensor) -> list[Tensor]:
         chunks = torch.unsafe_split_with_sizes(flat, self._rows)
-        return [chunk.resize_(g.shape) for chunk, g in zip(chunks, self._g, strict=True)]
+        return [chunk.resize_(g.shape) for chunk, g in zip(chunks, self.g, strict=True)]
 
     def _copy_pairs(self) -> tuple[Tensor, Tensor]:
         """All v and all g side by side, in memory that is kept."""
         if self._blocks is None:
-            v, g = torch.empty(sum(self._sizes)), torch.empty(sum(self._rows))
+            v, g = _floats(sum(self._sizes)), _floats(sum(self._rows))
             self._blocks = v, g, self._like_v(v), self._like_g(g)
         flat_v, flat_g, places_v, places_g = self._blocks
-        torch._foreach_copy_(places_v, self._v)
-        torch._foreach_copy_(places_g, self._g)
+        torch._foreach_copy_(places_v, self.v)
+        torch._foreach_copy_(places_g, self.g)
         return flat_v, flat_g
 
     def compute(self) -> list[Ready | None]:
@@ -130,14 +150,34 @@ class SmallWeights:
                 found = [one if fine else None for one, fine in zip(found, whole, strict=True)]
             return found
 
-    def _in_one_pass(self) -> list[Ready | None]:
-        """`compute` by the compiled kernels, which read each pair where it lies."""
+    def make(self) -> Made:
+        """All weights by the compiled kernels, which read each pair where it lies and write each weight by itself.
+
+        Not for inference mode, in which new tensors are of its kind.
+        """
         if self._table is None:
-            self._table = fused.table_of(list(zip(self._g, self._v, strict=True)))
-        w, norms = torch.empty(sum(self._sizes)), torch.empty(sum(self._rows))
-        fine = fused.many_forward(self._table, w, norms)
-        short = torch.unsafe_split_with_sizes(norms, self._rows)
-        return [Ready(n, None, one) if ok else None for n, one, ok in zip(short, self._like_v(w), fine, strict=True)]
+            self.lines = fused.lines_of(list(zip(self.g, self.v, strict=True)))
+            self._table = np.array(self.lines, dtype=np.int64)
+        weights, norms = [torch.empty_like(v) for v in self.v], _floats(self._all_rows)
+        return Made(weights, norms, self._firsts, fused.many_forward(self._table, weights, norms))
+
+    def _in_one_pass(self) -> list[Ready | None]:
+        made = self.make()
+        return [made.ready(i, rows) if made.fine[i] else None for i, rows in enumerate(self._rows)]
+
+    def is_where_it_was(self, i: int) -> bool:
+        """Whether the kernels may read a weight's pair where they read it before."""
+        g, v, (v_at, g_at, _, _, rows, columns, _) = self.g[i], self.v[i], self.lines[i]
+        return (
+            v.data_ptr() == v_at
+            and g.data_ptr() == g_at
+            and v.numel() == rows * columns
+            and g.numel() == rows
+            and v.dtype is torch.float32 is g.dtype
+            and v.is_contiguous()
+            and g.is_contiguous()
+            and not (v.is_neg() or g.is_neg())
+        )
 
     def _spread(self, per_row: Any) -> Tensor:
         return torch.from_numpy(np.repeat(per_row, self._lengths))

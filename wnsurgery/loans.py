@@ -1,0 +1,138 @@
+"""A weight that a module hands out with its graph: made for one use, and watched for as long as somebody holds it.
+
+In-place writes into `module.weight`, as `torch.nn.init` does them, go into a computed tensor. Its version counter tells
+of them; when the last who holds the tensor lets it go, they are taken over into g and v.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wnsurgery.errors import WnsurgeryError
+from wnsurgery.kept import steps
+
+__all__ = ["Loan", "lend_out"]
+
+_next_number: Any = torch._C._autograd._get_sequence_nr
+
+
+class Loan(weakref.ref[Tensor]):
+    """A weight, the pair it was computed from, and the state of both at the time; made by `lend_out`.
+
+    `w` is there until its use; `shared` says whether its node of the graph is another weight's, too. The owner has
+    `absorb()`, which takes writes over into its pair, and `unwatch()`.
+    """
+
+    # a class with an __init__ of its own, or with properties, would cost a small layer a tenth of its weight norm
+    __slots__ = (
+        "_alias",
+        "_flags",
+        "_g",
+        "_g_at",
+        "_g_version",
+        "_owner",
+        "_steps",
+        "_v",
+        "_v_at",
+        "_v_version",
+        "_version",
+        "shared",
+        "w",
+    )
+
+    w: Tensor
+    shared: bool
+    _alias: Tensor
+    _owner: weakref.ref[Any]
+    _g: Tensor
+    _v: Tensor
+    _version: int
+    _g_version: int
+    _v_version: int
+    _g_at: int
+    _v_at: int
+    _flags: int
+    _steps: int
+
+    def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
+        """Whether it was computed from this pair, which has counted no write since."""
+        return (
+            g is self._g
+            and v is self._v
+            and g is not None
+            and v is not None
+            and g._version == self._g_version
+            and v._version == self._v_version
+        )
+
+    def serves(self, g: Tensor | None, v: Tensor | None) -> bool:
+        """Whether it is what a use of this pair would compute now, as far as anything tells of a change."""
+        return (
+            g is self._g
+            and v is self._v
+            and g is not None
+            and v is not None
+            and g._version == self._g_version
+            and v._version == self._v_version
+            and g.data_ptr() == self._g_at
+            and v.data_ptr() == self._v_at
+            and g.requires_grad << 1 | v.requires_grad == self._flags
+            and steps.count == self._steps
+        )
+
+    def is_written(self) -> bool:
+        """Whether somebody wrote into the weight itself."""
+        return self._alias._version != self._version
+
+    def written(self) -> Tensor:
+        """The weight's values, also when nobody holds it any more."""
+        return self._alias
+
+    def use(self) -> Tensor:
+        """The weight, for its one use; in the backward pass its turn comes as if it had been made now."""
+        w: Tensor = self.w
+        del self.w
+        node = w.grad_fn
+        if node is not None:
+            node._set_sequence_nr(_next_number())  # type: ignore[attr-defined]
+        return w
+
+
+def lend_out(w: Tensor, owner: Any, g: Tensor, v: Tensor, *, ahead: bool = False, shared: bool = False) -> Loan | None:
+    """A record of a weight computed from a pair; None for tensors of inference mode, whose writes nobody counts.
+
+    With `ahead`, the weight waits in the record for its use.
+    """
+    if w.is_inference() or g.is_inference() or v.is_inference():
+        return None
+    loan = Loan(w, _let_go)
+    loan._alias = alias = w.detach()
+    loan._owner, loan._g, loan._v = weakref.ref(owner), g, v
+    loan._version, loan._g_version, loan._v_version = alias._version, g._version, v._version
+    if ahead:
+        loan.w, loan.shared = w, shared
+        loan._g_at, loan._v_at = g.data_ptr(), v.data_ptr()
+        loan._flags = g.requires_grad << 1 | v.requires_grad
+        steps.start()
+        loan._steps = steps.count
+    return loan
+
+
+def _let_go(loan: Loan) -> None:
+    owner = loan._owner()
+    if owner is None:
+        return
+    watched = owner.__dict__.get("_handed_out")
+    if not watched:
+        return
+    if loan._alias._version == loan._version:
+        owner.unwatch(loan)
+        return
+    try:
+        owner.absorb()
+    except WnsurgeryError:  # a callback cannot raise: the next access does
+        owner.__dict__["_handed_out"] = watched
