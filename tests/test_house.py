@@ -33,6 +33,7 @@ LAYERS = [
         "after_step",
         "small_weights",
         "looked_up",
+        "large_linear",
         "spread",
     }
     | {"onnx_layout", "onnx_functions", "onnx_guard"},

@@ -27,6 +27,7 @@ from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
 from wnsurgery.joint_graph import is_in_backward, may_share
 from wnsurgery.kept import Kept, Rooms
+from wnsurgery.large_linear import large_linear, serves_linear
 from wnsurgery.loans import Loan, lend_out
 from wnsurgery.looked_up import look_up, serves
 from wnsurgery.multi_tensor import Item
@@ -231,6 +232,23 @@ class WeightNormList(ParametrizationList):
             return None
         self.absorb()
         return look_up(ids, g, v, rule.magnitude, padding)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """x w^T + bias in training, None where w is to be computed by itself, as for all but large weights."""
+        g, v = self.pair()
+        if not serves_linear(x, g, v, bias):
+            return None
+        rule: Any = self._modules["0"]
+        hooks = self._forward_hooks or self._forward_pre_hooks or rule._forward_hooks or rule._forward_pre_hooks
+        others = self._deferred is not None or "1" in self._modules or parametrize._cache_enabled or hooks
+        if others or not may_make() or _is_watched(g, v) or rule.magnitude != "linear" or not rule.fits(g, v):
+            return None
+        fused.start()
+        kept = self.__dict__.get("_kept")
+        if kept is not None and not kept.is_written():
+            del self.__dict__["_kept"]  # its memory serves the next weight
+        self.absorb()
+        return large_linear(x, g, v, bias, rule.axes, self._rooms())
 
     def _leaf(self, weight: DeferredWeight, g: Tensor, v: Tensor) -> Tensor | None:
         """The weight of deferred mode, None where whoever is watching must see it computed from g and v."""
@@ -648,8 +666,9 @@ def _members(base: Any, names: tuple[str, ...]) -> dict[str, Any]:
         if callable(getattr(base, name, None)):
             members[name] = _plain_method(name)
     members |= {name: _computed(name) for name in names}
-    if base.forward is nn.Embedding.forward and "weight" in names:
-        members["forward"] = _look_up
+    for theirs, ours in ((nn.Embedding.forward, _look_up), (nn.Linear.forward, _map)):
+        if base.forward is theirs and "weight" in names:
+            members["forward"] = ours
     return members
 
 
@@ -708,6 +727,15 @@ def _look_up(self: nn.Embedding, ids: Tensor) -> Tensor:
     if torch.is_grad_enabled() and type(entry) is WeightNormList and self.max_norm is None:
         found = None if self.sparse or self.scale_grad_by_freq else entry.rows(ids, self.padding_idx)
     return nn.Embedding.forward(self, ids) if found is None else found
+
+
+def _map(self: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer's forward pass; in training, a large weight is computed with the layer's output."""
+    y = None
+    if not _is_compiling() and _grad_enabled():
+        entry: Any = _table(self)._modules.get("weight")
+        y = entry.linear(x, self.bias) if type(entry) is WeightNormList else None
+    return nn.Linear.forward(self, x) if y is None else y
 
 
 def _as_torch_does(module: nn.Module, name: str) -> Tensor:
