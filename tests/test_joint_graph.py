@@ -341,3 +341,19 @@ def test_a_direction_replaced_through_data_in_between(net: Branches) -> None:
     v.data = old.t().contiguous().t()
     y.backward()
     check(net, lambda w: run(w, X.double(), "ab").square().sum(), "ab")
+
+
+def test_evaluation_in_between_leaves_the_weights_together(net: Branches) -> None:
+    """As in a loop that looks at a validation loss after every step."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(3):
+        with torch.no_grad():
+            net(X)
+        h = share(net, X)
+        nodes = [entry(layer).__dict__["_made"].w.grad_fn for layer in (net.b, net.c, net.d)]
+        loss = net.d(net.c(net.b(h).tanh()).tanh()).square().sum()
+        assert [layer.parametrizations["weight"].__dict__.get("_made") for layer in (net.b, net.c, net.d)] == [None] * 3
+        assert nodes[0] is nodes[2]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

@@ -104,6 +104,7 @@ class Preparation:
             state = one.__dict__
             if "_handed_out" in state or "_kept" in state:
                 one.absorb()
+                state.pop("_kept", None)  # its memory serves
             if one is entry or not _has_made(one):
                 needed.append(one)
         plan = self._plan(needed)
@@ -182,7 +183,11 @@ class _Plan:
         ]
         known = {i: item for i, entry in enumerate(entries) if (item := entry.item()) is not None}
         few = LARGE if fused.started() else SMALL
-        self.small_at = [i for i, it in known.items() if is_small(it.g, it.v, it.axes, it.magnitude, few)]
+        self.small_at = [
+            i
+            for i, it in known.items()
+            if is_small(it.g, it.v, it.axes, it.magnitude, few) and not (it.g.is_inference() or it.v.is_inference())
+        ]
         chosen = set(self.small_at)
         self.others_at = [i for i in known if i not in chosen]
         self.not_small_at = [i for i in range(len(entries)) if i not in chosen]
