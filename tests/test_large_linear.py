@@ -144,6 +144,22 @@ def test_gradients_add_up_over_passes_and_uses(taken: list[Tensor]) -> None:
     assert len(taken) == 3
 
 
+def test_micro_batches_of_two_layers_of_one_shape() -> None:
+    """What is only added to an older gradient is made in memory that the layers share."""
+    torch.manual_seed(0)
+    net = wn.apply_weight_norm(nn.Sequential(nn.Linear(1050, 1050), nn.Tanh(), nn.Linear(1050, 1050)))
+    twin = copy.deepcopy(net).double()
+    for _ in range(2):
+        net.zero_grad()
+        twin.zero_grad()
+        for _ in range(3):
+            x = torch.randn(4, 1050)
+            net(x).square().sum().backward()
+            twin(x.double()).square().sum().backward()
+        for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-3)  # type: ignore[union-attr]
+
+
 def test_a_graph_that_is_kept_gives_its_gradients_twice() -> None:
     module = layer(1100, 1000)
     y = module(torch.randn(4, 1000)).square().sum()

@@ -45,20 +45,26 @@ def serves_linear(x: Tensor, g: Tensor, v: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def large_linear(x: Tensor, g: Tensor, v: Tensor, bias: Tensor | None, axes: Axes, rooms: Rooms) -> Tensor | None:
+def large_linear(
+    x: Tensor, g: Tensor, v: Tensor, bias: Tensor | None, axes: Axes, rooms: Rooms, shared: Rooms
+) -> Tensor | None:
     """x w^T + bias for w = g v / ||v||, shapes as in `torch.nn.functional.linear`, for what `serves_linear`; None where
     the compiled kernels do not take the pair.
 
-    >>> g, v = torch.full((2, 1), 5.0, requires_grad=True), torch.tensor([[3.0, 4.0], [0.0, 2.0]], requires_grad=True)
-    >>> y = large_linear(torch.tensor([[1.0, 1.0]]), g, v, None, Axes((0,)), Rooms()) if fused.start() else None
-    >>> y
+    `rooms` are the layer's own. A gradient that is only added to another, held since the micro-batch before, is made in
+    `shared`, one room for all layers of a shape.
+
+    >>> fused.start()
+    True
+    >>> g, v = torch.full((2, 1), 5.0, requires_grad=True), torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    >>> large_linear(torch.tensor([[1.0, 1.0]]), g, v, None, Axes((0,)), Rooms(), Rooms())
     tensor([[7., 5.]], grad_fn=<_LargeLinearBackward>)
     """
     sizes = fused.plan(g, v, axes.kept, axes.groups, "linear")
     ready = None if sizes is None else compose_in_one_pass(g, v, sizes, rooms)
     if ready is None or ready.w is None:
         return None
-    return _apply(x, g, v, bias, ready.w, ready.norms, axes, rooms)  # type: ignore[no-any-return]
+    return _apply(x, g, v, bias, ready.w, ready.norms, axes, (rooms, shared))  # type: ignore[no-any-return]
 
 
 class _LargeLinear(torch.autograd.Function):
@@ -72,7 +78,7 @@ class _LargeLinear(torch.autograd.Function):
         w: Tensor,
         norms: Tensor,
         axes: Axes,
-        rooms: Rooms,
+        rooms: tuple[Rooms, Rooms],
     ) -> Tensor:
         w.requires_grad_()  # by this flag matmul chooses its kernel, and so the last bit
         y = F.linear(x, w, bias)
@@ -97,10 +103,17 @@ class _LargeLinear(torch.autograd.Function):
             if differentiable or type(grad) is not Tensor or not torch._C._has_storage(grad):
                 grad_g, grad_v = first_order_gradients(rows.t() @ inputs, g, v, None, axes, "linear")
             else:
-                room = rooms.take("grad", v) if v.numel() >= _FRESH else None
-                room = torch.empty_like(v) if room is None else room
-                grad_g, grad_v = _gradients(rows.t(), inputs, g, v, norms, axes, room)
+                grad_g, grad_v = _gradients(rows.t(), inputs, g, v, norms, axes, _room(v, *rooms))
         return grad_x, grad_g, grad_v, grad_bias, None, None, None, None
+
+
+def _room(v: Tensor, own: Rooms, shared: Rooms) -> Tensor:
+    """Memory for a gradient."""
+    room = None
+    if v.numel() >= _FRESH:
+        room = own.take("grad", v)
+        room = shared.take(f"grad of {tuple(v.shape)}", v) if room is None else room
+    return torch.empty_like(v) if room is None else room
 
 
 def _gradients(

@@ -248,7 +248,8 @@ class WeightNormList(ParametrizationList):
         if kept is not None and not kept.is_written():
             del self.__dict__["_kept"]  # its memory serves the next weight
         self.absorb()
-        return large_linear(x, g, v, bias, rule.axes, self._rooms())
+        net = self._preparation
+        return large_linear(x, g, v, bias, rule.axes, self._rooms(), Rooms() if net is None else net.rooms)
 
     def _leaf(self, weight: DeferredWeight, g: Tensor, v: Tensor) -> Tensor | None:
         """The weight of deferred mode, None where whoever is watching must see it computed from g and v."""

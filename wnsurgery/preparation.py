@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from wnsurgery import fused
 from wnsurgery.joint_graph import is_in_backward, may_share, with_joint_graph
-from wnsurgery.kept import LARGE, steps
+from wnsurgery.kept import LARGE, Rooms, steps
 from wnsurgery.loans import Loan, lend_out
 from wnsurgery.multi_tensor import row_factors
 from wnsurgery.norms import SMALL
@@ -79,6 +79,7 @@ class Preparation:
         self._training, self._evaluation = _Rounds("_round"), _Rounds("_evaluation")
         self.use = self._training.use  # a training pass uses a weight
         self._plans: list[_Plan] = []  # the last one used is the first
+        self.rooms = Rooms()  # for what is needed by one layer after the other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Preparation:
         twin = memo[id(self)] = Preparation()
