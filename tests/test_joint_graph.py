@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import wnsurgery as wn
 from wnsurgery import fused
 from wnsurgery.reparam import Axes, compose
+from wnsurgery.small_weights import SmallWeights
 
 
 class Branches(nn.Module):
@@ -357,3 +360,42 @@ def test_evaluation_in_between_leaves_the_weights_together(net: Branches) -> Non
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+def test_threads_that_run_one_net_do_not_write_into_each_others_weights() -> None:
+    pairs = [(torch.rand(200, 1), torch.randn(200, 200)) for _ in range(6)]
+    assert fused.start()
+    small = SmallWeights(pairs)
+    wanted = [compose(g, v, Axes((0,))) for g, v in pairs]
+
+    def work(_: int) -> bool:
+        return all(torch.equal(one, other) for one, other in zip(small.make().weights, wanted, strict=True))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(work, range(400)))
+
+
+@pytest.mark.parametrize("width", [40, 600])
+def test_threads_train_and_evaluate_one_net(width: int) -> None:
+    net = wn.apply_weight_norm(nn.Sequential(*[nn.Linear(width, width) for _ in range(4)]))
+    parts = [half for layer in net for half in halves(layer)]
+    x = torch.randn(3, width)
+    wanted = net(x).detach()
+    grads = torch.autograd.grad(net(x).square().sum(), parts)
+
+    def work(i: int) -> bool:
+        if i % 3 == 0:
+            with torch.no_grad():
+                return torch.equal(net(x), wanted)
+        y = net(x)
+        found = torch.autograd.grad(y.square().sum(), parts)
+        same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(found, grads, strict=True))
+        return torch.equal(y, wanted) and same
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(work, range(200)))
+    finally:
+        sys.setswitchinterval(before)

@@ -154,6 +154,7 @@ def lines_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[int, ...]]:
 def many_forward(table: Any, weights: Sequence[Tensor], norms: Tensor) -> list[bool]:
     """`forward` of many weights, in this thread, with ||v|| of all in one block; whether each consists of ordinary
     rows."""
+    table = table.copy()  # another thread may be at it
     table[:, 2] = [w.data_ptr() for w in weights]
     _Kernels.module.many_forward(table, norms.data_ptr())
     return table[:, 6].tolist()  # type: ignore[no-any-return]

@@ -96,7 +96,7 @@ class WeightNormList(ParametrizationList):
                 self._evaluated(kept)
                 return kept.w  # type: ignore[no-any-return]
             if not kept.is_written():
-                del self.__dict__["_kept"]  # its memory serves the next weight
+                self.__dict__.pop("_kept", None)  # its memory serves the next weight
         self.absorb()
         return self._for_training(rule, g, v) if training else self._for_evaluation(rule, g, v)
 
@@ -128,7 +128,7 @@ class WeightNormList(ParametrizationList):
         if kept is not None and kept.is_of(g, v):
             return
         if kept is not None and not kept.is_written():
-            del self.__dict__["_kept"]
+            self.__dict__.pop("_kept", None)
         self.absorb()
         self._without_graph(self._modules["0"], g, v)
 
@@ -149,10 +149,11 @@ class WeightNormList(ParametrizationList):
         state, halves, modules = self.__dict__, self._parameters, self._modules
         if "_handed_out" in state or "_kept" in state:
             self.absorb()
-        made: Loan = state.pop("_made")
+        made: Loan | None = state.pop("_made", None)  # None where another thread was quicker
         rule: Any = modules["0"]
         if (
-            len(modules) != 1
+            made is None
+            or len(modules) != 1
             or "_kept" in state
             or "_deferred" in state
             or rule._forward_hooks
@@ -201,8 +202,9 @@ class WeightNormList(ParametrizationList):
         rule: Any = modules["0"]
         if len(modules) != 1 or rule._forward_hooks or rule._forward_pre_hooks:
             return None
-        if "_kept" in state and not state["_kept"].is_written():
-            del state["_kept"]  # its memory serves
+        kept = state.get("_kept")
+        if kept is not None and not kept.is_written():
+            state.pop("_kept", None)  # its memory serves
         if ready is None:
             if _is_watched(g, v):
                 return None
@@ -246,7 +248,7 @@ class WeightNormList(ParametrizationList):
         fused.start()
         kept = self.__dict__.get("_kept")
         if kept is not None and not kept.is_written():
-            del self.__dict__["_kept"]  # its memory serves the next weight
+            self.__dict__.pop("_kept", None)  # its memory serves the next weight
         self.absorb()
         net = self._preparation
         return large_linear(x, g, v, bias, rule.axes, self._rooms(), Rooms() if net is None else net.rooms)
@@ -302,11 +304,11 @@ class WeightNormList(ParametrizationList):
     def unwatch(self, gone: Loan) -> None:
         """A weight was let go as it was handed out."""
         state = self.__dict__
-        left = [loan for loan in state["_handed_out"] if loan is not gone]
+        left = [loan for loan in state.get("_handed_out", ()) if loan is not gone]
         if left:
             state["_handed_out"] = left
         else:
-            del state["_handed_out"]
+            state.pop("_handed_out", None)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         g: Tensor | None = self._parameters.get("original0")
@@ -331,7 +333,7 @@ class WeightNormList(ParametrizationList):
             return
         now_g, now_v = self.pair()
         if kept is not None and kept.is_written():
-            del self.__dict__["_kept"]
+            self.__dict__.pop("_kept", None)
             if kept.was_of(now_g, now_v):
                 self._store(kept.w)
                 return

@@ -112,7 +112,7 @@ class Preparation:
         alone = needed if plan.small is None else _make_small(needed, plan, plan.small)
         for one in alone:
             one.__dict__["_made"] = one.make()
-        made: Loan | None = entry.__dict__.pop("_made")
+        made: Loan | None = entry.__dict__.pop("_made", None)  # None where another thread was quicker
         return made
 
     def keep(self, entry: Any) -> None:
@@ -125,14 +125,14 @@ class Preparation:
         self._evaluation.use(entry)
 
     def _plan(self, entries: list[Any]) -> _Plan:
-        for i, plan in enumerate(self._plans):
+        for plan in list(self._plans):
             if plan.is_of(entries):
-                if i:
-                    self._plans.insert(0, self._plans.pop(i))
+                if plan is not self._plans[0]:
+                    self._plans = [plan, *(one for one in self._plans if one is not plan)]
                 return plan
-        del self._plans[_PLANS - 1 :]
-        self._plans.insert(0, _Plan(entries))
-        return self._plans[0]
+        plan = _Plan(entries)
+        self._plans = [plan, *self._plans[: _PLANS - 1]]
+        return plan
 
     def _prepare(self, entries: list[Any]) -> None:
         plan = self._plan(entries)
