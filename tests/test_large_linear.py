@@ -241,7 +241,7 @@ def test_what_goes_the_common_way(taken: list[Tensor]) -> None:
     torch.func.functional_call(module, others, (x,)).sum().backward()
     torch.func.vmap(module)(x)
     torch.func.grad(lambda w: module(w).sum())(x)
-    torch.jit.trace(module, (x,), check_trace=False)
+    torch.jit.trace(module, (x,))
     module(torch.nested.nested_tensor([x, x[:2]])).unbind()
     assert taken == []
     layer(300, 400)(torch.randn(3, 400))  # a small one

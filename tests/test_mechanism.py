@@ -569,3 +569,13 @@ def test_folding_a_shallow_copy_leaves_both_usable() -> None:
     assert torch.equal(layer.weight, before)
     assert torch.equal(shallow.weight, before)
     assert layer(torch.randn(2, 5)).shape == (2, 6)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding])
+def test_a_bound_method_kept_from_before_folding(kind: type[nn.Module]) -> None:
+    """Callers that hold `layer.forward` go on with the plain layer."""
+    layer = wn.apply_weight_norm(nn.Sequential(kind(5, 6)), include="0")[0]
+    x = torch.randn(2, 5) if kind is nn.Linear else torch.tensor([1, 4])
+    forward, before = layer.forward, layer(x).detach()
+    wn.fold_weight_norm(layer)
+    assert torch.equal(forward(x), before)

@@ -725,8 +725,7 @@ def _computed(name: str) -> property:
 
 def _look_up(self: nn.Embedding, ids: Tensor) -> Tensor:
     """An embedding's forward pass; in training, where few rows are asked for, from those rows of g and v alone."""
-    entry: Any = _table(self)._modules.get("weight")
-    found = None
+    entry, found = _entry(self), None
     if torch.is_grad_enabled() and type(entry) is WeightNormList and self.max_norm is None:
         found = None if self.sparse or self.scale_grad_by_freq else entry.rows(ids, self.padding_idx)
     return nn.Embedding.forward(self, ids) if found is None else found
@@ -735,10 +734,17 @@ def _look_up(self: nn.Embedding, ids: Tensor) -> Tensor:
 def _map(self: nn.Linear, x: Tensor) -> Tensor:
     """A linear layer's forward pass; in training, a large weight is computed with the layer's output."""
     y = None
-    if not _is_compiling() and _grad_enabled():
-        entry: Any = _table(self)._modules.get("weight")
+    if not _is_compiling() and _grad_enabled() and _tracing() is None:
+        entry = _entry(self)
         y = entry.linear(x, self.bias) if type(entry) is WeightNormList else None
     return nn.Linear.forward(self, x) if y is None else y
+
+
+def _entry(module: nn.Module) -> Any:
+    """What holds the weight of a layer; None for one that was taken out of weight norm through a copy, or whose bound
+    method somebody kept."""
+    table = module._modules.get("parametrizations")
+    return None if table is None else table._modules.get("weight")
 
 
 def _as_torch_does(module: nn.Module, name: str) -> Tensor:
