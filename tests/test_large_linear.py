@@ -114,6 +114,17 @@ def test_gradients_are_those_of_float64(
     assert len(taken) == 3
 
 
+def test_a_backward_pass_under_autocast_is_in_the_types_of_the_forward_pass() -> None:
+    module = layer(300, 520)
+    x = torch.randn(3, 520, requires_grad=True)
+    wanted = torch.autograd.grad(module(x).square().sum(), [x, *halves(module)])
+    y = module(x).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, [x, *halves(module)])
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_gradient_that_somebody_keeps_stays_as_it_is(taken: list[Tensor]) -> None:
     module = layer(1100, 1000)
     x = torch.randn(4, 1000)

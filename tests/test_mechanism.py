@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import threading
 import warnings
@@ -576,6 +577,7 @@ def test_a_bound_method_kept_from_before_folding(kind: type[nn.Module]) -> None:
     """Callers that hold `layer.forward` go on with the plain layer."""
     layer = wn.apply_weight_norm(nn.Sequential(kind(5, 6)), include="0")[0]
     x = torch.randn(2, 5) if kind is nn.Linear else torch.tensor([1, 4])
-    forward, before = layer.forward, layer(x).detach()
+    forward, before = layer.forward, layer(input=x).detach()
+    assert list(inspect.signature(forward).parameters) == ["input"]
     wn.fold_weight_norm(layer)
     assert torch.equal(forward(x), before)

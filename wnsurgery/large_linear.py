@@ -88,6 +88,11 @@ class _LargeLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast("cpu", enabled=False):  # as in the forward pass
+            return _LargeLinear._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, g, v, w, norms = ctx.saved_tensors
         axes, rooms = ctx.how
         wants_x, wants_g, wants_v, wants_bias, *_ = ctx.needs_input_grad

@@ -723,21 +723,21 @@ def _computed(name: str) -> property:
     return property(weight, assign)
 
 
-def _look_up(self: nn.Embedding, ids: Tensor) -> Tensor:
+def _look_up(self: nn.Embedding, input: Tensor) -> Tensor:
     """An embedding's forward pass; in training, where few rows are asked for, from those rows of g and v alone."""
     entry, found = _entry(self), None
     if torch.is_grad_enabled() and type(entry) is WeightNormList and self.max_norm is None:
-        found = None if self.sparse or self.scale_grad_by_freq else entry.rows(ids, self.padding_idx)
-    return nn.Embedding.forward(self, ids) if found is None else found
+        found = None if self.sparse or self.scale_grad_by_freq else entry.rows(input, self.padding_idx)
+    return nn.Embedding.forward(self, input) if found is None else found
 
 
-def _map(self: nn.Linear, x: Tensor) -> Tensor:
+def _map(self: nn.Linear, input: Tensor) -> Tensor:
     """A linear layer's forward pass; in training, a large weight is computed with the layer's output."""
     y = None
     if not _is_compiling() and _grad_enabled() and _tracing() is None:
         entry = _entry(self)
-        y = entry.linear(x, self.bias) if type(entry) is WeightNormList else None
-    return nn.Linear.forward(self, x) if y is None else y
+        y = entry.linear(input, self.bias) if type(entry) is WeightNormList else None
+    return nn.Linear.forward(self, input) if y is None else y
 
 
 def _entry(module: nn.Module) -> Any:
