@@ -86,7 +86,21 @@ class Kept:
     `count_steps=False` leaves optimizer steps out: for a caller who renews the weight after each of them.
     """
 
-    __slots__ = ("_counted", "_g", "_places", "_probed", "_starts", "_step", "_v", "_versions", "used", "w")
+    __slots__ = (
+        "_counted",
+        "_g",
+        "_g_at",
+        "_g_version",
+        "_places",
+        "_probes",
+        "_step",
+        "_v",
+        "_v_at",
+        "_v_version",
+        "_version",
+        "used",
+        "w",
+    )
 
     def __init__(self, w: Tensor, g: Tensor, v: Tensor, *, count_steps: bool = True) -> None:
         steps.start()
@@ -94,35 +108,42 @@ class Kept:
         self.used = False  # for whoever keeps weights ahead of their use
         self._counted = steps if count_steps else _no_steps
         self._places = (*_places(g, (2,)), *_places(v, (1, 3)))
-        self._starts = (g.data_ptr(), v.data_ptr())
+        self._g_at, self._v_at = g.data_ptr(), v.data_ptr()
         self.renew()
 
     def renew(self) -> None:
         """The weight was computed anew from the same g and v, in the same memory."""
-        self._versions = (self.w._version, self._g._version, self._v._version)
-        self._probed = [place.raw for place in self._places]
+        self._version, self._g_version, self._v_version = self.w._version, self._g._version, self._v._version
+        self._probes = [(place, place.raw) for place in self._places]
         self._step = self._counted.count
 
     def is_written(self) -> bool:
         """Whether somebody wrote into the weight itself."""
-        return self.w._version != self._versions[0]
+        return self.w._version != self._version
 
     def was_of(self, g: Tensor, v: Tensor) -> bool:
         """Whether this pair has not been written to since, so that a write into the weight is the latest word."""
-        return g is self._g and v is self._v and (g._version, v._version) == self._versions[1:]
+        return g is self._g and v is self._v and g._version == self._g_version and v._version == self._v_version
 
     def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether it is still the weight of this pair."""
-        return (
+        if not (  # one by one, for this is asked at every use of a weight in evaluation
             g is self._g
-            and g is not None
             and v is self._v
+            and g is not None
             and v is not None
             and self._step == self._counted.count
-            and (self.w._version, g._version, v._version) == self._versions
-            and (g.data_ptr(), v.data_ptr()) == self._starts
-            and [place.raw for place in self._places] == self._probed
-        )
+            and self.w._version == self._version
+            and g._version == self._g_version
+            and v._version == self._v_version
+            and g.data_ptr() == self._g_at
+            and v.data_ptr() == self._v_at
+        ):
+            return False
+        for place, probed in self._probes:  # noqa: SIM110 - a generator takes twice the time
+            if place.raw != probed:
+                return False
+        return True
 
     @staticmethod
     def can_hold(g: Tensor, v: Tensor) -> bool:
