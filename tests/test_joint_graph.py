@@ -201,6 +201,20 @@ def test_a_hook_that_comes_between(net: Branches) -> None:
     assert isinstance(seen[0], Tensor)
 
 
+def test_a_hook_that_comes_while_a_weight_waits_for_a_later_pass(net: Branches) -> None:
+    """The node of weights that were left out lives on with those that were not; no hook is called with None."""
+    share(net, X).sum().backward()
+    seen: list[Any] = []
+    halves(net.c)[1].register_hook(lambda grad: seen.append(grad) or grad * 2)  # type: ignore[no-untyped-call,func-returns-value]
+    net.zero_grad()
+    net.b(X).tanh().square().sum().backward()
+    assert len(seen) == 1
+    assert isinstance(seen[0], Tensor)
+    assert not bool(seen[0].any())
+    assert halves(net.d)[1].grad is None
+    assert halves(net.b)[1].grad is not None
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers(net: Branches, reentrant: bool) -> None:
     """A pass inside of a backward pass takes no part in a node that another pass waits for."""

@@ -36,8 +36,17 @@ def may_share(g: Tensor, v: Tensor) -> bool:
 
     A hook would also be called without a gradient, where the pair has no part in a backward pass.
     """
-    hooked = g._backward_hooks or v._backward_hooks or g._post_accumulate_grad_hooks or v._post_accumulate_grad_hooks
-    return not hooked and (g.requires_grad or v.requires_grad)
+    return not (_has_hooks(g) or _has_hooks(v)) and (g.requires_grad or v.requires_grad)
+
+
+def _has_hooks(half: Tensor) -> bool:
+    return bool(half._backward_hooks or half._post_accumulate_grad_hooks)
+
+
+def _no_part(half: Tensor) -> Tensor | None:
+    """The gradient of a half that has no part in a backward pass: none, but zeros where somebody has put a hook on it
+    since its weight was made."""
+    return torch.zeros_like(half) if _has_hooks(half) else None
 
 
 def with_joint_graph(small: SmallWeights, chosen: Sequence[int], made: Made) -> tuple[Tensor, ...]:
@@ -69,10 +78,10 @@ class _Many:
         held: list[Tensor] = []  # until the kernels have read them
         differentiable, norms_at = torch.is_grad_enabled(), self._norms.data_ptr()
         for i, grad, versions in zip(self._chosen, grads, self._versions, strict=True):
-            if grad is None:
-                found += (None, None)
-                continue
             g, v = small.g[i], small.v[i]
+            if grad is None:
+                found += (_no_part(g), _no_part(v))
+                continue
             if (g._version, v._version) != versions:
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
