@@ -413,3 +413,13 @@ def test_threads_train_and_evaluate_one_net(width: int) -> None:
             assert all(threads.map(work, range(200)))
     finally:
         sys.setswitchinterval(before)
+
+
+def test_a_direction_transposed_through_data_between_passes(net: Branches) -> None:
+    """The same memory, read in another order."""
+    v = halves(net.c)[1]
+    v.data = v.data.t()
+    for _ in range(2):
+        net.a(X)
+        torch.testing.assert_close(net.c.weight, by_itself(net.c))
+        assert net.b.weight.shape == net.d.weight.shape
