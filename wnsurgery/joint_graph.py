@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wnsurgery import fused
-from wnsurgery.reparam import Axes, first_order_gradients
+from wnsurgery.reparam import Axes, first_order_gradients, is_plain
 from wnsurgery.small_weights import Made, SmallWeights
 
 __all__ = ["is_in_backward", "may_share", "with_joint_graph"]
@@ -88,7 +88,7 @@ class _Many:
                     f"g or v of a weight of shape {list(v.shape)}"
                 )
             v_at, g_at, _, place, rows, columns, _ = small.lines[i]
-            plain = not differentiable and type(grad) is Tensor and torch._C._has_storage(grad)
+            plain = not differentiable and is_plain(grad)
             if not plain or not small.is_where_it_was(i):
                 norms = None if differentiable else self._norms[place // 4 :][:rows]
                 found += first_order_gradients(grad, g, v, norms, Axes.of_pair(g.shape, v.shape), "linear")

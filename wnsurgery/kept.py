@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["LARGE", "Kept", "Rooms", "steps"]
+__all__ = ["AHEAD", "LARGE", "Kept", "Rooms", "steps"]
 
+AHEAD = 1 << 17  # elements above which a weight that was made ahead would have left the cache by its use
 LARGE = 1 << 16  # elements from which memory is worth keeping; smaller blocks come warm from the allocator
 _ALONE = 2  # storage references when only the lender holds it: its tensor, and the handle that counting takes
 _PROBE = 32  # bytes compared at each of a few places
@@ -121,23 +122,20 @@ class Kept:
         """Whether somebody wrote into the weight itself."""
         return self.w._version != self._version
 
-    def was_of(self, g: Tensor, v: Tensor) -> bool:
+    def was_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether this pair has not been written to since, so that a write into the weight is the latest word."""
-        return g is self._g and v is self._v and g._version == self._g_version and v._version == self._v_version
+        if g is not self._g or v is not self._v:
+            return False
+        return self._g._version == self._g_version and self._v._version == self._v_version
 
     def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether it is still the weight of this pair."""
         if not (  # one by one, for this is asked at every use of a weight in evaluation
-            g is self._g
-            and v is self._v
-            and g is not None
-            and v is not None
+            self.was_of(g, v)
             and self._step == self._counted.count
             and self.w._version == self._version
-            and g._version == self._g_version
-            and v._version == self._v_version
-            and g.data_ptr() == self._g_at
-            and v.data_ptr() == self._v_at
+            and self._g.data_ptr() == self._g_at
+            and self._v.data_ptr() == self._v_at
         ):
             return False
         for place, probed in self._probes:  # noqa: SIM110 - a generator takes twice the time

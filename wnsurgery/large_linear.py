@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wnsurgery import fused
-from wnsurgery.kept import Rooms
-from wnsurgery.reparam import Axes, compose, compose_in_one_pass, first_order_gradients
+from wnsurgery.kept import AHEAD, Rooms
+from wnsurgery.reparam import Axes, compose, compose_in_one_pass, first_order_gradients, is_plain
 
 __all__ = ["large_linear", "serves_linear"]
 
-_LARGE = 1 << 17  # elements above which w is not made ahead
+_LARGE = AHEAD  # elements above which w is made at its use
 _FRESH = 1 << 20  # elements from which blocks are at times given back to the system
 _CACHED = 1 << 18  # elements of dL/dw that a core's cache keeps
 _SHORT = 512  # terms of the sums that are dL/dw, up to which their arithmetic costs less than memory does
@@ -105,7 +105,7 @@ class _LargeLinear(torch.autograd.Function):
         grad_g = grad_v = None
         if wants_g or wants_v:
             inputs = x.reshape(-1, x.shape[-1])
-            if differentiable or type(grad) is not Tensor or not torch._C._has_storage(grad):
+            if differentiable or not is_plain(grad):
                 grad_g, grad_v = first_order_gradients(rows.t() @ inputs, g, v, None, axes, "linear")
             else:
                 grad_g, grad_v = _gradients(rows.t(), inputs, g, v, norms, axes, _room(v, *rooms))

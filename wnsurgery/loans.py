@@ -60,27 +60,17 @@ class Loan(weakref.ref[Tensor]):
 
     def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether it was computed from this pair, which has counted no write since."""
-        return (
-            g is self._g
-            and v is self._v
-            and g is not None
-            and v is not None
-            and g._version == self._g_version
-            and v._version == self._v_version
-        )
+        if g is not self._g or v is not self._v:
+            return False
+        return self._g._version == self._g_version and self._v._version == self._v_version
 
     def serves(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether it is what a use of this pair would compute now, as far as anything tells of a change."""
         return (
-            g is self._g
-            and v is self._v
-            and g is not None
-            and v is not None
-            and g._version == self._g_version
-            and v._version == self._v_version
-            and g.data_ptr() == self._g_at
-            and v.data_ptr() == self._v_at
-            and g.requires_grad << 1 | v.requires_grad == self._flags
+            self.is_of(g, v)
+            and self._g.data_ptr() == self._g_at
+            and self._v.data_ptr() == self._v_at
+            and self._g.requires_grad << 1 | self._v.requires_grad == self._flags
             and steps.count == self._steps
         )
 

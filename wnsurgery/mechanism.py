@@ -26,7 +26,7 @@ from wnsurgery import fused
 from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
 from wnsurgery.joint_graph import is_in_backward, may_share
-from wnsurgery.kept import Kept, Rooms
+from wnsurgery.kept import AHEAD, Kept, Rooms
 from wnsurgery.large_linear import large_linear, serves_linear
 from wnsurgery.loans import Loan, lend_out
 from wnsurgery.looked_up import look_up, serves
@@ -37,14 +37,13 @@ from wnsurgery.reparam import (
     Ready,
     WeightNorm,
     blank_module,
+    compose_eagerly,
     compose_in_one_pass,
     copied_module,
-    with_graph,
 )
 
 __all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_parameter"]
 
-_AHEAD = 1 << 17  # elements above which a weight that was made ahead would have left the cache by its use
 _MAX_HANDLES = 63  # weights handed out and still alive that are watched for writes
 PASSING = frozenset(
     {"_deferred", "_evaluation", "_handed_out", "_kept", "_lent", "_made", "_nested", "_ready", "_round"}
@@ -91,13 +90,10 @@ class WeightNormList(ParametrizationList):
             return rule(g, v)  # type: ignore[no-any-return]
         kept = self.__dict__.get("_kept")
         training = torch.is_grad_enabled()
-        if kept is not None:
-            if not training and kept.is_of(g, v):
-                self._evaluated(kept)
-                return kept.w  # type: ignore[no-any-return]
-            if not kept.is_written():
-                self.__dict__.pop("_kept", None)  # its memory serves the next weight
-        self.absorb()
+        if kept is not None and not training and kept.is_of(g, v):
+            self._evaluated(kept)
+            return kept.w  # type: ignore[no-any-return]
+        self.settle()
         return self._for_training(rule, g, v) if training else self._for_evaluation(rule, g, v)
 
     def _for_evaluation(self, rule: Any, g: Tensor, v: Tensor) -> Tensor:
@@ -127,9 +123,7 @@ class WeightNormList(ParametrizationList):
         kept = self.__dict__.get("_kept")
         if kept is not None and kept.is_of(g, v):
             return
-        if kept is not None and not kept.is_written():
-            self.__dict__.pop("_kept", None)
-        self.absorb()
+        self.settle()
         self._without_graph(self._modules["0"], g, v)
 
     def _without_graph(self, rule: Any, g: Tensor, v: Tensor) -> Tensor:
@@ -156,8 +150,7 @@ class WeightNormList(ParametrizationList):
             or len(modules) != 1
             or "_kept" in state
             or "_deferred" in state
-            or rule._forward_hooks
-            or rule._forward_pre_hooks
+            or _hooked(rule)
             or _tracing() is not None
             or not may_make()
             or not made.serves(halves.get("original0"), halves.get("original1"))
@@ -180,7 +173,7 @@ class WeightNormList(ParametrizationList):
             self.__dict__["_nested"] = True
         sizes = fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
         if sizes is not None:
-            made = net.make(self) if net is not None and v.numel() <= _AHEAD and may_make() else None
+            made = net.make(self) if net is not None and v.numel() <= AHEAD and may_make() else None
             if made is not None:
                 return self._hand_over(made)
             ready = compose_in_one_pass(g, v, sizes, self._rooms())
@@ -197,23 +190,19 @@ class WeightNormList(ParametrizationList):
 
         `ready` is what somebody has computed of it, from the pair as it is.
         """
-        state, modules = self.__dict__, self._modules
         g, v = self.pair()
-        rule: Any = modules["0"]
-        if len(modules) != 1 or rule._forward_hooks or rule._forward_pre_hooks:
+        rule: Any = self._modules["0"]
+        if len(self._modules) != 1 or _hooked(rule):
             return None
-        kept = state.get("_kept")
-        if kept is not None and not kept.is_written():
-            state.pop("_kept", None)  # its memory serves
         if ready is None:
             if _is_watched(g, v):
                 return None
-            self.absorb()
             sizes = fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
             ready = None if sizes is None else compose_in_one_pass(g, v, sizes, self._rooms())
         if ready is None or ready.w is None:
             return None
-        return lend_out(with_graph(ready, g, v, (rule.axes, rule.magnitude, self._rooms())), self, g, v, ahead=True)
+        w = compose_eagerly(g, v, rule.axes, rule.magnitude, self._rooms(), ready)
+        return lend_out(w, self, g, v, ahead=True)
 
     def item(self) -> Item | None:
         """Its pair and rule, None where the factor cannot be told from the row norms in passing."""
@@ -222,13 +211,16 @@ class WeightNormList(ParametrizationList):
         known = v.device.type == "cpu" and not _is_watched(g, v) and "1" not in self._modules and rule.fits(g, v)
         return Item(g, v, rule.axes, rule.magnitude, v) if known else None
 
+    def _is_shown(self) -> bool:
+        """Whether the weight itself is somebody else's matter: a hook's, another parametrization's, deferred mode's."""
+        hooked = _hooked(self) or _hooked(self._modules["0"])
+        return hooked or self._deferred is not None or "1" in self._modules or bool(parametrize._cache_enabled)
+
     def rows(self, ids: Tensor, padding: int | None) -> Tensor | None:
         """Rows of the weight in training, None where the whole weight must be computed, or be there already."""
         g, v = self.pair()
         rule: Any = self._modules["0"]
-        hooks = self._forward_hooks or self._forward_pre_hooks or rule._forward_hooks or rule._forward_pre_hooks
-        others = self._deferred is not None or "1" in self._modules or parametrize._cache_enabled or hooks
-        if others or _is_watched(g, v) or torch.autograd.forward_ad._current_level >= 0:
+        if self._is_shown() or _is_watched(g, v) or torch.autograd.forward_ad._current_level >= 0:
             return None
         if not (serves(ids, v, rule.axes) and rule.fits(g, v) and g.ndim == 2):
             return None
@@ -241,15 +233,10 @@ class WeightNormList(ParametrizationList):
         if not serves_linear(x, g, v, bias):
             return None
         rule: Any = self._modules["0"]
-        hooks = self._forward_hooks or self._forward_pre_hooks or rule._forward_hooks or rule._forward_pre_hooks
-        others = self._deferred is not None or "1" in self._modules or parametrize._cache_enabled or hooks
-        if others or not may_make() or _is_watched(g, v) or rule.magnitude != "linear" or not rule.fits(g, v):
+        if self._is_shown() or not may_make() or _is_watched(g, v) or rule.magnitude != "linear" or not rule.fits(g, v):
             return None
         fused.start()
-        kept = self.__dict__.get("_kept")
-        if kept is not None and not kept.is_written():
-            self.__dict__.pop("_kept", None)  # its memory serves the next weight
-        self.absorb()
+        self.settle()
         net = self._preparation
         return large_linear(x, g, v, bias, rule.axes, self._rooms(), Rooms() if net is None else net.rooms)
 
@@ -317,6 +304,13 @@ class WeightNormList(ParametrizationList):
             g, v = self.__dict__.get("original0", g), self.__dict__.get("original1", v)
         assert g is not None and v is not None
         return g, v
+
+    def settle(self) -> None:
+        """Get ready for a weight computed anew: writes reach g and v, and a kept weight gives its memory."""
+        kept = self.__dict__.get("_kept")
+        if kept is not None and not kept.is_written():
+            self.__dict__.pop("_kept", None)
+        self.absorb()
 
     def absorb(self) -> None:
         """Let in-place writes into weights handed out reach g and v.
@@ -418,8 +412,8 @@ class WeightNormList(ParametrizationList):
         return self
 
 
-def _hooked(rule: nn.Module) -> bool:
-    return bool(rule._forward_hooks or rule._forward_pre_hooks)
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_watched(g: Tensor, v: Tensor) -> bool:

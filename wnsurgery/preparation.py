@@ -71,8 +71,9 @@ class Preparation:
     """The weights of one net that are used together, told by the passes themselves.
 
     An *entry* is whoever owns a pair: an object with attributes `_made`, `_ready`, `_round` and `_evaluation` to spare,
-    with `pair()`, `item()`, its pair and rule, `absorb()`, which settles its pair, `make()`, its weight as a `Loan` or
-    None, and `keep()`, which keeps its weight for evaluation. One that was used in a backward pass has `_nested`.
+    with `pair()`, `item()`, its pair and rule, `settle()`, before its weight is made anew, `make()`, its weight as a
+    `Loan` or None, and `keep()`, which keeps its weight for evaluation. One that was used in a backward pass has
+    `_nested`.
     """
 
     def __init__(self) -> None:
@@ -104,8 +105,7 @@ class Preparation:
         for one in together:
             state = one.__dict__
             if "_handed_out" in state or "_kept" in state:
-                one.absorb()
-                state.pop("_kept", None)  # its memory serves
+                one.settle()
             if one is entry or not _has_made(one):
                 needed.append(one)
         plan = self._plan(needed)

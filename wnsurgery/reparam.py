@@ -38,17 +38,7 @@ from wnsurgery.norms import (
 from wnsurgery.ownership import counted, is_private
 from wnsurgery.ownership import prepare as prepare_counts
 
-__all__ = [
-    "Axes",
-    "Magnitude",
-    "Ready",
-    "WeightNorm",
-    "blank_module",
-    "compose",
-    "decompose",
-    "magnitude_dtype_for",
-    "with_graph",
-]
+__all__ = ["Axes", "Magnitude", "Ready", "WeightNorm", "blank_module", "compose", "decompose", "magnitude_dtype_for"]
 
 Magnitude = Literal["linear", "log"]
 
@@ -250,11 +240,6 @@ def compose_eagerly(
     return _apply(g, v, (axes, magnitude, rooms), ready)  # type: ignore[no-any-return]
 
 
-def with_graph(ready: Ready, g: Tensor, v: Tensor, how: How) -> Tensor:
-    """The weight that somebody has computed of a pair, with its graph."""
-    return _apply(g, v, how, ready)  # type: ignore[no-any-return]
-
-
 def compose_in_one_pass(g: Tensor, v: Tensor, sizes: fused.Sizes, rooms: Rooms | None = None) -> Ready:
     """w and ||v|| by the compiled kernels, for a pair they take; nothing where a row needs the long way."""
     if v.numel() >= LARGE:
@@ -354,7 +339,7 @@ class Ready(NamedTuple):
     w: Tensor | None = None
 
 
-How: TypeAlias = tuple[Axes, Magnitude, Rooms | None]
+_How: TypeAlias = tuple[Axes, Magnitude, Rooms | None]
 
 
 @counted
@@ -362,7 +347,7 @@ class _Compose(torch.autograd.Function):
     """compose() for eager mode: one pass for the norm, one for the product, the paper's formula backward."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, v: Tensor, how: How, ready: Ready | None) -> Tensor:
+    def forward(ctx: Any, g: Tensor, v: Tensor, how: _How, ready: Ready | None) -> Tensor:
         ctx.how = how
         if ready is not None and ready.w is not None:
             ctx.save_for_backward(g, v, ready.norms)
@@ -409,13 +394,13 @@ class _Compose(torch.autograd.Function):
         return grad_g, grad_v, None, None
 
 
-def _is_plain(grad: Tensor) -> bool:
+def is_plain(grad: Tensor) -> bool:
     """Whether a gradient is what it seems: no batch of gradients, no subclass."""
     return type(grad) is Tensor and torch._C._has_storage(grad)
 
 
 def _fills_its_memory(grad: Tensor) -> bool:
-    plain = _is_plain(grad) and grad.layout is torch.strided and grad.is_contiguous()
+    plain = is_plain(grad) and grad.layout is torch.strided and grad.is_contiguous()
     return plain and grad.dtype == torch.float32 and grad.untyped_storage().nbytes() == grad.nbytes
 
 
@@ -488,7 +473,7 @@ def _plain_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The paper's equation 3 for ordinary rows, first order only, in as few passes as torch offers."""
     sizes = fused.plan(g, v, axes.kept, axes.groups, magnitude)
-    if sizes is not None and grad_w.dtype == torch.float32 and _is_plain(grad_w):
+    if sizes is not None and grad_w.dtype == torch.float32 and is_plain(grad_w):
         grad_v = torch.empty_like(v) if room is None else room
         return fused.backward(grad_w.resolve_neg().contiguous(), g, v, norms, sizes, grad_v), grad_v
     dense = v.dtype == torch.float32 == g.dtype and v.is_contiguous()
