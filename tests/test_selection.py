@@ -95,6 +95,7 @@ def registry() -> Any:
     for table, before in zip((layers._by_type, layers._by_name), kept, strict=True):
         table.clear()
         table.update(before)  # type: ignore[attr-defined]
+    layers._row_named.cache_clear()
 
 
 class Mixer(nn.Module):

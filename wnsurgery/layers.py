@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 
 import torch
 from torch import nn
@@ -42,13 +43,18 @@ class Layer:
     def axes(self, module: nn.Module, parameter: str) -> Axes | None:
         """Kept axes of a parameter of a module of this type, None where it is not a weight."""
         for name, kept in self.parameters.items():
-            if fnmatchcase(parameter, name):
+            if parameter == name or fnmatchcase(parameter, name):
+                if isinstance(kept, int):
+                    return _kept_axis(kept)
                 if isinstance(kept, Axes):
                     return kept
-                if callable(kept):
-                    return kept(module)
-                return Axes((kept,) if isinstance(kept, int) else tuple(kept))
+                return kept(module) if callable(kept) else Axes(tuple(kept))
         return None
+
+
+@cache
+def _kept_axis(axis: int) -> Axes:
+    return Axes((axis,))
 
 
 def _transposed(module: nn.Module) -> Axes:
@@ -141,6 +147,7 @@ def register_layer(
         raise SelectionError("register_layer needs at least one parameter name")
     if isinstance(layer, str):
         _by_name[layer] = row
+        _row_named.cache_clear()
     elif isinstance(layer, type) and issubclass(layer, nn.Module):
         _by_type[layer] = row
     else:
@@ -160,8 +167,9 @@ def layer_of(module: nn.Module) -> Layer | None:
 
 def own_row(cls: type) -> Layer | None:
     """The row of a class itself, whatever its base classes have."""
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    row = _by_type.get(cls) or _by_name.get(name)
-    if row is None:
-        row = next((r for pattern, r in _by_name.items() if fnmatchcase(name, pattern)), None)
-    return row
+    return _by_type.get(cls) or _row_named(f"{cls.__module__}.{cls.__qualname__}")
+
+
+@cache
+def _row_named(name: str) -> Layer | None:
+    return _by_name.get(name) or next((r for pattern, r in _by_name.items() if fnmatchcase(name, pattern)), None)

@@ -450,14 +450,14 @@ def install(
     if net is not None:
         entry.__dict__["_preparation"] = net
     del module._parameters[name]
-    if not parametrize.is_parametrized(module):
-        made = nn.ModuleDict.__new__(nn.ModuleDict)
-        blank_module(made, nn.ModuleDict)
-        module._modules["parametrizations"] = made  # past any __setattr__ of the user's
+    table: Any = module._modules.get("parametrizations")
+    if not isinstance(table, nn.ModuleDict) or not table._modules:
+        table = nn.ModuleDict.__new__(nn.ModuleDict)
+        blank_module(table, nn.ModuleDict)
+        module._modules["parametrizations"] = table  # past any __setattr__ of the user's
         _give_class(module, (name,))
     else:
-        _give_class(_undressed(module), (*_table(module), name))
-    table = _table(module)
+        _give_class(_undressed(module), (*table._modules, name))
     table._modules[name] = entry
     if not module.training or not table.training:
         table.train(module.training)
@@ -472,11 +472,20 @@ def _new_list(rule: WeightNorm, pair: tuple[Tensor, Tensor], old: Tensor) -> Wei
     entry._modules["0"] = rule
     entry.__dict__.update(unsafe=True, is_tensor=False, ntensors=2)
     for key, tensor in zip(("original0", "original1"), pair, strict=True):
-        if not isinstance(tensor, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)  # noqa: PLW2901 - now a Parameter
+        if type(tensor) is Tensor or not isinstance(tensor, nn.Parameter):
+            tensor = new_parameter(tensor, old.requires_grad)  # noqa: PLW2901 - now a Parameter
         entry._parameters[key] = tensor
-    tensor.__dict__.update(old.__dict__)
+    if old.__dict__:
+        tensor.__dict__.update(old.__dict__)
     return entry
+
+
+def new_parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
+    """`nn.Parameter(tensor, requires_grad)`, which for a plain tensor does little else."""
+    if type(tensor) is not Tensor:
+        return nn.Parameter(tensor, requires_grad)
+    made: nn.Parameter = Tensor._make_subclass(nn.Parameter, tensor, requires_grad)  # type: ignore[assignment,arg-type]
+    return made
 
 
 def restore_parameter(module: nn.Module, name: str, weight: nn.Parameter) -> None:
@@ -487,10 +496,10 @@ def restore_parameter(module: nn.Module, name: str, weight: nn.Parameter) -> Non
     """
     table = _table(module)
     order: tuple[str, ...] = table.__dict__.get(_ORDER, ())
-    del table[name]
+    del table._modules[name]
     _undressed(module)
-    if len(table):
-        _give_class(module, tuple(table))
+    if table._modules:
+        _give_class(module, tuple(table._modules))
     else:
         del module._modules["parametrizations"]
     module._parameters[name] = weight
@@ -505,12 +514,18 @@ def _undressed(module: nn.Module) -> nn.Module:
             f"{type(module).__name__} was made over {made.__name__} after the conversion (fully_shard does so)",
             hint="do the surgery before sharding",
         )
-    module.__class__ = made.__bases__[0]
+    _set_class(module, made.__bases__[0])
     return module
+
+
+def _set_class(module: nn.Module, cls: type) -> None:
+    object.__setattr__(module, "__class__", cls)  # past nn.Module's `__setattr__`, which looks whether it is a tensor
 
 
 def _made_by_parametrize(cls: type) -> type:
     """The generated class in a converted module's line: its own, unless somebody made another over it since."""
+    if "_made_over" in cls.__dict__:
+        return cls
     line = (c for c in cls.__mro__ if c.__module__ == parametrize.__name__ and c.__name__.startswith("Parametrized"))
     return next(line, cls)
 
@@ -523,12 +538,13 @@ def _table(module: nn.Module) -> Any:
 def reorder_parameters(module: nn.Module, order: tuple[str, ...]) -> None:
     """Put the parameters named in `order` in that order, among themselves: others keep their place before or after."""
     entries = dict(module._parameters)
-    names = [name for name in entries if name not in order]
     known = [name for name in order if name in entries]
-    first = next((i for i, name in enumerate(entries) if name in order), 0)
+    names = [name for name in entries if name not in order] if len(known) < len(entries) else []
+    first = next((i for i, name in enumerate(entries) if name in order), 0) if names else 0
     names[first:first] = known
     module._parameters.clear()
-    module._parameters.update((name, entries[name]) for name in names)
+    for name in names:
+        module._parameters[name] = entries[name]
 
 
 # The host's class ----------------------------------------------------------------------------------------
@@ -641,7 +657,7 @@ def _give_class(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
     if cls is None or cls._made_over != _changeable(base):
         cls = kind(f"Parametrized{base.__name__}", (base,), _members(base, names))
         known[names] = weakref.ref(cls)
-    module.__class__ = cls
+    _set_class(module, cls)
     allowed = torch.serialization.get_safe_globals()
     if rebuild_parametrized in allowed:
         # a reader that executes nothing only sets the state of classes it was told of

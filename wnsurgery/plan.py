@@ -189,10 +189,10 @@ class _Selection:
         reason = self._not_wanted(group, known) or _module_refusal(group) or self._overlap(slot)
         if reason:
             return reason
-        wishes = {self._axes(s, own) for s, _, own in known}
-        if len(wishes) > 1:
+        first, *others = [self._axes(s, own) for s, _, own in known]
+        if any(axes != first for axes in others):
             return f"tied under different kept axes: {', '.join(s.fqn for s in group)}"
-        return wishes.pop()
+        return first
 
     def _not_wanted(self, group: list[Slot], known: list[tuple[Slot, Layer, Axes]]) -> str:
         if self.include is not None:
@@ -252,16 +252,20 @@ def matches(pattern: Any, slot: Slot) -> bool:
 
 def _shared_memory(found: list[Slot]) -> dict[int, list[str]]:
     """Names of distinct plain parameters that start at the same place in memory, by tensor identity."""
-    starts: dict[tuple[Any, int], dict[int, str]] = {}
+    starts: dict[int, list[Slot]] = {}
     for slot in found:
         t = slot.tensor
-        if slot.form != "plain" or t is None or is_lazy(t):
+        if slot.form != "plain" or t is None:
             continue
-        if type(t) is not nn.Parameter and type(t.data) is not Tensor:
+        if type(t) is not nn.Parameter and (is_lazy(t) or type(t.data) is not Tensor):
             continue
         if t.layout == torch.strided and t.ndim and not t.is_meta and t.numel():
-            starts.setdefault((t.device, t.data_ptr()), {}).setdefault(id(t), slot.fqn)
-    return {key: list(same.values()) for same in starts.values() if len(same) > 1 for key in same}
+            starts.setdefault(t.data_ptr(), []).append(slot)
+    shared: dict[tuple[Any, int], dict[int, str]] = {}
+    for place, several in starts.items():
+        for slot in several if len(several) > 1 else ():
+            shared.setdefault((slot.tensor.device, place), {}).setdefault(id(slot.tensor), slot.fqn)  # type: ignore[union-attr]
+    return {key: list(same.values()) for same in shared.values() if len(same) > 1 for key in same}
 
 
 # Why not -------------------------------------------------------------------------------------------------
@@ -327,7 +331,7 @@ def _module_refusal(group: list[Slot]) -> str:
                 return "max_norm rewrites the rows at every lookup"
             if getattr(module, "sparse", False):
                 return "sparse=True: sparse gradients do not pass through a norm"
-        if any(
+        if module._forward_pre_hooks and any(
             type(h).__name__ in ("SpectralNorm", "WeightNorm") and getattr(h, "name", None) == slot.parameter
             for h in module._forward_pre_hooks.values()
         ):

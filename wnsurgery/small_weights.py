@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
 
 from wnsurgery import fused
 from wnsurgery.norms import SMALL, ordinary_factors
@@ -23,17 +24,17 @@ __all__ = ["Made", "SmallWeights", "is_small", "small_magnitudes"]
 
 def is_small(g: Tensor, v: Tensor, axes: Axes, magnitude: str, limit: int = SMALL) -> bool:
     """Whether a pair can be one of `SmallWeights`: float32 rows in one piece of the CPU's memory, few elements."""
-    plain = g.dtype == torch.float32 and g.device.type == "cpu" and g.is_contiguous() and not (g.is_neg() or v.is_neg())
+    plain = g.dtype is torch.float32 and g.is_cpu and g.is_contiguous() and not (g.is_neg() or v.is_neg())
     return magnitude == "linear" and plain and _has_small_rows(v, axes, limit)
 
 
 def _has_small_rows(v: Tensor, axes: Axes, limit: int = SMALL) -> bool:
     return (
-        (type(v) is Tensor or issubclass(type(v), nn.Parameter))
+        (type(v) is nn.Parameter or type(v) is Tensor or issubclass(type(v), nn.Parameter))
         and 0 < v.numel() <= limit
-        and v.dtype == torch.float32
+        and v.dtype is torch.float32
         and axes.kept in ((0,), ())
-        and v.device.type == "cpu"
+        and v.is_cpu
         and v.is_contiguous()
         and v.ndim > 0
         and (1 not in v.shape or v.stride() == _row_major(v.shape))  # an axis of one may say which kernel is to run
@@ -55,7 +56,7 @@ def small_magnitudes(weights: Sequence[tuple[Tensor, Axes]]) -> list[Tensor | No
     if not chosen:
         return found
     with torch.no_grad():
-        wide = torch.cat([weights[i][0].detach().reshape(-1) for i in chosen]).to(torch.float64).numpy()
+        wide = _flatten_dense_tensors([weights[i][0] for i in chosen]).to(torch.float64).numpy()
         shapes = [axes.magnitude_shape(w.shape) for w, axes in (weights[i] for i in chosen)]
         counts = np.array([math.prod(shape) for shape in shapes])
         lengths = np.repeat(np.array([weights[i][0].numel() for i in chosen]) // counts, counts)
@@ -111,7 +112,6 @@ class SmallWeights:
         self._lengths = np.repeat(lengths, counts)  # of each row
         self._starts = _starts(self._lengths)
         self._firsts: list[int] = _starts(counts).tolist()  # each weight's first row
-        self._blocks: tuple[Tensor, Tensor, list[Tensor], list[Tensor]] | None = None
         self._table: Any = None
         self.lines: list[tuple[int, ...]] = []  # of `fused.lines_of`, once `make` has run
 
@@ -124,14 +124,8 @@ class SmallWeights:
         return [chunk.resize_(g.shape) for chunk, g in zip(chunks, self.g, strict=True)]
 
     def _copy_pairs(self) -> tuple[Tensor, Tensor]:
-        """All v and all g side by side, in memory that is kept."""
-        if self._blocks is None:
-            v, g = _floats(sum(self._sizes)), _floats(sum(self._rows))
-            self._blocks = v, g, self._like_v(v), self._like_g(g)
-        flat_v, flat_g, places_v, places_g = self._blocks
-        torch._foreach_copy_(places_v, self.v)
-        torch._foreach_copy_(places_g, self.g)
-        return flat_v, flat_g
+        """All v and all g side by side."""
+        return _flatten_dense_tensors(self.v), _flatten_dense_tensors(self.g)
 
     def compute(self) -> list[Ready | None]:
         """All weights, in memory of their own; None for one with a row that is not an ordinary one."""
@@ -142,7 +136,7 @@ class SmallWeights:
             wide = flat_v.to(torch.float64).numpy()
             norms = np.sqrt(np.add.reduceat(np.multiply(wide, wide, out=wide), self._starts))
             factor, ordinary = ordinary_factors(flat_g.numpy(), norms)
-            w = self._like_v(flat_v * self._spread(factor))
+            w = torch._foreach_mul(self.v, self._like_g(torch.from_numpy(factor)))
             short = torch.from_numpy(norms.astype(np.float32)).split_with_sizes(self._rows)
             found: list[Ready | None] = [Ready(n, None, one) for n, one in zip(short, w, strict=True)]
             if ordinary is not None:

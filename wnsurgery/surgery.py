@@ -20,7 +20,7 @@ from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
 from wnsurgery.fans import FanReport, fan_init
 from wnsurgery.following import Follower, Optimizers, Swap
 from wnsurgery.fully_sharded import FullyShard
-from wnsurgery.mechanism import WeightNormList, install, reorder_parameters, restore_parameter
+from wnsurgery.mechanism import WeightNormList, install, new_parameter, reorder_parameters, restore_parameter
 from wnsurgery.modes import Mode, check_mode, set_weight_norm_mode
 from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
 from wnsurgery.preparation import Preparation
@@ -33,6 +33,7 @@ __all__ = ["apply_weight_norm", "fold_weight_norm", "is_weight_normed"]
 
 _log = logging.getLogger("wnsurgery")
 _WEIGHT_NORM = ("ours", "torch", "legacy")
+_TABLES = ("_parameters", "_modules", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_load_state_dict_pre_hooks")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -175,7 +176,8 @@ def _carry_out(
         plain = magnitude == "linear" and magnitude_dtype in (None, torch.float32)
         known = small_magnitudes([(site.weight, site.axes) for site in plan.sites]) if plain else []
         for site, g in zip_longest(plan.sites, known):
-            sharding.check(site.fqn, (site.slot.module, site.slot.parameter), site.weight)
+            if sharding:
+                sharding.check(site.fqn, (site.slot.module, site.slot.parameter), site.weight)
             if g is not None:  # all its rows are finite and not zero
                 pairs.append((g, site.weight.detach()))
                 continue
@@ -320,7 +322,7 @@ def _plain_weights(pairs: Sequence[_Pair]) -> list[nn.Parameter]:
     """The folded weights as Parameters, with the attributes people hung on v."""
     small = [pair for pair in pairs if _is_small(pair)]
     ready = SmallWeights([(pair.g, pair.v) for pair in small]).compute() if small else []
-    known = {id(pair): one.w.clone() for pair, one in zip(small, ready, strict=True) if one and one.w is not None}
+    known = {id(pair): one.w for pair, one in zip(small, ready, strict=True) if one and one.w is not None}
     weights = []
     for pair in pairs:
         g, v, axes, magnitude, owners = pair
@@ -330,7 +332,7 @@ def _plain_weights(pairs: Sequence[_Pair]) -> list[nn.Parameter]:
                 w = compose(g, v, axes, magnitude=magnitude).detach()
             except PairError as error:
                 raise PairError(f"{owners[0].fqn}: {error.message}") from error
-        weight = nn.Parameter(w, requires_grad=g.requires_grad or v.requires_grad)
+        weight = new_parameter(w, g.requires_grad or v.requires_grad)
         if v.__dict__:
             weight.__dict__.update((name, value) for name, value in v.__dict__.items() if name != OWNER)
         weights.append(weight)
@@ -346,10 +348,10 @@ def _rule_of(slot: Slot) -> tuple[Axes, Magnitude]:
     """The rule of a pair, once a write that was pending with this owner has reached it."""
     if slot.form != "ours":  # torch's g tells its axes by its shape
         return Axes.of_pair(slot.magnitude.shape, slot.tensor.shape), "linear"  # type: ignore[union-attr]
-    entry: Any = slot.module.parametrizations[slot.parameter]  # type: ignore[index]
+    entry: Any = _entry(slot)
     if isinstance(entry, WeightNormList):
         entry.absorb()
-    rule: WeightNorm = entry[0]
+    rule: WeightNorm = entry._modules["0"]
     return rule.axes, rule.magnitude
 
 
@@ -399,7 +401,7 @@ def _remove_legacy(slot: Slot, weight: nn.Parameter) -> None:
 
 
 def _is_recurrent(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "_flat_weights_names", None), list)
+    return isinstance(module.__dict__.get("_flat_weights_names"), list)
 
 
 def _recurrent_order(module: nn.Module) -> tuple[str, ...]:
@@ -446,20 +448,20 @@ def _all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
     saved: dict[int, tuple[nn.Module, type, dict[str, Any], dict[str, dict[str, Any]], Callable[[], None] | None]] = {}
     for module in modules:
         if id(module) not in saved:
-            attributes = dict(module.__dict__)
-            inner = {k: dict(v) for k, v in attributes.items() if isinstance(v, dict) and v}
-            saved[id(module)] = module, type(module), attributes, inner, _table_restorer(module)
+            attributes = module.__dict__.copy()
+            tables = {name: dict(attributes[name]) for name in _TABLES if attributes.get(name)}
+            saved[id(module)] = module, type(module), attributes, tables, _table_restorer(module)
     try:
         yield
     except BaseException:
-        for module, cls, attributes, inner, restore in saved.values():
+        for module, cls, attributes, tables, restore in saved.values():
             module.__class__ = cls
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for key, table in attributes.items():
-                if isinstance(table, dict):
-                    table.clear()
-                    table.update(inner.get(key, {}))
+            for name in _TABLES:
+                if name in attributes:
+                    attributes[name].clear()
+                    attributes[name].update(tables.get(name, {}))
             if restore is not None:
                 restore()
         raise
@@ -468,13 +470,16 @@ def _all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextmanager
 def _collecting_later() -> Iterator[None]:
     """Without garbage collection meanwhile: among thousands of new objects it looks through all the old ones again and
-    again, and finds nothing."""
+    again, and finds nothing. Afterwards it leaves the new ones until it looks through the old ones, too."""
     collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if collecting:
+            if not gc.get_freeze_count():
+                gc.freeze()
+                gc.unfreeze()  # what was frozen counts as old
             gc.enable()
 
 

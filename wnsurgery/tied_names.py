@@ -26,7 +26,7 @@ def rename_tied(model: nn.Module) -> None:
         for attribute in _LISTS:
             default = getattr(type(module), attribute, None)
             known = module.__dict__.get(attribute, default)
-            if not isinstance(known, dict) or not known:
+            if not known or not isinstance(known, dict):
                 continue
             renamed = _renamed(module, known)
             if renamed == known:

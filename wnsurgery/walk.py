@@ -64,7 +64,7 @@ def slots(model: nn.Module) -> list[Slot]:
     found: list[Slot] = []
     for module, names, ancestors in _modules(model):
         for parameter, form, tensor, magnitude in _tensors(module):
-            fqns = tuple(f"{n}.{parameter}" if n else parameter for n in names)
+            fqns = tuple([f"{n}.{parameter}" if n else parameter for n in names])
             found.append(Slot(module, parameter, fqns, form, tensor, magnitude, ancestors))
     return found
 
@@ -77,8 +77,9 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
         module = waiting.pop()
         if id(module) not in found:
             found[id(module)] = module
-            own = "parametrizations" if "parametrizations" in module._modules and _is_parametrized(module) else None
-            waiting += [child for name, child in module._modules.items() if child is not None and name != own]
+            if module._modules:
+                own = "parametrizations" if _is_parametrized(module) else None
+                waiting += [child for name, child in module._modules.items() if child is not None and name != own]
     return list(found.values())
 
 
@@ -106,10 +107,9 @@ def _modules(
 
 
 def _is_parametrized(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule):  # its tables are not dicts
-        return False
-    table = module._modules.get("parametrizations")
-    return table is not None and isinstance(table, nn.ModuleDict)
+    if "parametrizations" not in module._modules or isinstance(module, torch.jit.ScriptModule):
+        return False  # the tables of TorchScript are not dicts
+    return isinstance(module._modules["parametrizations"], nn.ModuleDict)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor | None, Tensor | None]]:
@@ -118,12 +118,12 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor | None, Tenso
         yield from ((name, "plain", parameter, None) for name, parameter in module.named_parameters(recurse=False))
         yield from ((name, "buffer", buffer, None) for name, buffer in module.named_buffers(recurse=False))
         return
-    legacy = {hook.name for hook in legacy_hooks(module)} if module._forward_pre_hooks else set()
-    parts = {f"{name}{end}" for name in legacy for end in ("_g", "_v")}
+    legacy = sorted({hook.name for hook in legacy_hooks(module)}) if module._forward_pre_hooks else ()
+    parts = {f"{name}{end}" for name in legacy for end in ("_g", "_v")} if legacy else ()
     for name, parameter in module._parameters.items():
         if parameter is not None and name not in parts:
             yield name, "plain", parameter, None
-    for name in sorted(legacy):
+    for name in legacy:
         yield name, "legacy", module._parameters[f"{name}_v"], module._parameters[f"{name}_g"]
     if _is_parametrized(module):
         for name, entry in module._modules["parametrizations"]._modules.items():  # type: ignore[union-attr]
