@@ -484,7 +484,7 @@ def new_parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
     """`nn.Parameter(tensor, requires_grad)`, which for a plain tensor does little else."""
     if type(tensor) is not Tensor:
         return nn.Parameter(tensor, requires_grad)
-    made: nn.Parameter = Tensor._make_subclass(nn.Parameter, tensor, requires_grad)  # type: ignore[assignment,arg-type]
+    made: nn.Parameter = Tensor._make_subclass(nn.Parameter, tensor, requires_grad)
     return made
 
 

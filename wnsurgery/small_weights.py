@@ -7,7 +7,7 @@ copy and of a handful of operations on the rows of all weights. Bits are those o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,7 +56,7 @@ def small_magnitudes(weights: Sequence[tuple[Tensor, Axes]]) -> list[Tensor | No
     if not chosen:
         return found
     with torch.no_grad():
-        wide = _flatten_dense_tensors([weights[i][0] for i in chosen]).to(torch.float64).numpy()
+        wide = _side_by_side([weights[i][0] for i in chosen]).to(torch.float64).numpy()
         shapes = [axes.magnitude_shape(w.shape) for w, axes in (weights[i] for i in chosen)]
         counts = np.array([math.prod(shape) for shape in shapes])
         lengths = np.repeat(np.array([weights[i][0].numel() for i in chosen]) // counts, counts)
@@ -69,6 +69,9 @@ def small_magnitudes(weights: Sequence[tuple[Tensor, Axes]]) -> list[Tensor | No
         for i, part, shape, fine in zip(chosen, parts, shapes, whole, strict=True):
             found[i] = part.resize_(shape).clone() if fine else None
     return found
+
+
+_side_by_side: Callable[[Sequence[Tensor]], Tensor] = _flatten_dense_tensors  # one loop, not in Python
 
 
 def _floats(count: int) -> Tensor:
@@ -125,7 +128,7 @@ class SmallWeights:
 
     def _copy_pairs(self) -> tuple[Tensor, Tensor]:
         """All v and all g side by side."""
-        return _flatten_dense_tensors(self.v), _flatten_dense_tensors(self.g)
+        return _side_by_side(self.v), _side_by_side(self.g)
 
     def compute(self) -> list[Ready | None]:
         """All weights, in memory of their own; None for one with a row that is not an ordinary one."""

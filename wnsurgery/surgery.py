@@ -33,7 +33,8 @@ __all__ = ["apply_weight_norm", "fold_weight_norm", "is_weight_normed"]
 
 _log = logging.getLogger("wnsurgery")
 _WEIGHT_NORM = ("ours", "torch", "legacy")
-_TABLES = ("_parameters", "_modules", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_load_state_dict_pre_hooks")
+_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_load_state_dict_pre_hooks")
+_TABLES = ("_parameters", "_modules", *_HOOKS)  # of a module: what surgery writes to
 
 M = TypeVar("M", bound=nn.Module)
 
