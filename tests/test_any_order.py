@@ -45,6 +45,21 @@ class _Walk:
         with torch.no_grad():
             self.some_half().mul_(1.1)
 
+    def write_unseen(self) -> None:
+        """As optimizers written by hand do: no version counts it."""
+        g, v = self.some_pair()
+        g.data.mul_(1.05)
+        v.data.mul_(torch.linspace(0.9, 1.1, v.numel()).view_as(v))
+
+    def touch(self) -> None:
+        """What may be done to a weight that is no leaf; its later uses know nothing of it."""
+        w = self.chance.choice(self.net).weight
+        if w.requires_grad:
+            if self.chance.random() < 0.5:
+                w.register_hook(lambda grad: grad * 3.0)
+            else:
+                w.retain_grad()
+
     def replace(self) -> None:
         half = self.some_half()
         half.data = half.data * 0.9
@@ -116,7 +131,7 @@ class _Walk:
             *[self.train] * 3,
             lambda: self.train(2),
             lambda: self.train(twice=True),
-            *(self.write, self.replace, self.freeze, self.hook, self.unhook, self.step),
+            *(self.write, self.write_unseen, self.touch, self.replace, self.freeze, self.hook, self.unhook, self.step),
             *(self.initialise, self.duplicate, self.evaluate),
         ]
         for _ in range(steps):

@@ -31,12 +31,16 @@ class Branches(nn.Module):
         return self.d(self.c(self.b(self.a(x).tanh()).tanh()).tanh())  # type: ignore[no-any-return]
 
 
-@pytest.fixture
-def net() -> Branches:
+@pytest.fixture(params=["for one use", "for several"])
+def net(request: pytest.FixtureRequest) -> Branches:
     """A net whose next pass makes all its weights when it comes to the first."""
     made = wn.apply_weight_norm(Branches())
-    for _ in range(2):
+    for last in (False, False, True):
         made(torch.ones(2, 6)).sum().backward()
+        if last or request.param == "for one use":  # as after every step
+            with torch.no_grad():
+                for half in (half for layer in made.children() for half in halves(layer)):
+                    half.mul_(1.0)
     made.zero_grad()
     return made
 
@@ -49,6 +53,12 @@ def halves(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return entry(layer).pair()  # type: ignore[no-any-return]
 
 
+def loan(layer: nn.Module) -> Any:
+    """The weight that waits for its use, or for another."""
+    state = entry(layer).__dict__
+    return state["_made"] if "_made" in state else state["_again"]
+
+
 def by_itself(layer: nn.Module) -> Tensor:
     """The layer's weight with a graph of plain operations."""
     g, v = halves(layer)
@@ -58,7 +68,7 @@ def by_itself(layer: nn.Module) -> Tensor:
 def share(net: Branches, x: Tensor) -> Tensor:
     """The first layer's output; all layers' weights are made then, with one node."""
     found: Tensor = net.a(x).tanh()
-    others = [entry(layer).__dict__["_made"] for layer in (net.b, net.c, net.d)]
+    others = [loan(layer) for layer in (net.b, net.c, net.d)]
     assert all(one.shared for one in others)
     assert len({id(one.w.grad_fn) for one in others}) == 1
     return found
@@ -304,7 +314,7 @@ def test_more_weights_than_share_a_node() -> None:
         net[1:](x).sum().backward()
     net.zero_grad()
     net[0](torch.ones(1, 4))
-    nodes = [entry(layer).__dict__["_made"].w.grad_fn for layer in list(net)[1:]]
+    nodes = [loan(layer).w.grad_fn for layer in list(net)[1:]]
     assert len({id(node) for node in nodes}) == 3
     for layer in net:
         w = compose(*halves(layer), Axes((0,)))
@@ -331,6 +341,7 @@ def test_defaults_of_the_process_do_not_change_what_is_made(net: Branches, setti
         torch.set_default_dtype(before)
 
 
+@pytest.mark.parametrize("net", ["for one use"], indirect=True)
 def test_memory_is_let_go(net: Branches) -> None:
     """The graph of a pass is gone with what it computed: no cycle is left for the collector."""
     import gc

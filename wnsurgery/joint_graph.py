@@ -20,7 +20,7 @@ from wnsurgery import fused
 from wnsurgery.reparam import Axes, first_order_gradients, is_plain
 from wnsurgery.small_weights import Made, SmallWeights
 
-__all__ = ["is_in_backward", "may_share", "with_joint_graph"]
+__all__ = ["has_hooks", "is_in_backward", "is_joint", "may_share", "with_joint_graph"]
 
 
 _task: Any = torch._C._current_graph_task_id
@@ -36,17 +36,18 @@ def may_share(g: Tensor, v: Tensor) -> bool:
 
     A hook would also be called without a gradient, where the pair has no part in a backward pass.
     """
-    return not (_has_hooks(g) or _has_hooks(v)) and (g.requires_grad or v.requires_grad)
+    return not (has_hooks(g) or has_hooks(v)) and (g.requires_grad or v.requires_grad)
 
 
-def _has_hooks(half: Tensor) -> bool:
+def has_hooks(half: Any) -> bool:
+    """Whether somebody has put a hook on one half of a pair, which is a tensor."""
     return bool(half._backward_hooks or half._post_accumulate_grad_hooks)
 
 
 def _no_part(half: Tensor) -> Tensor | None:
     """The gradient of a half that has no part in a backward pass: none, but zeros where somebody has put a hook on it
     since its weight was made."""
-    return torch.zeros_like(half) if _has_hooks(half) else None
+    return torch.zeros_like(half) if has_hooks(half) else None
 
 
 def with_joint_graph(small: SmallWeights, chosen: Sequence[int], made: Made) -> tuple[Tensor, ...]:
@@ -62,6 +63,12 @@ def with_joint_graph(small: SmallWeights, chosen: Sequence[int], made: Made) -> 
     halves = [half for i in chosen for half in (small.g[i], small.v[i])]
     weights = tuple([made.weights[i] for i in chosen])
     return _apply(_Many(small, chosen, made.norms), weights, *halves)  # type: ignore[no-any-return]
+
+
+def is_joint(w: Tensor) -> bool:
+    """Whether a weight comes straight from a node that it has in common with others; a hook on it would also be called
+    where it has no part in a backward pass, without a gradient."""
+    return type(w.grad_fn) is _Node
 
 
 class _Many:
@@ -118,3 +125,4 @@ class _ComposeTogether(torch.autograd.Function):
 
 # past the Python half of `Function.apply`, which unwraps what function transforms left: none is on
 _apply: Any = torch._C._FunctionBase.__dict__["apply"].__get__(None, _ComposeTogether)
+_Node: Any = _ComposeTogether._backward_cls

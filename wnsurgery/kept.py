@@ -5,7 +5,8 @@ several times the arithmetic. `Rooms` lends the same memory again once nobody ho
 
 In evaluation the weight is the same from one call to the next. `Kept` holds it, and tells whether it still is: tensor
 versions count every in-place operation; optimizer steps are counted apart, since torch's fused optimizers leave the
-versions as they are; and because writes through `.data` leave no count anywhere, a few bytes of g and v are compared.
+versions as they are; and because writes through `.data` leave no count anywhere, a few bytes of g, v and the weight are
+compared, all bytes of small ones.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["AHEAD", "LARGE", "Kept", "Rooms", "steps"]
+__all__ = ["AHEAD", "LARGE", "Kept", "Probes", "Rooms", "steps"]
 
 AHEAD = 1 << 17  # elements above which a weight that was made ahead would have left the cache by its use
 LARGE = 1 << 16  # elements from which memory is worth keeping; smaller blocks come warm from the allocator
 _ALONE = 2  # storage references when only the lender holds it: its tensor, and the handle that counting takes
 _PROBE = 32  # bytes compared at each of a few places
-_WHOLE = 1 << 11  # bytes of a tensor up to which all are compared
 
 
 class Rooms:
@@ -92,6 +92,7 @@ class Kept:
         "_g",
         "_g_at",
         "_g_version",
+        "_own_probes",
         "_places",
         "_probes",
         "_step",
@@ -108,19 +109,20 @@ class Kept:
         self.w, self._g, self._v = w, g, v
         self.used = False  # for whoever keeps weights ahead of their use
         self._counted = steps if count_steps else _no_steps
-        self._places = (*_places(g, (2,)), *_places(v, (1, 3)))
+        self._places = _places(w, (1, 3)), (*_places(g, (2,)), *_places(v, (1, 3)))
         self._g_at, self._v_at = g.data_ptr(), v.data_ptr()
         self.renew()
 
     def renew(self) -> None:
         """The weight was computed anew from the same g and v, in the same memory."""
         self._version, self._g_version, self._v_version = self.w._version, self._g._version, self._v._version
-        self._probes = [(place, place.raw) for place in self._places]
+        self._own_probes, others = ([(one, one.raw) for one in places] for places in self._places)
+        self._probes = self._own_probes + others
         self._step = self._counted.count
 
     def is_written(self) -> bool:
         """Whether somebody wrote into the weight itself."""
-        return self.w._version != self._version
+        return self.w._version != self._version or any(place.raw != probed for place, probed in self._own_probes)
 
     def was_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether this pair has not been written to since, so that a write into the weight is the latest word."""
@@ -149,15 +151,45 @@ class Kept:
         return v.device.type == "cpu" and g.device.type == "cpu" and not (v.is_inference() or g.is_inference())
 
 
-def _places(tensor: Tensor, quarters: tuple[int, ...]) -> list[Any]:
-    """A few bytes inside a tensor's memory, some quarters of the way in, to be read through `raw`."""
+class Probes:
+    """Where to look whether a pair was written to: all bytes of a half that has up to `whole`, else a few.
+
+    >>> g, v = torch.ones(2, 1), torch.ones(2, 3)
+    >>> probes = Probes(g, v)
+    >>> before = probes.read()
+    >>> _ = v.data.mul_(2.0)
+    >>> probes.read() == before, probes.see_all
+    (False, True)
+    """
+
+    __slots__ = ("_g_at", "_places", "_v_at", "see_all", "whole")
+
+    def __init__(self, g: Tensor, v: Tensor, whole: int = 1 << 11) -> None:
+        self._g_at, self._v_at, self.whole = g.data_ptr(), v.data_ptr(), whole
+        self._places = (*_places(g, (2,), whole), *_places(v, (1, 3), whole))
+        self.see_all = max(map(_extent, (g, v))) <= whole
+
+    def are_of(self, g_at: int, v_at: int, whole: int) -> bool:
+        return g_at == self._g_at and v_at == self._v_at and whole == self.whole
+
+    def read(self) -> list[bytes]:
+        return [place.raw for place in self._places]
+
+
+def _places(tensor: Tensor, quarters: tuple[int, ...], whole: int = 1 << 11) -> list[Any]:
+    """A few bytes inside a tensor's memory, some quarters of the way in, to be read through `raw`; all of up to `whole`
+    bytes."""
     if tensor.device.type != "cpu" or not tensor.numel():
         return []
     start = tensor.data_ptr()
-    size = int(tensor.untyped_storage().nbytes()) - int(tensor.storage_offset()) * tensor.element_size()
-    if size <= 0:
-        return []
-    if size <= _WHOLE:
+    size = _extent(tensor)
+    if size <= whole:
         return [(ctypes.c_char * size).from_address(start)]
     length = min(size, _PROBE)
     return [(ctypes.c_char * length).from_address(start + (size - length) * quarter // 4) for quarter in quarters]
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element of a tensor to its last, both included."""
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

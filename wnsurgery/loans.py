@@ -7,24 +7,28 @@ of them; when the last who holds the tensor lets it go, they are taken over into
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wnsurgery.errors import WnsurgeryError
-from wnsurgery.kept import steps
+from wnsurgery.kept import Probes, steps
 
 __all__ = ["Loan", "lend_out"]
 
+_FEW = 1 << 11  # bytes of a half up to which all are looked at, before one use
+_ALL = 1 << 14  # before each of several: under 1 us
 _next_number: Any = torch._C._autograd._get_sequence_nr
 
 
 class Loan(weakref.ref[Tensor]):
     """A weight, the pair it was computed from, and the state of both at the time; made by `lend_out`.
 
-    `w` is there until its use; `shared` says whether its node of the graph is another weight's, too. The owner has
-    `absorb()`, which takes writes over into its pair, and `unwatch()`.
+    `w` is there until its use; `shared` says whether its node of the graph is another weight's, too; `lasting`, whether
+    it serves further uses, whose backward passes the node can all take. The owner has `absorb()`, which takes writes
+    over into its pair, and `unwatch()`.
     """
 
     # a class with an __init__ of its own, or with properties, would cost a small layer a tenth of its weight norm
@@ -35,18 +39,26 @@ class Loan(weakref.ref[Tensor]):
         "_g_at",
         "_g_version",
         "_owner",
+        "_probed",
+        "_probes",
         "_steps",
         "_v",
         "_v_at",
         "_v_version",
         "_version",
+        "lasting",
         "shared",
+        "views",
         "w",
     )
 
     w: Tensor
     shared: bool
+    lasting: bool
+    views: list[_View]
     _alias: Tensor
+    _probed: list[bytes]
+    _probes: Probes
     _owner: weakref.ref[Any]
     _g: Tensor
     _v: Tensor
@@ -72,6 +84,7 @@ class Loan(weakref.ref[Tensor]):
             and self._v.data_ptr() == self._v_at
             and self._g.requires_grad << 1 | self._v.requires_grad == self._flags
             and steps.count == self._steps
+            and self._probes.read() == self._probed
         )
 
     def is_written(self) -> bool:
@@ -83,19 +96,38 @@ class Loan(weakref.ref[Tensor]):
         return self._alias
 
     def use(self) -> Tensor:
-        """The weight, for its one use; in the backward pass its turn comes as if it had been made now."""
+        """The weight, for its one use, or the first; in the backward pass its turn comes as if it had been made now."""
         w: Tensor = self.w
-        del self.w
         node = w.grad_fn
         if node is not None:
             node._set_sequence_nr(_next_number())  # type: ignore[attr-defined]
+        if self.lasting:
+            return self.view()
+        del self.w
         return w
 
+    def view(self) -> Tensor:
+        """A lasting weight, for one use: a view of it, on which hooks see that use alone."""
+        shown = self.w.view_as(self.w)
+        view = _View(shown, _view_gone)
+        view.of = self
+        self.views.append(view)
+        return shown
 
-def lend_out(w: Tensor, owner: Any, g: Tensor, v: Tensor, *, ahead: bool = False, shared: bool = False) -> Loan | None:
+
+class _View(weakref.ref[Tensor]):
+    __slots__ = ("of",)
+
+    of: Loan
+
+
+def lend_out(
+    w: Tensor, owner: Any, g: Tensor, v: Tensor, *, ahead: bool = False, shared: bool = False, lasting: bool = False
+) -> Loan | None:
     """A record of a weight computed from a pair; None for tensors of inference mode, whose writes nobody counts.
 
-    With `ahead`, the weight waits in the record for its use.
+    With `ahead`, the weight waits in the record for its use; `lasting` asks for further ones, which is granted to pairs
+    small enough that all their bytes are looked at.
     """
     if w.is_inference() or g.is_inference() or v.is_inference():
         return None
@@ -105,7 +137,14 @@ def lend_out(w: Tensor, owner: Any, g: Tensor, v: Tensor, *, ahead: bool = False
     loan._version, loan._g_version, loan._v_version = alias._version, g._version, v._version
     if ahead:
         loan.w, loan.shared = w, shared
-        loan._g_at, loan._v_at = g.data_ptr(), v.data_ptr()
+        loan._g_at, loan._v_at = at = g.data_ptr(), v.data_ptr()
+        whole = _ALL if lasting else _FEW
+        probes: Probes | None = owner.__dict__.get("_probes")
+        if probes is None or not probes.are_of(*at, whole):
+            probes = owner.__dict__["_probes"] = Probes(g, v, whole)
+        loan._probes, loan._probed = probes, probes.read()
+        loan.lasting = lasting and probes.see_all
+        loan.views = []
         loan._flags = g.requires_grad << 1 | v.requires_grad
         steps.start()
         loan._steps = steps.count
@@ -126,3 +165,12 @@ def _let_go(loan: Loan) -> None:
         owner.absorb()
     except WnsurgeryError:  # a callback cannot raise: the next access does
         owner.__dict__["_handed_out"] = watched
+
+
+def _view_gone(view: _View) -> None:
+    loan = view.of
+    loan.views = [one for one in loan.views if one is not view]
+    owner = loan._owner() if loan.is_written() else None
+    if owner is not None:
+        with suppress(WnsurgeryError):  # a callback cannot raise: the next access does
+            owner.absorb()

@@ -25,7 +25,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from wnsurgery import fused
 from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
-from wnsurgery.joint_graph import is_in_backward, may_share
+from wnsurgery.joint_graph import has_hooks, is_in_backward, is_joint, may_share
 from wnsurgery.kept import AHEAD, Kept, Rooms
 from wnsurgery.large_linear import large_linear, serves_linear
 from wnsurgery.loans import Loan, lend_out
@@ -46,16 +46,20 @@ __all__ = ["WeightNormList", "install", "rebuild_parametrized", "restore_paramet
 
 _MAX_HANDLES = 63  # weights handed out and still alive that are watched for writes
 PASSING = frozenset(
-    {"_deferred", "_evaluation", "_handed_out", "_kept", "_lent", "_made", "_nested", "_ready", "_round"}
+    {
+        *("_again", "_deferred", "_evaluation", "_handed_out", "_kept", "_lent"),
+        *("_made", "_nested", "_probes", "_ready", "_round"),
+    }
 )  # attributes that belong to this process and this moment
 _is_compiling, _tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
-_grad_enabled = torch.is_grad_enabled
+_grad_enabled, _frame = torch.is_grad_enabled, sys._getframe
 _ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
 
 
 class WeightNormList(ParametrizationList):
     """`module.parametrizations.weight` of a converted module: original0 is g, original1 is v."""
 
+    _again: Loan | None = None  # handed out in training, for further uses
     _deferred: DeferredWeight | None = None  # in deferred mode
     _kept: Kept | None = None
     _made: Loan | None = None  # for the next use in training
@@ -65,7 +69,9 @@ class WeightNormList(ParametrizationList):
         if _is_compiling():  # compiled code would depend on what is kept, and what was made
             return self._computed()
         if _grad_enabled():
-            made = None if self._made is None else self._take_made()
+            made = None if self._again is None else self._use_again()
+            if made is None and self._made is not None:
+                made = self._take_made()
             return self._computed() if made is None else made
         kept = self._kept
         if kept is not None:
@@ -138,6 +144,40 @@ class WeightNormList(ParametrizationList):
             self._watch(record)
         return w
 
+    def _use_again(self) -> Tensor | None:
+        """The weight of the last use in training, None where this one must have its own."""
+        state, halves, modules = self.__dict__, self._parameters, self._modules
+        again: Loan | None = state.get("_again")
+        if again is None:
+            return None
+        if "_kept" in state or "_handed_out" in state or again.is_written():
+            self.absorb()
+        g, v = halves.get("original0"), halves.get("original1")
+        if (
+            "_again" in state
+            and again.serves(g, v)
+            and len(modules) == 1
+            and "_kept" not in state
+            and "_deferred" not in state
+            and not _hooked(modules["0"])
+            and _tracing() is None
+            and may_make()
+            and not is_in_backward()
+            and (self._preparation is None or self._preparation.lasting)
+            and not (has_hooks(g) or has_hooks(v))
+        ):
+            return again.view()
+        state.pop("_again", None)
+        return None
+
+    def copy_of(self, w: Tensor) -> Tensor:
+        """A weight whose node of the graph others use, too, for one of them to write to or to hang hooks on."""
+        copied = w.clone()
+        record = lend_out(copied, self, *self.pair())
+        if record is not None:
+            self._watch(record)
+        return copied
+
     def _take_made(self) -> Tensor | None:
         """The weight that was made ahead for this use, None if it does not serve it; it serves no other."""
         state, halves, modules = self.__dict__, self._parameters, self._modules
@@ -163,7 +203,10 @@ class WeightNormList(ParametrizationList):
         net = self._preparation
         if net is not None:
             net.use(self)
-        self._watch(made)
+        if made.lasting:
+            self.__dict__["_again"] = made
+        else:
+            self._watch(made)
         return made.use()
 
     def _for_training(self, rule: Any, g: Tensor, v: Tensor) -> Tensor:
@@ -171,6 +214,8 @@ class WeightNormList(ParametrizationList):
         net, ready = self._preparation, None
         if is_in_backward():
             self.__dict__["_nested"] = True
+            if net is not None:
+                net.nest()
         sizes = fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
         if sizes is not None:
             made = net.make(self) if net is not None and v.numel() <= AHEAD and may_make() else None
@@ -322,8 +367,8 @@ class WeightNormList(ParametrizationList):
             self._deferred.settle()
             return
         kept = self.__dict__.get("_kept")
-        loans = self.__dict__.pop("_handed_out", None)
-        if kept is None and not loans:
+        again, loans = self._again, self.__dict__.pop("_handed_out", None)
+        if kept is None and again is None and not loans:
             return
         now_g, now_v = self.pair()
         if kept is not None and kept.is_written():
@@ -331,6 +376,11 @@ class WeightNormList(ParametrizationList):
             if kept.was_of(now_g, now_v):
                 self._store(kept.w)
                 return
+        if again is not None and again.is_written():
+            if again.is_of(now_g, now_v):
+                self._store(again.written())
+                return
+            self.__dict__.pop("_again", None)
         if not loans:
             return
         live = []
@@ -362,8 +412,8 @@ class WeightNormList(ParametrizationList):
             new_g, new_v = rule.right_inverse(value.detach().to(v.dtype))
             g.copy_(new_g)
             v.copy_(new_v)
-        self.__dict__.pop("_handed_out", None)
-        self.__dict__.pop("_kept", None)
+        for name in ("_again", "_handed_out", "_kept"):
+            self.__dict__.pop(name, None)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -716,7 +766,10 @@ def _computed(name: str) -> property:
         if type(entry) is WeightNormList and not (
             entry._forward_hooks or entry._forward_pre_hooks or parametrize._cache_enabled
         ):
-            return entry.forward()
+            w = entry.forward()
+            if entry._again is None and _grad_enabled() and _frame(1).f_code.co_name != "forward" and is_joint(w):
+                return entry.copy_of(w)
+            return w
         if entry is None:
             if name in self.__dict__:
                 return self.__dict__[name]  # type: ignore[no-any-return]
@@ -746,7 +799,8 @@ def _map(self: nn.Linear, input: Tensor) -> Tensor:
     y = None
     if not _is_compiling() and _grad_enabled() and _tracing() is None:
         entry = _entry(self)
-        y = entry.linear(input, self.bias) if type(entry) is WeightNormList else None
+        v = entry._parameters.get("original1") if type(entry) is WeightNormList else None
+        y = entry.linear(input, self.bias) if v is not None and v.numel() > AHEAD else None
     return nn.Linear.forward(self, input) if y is None else y
 
 

@@ -29,6 +29,7 @@ from wnsurgery.small_weights import SmallWeights, is_small
 __all__ = ["Preparation", "may_make"]
 
 _PLANS = 8  # sets of weights used together that are remembered
+_LASTING = 1 << 12  # elements up to which a weight may serve several uses
 _SHARING = 64  # weights with one node of the graph in common: gradients come by so many at a time
 
 
@@ -80,6 +81,9 @@ class Preparation:
         self._training, self._evaluation = _Rounds("_round"), _Rounds("_evaluation")
         self.use = self._training.use  # a training pass uses a weight
         self._plans: list[_Plan] = []  # the last one used is the first
+        self._began: tuple[int, int, int] | None = None  # the last entry that was made at its use, and its versions
+        self.lasting = False  # whether weights are used again while their pairs stay as they are
+        self._nested = False
         self.rooms = Rooms()  # for what is needed by one layer after the other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Preparation:
@@ -99,7 +103,11 @@ class Preparation:
         """One weight, for one use, with those that were used together with it; None where nothing is to be gained."""
         together = self._training.together(entry)
         self.use(entry)
-        if len(together) == 1:
+        g, v = entry.pair()
+        began = id(entry), g._version, v._version
+        self.lasting = (self.lasting or began == self._began) and not self._nested
+        self._began = began
+        if len(together) == 1 and not (self.lasting and v.numel() <= _LASTING):
             return None
         needed = []
         for one in together:
@@ -109,11 +117,15 @@ class Preparation:
             if one is entry or not _has_made(one):
                 needed.append(one)
         plan = self._plan(needed)
-        alone = needed if plan.small is None else _make_small(needed, plan, plan.small)
+        alone = needed if plan.small is None else _make_small(needed, plan, plan.small, lasting=self.lasting)
         for one in alone:
             one.__dict__["_made"] = one.make()
         made: Loan | None = entry.__dict__.pop("_made", None)  # None where another thread was quicker
         return made
+
+    def nest(self) -> None:
+        """A weight of the net is used in a backward pass: each pass from now on is to have its own."""
+        self._nested, self.lasting = True, False
 
     def keep(self, entry: Any) -> None:
         """An evaluation pass needs a weight that is not kept: keep it, and those that the last pass used with it."""
@@ -143,7 +155,7 @@ class Preparation:
                 entries[i].__dict__["_ready"] = (_moment(*entries[i].pair()), ready)
 
 
-def _make_small(entries: list[Any], plan: _Plan, small: SmallWeights) -> list[Any]:
+def _make_small(entries: list[Any], plan: _Plan, small: SmallWeights, *, lasting: bool) -> list[Any]:
     """Make the small weights of a plan, with nodes of the graph in common where they may; returns the other entries.
 
     They may not in a backward pass, which ends before others that would share a node, nor where processes exchange
@@ -164,7 +176,7 @@ def _make_small(entries: list[Any], plan: _Plan, small: SmallWeights) -> list[An
         chosen = sharing[first : first + _SHARING]
         for k, w in zip(chosen, with_joint_graph(small, chosen, made), strict=True):
             one = entries[plan.small_at[k]]
-            one.__dict__["_made"] = lend_out(w, one, small.g[k], small.v[k], ahead=True, shared=True)
+            one.__dict__["_made"] = lend_out(w, one, small.g[k], small.v[k], ahead=True, shared=True, lasting=lasting)
     return others
 
 

@@ -7,7 +7,7 @@ copy and of a handful of operations on the rows of all weights. Bits are those o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,7 +71,9 @@ def small_magnitudes(weights: Sequence[tuple[Tensor, Axes]]) -> list[Tensor | No
     return found
 
 
-_side_by_side: Callable[[Sequence[Tensor]], Tensor] = _flatten_dense_tensors  # one loop, not in Python
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call] # one loop, not in Python
+    return flat if len(tensors) > 1 else flat.clone()  # one alone comes back as it is
 
 
 def _floats(count: int) -> Tensor:

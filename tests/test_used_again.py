@@ -1,0 +1,228 @@
+"""A small weight that is used several times before its pair changes is made once, and nobody can tell."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wnsurgery as wn
+
+X = torch.linspace(-1, 1, 12).view(2, 6)
+
+
+def pair(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.parametrizations["weight"].pair()  # type: ignore[no-any-return]
+
+
+def by_itself(layer: Any) -> Tensor:
+    g, v = pair(layer)
+    return g * v / v.norm(dim=1, keepdim=True)
+
+
+def same(layer: Any) -> bool:
+    """Whether the layer's weight is that of its pair as it is now."""
+    with torch.no_grad():
+        return torch.allclose(layer.weight, by_itself(layer), rtol=1e-6) and torch.allclose(
+            used(layer), by_itself(layer), rtol=1e-6
+        )
+
+
+def used(layer: Any) -> Tensor:
+    with torch.enable_grad():
+        return layer.weight.detach().clone()  # type: ignore[no-any-return]
+
+
+def place(layer: Any) -> int:
+    return layer.weight.data_ptr()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=[1, 3])
+def net(request: pytest.FixtureRequest) -> nn.Sequential:
+    """A net that has seen its weights used again."""
+    torch.manual_seed(0)
+    made = wn.apply_weight_norm(nn.Sequential(*[nn.Linear(6, 6) for _ in range(request.param)]))
+    for _ in range(4):
+        made(X).sum().backward()
+    made.zero_grad()
+    return made
+
+
+def test_it_is_made_once(net: nn.Sequential) -> None:
+    for layer in net:
+        assert len({place(layer) for _ in range(5)}) == 1
+        first, second = layer.weight, layer.weight
+        assert first.requires_grad
+        assert first.grad_fn is not second.grad_fn  # hooks on one use see that use
+        assert torch.equal(first, wn.fold_weight_norm(copy.deepcopy(layer)).weight)  # type: ignore[arg-type]
+
+
+def test_gradients_of_many_passes_add_up(net: nn.Sequential) -> None:
+    wide = copy.deepcopy(net).double()
+    for k in range(5):
+        net(X * k).square().sum().backward()
+        h = X.double() * k
+        for layer in wide:
+            h = nn.functional.linear(h, by_itself(layer), layer.bias)  # type: ignore[arg-type]
+        h.square().sum().backward()
+    for layer, other in zip(net, wide, strict=True):
+        for mine, theirs in zip(pair(layer), pair(other), strict=True):
+            torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-5, atol=1e-6)  # type: ignore[union-attr]
+
+
+def test_uses_in_one_graph_and_gradients_of_gradients(net: nn.Sequential) -> None:
+    layer: Any = net[0]
+    wide = copy.deepcopy(layer).double()
+    y = layer(layer(layer(X).tanh()).tanh()).tanh().square().sum()
+    h = X.double()
+    for _ in range(3):
+        h = nn.functional.linear(h, by_itself(wide), wide.bias).tanh()
+    z = h.square().sum()
+    mine = torch.autograd.grad(y, pair(layer), create_graph=True)
+    theirs = torch.autograd.grad(z, pair(wide), create_graph=True)
+    sum(one.square().sum() for one in mine).backward()  # type: ignore[union-attr]
+    sum(one.square().sum() for one in theirs).backward()  # type: ignore[union-attr]
+    for one, other in zip(
+        (*mine, *(p.grad for p in pair(layer))), (*theirs, *(p.grad for p in pair(wide))), strict=True
+    ):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_writes_that_nobody_counts_are_seen(net: nn.Sequential, half: int) -> None:
+    """One element, written through `.data`, of a layer whose weight is waiting for its next use."""
+    for layer in net:
+        assert same(layer)
+        part = pair(layer)[half]
+        before, version = used(layer), part._version
+        part.data[3].mul_(1.25)
+        assert part._version == version
+        assert same(layer)
+        net(X)  # makes the others, too
+    for layer in net:
+        pair(layer)[half].data[2].mul_(0.5)
+        assert same(layer)
+    assert not torch.equal(before, used(layer))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda net: torch.optim.SGD(net.parameters(), lr=0.1).step(),
+        lambda net: torch.optim.Adam(net.parameters(), lr=0.1, fused=True).step(),
+        lambda net: net.load_state_dict({k: v * 1.5 for k, v in net.state_dict().items()}),
+        lambda net: [layer.reset_parameters() for layer in net],
+        lambda net: [nn.init.normal_(layer.weight) for layer in net],
+        lambda net: [setattr(layer, "weight", torch.randn(6, 6)) for layer in net],
+        lambda net: [setattr(p, "data", p.data * 2) for p in net.parameters()],
+    ],
+    ids=["step", "fused step", "load", "reset", "initialise", "assign", "data"],
+)
+def test_it_is_never_stale(net: nn.Sequential, write: Any) -> None:
+    net(X).square().sum().backward()
+    before = [used(layer) for layer in net]
+    write(net)
+    for layer, old in zip(net, before, strict=True):
+        assert same(layer)
+        assert not torch.equal(used(layer), old)
+    net(X).sum().backward()
+
+
+def test_a_write_into_one_use_reaches_the_pair_when_it_is_let_go(net: nn.Sequential) -> None:
+    layer: Any = net[0]
+    held = layer.weight
+    with torch.no_grad():
+        held.copy_(torch.arange(36.0).view(6, 6) + 1)
+    del held
+    g, v = pair(layer)  # no access in between
+    torch.testing.assert_close((g * v / v.norm(dim=1, keepdim=True)).flatten().detach(), torch.arange(36.0) + 1)
+
+
+def test_an_operation_in_place_has_its_gradient(net: nn.Sequential) -> None:
+    layer: Any = net[0]
+    wide = copy.deepcopy(layer).double()
+    w = layer.weight
+    w.mul_(3.0)
+    w.square().sum().backward()
+    (by_itself(wide) * 3.0).square().sum().backward()
+    torch.testing.assert_close(pair(layer)[0].grad.double(), pair(wide)[0].grad)  # type: ignore[union-attr]
+
+
+def test_a_hook_sees_the_use_it_was_put_on(net: nn.Sequential) -> None:
+    layer: Any = net[0]
+    seen: list[Any] = []
+    layer.weight.register_hook(seen.append)
+    layer(X).sum().backward()
+    assert seen == []
+    w = layer.weight
+    w.register_hook(seen.append)
+    nn.functional.linear(X, w).sum().backward()
+    assert len(seen) == 1
+    assert isinstance(seen[0], Tensor)
+
+
+def test_a_hook_on_a_weight_that_takes_no_part_is_not_called() -> None:
+    """Also where a node of the graph is other weights', too."""
+    net = wn.apply_weight_norm(nn.Sequential(*[nn.Linear(6, 6) for _ in range(3)]))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(4):
+        seen: list[Any] = []
+        net[1].weight.register_hook(seen.append)
+        net(X).sum().backward()
+        assert seen == []
+        optimizer.step()
+
+
+def test_freezing_and_thawing(net: nn.Sequential) -> None:
+    layer: Any = net[0]
+    g, v = pair(layer)
+    layer(X)
+    v.requires_grad_(False)
+    layer(X).sum().backward()
+    assert v.grad is None
+    assert g.grad is not None
+    g.requires_grad_(False)
+    assert not layer.weight.requires_grad
+    v.requires_grad_(True)
+    layer(X).sum().backward()
+    assert v.grad is not None
+
+
+def test_copies_and_files_are_independent(net: nn.Sequential) -> None:
+    twins = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2.0)
+    for twin in twins:
+        for layer, other in zip(twin, net, strict=True):
+            assert same(layer)
+            assert not torch.equal(used(layer), used(other))
+
+
+def test_nothing_is_left_for_the_collector(net: nn.Sequential) -> None:
+    net(X).sum().backward()
+    gone = [weakref.ref(layer.parametrizations["weight"].__dict__["_again"].w) for layer in net]  # type: ignore[index]
+    entries = [weakref.ref(layer.parametrizations["weight"]) for layer in net]  # type: ignore[index]
+    gc.collect()
+    gc.disable()
+    try:
+        wn.fold_weight_norm(net)
+        assert [one() for one in (*gone, *entries)] == [None] * 2 * len(net)
+    finally:
+        gc.enable()
+
+
+def test_larger_weights_are_made_anew() -> None:
+    """Not all their bytes are looked at, so a write that nobody counts could go unseen."""
+    layer: Any = wn.apply_weight_norm(nn.Linear(80, 80))
+    for _ in range(4):
+        layer(torch.ones(2, 80)).sum().backward()
+    assert "_again" not in layer.parametrizations["weight"].__dict__
+    pair(layer)[1].data[17, 3] += 1.0
+    assert same(layer)
