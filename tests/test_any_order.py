@@ -83,6 +83,10 @@ class _Walk:
     def initialise(self) -> None:
         nn.init.normal_(self.chance.choice(self.net).weight, std=0.3)
 
+    def initialise_unseen(self) -> None:
+        self.chance.choice(self.net).weight.data.normal_(std=0.3)
+        self.net.state_dict()
+
     def duplicate(self) -> None:
         again = self.chance.random() < 0.5
         self.renew(copy.deepcopy(self.net) if again else pickle.loads(pickle.dumps(self.net)))
@@ -132,7 +136,7 @@ class _Walk:
             lambda: self.train(2),
             lambda: self.train(twice=True),
             *(self.write, self.write_unseen, self.touch, self.replace, self.freeze, self.hook, self.unhook, self.step),
-            *(self.initialise, self.duplicate, self.evaluate),
+            *(self.initialise, self.initialise_unseen, self.duplicate, self.evaluate),
         ]
         for _ in range(steps):
             self.chance.choice(deeds)()

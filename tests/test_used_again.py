@@ -226,3 +226,40 @@ def test_larger_weights_are_made_anew() -> None:
     assert "_again" not in layer.parametrizations["weight"].__dict__
     pair(layer)[1].data[17, 3] += 1.0
     assert same(layer)
+
+
+def initialise(module: nn.Module) -> None:
+    """As in the code of many GANs."""
+    if isinstance(module, nn.Linear):
+        module.weight.data.normal_(5.0, 2.0)
+
+
+@pytest.mark.parametrize("width", [4, 60, 400])
+@pytest.mark.parametrize("passes", [0, 1, 3])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", ["parametrized", "deferred"])
+def test_a_write_through_data_reaches_the_pair(width: int, passes: int, training: bool, mode: Any) -> None:
+    net = nn.Sequential(*[nn.Linear(width, width) for _ in range(2)])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    wn.apply_weight_norm(net, mode=mode, optimizer=optimizer)
+    for _ in range(passes):
+        net(torch.ones(2, width)).sum().backward()
+    optimizer.zero_grad()
+    with torch.set_grad_enabled(training):
+        net.apply(initialise)
+    for layer in net:
+        w = used(layer)
+        assert abs(float(w.mean()) - 5.0) < 2.0
+        assert same(layer)
+    folded = wn.fold_weight_norm(copy.deepcopy(net))
+    for layer, plain in zip(net, folded, strict=True):
+        assert torch.equal(used(layer), plain.weight)  # type: ignore[arg-type]
+
+
+def test_data_that_is_held_and_written_to_later(net: nn.Sequential) -> None:
+    layer: Any = net[0]
+    data = layer.weight.data
+    layer(X)
+    data[2, 3] = 7.0
+    assert used(layer)[2, 3].item() == pytest.approx(7.0)
+    assert same(layer)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["AHEAD", "LARGE", "Kept", "Probes", "Rooms", "steps"]
+__all__ = ["AHEAD", "LARGE", "Kept", "Probes", "Rooms", "is_held", "places_in", "steps"]
 
 AHEAD = 1 << 17  # elements above which a weight that was made ahead would have left the cache by its use
 LARGE = 1 << 16  # elements from which memory is worth keeping; smaller blocks come warm from the allocator
@@ -49,13 +49,18 @@ class Rooms:
         memory = self._memory.pop(name, None)  # nobody else finds it while it is looked at
         if memory is None or not _alike(memory, like):
             memory = torch.empty_like(like, requires_grad=False)
-        elif torch._C._storage_Use_Count(memory.untyped_storage()._cdata) != _ALONE:
+        elif is_held(memory):
             self._memory[name] = memory
             return None
         loan = torch.empty(0, dtype=memory.dtype, device=memory.device)
         loan.set_(memory.untyped_storage(), memory.storage_offset(), memory.shape, memory.stride())
         self._memory[name] = memory
         return loan
+
+
+def is_held(memory: Tensor) -> bool:
+    """Whether some other tensor has its memory, too."""
+    return torch._C._storage_Use_Count(memory.untyped_storage()._cdata) != _ALONE
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
@@ -109,7 +114,7 @@ class Kept:
         self.w, self._g, self._v = w, g, v
         self.used = False  # for whoever keeps weights ahead of their use
         self._counted = steps if count_steps else _no_steps
-        self._places = _places(w, (1, 3)), (*_places(g, (2,)), *_places(v, (1, 3)))
+        self._places = places_in(w), (*_places(g, (2,)), *_places(v, (1, 3)))
         self._g_at, self._v_at = g.data_ptr(), v.data_ptr()
         self.renew()
 
@@ -149,6 +154,11 @@ class Kept:
     def can_hold(g: Tensor, v: Tensor) -> bool:
         """Whether changes of this pair can be seen: ordinary tensors in the CPU's memory."""
         return v.device.type == "cpu" and g.device.type == "cpu" and not (v.is_inference() or g.is_inference())
+
+
+def places_in(w: Tensor) -> list[Any]:
+    """Where to look whether a weight was written to."""
+    return _places(w, (1, 3))
 
 
 class Probes:

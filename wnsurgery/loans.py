@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wnsurgery.errors import WnsurgeryError
-from wnsurgery.kept import Probes, steps
+from wnsurgery.kept import Probes, is_held, places_in, steps
 
 __all__ = ["Loan", "lend_out"]
 
@@ -38,6 +38,7 @@ class Loan(weakref.ref[Tensor]):
         "_g",
         "_g_at",
         "_g_version",
+        "_own",
         "_owner",
         "_probed",
         "_probes",
@@ -57,6 +58,7 @@ class Loan(weakref.ref[Tensor]):
     lasting: bool
     views: list[_View]
     _alias: Tensor
+    _own: list[tuple[Any, bytes]]
     _probed: list[bytes]
     _probes: Probes
     _owner: weakref.ref[Any]
@@ -89,7 +91,20 @@ class Loan(weakref.ref[Tensor]):
 
     def is_written(self) -> bool:
         """Whether somebody wrote into the weight itself."""
-        return self._alias._version != self._version
+        return self._alias._version != self._version or (self._own != [] and self._differs())
+
+    def look(self) -> None:
+        """From now on look at some of its bytes, too: a write through `.data` leaves no count, and may come when the
+        weight itself is gone."""
+        if not self._own:
+            self._own = [(place, place.raw) for place in places_in(self._alias)]
+
+    def _differs(self) -> bool:
+        return any(place.raw != before for place, before in self._own)
+
+    def is_out(self) -> bool:
+        """Whether somebody can still write into the weight."""
+        return self() is not None or (self._own != [] and is_held(self._alias))
 
     def written(self) -> Tensor:
         """The weight's values, also when nobody holds it any more."""
@@ -135,6 +150,7 @@ def lend_out(
     loan._alias = alias = w.detach()
     loan._owner, loan._g, loan._v = weakref.ref(owner), g, v
     loan._version, loan._g_version, loan._v_version = alias._version, g._version, v._version
+    loan._own = []
     if ahead:
         loan.w, loan.shared = w, shared
         loan._g_at, loan._v_at = at = g.data_ptr(), v.data_ptr()
@@ -159,7 +175,8 @@ def _let_go(loan: Loan) -> None:
     if not watched:
         return
     if loan._alias._version == loan._version:
-        owner.unwatch(loan)
+        if not loan._own:
+            owner.unwatch(loan)
         return
     try:
         owner.absorb()

@@ -170,13 +170,22 @@ class WeightNormList(ParametrizationList):
         state.pop("_again", None)
         return None
 
-    def copy_of(self, w: Tensor) -> Tensor:
-        """A weight whose node of the graph others use, too, for one of them to write to or to hang hooks on."""
-        copied = w.clone()
-        record = lend_out(copied, self, *self.pair())
-        if record is not None:
-            self._watch(record)
-        return copied
+    def outside(self, w: Tensor) -> Tensor:
+        """A weight just handed out in training, for somebody else than a forward pass, who may write through `.data`, or
+        hang a hook on it without using it: a node that is others', too, would call that without a gradient."""
+        again = self._again
+        if again is not None:
+            again.look()
+            return w
+        if is_joint(w):
+            w = w.clone()
+            loan = lend_out(w, self, *self.pair())
+            if loan is not None:
+                self._watch(loan)
+        for loan in self.__dict__.get("_handed_out", ()):
+            if loan() is w:
+                loan.look()
+        return w
 
     def _take_made(self) -> Tensor | None:
         """The weight that was made ahead for this use, None if it does not serve it; it serves no other."""
@@ -390,7 +399,7 @@ class WeightNormList(ParametrizationList):
             if loan.is_written():
                 self._store(loan.written())
                 return
-            if loan() is not None:
+            if loan.is_out():
                 live.append(loan)
         if live:
             self.__dict__["_handed_out"] = live
@@ -767,9 +776,7 @@ def _computed(name: str) -> property:
             entry._forward_hooks or entry._forward_pre_hooks or parametrize._cache_enabled
         ):
             w = entry.forward()
-            if entry._again is None and _grad_enabled() and _frame(1).f_code.co_name != "forward" and is_joint(w):
-                return entry.copy_of(w)
-            return w
+            return entry.outside(w) if _grad_enabled() and _frame(1).f_code.co_name != "forward" else w
         if entry is None:
             if name in self.__dict__:
                 return self.__dict__[name]  # type: ignore[no-any-return]
