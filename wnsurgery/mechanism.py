@@ -171,7 +171,7 @@ class WeightNormList(ParametrizationList):
         return None
 
     def outside(self, w: Tensor) -> Tensor:
-        """A weight just handed out in training, for somebody else than a forward pass, who may write through `.data`, or
+        """A weight just handed out in training, for somebody else than a forward pass, who may write through `.data` or
         hang a hook on it without using it: a node that is others', too, would call that without a gradient."""
         again = self._again
         if again is not None:
@@ -776,7 +776,9 @@ def _computed(name: str) -> property:
             entry._forward_hooks or entry._forward_pre_hooks or parametrize._cache_enabled
         ):
             w = entry.forward()
-            return entry.outside(w) if _grad_enabled() and _frame(1).f_code.co_name != "forward" else w
+            if _is_compiling() or not _grad_enabled() or _frame(1).f_code.co_name == "forward":
+                return w
+            return entry.outside(w)
         if entry is None:
             if name in self.__dict__:
                 return self.__dict__[name]  # type: ignore[no-any-return]
