@@ -144,6 +144,20 @@ def test_a_write_into_one_use_reaches_the_pair_when_it_is_let_go(net: nn.Sequent
     torch.testing.assert_close((g * v / v.norm(dim=1, keepdim=True)).flatten().detach(), torch.arange(36.0) + 1)
 
 
+def test_a_write_that_is_not_a_weight_is_an_error_once(net: nn.Sequential) -> None:
+    layer: Any = net[0]
+    before = used(layer)
+    nn.init.constant_(layer.weight, float("nan"))
+    with pytest.raises(wn.NonFiniteWeightError):
+        layer(X)
+    assert torch.equal(used(layer), before)
+    layer.weight.data.fill_(float("inf"))
+    with pytest.raises(wn.NonFiniteWeightError):
+        layer(X)
+    assert torch.equal(used(layer), before)
+    layer(X).sum().backward()
+
+
 def test_an_operation_in_place_has_its_gradient(net: nn.Sequential) -> None:
     layer: Any = net[0]
     wide = copy.deepcopy(layer).double()

@@ -7,7 +7,6 @@ of them; when the last who holds the tensor lets it go, they are taken over into
 from __future__ import annotations
 
 import weakref
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -188,6 +187,9 @@ def _view_gone(view: _View) -> None:
     loan = view.of
     loan.views = [one for one in loan.views if one is not view]
     owner = loan._owner() if loan.is_written() else None
-    if owner is not None:
-        with suppress(WnsurgeryError):  # a callback cannot raise: the next access does
-            owner.absorb()
+    if owner is None:
+        return
+    try:
+        owner.absorb()
+    except WnsurgeryError:  # a callback cannot raise: the next access does
+        owner.__dict__["_again"] = loan

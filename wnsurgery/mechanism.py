@@ -386,10 +386,10 @@ class WeightNormList(ParametrizationList):
                 self._store(kept.w)
                 return
         if again is not None and again.is_written():
+            self.__dict__.pop("_again", None)
             if again.is_of(now_g, now_v):
                 self._store(again.written())
                 return
-            self.__dict__.pop("_again", None)
         if not loans:
             return
         live = []
