@@ -277,3 +277,20 @@ def test_data_that_is_held_and_written_to_later(net: nn.Sequential) -> None:
     data[2, 3] = 7.0
     assert used(layer)[2, 3].item() == pytest.approx(7.0)
     assert same(layer)
+
+
+@pytest.mark.parametrize("width", [4, 60, 300, 400])
+def test_looking_at_weights_takes_no_memory(width: int) -> None:
+    """As penalties do at every step, outside of any forward pass."""
+    layer: Any = wn.apply_weight_norm(nn.Linear(width, width))
+    state = layer.parametrizations["weight"].__dict__
+    places = set()
+    for _ in range(8):
+        loss = layer(torch.ones(2, width)).sum() + layer.weight.square().sum()
+        loss.backward()
+        del loss
+        places.add(place(layer))
+        assert len(state.get("_handed_out", ())) < 3
+    layer.state_dict()
+    assert "_handed_out" not in state
+    assert len(places) <= 3 or width < 256  # memory that is kept is kept for its next use

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["AHEAD", "LARGE", "Kept", "Probes", "Rooms", "is_held", "places_in", "steps"]
+__all__ = ["AHEAD", "LARGE", "Kept", "Probes", "Rooms", "holders", "places_in", "steps"]
 
 AHEAD = 1 << 17  # elements above which a weight that was made ahead would have left the cache by its use
 LARGE = 1 << 16  # elements from which memory is worth keeping; smaller blocks come warm from the allocator
@@ -49,7 +49,7 @@ class Rooms:
         memory = self._memory.pop(name, None)  # nobody else finds it while it is looked at
         if memory is None or not _alike(memory, like):
             memory = torch.empty_like(like, requires_grad=False)
-        elif is_held(memory):
+        elif holders(memory) != _ALONE:
             self._memory[name] = memory
             return None
         loan = torch.empty(0, dtype=memory.dtype, device=memory.device)
@@ -58,9 +58,9 @@ class Rooms:
         return loan
 
 
-def is_held(memory: Tensor) -> bool:
-    """Whether some other tensor has its memory, too."""
-    return torch._C._storage_Use_Count(memory.untyped_storage()._cdata) != _ALONE
+def holders(memory: Tensor) -> int:
+    """How many tensors have the memory of one, itself and the handle that counting takes included."""
+    return torch._C._storage_Use_Count(memory.untyped_storage()._cdata)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

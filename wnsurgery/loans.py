@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wnsurgery.errors import WnsurgeryError
-from wnsurgery.kept import Probes, is_held, places_in, steps
+from wnsurgery.kept import Probes, holders, places_in, steps
 
 __all__ = ["Loan", "lend_out"]
 
@@ -46,6 +46,7 @@ class Loan(weakref.ref[Tensor]):
         "_v_at",
         "_v_version",
         "_version",
+        "_without",
         "lasting",
         "shared",
         "views",
@@ -70,6 +71,7 @@ class Loan(weakref.ref[Tensor]):
     _v_at: int
     _flags: int
     _steps: int
+    _without: int  # holders of its memory without the weight itself
 
     def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether it was computed from this pair, which has counted no write since."""
@@ -97,13 +99,14 @@ class Loan(weakref.ref[Tensor]):
         weight itself is gone."""
         if not self._own:
             self._own = [(place, place.raw) for place in places_in(self._alias)]
+            self._without = holders(self._alias) - 1
 
     def _differs(self) -> bool:
         return any(place.raw != before for place, before in self._own)
 
     def is_out(self) -> bool:
         """Whether somebody can still write into the weight."""
-        return self() is not None or (self._own != [] and is_held(self._alias))
+        return self() is not None or (self._own != [] and holders(self._alias) > self._without)
 
     def written(self) -> Tensor:
         """The weight's values, also when nobody holds it any more."""
