@@ -137,8 +137,11 @@ class Kept:
 
     def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether it is still the weight of this pair."""
-        if not (  # one by one, for this is asked at every use of a weight in evaluation
-            self.was_of(g, v)
+        if not (  # one by one, and all of `was_of` here, for this is asked at every use of a weight in evaluation
+            g is self._g
+            and v is self._v
+            and self._g._version == self._g_version
+            and self._v._version == self._v_version
             and self._step == self._counted.count
             and self.w._version == self._version
             and self._g.data_ptr() == self._g_at

@@ -776,9 +776,10 @@ def _computed(name: str) -> property:
             entry._forward_hooks or entry._forward_pre_hooks or parametrize._cache_enabled
         ):
             w = entry.forward()
-            if _is_compiling() or not _grad_enabled() or _frame(1).f_code.co_name == "forward":
+            if not _grad_enabled() or _is_compiling() or _frame(1).f_code.co_name == "forward":
                 return w
-            return entry.outside(w)
+            again = entry._again
+            return w if again is not None and again.own else entry.outside(w)
         if entry is None:
             if name in self.__dict__:
                 return self.__dict__[name]  # type: ignore[no-any-return]
