@@ -294,3 +294,29 @@ def test_looking_at_weights_takes_no_memory(width: int) -> None:
     layer.state_dict()
     assert "_handed_out" not in state
     assert len(places) <= 3 or width < 256  # memory that is kept is kept for its next use
+
+
+def test_evaluation_after_a_step_is_that_of_each_weight_alone() -> None:
+    """Small weights are computed together; not one with a row of zeros, with a hook, or a large one beside them."""
+    torch.manual_seed(0)
+    net = wn.apply_weight_norm(nn.Sequential(*[nn.Linear(6, 6) for _ in range(5)], nn.Linear(6, 90_000)))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    net[3].parametrizations["weight"][0].register_forward_hook(lambda _, pair, w: w * 2)  # type: ignore[index]
+    for half in pair(net[4]):
+        half.requires_grad_(False)
+    for _ in range(3):
+        net(X).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            pair(net[1])[0][2] = 0.0
+            pair(net[1])[1][2] = 0.0
+            net(X)
+            for i, layer in enumerate(net):
+                w = by_itself(layer).nan_to_num() * (2 if i == 3 else 1)
+                torch.testing.assert_close(layer.weight, w, rtol=1e-6, atol=0)  # type: ignore[arg-type]
+                assert layer.weight.requires_grad == (i != 4)
+                assert layer.weight is layer.weight or i == 3
+            kept = [layer.weight for layer in net]
+            with torch.inference_mode():
+                assert all(a is layer.weight for i, (a, layer) in enumerate(zip(kept, net, strict=True)) if i != 3)

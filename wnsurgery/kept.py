@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["AHEAD", "LARGE", "Kept", "Probes", "Rooms", "holders", "places_in", "steps"]
+__all__ = ["AHEAD", "LARGE", "Kept", "Probes", "Rooms", "holders", "places_in", "probes_of", "steps"]
 
 AHEAD = 1 << 17  # elements above which a weight that was made ahead would have left the cache by its use
 LARGE = 1 << 16  # elements from which memory is worth keeping; smaller blocks come warm from the allocator
 _ALONE = 2  # storage references when only the lender holds it: its tensor, and the handle that counting takes
 _PROBE = 32  # bytes compared at each of a few places
+_WHOLE = 1 << 11  # bytes of a tensor up to which all are compared
 
 
 class Rooms:
@@ -109,12 +110,14 @@ class Kept:
         "w",
     )
 
-    def __init__(self, w: Tensor, g: Tensor, v: Tensor, *, count_steps: bool = True) -> None:
+    def __init__(
+        self, w: Tensor, g: Tensor, v: Tensor, *, count_steps: bool = True, probes: Probes | None = None
+    ) -> None:
         steps.start()
         self.w, self._g, self._v = w, g, v
         self.used = False  # for whoever keeps weights ahead of their use
         self._counted = steps if count_steps else _no_steps
-        self._places = places_in(w), (*_places(g, (2,)), *_places(v, (1, 3)))
+        self._places = places_in(w), (Probes(g, v) if probes is None else probes).places
         self._g_at, self._v_at = g.data_ptr(), v.data_ptr()
         self.renew()
 
@@ -175,24 +178,30 @@ class Probes:
     (False, True)
     """
 
-    __slots__ = ("_g_at", "_places", "_v_at", "see_all", "whole")
+    __slots__ = ("at", "places", "see_all")
 
-    def __init__(self, g: Tensor, v: Tensor, whole: int = 1 << 11) -> None:
-        self._g_at, self._v_at, self.whole = g.data_ptr(), v.data_ptr(), whole
-        self._places = (*_places(g, (2,), whole), *_places(v, (1, 3), whole))
+    def __init__(self, g: Tensor, v: Tensor, whole: int = _WHOLE) -> None:
+        self.at = g.data_ptr(), v.data_ptr()
+        self.places = (*_places(g, (2,), whole), *_places(v, (1, 3), whole))
         self.see_all = max(map(_extent, (g, v))) <= whole
 
-    def are_of(self, g_at: int, v_at: int, whole: int) -> bool:
-        return g_at == self._g_at and v_at == self._v_at and whole == self.whole
-
     def read(self) -> list[bytes]:
-        return [place.raw for place in self._places]
+        return [place.raw for place in self.places]
 
 
-def _places(tensor: Tensor, quarters: tuple[int, ...], whole: int = 1 << 11) -> list[Any]:
+def probes_of(owner: Any, g: Tensor, v: Tensor, whole: int = _WHOLE) -> Probes:
+    """The probes of an owner's pair, made anew where it has moved."""
+    known: dict[int, Probes] = owner.__dict__.setdefault("_probes", {})
+    probes = known.get(whole)
+    if probes is None or probes.at != (g.data_ptr(), v.data_ptr()):
+        probes = known[whole] = Probes(g, v, whole)
+    return probes
+
+
+def _places(tensor: Tensor, quarters: tuple[int, ...], whole: int = _WHOLE) -> list[Any]:
     """A few bytes inside a tensor's memory, some quarters of the way in, to be read through `raw`; all of up to `whole`
     bytes."""
-    if tensor.device.type != "cpu" or not tensor.numel():
+    if not tensor.is_cpu or not tensor.numel():
         return []
     start = tensor.data_ptr()
     size = _extent(tensor)
@@ -204,5 +213,7 @@ def _places(tensor: Tensor, quarters: tuple[int, ...], whole: int = 1 << 11) -> 
 
 def _extent(tensor: Tensor) -> int:
     """Bytes from the first element of a tensor to its last, both included."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
     last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()

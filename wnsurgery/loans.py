@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from wnsurgery.errors import WnsurgeryError
-from wnsurgery.kept import Probes, holders, places_in, steps
+from wnsurgery.kept import Probes, holders, places_in, probes_of, steps
 
 __all__ = ["Loan", "lend_out"]
 
-_FEW = 1 << 11  # bytes of a half up to which all are looked at, before one use
-_ALL = 1 << 14  # before each of several: under 1 us
+_ALL = 1 << 14  # bytes of a half up to which all are looked at before each of several uses: under 1 us
 _next_number: Any = torch._C._autograd._get_sequence_nr
 
 
@@ -157,12 +156,9 @@ def lend_out(
     loan.own = []
     if ahead:
         loan.w, loan.shared = w, shared
-        loan._g_at, loan._v_at = at = g.data_ptr(), v.data_ptr()
-        whole = _ALL if lasting else _FEW
-        probes: Probes | None = owner.__dict__.get("_probes")
-        if probes is None or not probes.are_of(*at, whole):
-            probes = owner.__dict__["_probes"] = Probes(g, v, whole)
-        loan._probes, loan._probed = probes, probes.read()
+        loan._g_at, loan._v_at = g.data_ptr(), v.data_ptr()
+        loan._probes = probes = probes_of(owner, g, v, _ALL) if lasting else probes_of(owner, g, v)
+        loan._probed = probes.read()
         loan.lasting = lasting and probes.see_all
         loan.views = {}
         loan._flags = g.requires_grad << 1 | v.requires_grad

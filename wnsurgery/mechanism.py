@@ -26,7 +26,7 @@ from wnsurgery import fused
 from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
 from wnsurgery.joint_graph import has_hooks, is_in_backward, is_joint, may_share
-from wnsurgery.kept import AHEAD, Kept, Rooms
+from wnsurgery.kept import AHEAD, Kept, Rooms, probes_of
 from wnsurgery.large_linear import large_linear, serves_linear
 from wnsurgery.loans import Loan, lend_out
 from wnsurgery.looked_up import look_up, serves
@@ -120,28 +120,40 @@ class WeightNormList(ParametrizationList):
         if self._preparation is not None:
             self._preparation.evaluate(self)
 
-    def keep(self) -> None:
-        """Compute the weight for uses in evaluation to come, where it can be kept and is not."""
+    def is_to_keep(self) -> bool:
+        """Whether the weight can be kept for uses in evaluation to come and is not; it is to be computed now."""
         g, v = self.pair()
         plain = "1" not in self._modules and self._deferred is None and not _is_watched(g, v)
         if not plain or not Kept.can_hold(g, v):
-            return
+            return False
         kept = self.__dict__.get("_kept")
         if kept is not None and kept.is_of(g, v):
-            return
+            return False
         self.settle()
-        self._without_graph(self._modules["0"], g, v)
+        return True
 
-    def _without_graph(self, rule: Any, g: Tensor, v: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, so that its version tells of writes
-            w: Tensor = rule.compose(g, v, self._rooms())
+    def keep(self, w: Tensor | None = None) -> None:
+        """Keep the weight for uses in evaluation to come: one that somebody has computed, or compute it."""
+        g, v = self.pair()
+        rule: Any = self._modules["0"]
+        if w is None or _hooked(rule):
+            self._without_graph(rule, g, v)
+        else:
+            self._keep(w, g, v)
+
+    def _keep(self, w: Tensor, g: Tensor, v: Tensor) -> None:
         if g.requires_grad or v.requires_grad:
             # as a Parameter would under no_grad: matmul chooses its kernel, and so the last bit, by this flag
             w.requires_grad_()
         if Kept.can_hold(g, v):
-            self.__dict__["_kept"] = Kept(w, g, v)
+            self.__dict__["_kept"] = Kept(w, g, v, probes=probes_of(self, g, v))
         elif (record := lend_out(w, self, g, v)) is not None:
             self._watch(record)
+
+    def _without_graph(self, rule: Any, g: Tensor, v: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, so that its version tells of writes
+            w: Tensor = rule.compose(g, v, self._rooms())
+        self._keep(w, g, v)
         return w
 
     def _use_again(self) -> Tensor | None:

@@ -73,8 +73,8 @@ class Preparation:
 
     An *entry* is whoever owns a pair: an object with attributes `_made`, `_ready`, `_round` and `_evaluation` to spare,
     with `pair()`, `item()`, its pair and rule, `settle()`, before its weight is made anew, `make()`, its weight as a
-    `Loan` or None, and `keep()`, which keeps its weight for evaluation. One that was used in a backward pass has
-    `_nested`.
+    `Loan` or None, `is_to_keep()`, whether its weight is to be kept for evaluation and is not, and `keep()`, which does
+    that. One that was used in a backward pass has `_nested`.
     """
 
     def __init__(self) -> None:
@@ -129,7 +129,10 @@ class Preparation:
 
     def keep(self, entry: Any) -> None:
         """An evaluation pass needs a weight that is not kept: keep it, and those that the last pass used with it."""
-        for one in self._evaluation.together(entry):
+        needed = [one for one in self._evaluation.together(entry) if one.is_to_keep()]
+        if len(needed) > 1 and fused.started() and forward_ad._current_level < 0:
+            needed = _keep_small(needed, self._plan(needed))
+        for one in needed:
             one.keep()
 
     def evaluate(self, entry: Any) -> None:
@@ -177,6 +180,21 @@ def _make_small(entries: list[Any], plan: _Plan, small: SmallWeights, *, lasting
         for k, w in zip(chosen, with_joint_graph(small, chosen, made), strict=True):
             one = entries[plan.small_at[k]]
             one.__dict__["_made"] = lend_out(w, one, small.g[k], small.v[k], ahead=True, shared=True, lasting=lasting)
+    return others
+
+
+def _keep_small(entries: list[Any], plan: _Plan) -> list[Any]:
+    """Keep the small weights of a plan; returns the other entries."""
+    if plan.small is None:
+        return entries
+    with torch.inference_mode(False), torch.no_grad():
+        made = plan.small.make()
+    others = [entries[i] for i in plan.not_small_at]
+    for i, w, fine in zip(plan.small_at, made.weights, made.fine, strict=True):
+        if fine:
+            entries[i].keep(w)
+        else:
+            others.append(entries[i])
     return others
 
 
