@@ -32,7 +32,7 @@ from wnsurgery.errors import (
     UnsafeFileError,
 )
 from wnsurgery.files import convert_checkpoint, fold_checkpoint, load_model, load_object, load_tensors, save_model
-from wnsurgery.mechanism import rebuild_parametrized
+from wnsurgery.hosts import rebuild_parametrized
 from wnsurgery.stores import Stored, write_store
 from wnsurgery.surgery import apply_weight_norm, fold_weight_norm, is_weight_normed
 
@@ -376,7 +376,7 @@ HOSTILE = {
     "rebuild over forward": lambda: Calls(rebuild_parametrized, nn.Linear, ("forward",)),
     "rebuild of a function": lambda: Calls(rebuild_parametrized, F.relu, ("weight",)),
     "rebuild with arguments": lambda: Calls(rebuild_parametrized, nn.Linear, ("weight",), 4, 4),
-    "rebuild by": lambda: Calls(wnsurgery.mechanism._rebuild_by, F.relu, (torch.ones(1),), ("weight",)),
+    "rebuild by": lambda: Calls(wnsurgery.hosts._rebuild_by, F.relu, (torch.ones(1),), ("weight",)),
     "forward replaced": lambda: with_state(nn.Linear(2, 2), forward=F.relu),
     "setstate replaced": lambda: with_state(nn.Linear(2, 2), __setstate__=F.relu),
     "reduce replaced": lambda: with_state(nn.Linear(2, 2), __deepcopy__=F.relu),

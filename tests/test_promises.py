@@ -384,12 +384,12 @@ def test_zero_rows_under_torch_fold_to_zeros() -> None:
 
 def test_an_error_in_the_middle_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the third weight fails, apply and fold leave the model exactly as it was."""
-    from wnsurgery import mechanism, surgery
+    from wnsurgery import hosts, surgery
 
     model, x = net("encoder-layer")
     for action, broken in ((wn.apply_weight_norm, "install"), (wn.fold_weight_norm, "restore_parameter")):
         trace, expected = state(model), model(x)
-        original, calls = getattr(mechanism, broken), []
+        original, calls = getattr(hosts, broken), []
 
         def fail(*args: Any, original: Any = original, calls: list[int] = calls) -> Any:
             calls.append(1)

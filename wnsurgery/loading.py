@@ -28,8 +28,9 @@ from wnsurgery.errors import (
     first_line,
     printable,
 )
+from wnsurgery.hosts import rebuild_parametrized
 from wnsurgery.mean_only import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
-from wnsurgery.mechanism import PASSING, WeightNormList, rebuild_parametrized
+from wnsurgery.mechanism import PASSING, WeightNormList
 from wnsurgery.ranks import OtherRankError
 from wnsurgery.reparam import Axes, Magnitude, WeightNorm
 from wnsurgery.stores import Stored, read_store

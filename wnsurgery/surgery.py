@@ -20,7 +20,8 @@ from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
 from wnsurgery.fans import FanReport, fan_init
 from wnsurgery.following import Follower, Optimizers, Swap
 from wnsurgery.fully_sharded import FullyShard
-from wnsurgery.mechanism import WeightNormList, install, new_parameter, reorder_parameters, restore_parameter
+from wnsurgery.hosts import install, new_parameter, reorder_parameters, restore_parameter
+from wnsurgery.mechanism import WeightNormList
 from wnsurgery.modes import Mode, check_mode, set_weight_norm_mode
 from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
 from wnsurgery.preparation import Preparation
