@@ -90,6 +90,10 @@ class Axes:
         blocks = weight.shape[0] // self.groups
         return per_row.expand(-1, blocks, *per_row.shape[2:]).flatten(0, 1)
 
+    def fit(self, g: Tensor, v: Tensor) -> bool:
+        """Whether g has the shape of a magnitude for v; remembered, for use in eager mode."""
+        return _known_to_fit(g.shape, v.shape, self.kept, self.groups)
+
     def check(self, weight_shape: Sequence[int]) -> Axes:
         """The same axes, non-negative and checked against a weight's shape; PairError where they do not fit."""
         return _checked(self, tuple(weight_shape))
@@ -216,7 +220,7 @@ def compose(
         gather, _ = spread_over(v, axes.kept, axes.groups, g.shape)
         part, back = local_rows(v, axes.kept, axes.groups)
         return back(compose(gather(g), part, axes, magnitude=magnitude))
-    if torch._C._get_tracing_state() is None and not _fits(g, v, axes):
+    if torch._C._get_tracing_state() is None and not _shapes_fit(g.shape, v.shape, axes.kept, axes.groups):
         raise PairError(f"a magnitude of shape {tuple(g.shape)} does not fit {axes} of {tuple(v.shape)}")
     if _needs_plain_operations(g, v):
         return _compose_traceable(g, v, axes, magnitude)
@@ -253,16 +257,12 @@ def compose_in_one_pass(g: Tensor, v: Tensor, sizes: fused.Sizes, rooms: Rooms |
     return Ready(None) if norms is None else Ready(norms, None, w)
 
 
-def _fits(g: Tensor, v: Tensor, axes: Axes) -> bool:
-    shape = axes.magnitude_shape(v.shape)
-    return tuple(g.shape) == shape or g.numel() == 1 == math.prod(shape)  # 0-d and (1, 1, ...) mean the same
-
-
-@lru_cache(maxsize=4096)
 def _shapes_fit(g: torch.Size, v: torch.Size, kept: tuple[int, ...], groups: int) -> bool:
-    """`_fits`, remembered: what is asked at every use of a weight."""
     shape = Axes(kept, groups).magnitude_shape(v)
-    return tuple(g) == shape or math.prod(g) == 1 == math.prod(shape)
+    return tuple(g) == shape or math.prod(g) == 1 == math.prod(shape)  # 0-d and (1, 1, ...) mean the same
+
+
+_known_to_fit = lru_cache(maxsize=4096)(_shapes_fit)  # which compilers do not read
 
 
 def _needs_plain_operations(g: Tensor, v: Tensor) -> bool:
@@ -611,7 +611,7 @@ class WeightNorm(nn.Module):
     def compose(self, g: Tensor, v: Tensor, rooms: Rooms, ready: Ready | None = None) -> Tensor:
         """`forward` for its own pair in eager mode, with memory that may be used again; see `compose_eagerly`."""
         axes = self.axes
-        fits = ready is not None or _shapes_fit(g.shape, v.shape, axes.kept, axes.groups)
+        fits = ready is not None or axes.fit(g, v)
         plain = fits and not (self._forward_hooks or self._forward_pre_hooks)
         if not plain or torch.autograd.forward_ad._current_level >= 0:
             return self(g, v)  # type: ignore[no-any-return]
@@ -619,7 +619,7 @@ class WeightNorm(nn.Module):
 
     def fits(self, g: Tensor, v: Tensor) -> bool:
         """Whether a pair has the shapes that `compose` takes."""
-        return _fits(g, v, self.axes)
+        return self.axes.fit(g, v)
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
         return decompose(w, self.axes, magnitude=self.magnitude, magnitude_dtype=self.magnitude_dtype)

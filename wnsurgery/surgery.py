@@ -262,7 +262,8 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
                 if places is not None:
                     sharding.join(weight, places, [(slot.module, slot.parameter) for slot in pair.owners])
             for slot in owners:
-                _refresh_recurrent(slot.module)
+                if _is_recurrent(slot.module):
+                    _refresh_recurrent(slot.module)
             follower.join(map(_Pair.swap, pairs, weights))
         for entry in deferred:
             entry.undefer(settle=False)
@@ -343,7 +344,7 @@ def _plain_weights(pairs: Sequence[_Pair]) -> list[nn.Parameter]:
 
 def _is_small(pair: _Pair) -> bool:
     g, v, axes, magnitude, _ = pair
-    return is_small(g, v, axes, magnitude) and tuple(g.shape) == axes.magnitude_shape(v.shape)
+    return is_small(g, v, axes, magnitude) and axes.fit(g, v)
 
 
 def _rule_of(slot: Slot) -> tuple[Axes, Magnitude]:
@@ -371,9 +372,11 @@ def _is_stacked(slot: Slot) -> bool:
 
 def _remove_parametrized(slot: Slot, weight: nn.Parameter) -> None:
     module, name = slot.module, slot.parameter
-    order = tuple(module._parameters)
-    restore_parameter(module, name, weight)
-    if slot.form == "torch":
+    if slot.form != "torch":
+        restore_parameter(module, name, weight)
+    else:
+        order = tuple(module._parameters)
+        restore_parameter(module, name, weight)
         reorder_parameters(module, (name, *order))
         for key, hook in list(module._load_state_dict_pre_hooks.items()):
             if _is_compat_hook(hook, name):
@@ -412,8 +415,7 @@ def _recurrent_order(module: nn.Module) -> tuple[str, ...]:
 
 def _refresh_recurrent(module: nn.Module) -> None:
     """RNNs keep a second list of their weights; let it hold the new parameters."""
-    if _is_recurrent(module):
-        reorder_parameters(module, _recurrent_order(module))
+    reorder_parameters(module, _recurrent_order(module))
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
         if any(p.is_cuda for p in module._parameters.values() if p is not None):

@@ -91,12 +91,16 @@ def _modules(
     first: dict[int, tuple[nn.Module, tuple[tuple[str, nn.Module], ...]]] = {}
 
     def visit(module: nn.Module, name: str, path: tuple[tuple[str, nn.Module], ...]) -> None:
-        known = names.setdefault(id(module), [])
-        if any(m is module for _, m in path) or len(known) >= _MAX_NAMES:
-            return
-        known.append(name)
-        path = (*path, (name, module))
-        first.setdefault(id(module), (module, path))
+        known = names.get(id(module))
+        if known is None:
+            names[id(module)] = [name]
+            path = (*path, (name, module))
+            first[id(module)] = module, path
+        else:
+            if len(known) >= _MAX_NAMES or any(m is module for _, m in path):
+                return
+            known.append(name)
+            path = (*path, (name, module))
         for child_name, child in module._modules.items():
             if child is not None and not (child_name == "parametrizations" and _is_parametrized(module)):
                 visit(child, f"{name}.{child_name}" if name else child_name, path)
