@@ -135,6 +135,38 @@ def test_gradients_are_those_of_float64(
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
 
+@pytest.mark.parametrize("columns", [1, 8, 63, 64, 65, 500])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_rows_without_a_gradient_are_left_as_they_are(
+    columns: int, in_place: bool, one_and_two_threads: tuple[int, ...]
+) -> None:
+    """As most rows of a lookup table are; the others, also those that begin with zeros, get what they get alone."""
+    rows = 3000
+    g, v = pair((rows, columns), Axes((0,)))
+    _, norms = by_kernels(g, v, Axes((0,)))
+    sizes = fused.plan(g, v, (0,), 1, "linear")
+    assert norms is not None and sizes is not None
+    generator = torch.Generator().manual_seed(1)
+    up = torch.randn(rows, columns, generator=generator) * (torch.rand(rows, 1, generator=generator) < 0.2)
+    up[5, :-1], up[5, -1] = 0.0, 1e-42
+    up[6, : columns // 2], up[6, -1] = 0.0, float("nan")
+    up[7] = -0.0
+    kept = up.abs().sum(1) != 0
+    assert 0.1 < kept.float().mean() < 0.3 and kept[5] and kept[6] and not kept[7]
+    alone = torch.empty_like(up[kept])
+    part = fused.plan(g[kept], v[kept], (0,), 1, "linear")
+    assert part is not None
+    wanted_g = fused.backward(up[kept], g[kept], v[kept], norms[kept], part, alone)
+    for threads in one_and_two_threads:
+        torch.set_num_threads(threads)
+        given = up.clone()
+        grad_v = given if in_place else torch.full_like(up, 7.0)
+        grad_g = fused.backward(given, g, v, norms, sizes, grad_v)
+        assert torch.equal(grad_g[kept].nan_to_num(1.5), wanted_g.nan_to_num(1.5))
+        assert torch.equal(grad_v[kept].nan_to_num(1.5), alone.nan_to_num(1.5))
+        assert not bool(grad_v[~kept].any()) and not bool(grad_g[~kept].any())
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-38, 1e-20, 1e15, 1e30])
 @pytest.mark.parametrize("axes", [Axes((0,)), Axes((1,))])
 def test_rows_beyond_the_ordinary_take_the_long_way(size: float, axes: Axes) -> None:

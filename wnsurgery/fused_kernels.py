@@ -31,6 +31,7 @@ _SLACK = 2.0**-40
 _NEAR = 2.0**-20  # a factor closer to a power of two may stand for it
 _CHUNK = 1 << 13  # elements summed at a stretch
 _SHORT_CHUNK = 1 << 9  # the same in float32
+_SHORT_PIECE = 1 << 6  # elements looked at to see whether all are zero
 _EIGHT = 8  # elements written at a time past the cache
 
 _fast = njit(nogil=True, fastmath={"reassoc", "contract"})  # sums in any order; nothing else is given up
@@ -133,6 +134,18 @@ def _product(a, b, start, stop):
 
 
 @_fast
+def _is_zero(up, start, stop):
+    """Whether a row is all zeros."""
+    for begin in range(start, stop, _SHORT_PIECE):
+        part = np.float32(0.0)
+        for i in range(begin, min(begin + _SHORT_PIECE, stop)):
+            part += abs(up[i])
+        if part != 0:
+            return False
+    return True
+
+
+@_fast
 def _write_past_cache(w_at, v_at, factors_at, moving, start, stop):
     """w[i] = v[i] * factors[(i - start) * moving] from `start` to before `stop`; at least eight factors are there."""
     w, v, factors = _floats_at(w_at), _floats_at(v_at), _floats_at(factors_at)
@@ -182,11 +195,20 @@ def rows_forward(v_at, g_at, w_at, norms_at, rows, columns, far):
 
 @_kernel
 def rows_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, rows, columns):
-    """dL/dg and dL/dv from dL/dw; dL/dv may take the place of dL/dw."""
+    """dL/dg and dL/dv from dL/dw; dL/dv may take the place of dL/dw.
+
+    Rows without a gradient, as most of a lookup table's, are not read any further.
+    """
     up, v, grad_v = _floats_at(up_at), _floats_at(v_at), _floats_at(grad_v_at)
     g, norms, grad_g = _floats_at(g_at), _floats_at(norms_at), _floats_at(grad_g_at)
     for r in range(rows):
         start, stop = r * columns, (r + 1) * columns
+        if up[start] == 0 and _is_zero(up, start, stop):
+            grad_g[r] = 0.0
+            if up_at != grad_v_at:
+                for i in range(start, stop):
+                    grad_v[i] = 0.0
+            continue
         grad_g[r], across, along = _coefficients(_product(up, v, start, stop), g[r], norms[r])
         if up_at == grad_v_at:  # a loop of its own, which the compiler knows to be safe in any order
             for i in range(start, stop):
