@@ -15,6 +15,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -46,7 +47,7 @@ class Channels:
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, mean: Tensor, std: Tensor) -> Channels:
+    def of(cls, mean: Any, std: Any) -> Channels:
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
 
 
@@ -399,6 +400,7 @@ class _Layer:
         self.refused = self.masked = False
         self.own_shift: Tensor | None = None
         self.directions = Directions(slot)
+        self.log = is_log(slot)
         g, bias = slot.magnitude, bias_of(slot)
         assert g is not None
         self.g, self.bias = g, bias
@@ -411,7 +413,7 @@ class _Layer:
     def neutral(self) -> None:
         """g = 1 and b = 0."""
         with torch.no_grad():
-            self.g.fill_(0.0 if is_log(self.slot) else 1.0)
+            self.g.fill_(0.0 if self.log else 1.0)
             if self.bias is not None:
                 self.bias.zero_()
 
@@ -462,7 +464,7 @@ class _Layer:
         moments = Moments.of(output, self.axis, keep)
         if norms is not None:
             moments = moments.divided(norms)
-        if not bool(torch.isfinite(moments.std).all()) and moments.count:
+        if moments.count and not moments.finite:
             raise _not_finite(self.slot.fqn)
         self.run.mask_fitted = self.run.mask_fitted or keep is not None
         self.run.passes.meet(("layer", self.slot.fqn, 0), moments)
@@ -481,41 +483,41 @@ class _Layer:
 
     def set(self, moments: Moments) -> None:
         """Set g and b such that outputs with these moments (at g = 1, b = 0) get mean 0 and the target deviation."""
-        log, (g, old_g) = is_log(self.slot), self.old[0]
+        log, (g, old_g) = self.log, self.old[0]
         if not moments.count:
             raise InputError(f"{self.slot.fqn}: no position of the data counts; the batches are empty or masked out")
-        mean, std, constant = moments.mean, moments.std, moments.constant
-        if not bool(torch.isfinite(std).all()):
+        if not moments.finite:
             raise _not_finite(self.slot.fqn)
-        stored = _wide(old_g).to(mean).reshape(-1)
-        old_scale = stored.exp() if log else stored
-        old_shift = torch.zeros_like(mean) if self.bias is None else _wide(self.old[1][1]).to(mean)
-        scale = torch.where(constant, old_scale, self.target / torch.where(constant, 1.0, std))
-        shift = torch.where(constant, old_shift, -mean * scale) if self.settable else old_shift
-        _assign(g, torch.where(constant, stored, scale.log() if log else scale))
+        mean, std, constant = moments.channels()
+        stored = _values(old_g)
+        old_scale = np.exp(stored) if log else stored
+        old_shift = np.zeros_like(mean) if self.bias is None else _values(self.old[1][1])
+        scale = np.where(constant, old_scale, self.target / np.where(constant, 1.0, std))
+        shift = np.where(constant, old_shift, -mean * scale) if self.settable else old_shift
+        _assign(g, np.where(constant, stored, np.log(scale)) if log else np.where(constant, stored, scale))
         if self.bias is not None:
             _assign(self.bias, shift)
-        self.run.set_by[id(g)] = (self.slot.fqn, scale)
-        self.own_shift = shift
+        self.run.set_by[id(g)] = (self.slot.fqn, torch.from_numpy(scale))
+        self.own_shift = torch.from_numpy(shift)
         self.run.done.append(
             LayerInit(
                 self.slot.fqn,
                 g.numel(),
-                tuple(constant.nonzero().flatten().tolist()),
+                tuple(np.flatnonzero(constant).tolist()),
                 scale_only=not self.settable,
-                before=Channels.of(mean * old_scale + old_shift, std * old_scale.abs()),
-                after=Channels.of(*self._now(mean, std, log)),
+                before=Channels.of(mean * old_scale + old_shift, std * np.abs(old_scale)),
+                after=Channels.of(*self._now(mean, std)),
                 positions=moments.count,
                 masked=self.masked,
             )
         )
 
-    def _now(self, mean: Tensor, std: Tensor, log: bool) -> tuple[Tensor, Tensor]:
+    def _now(self, mean: Any, std: Any) -> tuple[Any, Any]:
         """Mean and deviation with g and b as they are stored."""
-        g = _wide(self.g.detach()).to(mean).reshape(-1)
-        g = g.exp() if log else g
-        shift = 0.0 if self.bias is None else _wide(self.bias.detach()).to(mean)
-        return mean * g + shift, std * g.abs()
+        g = _values(self.g)
+        g = np.exp(g) if self.log else g
+        shift = 0.0 if self.bias is None else _values(self.bias)
+        return mean * g + shift, std * np.abs(g)
 
 
 def _not_finite(name: str) -> InputError:
@@ -528,9 +530,14 @@ def _wide(tensor: Tensor) -> Tensor:
     return whole.to(torch.float32 if whole.device.type == "mps" else torch.float64)
 
 
-def _assign(tensor: Tensor, value: Tensor) -> None:
+def _values(tensor: Tensor) -> Any:
+    """All values of a tensor in a row, in numpy's hands."""
+    return _wide(tensor.detach()).to("cpu", copy=True).reshape(-1).numpy()
+
+
+def _assign(tensor: Tensor, values: Any) -> None:
     """Write values into a parameter, or this rank's slice of them into its shard."""
-    value = value.reshape(tensor.shape)
+    value = torch.from_numpy(values).reshape(tensor.shape)
     with torch.no_grad():
         if hasattr(tensor, "full_tensor"):
             from torch.distributed.tensor import distribute_tensor

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wnsurgery.kept import Kept
+from wnsurgery.kept import Kept, probes_of
 from wnsurgery.mechanism import WeightNormList
 from wnsurgery.norms import norm
 from wnsurgery.walk import Slot
@@ -43,7 +43,7 @@ class Directions:
         if Kept.can_hold(g, v):
             w = v.detach()
             w.requires_grad_(g.requires_grad or v.requires_grad)  # as for a kept weight
-            self._lent = entry.__dict__["_kept"] = Kept(w, g, v)
+            self._lent = entry.__dict__["_kept"] = Kept(w, g, v, probes=probes_of(entry, g, v))
 
     def take_back(self) -> Tensor | None:
         """||v|| per channel in float64 if the layer used v, None if it used its weight."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -121,7 +123,24 @@ class Moments:
     @property
     def constant(self) -> Tensor:
         """Channels whose values differ by no more than their own rounding, bool, shape (channels,)."""
-        return self.std <= 8 * self.eps * self.peak
+        return self._is_constant(self.std, self.peak)  # type: ignore[no-any-return]
+
+    def _is_constant(self, std: Any, peak: Any) -> Any:
+        return std <= 8 * self.eps * peak
+
+    @property
+    def finite(self) -> bool:
+        """Whether every value was, and none so large that its square is not."""
+        return bool(np.isfinite(self.m2.cpu().numpy()).all())
+
+    def channels(self) -> tuple[Any, Any, Any]:
+        """`mean`, `std` and `constant` as numpy's arrays, whose operations on so few values cost a fraction of torch's.
+
+        Not for no values at all.
+        """
+        mean, m2, peak = (t.cpu().numpy() for t in (self.mean, self.m2, self.peak))
+        std = np.sqrt(m2 / self.count)
+        return mean, std, self._is_constant(std, peak)
 
     def to(self, device: torch.device | str) -> Moments:
         """The same moments on another device."""
