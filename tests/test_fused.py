@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -381,6 +383,23 @@ def test_without_numba_a_net_trains_as_before() -> None:
         "assert not fused.started() and net.parametrizations.weight.original1.grad is not None\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_damaged_files_of_compiled_kernels_are_written_anew(tmp_path: Path) -> None:
+    """As a full disk leaves them."""
+    program = (
+        "import torch, wnsurgery as wn; from torch import nn\n"
+        "net = wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)))\n"
+        "for _ in range(3): net(torch.ones(1, 3)).sum().backward()\n"
+        "assert net[0].parametrizations.weight.original1.grad is not None\n"
+    )
+    places = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    for damage in (lambda data: data, lambda data: data[: len(data) // 2], lambda data: b""):
+        for path in tmp_path.rglob("*.nb?"):
+            path.write_bytes(damage(path.read_bytes()))
+        subprocess.run([sys.executable, "-c", program], check=True, env=places)
+    assert all(path.stat().st_size for path in tmp_path.rglob("*.nbi"))
+    assert len(list(tmp_path.rglob("*.nbi"))) >= 2
 
 
 def test_a_fork_has_threads_of_its_own(one_and_two_threads: tuple[int, ...]) -> None:

@@ -11,7 +11,9 @@ numba keeps the compiled code beside this file, or in the user's cache directory
 # ruff: noqa: PLR0913, PLR0917 - addresses and sizes
 from __future__ import annotations
 
+import logging
 import math
+from contextlib import suppress
 
 import numpy as np
 from llvmlite import ir
@@ -27,6 +29,7 @@ __all__ = [
     "rows_forward",
 ]
 
+_log = logging.getLogger("wnsurgery")
 _SLACK = 2.0**-40
 _NEAR = 2.0**-20  # a factor closer to a power of two may stand for it
 _CHUNK = 1 << 13  # elements summed at a stretch
@@ -42,9 +45,28 @@ def _kernel(function):
     """Compile at the first call, or take what an earlier process has compiled."""
     options = {"nogil": True, "fastmath": {"reassoc", "contract"}}
     try:
-        return njit(cache=True, **options)(function)
+        kernel = njit(cache=True, **options)(function)
     except RuntimeError:  # no place to write to
         return njit(**options)(function)
+    cache = kernel._cache
+    for name in ("load_overload", "save_overload"):
+        setattr(cache, name, _or_start_anew(cache, getattr(cache, name)))
+    return kernel
+
+
+def _or_start_anew(cache, method):
+    """What a damaged file says is forgotten: it is compiled anew, and kept anew the next time."""
+
+    def attempt(*arguments):
+        try:
+            return method(*arguments)
+        except Exception as error:  # unpickling garbage raises anything
+            _log.info("numba's cache is damaged (%s): compiling anew", error)
+            with suppress(OSError):
+                cache.flush()
+            return None
+
+    return attempt
 
 
 @intrinsic
