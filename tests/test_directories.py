@@ -23,13 +23,21 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-from wnsurgery.errors import InputError, OutputError, OutputExistsError, UnsafeFileError, WnsurgeryError
+from wnsurgery.errors import (
+    InputError,
+    OutputError,
+    OutputExistsError,
+    UnsafeFileError,
+    VerificationError,
+    WnsurgeryError,
+)
 from wnsurgery.files import convert_checkpoint, fold_checkpoint
 from wnsurgery.inspection import inspect
 from wnsurgery.reparam import compose
 from wnsurgery.states import every_tensor
 from wnsurgery.stores.dcp import map_distributed
 from wnsurgery.surgery import apply_weight_norm
+from wnsurgery.verification import verify
 
 A, B = "model-00001-of-00002", "model-00002-of-00002"
 
@@ -60,6 +68,38 @@ def hub(folder: Path, suffix: str = ".safetensors") -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_directories_are_compared(tmp_path: Path, suffix: str) -> None:
+    """With each other and with files, converted or folded, sharded or not; one bit is a difference."""
+    shards = hub(tmp_path / "a", suffix)
+    fold_checkpoint(shards, tmp_path / "b")
+    fold_checkpoint(shards, tmp_path / "b.safetensors")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch.distributed")
+        state = safetensors.torch.load_file(tmp_path / "b.safetensors")
+        dcp.save({"model": state}, checkpoint_id=str(tmp_path / "dcp"))
+    for a, b in (("a", "b"), ("b", "b.safetensors"), ("a", "b.safetensors"), ("a", "dcp"), ("dcp", "b")):
+        report = verify(tmp_path / a, tmp_path / b)
+        assert report.ok, report
+        assert report.weights is not None and {one.name for one in report.weights.tensors} == {"c.weight", "c.bias"}
+    state["c.weight"].view(torch.int32)[1, 2, 1] += 1
+    safetensors.torch.save_file(state, tmp_path / "c.safetensors")
+    report = verify(shards, tmp_path / "c.safetensors")
+    assert not report.ok
+    assert "c.weight" in str(report)
+    with pytest.raises(VerificationError):
+        report.raise_for_status()
+
+
+def test_a_directory_that_holds_no_weights_is_not_compared(tmp_path: Path) -> None:
+    folder = hub(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="without weights"):
+        verify(folder, tmp_path / "empty")
+    with pytest.raises(InputError, match="name the file in it"):
+        verify(folder, folder, arch=lambda: torch.nn.Conv1d(3, 4, 2))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])

@@ -372,8 +372,8 @@ def run(model: Path, input_file: Path, output: Path, provider: str, force: bool,
 def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
     """Compare two artefacts: weights in units in the last place, outputs in absolute and relative difference.
 
-    A and B are state dicts, whole modules or ONNX files. A converted one counts as the plain weights it stands
-    for. Exit code 7 if they differ.
+    A and B are state dicts, directories of them, whole modules or ONNX files. A converted one counts as the plain
+    weights it stands for. Exit code 7 if they differ.
 
     \b
     Examples:

@@ -141,7 +141,7 @@ def verify(  # noqa: PLR0913 - what is compared, how, and how it is loaded; all 
     False
 
     Args:
-        a, b: a module, or the path of a whole-module file, a checkpoint or an ONNX file.
+        a, b: a module, or the path of a whole-module file, a checkpoint, a directory of one, or an ONNX file.
         inputs: a tensor, a sequence, or a mapping by name; None makes `n_inputs` random sets from what an ONNX
             graph declares.
         rtol, atol: tolerance on outputs; None goes by type, see `differences.tolerance`.
@@ -243,7 +243,7 @@ def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool, magnitude:
     from wnsurgery.files import load_model, load_object
     from wnsurgery.stores.modules import modules_in
 
-    content = load_object(path, trust_pickle=trust_pickle)
+    content = _of_directory(path) if path.is_dir() and arch is None else load_object(path, trust_pickle=trust_pickle)
     if modules_in(content):
         return _of_module(load_model(path, trust_pickle=trust_pickle), str(path))
     if arch is not None:
@@ -253,6 +253,24 @@ def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool, magnitude:
     states = state_dicts(content)
     # a wrapper around the only state dict ({"model": ...}) is no part of the names
     return _Side(str(path), states[0].tensors if len(states) == 1 else flat_tensors(content))
+
+
+def _of_directory(path: Path) -> Any:
+    from wnsurgery.directory import map_directory
+
+    stored = map_directory(path).stored
+    assert stored.source is not None
+    fetch = stored.source.fetch
+
+    def fetched(content: Any) -> Any:
+        if isinstance(content, dict):
+            return {name: fetched(value) for name, value in content.items()}
+        return fetch(content) if isinstance(content, Tensor) else content
+
+    try:
+        return fetched(stored.content)
+    finally:
+        stored.source.close()
 
 
 # Weights -------------------------------------------------------------------------------------------------
