@@ -494,7 +494,7 @@ class _Layer:
         old_shift = np.zeros_like(mean) if self.bias is None else _values(self.old[1][1])
         scale = np.where(constant, old_scale, self.target / np.where(constant, 1.0, std))
         shift = np.where(constant, old_shift, -mean * scale) if self.settable else old_shift
-        _assign(g, np.where(constant, stored, np.log(scale)) if log else np.where(constant, stored, scale))
+        _assign(g, np.where(constant, stored, np.log(scale) if log else scale))
         if self.bias is not None:
             _assign(self.bias, shift)
         self.run.set_by[id(g)] = (self.slot.fqn, torch.from_numpy(scale))

@@ -39,8 +39,8 @@ def may_share(g: Tensor, v: Tensor) -> bool:
     return not (has_hooks(g) or has_hooks(v)) and (g.requires_grad or v.requires_grad)
 
 
-def has_hooks(half: Any) -> bool:
-    """Whether somebody has put a hook on one half of a pair, which is a tensor."""
+def has_hooks(half: Tensor) -> bool:
+    """Whether somebody has put a hook on one half of a pair."""
     return bool(half._backward_hooks or half._post_accumulate_grad_hooks)
 
 

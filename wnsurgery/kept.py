@@ -12,13 +12,26 @@ compared, all bytes of small ones.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["AHEAD", "LARGE", "Kept", "Probes", "Rooms", "holders", "places_in", "probes_of", "steps"]
+__all__ = [
+    "AHEAD",
+    "LARGE",
+    "Kept",
+    "Probes",
+    "Rooms",
+    "differ",
+    "holders",
+    "looked_at",
+    "places_in",
+    "probes_of",
+    "steps",
+]
 
 AHEAD = 1 << 17  # elements above which a weight that was made ahead would have left the cache by its use
 LARGE = 1 << 16  # elements from which memory is worth keeping; smaller blocks come warm from the allocator
@@ -124,18 +137,13 @@ class Kept:
     def renew(self) -> None:
         """The weight was computed anew from the same g and v, in the same memory."""
         self._version, self._g_version, self._v_version = self.w._version, self._g._version, self._v._version
-        self._own_probes, others = ([(one, one.raw) for one in places] for places in self._places)
+        self._own_probes, others = map(looked_at, self._places)
         self._probes = self._own_probes + others
         self._step = self._counted.count
 
     def is_written(self) -> bool:
         """Whether somebody wrote into the weight itself."""
-        if self.w._version != self._version:
-            return True
-        for place, probed in self._own_probes:  # noqa: SIM110 - a generator takes twice the time
-            if place.raw != probed:
-                return True
-        return False
+        return self.w._version != self._version or differ(self._own_probes)
 
     def was_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether this pair has not been written to since, so that a write into the weight is the latest word."""
@@ -145,7 +153,7 @@ class Kept:
 
     def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether it is still the weight of this pair."""
-        if not (  # one by one, and all of `was_of` here, for this is asked at every use of a weight in evaluation
+        return (  # one by one, and all of `was_of` here, for this is asked at every use of a weight in evaluation
             g is self._g
             and v is self._v
             and self._g._version == self._g_version
@@ -154,17 +162,26 @@ class Kept:
             and self.w._version == self._version
             and self._g.data_ptr() == self._g_at
             and self._v.data_ptr() == self._v_at
-        ):
-            return False
-        for place, probed in self._probes:  # noqa: SIM110 - a generator takes twice the time
-            if place.raw != probed:
-                return False
-        return True
+            and not differ(self._probes)
+        )
 
     @staticmethod
     def can_hold(g: Tensor, v: Tensor) -> bool:
         """Whether changes of this pair can be seen: ordinary tensors in the CPU's memory."""
         return v.device.type == "cpu" and g.device.type == "cpu" and not (v.is_inference() or g.is_inference())
+
+
+def looked_at(places: Iterable[Any]) -> list[tuple[Any, bytes]]:
+    """Places in memory, with what is there now."""
+    return [(place, place.raw) for place in places]
+
+
+def differ(seen: list[tuple[Any, bytes]]) -> bool:
+    """Whether some place does not hold what it held when it was looked at."""
+    for place, before in seen:  # noqa: SIM110 - a generator takes twice the time
+        if place.raw != before:
+            return True
+    return False
 
 
 def places_in(w: Tensor) -> list[Any]:
@@ -177,10 +194,10 @@ class Probes:
 
     >>> g, v = torch.ones(2, 1), torch.ones(2, 3)
     >>> probes = Probes(g, v)
-    >>> before = probes.read()
+    >>> before = looked_at(probes.places)
     >>> _ = v.data.mul_(2.0)
-    >>> probes.read() == before, probes.see_all
-    (False, True)
+    >>> differ(before), probes.see_all
+    (True, True)
     """
 
     __slots__ = ("at", "places", "see_all")
@@ -189,9 +206,6 @@ class Probes:
         self.at = g.data_ptr(), v.data_ptr()
         self.places = (*_places(g, (2,), whole), *_places(v, (1, 3), whole))
         self.see_all = max(map(_extent, (g, v))) <= whole
-
-    def read(self) -> list[bytes]:
-        return [place.raw for place in self.places]
 
 
 def probes_of(owner: Any, g: Tensor, v: Tensor, whole: int = _WHOLE) -> Probes:

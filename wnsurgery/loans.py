@@ -1,4 +1,4 @@
-"""A weight that a module hands out with its graph: made for one use, and watched for as long as somebody holds it.
+"""A weight that a module hands out with its graph: made for one use, or several, and watched while somebody holds it.
 
 In-place writes into `module.weight`, as `torch.nn.init` does them, go into a computed tensor. Its version counter tells
 of them; when the last who holds the tensor lets it go, they are taken over into g and v.
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from wnsurgery.errors import WnsurgeryError
-from wnsurgery.kept import Probes, holders, places_in, probes_of, steps
+from wnsurgery.kept import differ, holders, looked_at, places_in, probes_of, steps
 
-__all__ = ["Loan", "lend_out"]
+__all__ = ["LASTING", "Loan", "lend_out"]
 
-_ALL = 1 << 14  # bytes of a half up to which all are looked at before each of several uses: under 1 us
+LASTING = 1 << 14  # bytes of a half up to which all are looked at before each of several uses: under 1 us
 _next_number: Any = torch._C._autograd._get_sequence_nr
 
 
@@ -37,8 +37,7 @@ class Loan(weakref.ref[Tensor]):
         "_g_at",
         "_g_version",
         "_owner",
-        "_probed",
-        "_probes",
+        "_seen",
         "_steps",
         "_v",
         "_v_at",
@@ -58,8 +57,7 @@ class Loan(weakref.ref[Tensor]):
     views: dict[int, _View]
     _alias: Tensor
     own: list[tuple[Any, bytes]]
-    _probed: list[bytes]
-    _probes: Probes
+    _seen: list[tuple[Any, bytes]]
     _owner: weakref.ref[Any]
     _g: Tensor
     _v: Tensor
@@ -86,23 +84,18 @@ class Loan(weakref.ref[Tensor]):
             and self._v.data_ptr() == self._v_at
             and self._g.requires_grad << 1 | self._v.requires_grad == self._flags
             and steps.count == self._steps
-            and self._probes.read() == self._probed
+            and not differ(self._seen)
         )
 
     def is_written(self) -> bool:
         """Whether somebody wrote into the weight itself."""
-        if self._alias._version != self._version:
-            return True
-        for place, before in self.own:  # noqa: SIM110 - a generator takes twice the time
-            if place.raw != before:
-                return True
-        return False
+        return self._alias._version != self._version or differ(self.own)
 
     def look(self) -> None:
         """From now on look at some of its bytes, too: a write through `.data` leaves no count, and may come when the
         weight itself is gone."""
         if not self.own:
-            self.own = [(place, place.raw) for place in places_in(self._alias)]
+            self.own = looked_at(places_in(self._alias))
             self._without = holders(self._alias) - 1
 
     def is_out(self) -> bool:
@@ -157,8 +150,8 @@ def lend_out(
     if ahead:
         loan.w, loan.shared = w, shared
         loan._g_at, loan._v_at = g.data_ptr(), v.data_ptr()
-        loan._probes = probes = probes_of(owner, g, v, _ALL) if lasting else probes_of(owner, g, v)
-        loan._probed = probes.read()
+        probes = probes_of(owner, g, v, LASTING) if lasting else probes_of(owner, g, v)
+        loan._seen = looked_at(probes.places)
         loan.lasting = lasting and probes.see_all
         loan.views = {}
         loan._flags = g.requires_grad << 1 | v.requires_grad
@@ -178,19 +171,20 @@ def _let_go(loan: Loan) -> None:
         if not loan.own:
             owner.unwatch(loan)
         return
-    try:
-        owner.absorb()
-    except WnsurgeryError:  # a callback cannot raise: the next access does
-        owner.__dict__["_handed_out"] = watched
+    _take_over(owner, "_handed_out", watched)
 
 
 def _view_gone(view: _View) -> None:
     loan = view.of
     del loan.views[id(view)]
     owner = loan._owner() if loan._alias._version != loan._version else None
-    if owner is None:  # a write that left no count is seen at the next use
-        return
+    if owner is not None:  # a write that left no count is seen at the next use
+        _take_over(owner, "_again", loan)
+
+
+def _take_over(owner: Any, name: str, watched: Any) -> None:
+    """Let a write reach the owner's pair; where it is no weight, it goes on being watched under its name."""
     try:
         owner.absorb()
     except WnsurgeryError:  # a callback cannot raise: the next access does
-        owner.__dict__["_again"] = loan
+        owner.__dict__[name] = watched

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from wnsurgery import fused
 from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import PairError
-from wnsurgery.joint_graph import has_hooks, is_in_backward, is_joint, may_share
+from wnsurgery.joint_graph import is_in_backward, is_joint, may_share
 from wnsurgery.kept import AHEAD, Kept, Rooms, probes_of
 from wnsurgery.large_linear import large_linear, serves_linear
 from wnsurgery.loans import Loan, lend_out
@@ -142,29 +142,31 @@ class WeightNormList(ParametrizationList):
 
     def _use_again(self) -> Tensor | None:
         """The weight of the last use in training, None where this one must have its own."""
-        state, halves, modules = self.__dict__, self._parameters, self._modules
-        again: Loan | None = state.get("_again")
-        if again is None:
-            return None
-        if "_kept" in state or "_handed_out" in state or again.is_written():
+        state, again = self.__dict__, self._again
+        if "_kept" in state or "_handed_out" in state or (again is not None and again.is_written()):
             self.absorb()
-        g, v = halves.get("original0"), halves.get("original1")
-        if (
-            "_again" in state
-            and again.serves(g, v)
-            and len(modules) == 1
+            again = self._again
+        net = self._preparation
+        if again is not None and net is not None and net.lasting and self._may_use(again):
+            return again.view()
+        state.pop("_again", None)
+        return None
+
+    def _may_use(self, loan: Loan) -> bool:
+        """Whether a weight that is there is what a use in training would compute, with a graph that serves it."""
+        state, halves, modules = self.__dict__, self._parameters, self._modules
+        g: Any = halves.get("original0")
+        v: Any = halves.get("original1")
+        return (
+            len(modules) == 1
             and "_kept" not in state
             and "_deferred" not in state
             and not _hooked(modules["0"])
             and _tracing() is None
             and may_make()
-            and not is_in_backward()
-            and (self._preparation is None or self._preparation.lasting)
-            and not (has_hooks(g) or has_hooks(v))
-        ):
-            return again.view()
-        state.pop("_again", None)
-        return None
+            and loan.serves(g, v)
+            and not (loan.shared and (is_in_backward() or not may_share(g, v)))
+        )
 
     def outside(self, w: Tensor) -> Tensor:
         """A weight just handed out in training, for somebody else than a forward pass, who may write through `.data` or
@@ -185,24 +187,11 @@ class WeightNormList(ParametrizationList):
 
     def _take_made(self) -> Tensor | None:
         """The weight that was made ahead for this use, None if it does not serve it; it serves no other."""
-        state, halves, modules = self.__dict__, self._parameters, self._modules
+        state = self.__dict__
         if "_handed_out" in state or "_kept" in state:
             self.absorb()
         made: Loan | None = state.pop("_made", None)  # None where another thread was quicker
-        rule: Any = modules["0"]
-        if (
-            made is None
-            or len(modules) != 1
-            or "_kept" in state
-            or "_deferred" in state
-            or _hooked(rule)
-            or _tracing() is not None
-            or not may_make()
-            or not made.serves(halves.get("original0"), halves.get("original1"))
-            or (made.shared and (is_in_backward() or not may_share(*self.pair())))
-        ):
-            return None
-        return self._hand_over(made)
+        return self._hand_over(made) if made is not None and self._may_use(made) else None
 
     def _hand_over(self, made: Loan) -> Tensor:
         net = self._preparation
@@ -258,7 +247,7 @@ class WeightNormList(ParametrizationList):
         """Its pair and rule, None where the factor cannot be told from the row norms in passing."""
         g, v = self.pair()
         rule: Any = self._modules["0"]
-        known = v.device.type == "cpu" and not _is_watched(g, v) and "1" not in self._modules and rule.fits(g, v)
+        known = v.device.type == "cpu" and not _is_watched(g, v) and "1" not in self._modules and rule.axes.fit(g, v)
         return Item(g, v, rule.axes, rule.magnitude, v) if known else None
 
     def _is_shown(self) -> bool:
@@ -272,7 +261,7 @@ class WeightNormList(ParametrizationList):
         rule: Any = self._modules["0"]
         if self._is_shown() or _is_watched(g, v) or torch.autograd.forward_ad._current_level >= 0:
             return None
-        if not (serves(ids, v, rule.axes) and rule.fits(g, v) and g.ndim == 2):
+        if not (serves(ids, v, rule.axes) and rule.axes.fit(g, v) and g.ndim == 2):
             return None
         self.absorb()
         return look_up(ids, g, v, rule.magnitude, padding)
@@ -283,7 +272,13 @@ class WeightNormList(ParametrizationList):
         if not serves_linear(x, g, v, bias):
             return None
         rule: Any = self._modules["0"]
-        if self._is_shown() or not may_make() or _is_watched(g, v) or rule.magnitude != "linear" or not rule.fits(g, v):
+        if (
+            self._is_shown()
+            or not may_make()
+            or _is_watched(g, v)
+            or rule.magnitude != "linear"
+            or not rule.axes.fit(g, v)
+        ):
             return None
         fused.start()
         self.settle()

@@ -8,6 +8,7 @@ from torch import nn
 
 from wnsurgery.deferred import DeferredGroup, DeferredWeight
 from wnsurgery.errors import ModeError, SelectionError
+from wnsurgery.joint_graph import has_hooks
 from wnsurgery.mechanism import WeightNormList
 from wnsurgery.pairs import pairs
 
@@ -58,7 +59,7 @@ def set_weight_norm_mode(model: M, mode: Mode) -> M:
         if entry._deferred is not None:
             known[key] = entry._deferred
             entry._refresh()
-        elif _has_hooks(entry):
+        elif any(map(has_hooks, entry.pair())):
             raise ModeError("g or v has a hook on its gradient, which deferred mode would not run")
     group = next((weight.group for weight in known.values() if weight is not None), None) or DeferredGroup()
     for entry, key in entries:
@@ -84,8 +85,3 @@ def _entries(model: nn.Module) -> list[tuple[WeightNormList, tuple[int, int]]]:
             if isinstance(entry, WeightNormList):
                 found.append((entry, (id(pair.g), id(pair.v))))
     return found
-
-
-def _has_hooks(entry: WeightNormList) -> bool:
-    halves: Any = entry.pair()
-    return any(t._backward_hooks or getattr(t, "_post_accumulate_grad_hooks", None) for t in halves)

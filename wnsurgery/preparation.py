@@ -3,7 +3,7 @@
 By the time a pass comes to the next layer, the processor has forgotten the code that makes a weight, and finding it
 again costs a small layer many times the arithmetic. A `Preparation` makes at one go what the last pass used: whole
 weights where the compiled kernels take them, else the factors g / ||v||. What it makes serves one use of each weight,
-and only while its g and v are what they were.
+or several of a small one in a net that asks again, and only while its g and v are what they were.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from wnsurgery import fused
 from wnsurgery.joint_graph import is_in_backward, may_share, with_joint_graph
 from wnsurgery.kept import LARGE, Rooms, steps
-from wnsurgery.loans import Loan, lend_out
+from wnsurgery.loans import LASTING, Loan, lend_out
 from wnsurgery.multi_tensor import row_factors
 from wnsurgery.norms import SMALL
 from wnsurgery.reparam import Ready
@@ -29,7 +29,6 @@ from wnsurgery.small_weights import SmallWeights, is_small
 __all__ = ["Preparation", "may_make"]
 
 _PLANS = 8  # sets of weights used together that are remembered
-_LASTING = 1 << 12  # elements up to which a weight may serve several uses
 _SHARING = 64  # weights with one node of the graph in common: gradients come by so many at a time
 
 
@@ -107,7 +106,7 @@ class Preparation:
         began = id(entry), g._version, v._version
         self.lasting = (self.lasting or began == self._began) and not self._nested
         self._began = began
-        if len(together) == 1 and not (self.lasting and v.numel() <= _LASTING):
+        if len(together) == 1 and not (self.lasting and v.nbytes <= LASTING):
             return None
         needed = []
         for one in together:

@@ -617,10 +617,6 @@ class WeightNorm(nn.Module):
             return self(g, v)  # type: ignore[no-any-return]
         return compose_eagerly(g, v, axes, self.magnitude, rooms, ready)
 
-    def fits(self, g: Tensor, v: Tensor) -> bool:
-        """Whether a pair has the shapes that `compose` takes."""
-        return self.axes.fit(g, v)
-
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
         return decompose(w, self.axes, magnitude=self.magnitude, magnitude_dtype=self.magnitude_dtype)
 
