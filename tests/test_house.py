@@ -20,7 +20,7 @@ LAYERS = [
     {"fused_kernels", "norms"},
     {"errors", "fused", "kept", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"}
     | {"csv_text", "ownership", "dtensors", "compiled"},
-    {"keys", "loans", "reparam", "stores", "differences", "onnx_values", "optimizer_state"}
+    {"keys", "loans", "reparam", "stores", "differences", "onnx_values", "optimizer_state", "blocked_linear"}
     | {"charts", "page"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
     {

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Sizes", "backward", "forward", "lines_of", "many_backward", "many_forward", "plan", "start", "started"]
+__all__ = ["Sizes", "backward", "backward_of_rows", "forward", "forward_of_rows", "lines_of", "many_backward", "many_forward", "plan", "start", "started"]
 
 _log = logging.getLogger("wnsurgery")
 _SPREAD = 1 << 17  # elements for which another thread is worth its call
@@ -125,20 +125,51 @@ def backward(up: Tensor, g: Tensor, v: Tensor, norms: Tensor, sizes: Sizes, grad
     kernels = _Kernels.module
     places = (up.data_ptr(), v.data_ptr(), g.data_ptr(), norms.data_ptr(), grad_g.data_ptr(), grad_v.data_ptr())
     inputs, rows, columns = sizes
+    far = v.numel() >= _FAR
     if v.numel() < 2 * _SPREAD or torch.get_num_threads() == 1:
         if inputs:
             kernels.columns_backward(*places, inputs, rows, columns, 0, rows)
         else:
-            kernels.rows_backward(*places, rows, columns)
+            kernels.rows_backward(*places, rows, columns, far)
     elif inputs:
         _in_threads(v, rows, lambda a, b: kernels.columns_backward(*places, inputs, rows, columns, a, b))
     else:
         _in_threads(
             v,
             rows,
-            lambda a, b: kernels.rows_backward(*_from(places, (1, 1, 0, 0, 0, 1), a, columns), b - a, columns),
+            lambda a, b: kernels.rows_backward(*_from(places, (1, 1, 0, 0, 0, 1), a, columns), b - a, columns, far),
         )
     return grad_g
+
+
+def forward_of_rows(g: Tensor, v: Tensor, norms: Tensor, w: Tensor) -> Callable[[int, int], bool]:
+    """A function of first row and number of rows that writes them to the beginning of `w`, and their ||v|| into
+    `norms`, where the rows of v are pieces of memory (`Sizes.inputs` is 0); whether each is an ordinary one."""
+    kernel, columns = _Kernels.module.rows_forward, v.numel() // g.numel()
+    v_at, g_at, norms_at, w_at, width = v.data_ptr(), g.data_ptr(), norms.data_ptr(), w.data_ptr(), 4 * columns
+
+    def write(first: int, rows: int) -> bool:
+        at = 4 * first
+        return kernel(v_at + width * first, g_at + at, w_at, norms_at + at, rows, columns, False)  # type: ignore[no-any-return]
+
+    return write
+
+
+def backward_of_rows(
+    up: Tensor, g: Tensor, v: Tensor, norms: Tensor, grad_g: Tensor, grad_v: Tensor
+) -> Callable[[int, int], None]:
+    """A function of first row and number of rows that takes their dL/dw from the beginning of `up` and writes them into
+    `grad_g` and, past the cache, `grad_v`; for rows as in `forward_of_rows`."""
+    kernel, columns = _Kernels.module.rows_backward, v.numel() // g.numel()
+    past = v.numel() >= 1 << 18
+    up_at, v_at, grad_v_at, width = up.data_ptr(), v.data_ptr(), grad_v.data_ptr(), 4 * columns
+    g_at, norms_at, grad_g_at = g.data_ptr(), norms.data_ptr(), grad_g.data_ptr()
+
+    def write(first: int, rows: int) -> None:
+        at, far = 4 * first, width * first
+        kernel(up_at, v_at + far, g_at + at, norms_at + at, grad_g_at + at, grad_v_at + far, rows, columns, past)
+
+    return write
 
 
 def lines_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[int, ...]]:

@@ -100,6 +100,30 @@ def _scale_past_cache(_context, w, i, v, factors, j):
 
 
 @intrinsic
+def _subtract_past_cache(_context, to, i, a, p, b, q):
+    """to[i + k] = a[i + k] * p[k] - b[i + k] * q[k] for k below 8, past the cache; to[i] lies at a multiple of 32
+    bytes."""
+
+    def generate(context, builder, _signature, arguments):
+        to, at, *four = arguments
+        eight = ir.VectorType(ir.FloatType(), _EIGHT).as_pointer()
+        zero = ir.Constant(ir.IntType(64), 0)
+
+        def place(pointer, index):
+            return builder.bitcast(builder.gep(pointer, [index]), eight)
+
+        a, p, b, q = (builder.load(place(x, i), align=4) for x, i in zip(four, (at, zero, at, zero), strict=True))
+        flags = ("reassoc", "contract")
+        value = builder.fsub(builder.fmul(a, p, flags=flags), builder.fmul(b, q, flags=flags), flags=flags)
+        store = builder.store(value, place(to, at), align=_EIGHT * 4)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    pointer, index = types.CPointer(types.float32), types.int64
+    return types.void(pointer, index, pointer, pointer, pointer, pointer), generate
+
+
+@intrinsic
 def _settle(_context):
     """Everything written is there for other threads to read, also what went past the cache."""
 
@@ -216,13 +240,16 @@ def rows_forward(v_at, g_at, w_at, norms_at, rows, columns, far):
 
 
 @_kernel
-def rows_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, rows, columns):
+def rows_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, rows, columns, far):
     """dL/dg and dL/dv from dL/dw; dL/dv may take the place of dL/dw.
 
     Rows without a gradient, as most of a lookup table's, are not read any further.
     """
     up, v, grad_v = _floats_at(up_at), _floats_at(v_at), _floats_at(grad_v_at)
     g, norms, grad_g = _floats_at(g_at), _floats_at(norms_at), _floats_at(grad_g_at)
+    factors = np.empty(2 * _EIGHT, np.float32)
+    across_at = factors.ctypes.data
+    p, q = _floats_at(across_at), _floats_at(across_at + 4 * _EIGHT)
     for r in range(rows):
         start, stop = r * columns, (r + 1) * columns
         if up[start] == 0 and _is_zero(up, start, stop):
@@ -235,9 +262,21 @@ def rows_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, rows, colum
         if up_at == grad_v_at:  # a loop of its own, which the compiler knows to be safe in any order
             for i in range(start, stop):
                 up[i] = up[i] * across - v[i] * along
+        elif far:
+            factors[:_EIGHT], factors[_EIGHT:] = across, along
+            first = min(stop, start + -(grad_v_at // 4 + start) % _EIGHT)
+            last = stop - (stop - first) % _EIGHT
+            for i in range(start, first):
+                grad_v[i] = up[i] * across - v[i] * along
+            for i in range(first, last, _EIGHT):
+                _subtract_past_cache(grad_v, i, up, p, v, q)
+            for i in range(last, stop):
+                grad_v[i] = up[i] * across - v[i] * along
         else:
             for i in range(start, stop):
                 grad_v[i] = up[i] * across - v[i] * along
+    if far:
+        _settle()
 
 
 @_kernel
@@ -254,7 +293,7 @@ def many_backward(table):
     """`rows_backward` of many weights: a line of the table holds what it takes."""
     for k in range(len(table)):
         t = table[k]
-        rows_backward(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7])
+        rows_backward(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], False)
 
 
 @_kernel

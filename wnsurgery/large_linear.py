@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wnsurgery import fused
+from wnsurgery import blocked_linear, fused
+from wnsurgery.blocked_linear import rows_for_gradients, rows_for_output, scale
 from wnsurgery.kept import AHEAD, Rooms
 from wnsurgery.reparam import Axes, compose, compose_in_one_pass, first_order_gradients, is_plain
 
@@ -21,8 +22,6 @@ __all__ = ["large_linear", "serves_linear"]
 
 _LARGE = AHEAD  # elements above which w is made at its use
 _FRESH = 1 << 20  # elements from which blocks are at times given back to the system
-_CACHED = 1 << 18  # elements of dL/dw that a core's cache keeps
-_SHORT = 512  # terms of the sums that are dL/dw, up to which their arithmetic costs less than memory does
 
 
 def serves_linear(x: Tensor, g: Tensor, v: Tensor, bias: Tensor | None) -> bool:
@@ -61,10 +60,17 @@ def large_linear(
     tensor([[7., 5.]], grad_fn=<_LargeLinearBackward>)
     """
     sizes = fused.plan(g, v, axes.kept, axes.groups, "linear")
-    ready = None if sizes is None else compose_in_one_pass(g, v, sizes, rooms)
-    if ready is None or ready.w is None:
+    if sizes is None:
         return None
-    return _apply(x, g, v, bias, ready.w, ready.norms, axes, (rooms, shared))  # type: ignore[no-any-return]
+    rows = rows_for_output(x, v, bias) if axes.kept == (0,) else None
+    try:
+        return _apply(x, g, v, bias, axes, sizes, rows, (rooms, shared))  # type: ignore[no-any-return]
+    except _NotOrdinary:
+        return None
+
+
+class _NotOrdinary(Exception):
+    """A row of v that the compiled kernels do not take."""
 
 
 class _LargeLinear(torch.autograd.Function):
@@ -75,41 +81,65 @@ class _LargeLinear(torch.autograd.Function):
         g: Tensor,
         v: Tensor,
         bias: Tensor | None,
-        w: Tensor,
-        norms: Tensor,
         axes: Axes,
+        sizes: fused.Sizes,
+        rows: int | None,
         rooms: tuple[Rooms, Rooms],
     ) -> Tensor:
-        w.requires_grad_()  # by this flag matmul chooses its kernel, and so the last bit
+        ctx.how = axes, sizes, rooms
+        if rows is not None:
+            found = blocked_linear.forward(x, g, v, bias, rows)
+            if found is None:
+                raise _NotOrdinary
+            y, norms = found
+            ctx.save_for_backward(x, g, v, norms)
+            return y
+        ready = compose_in_one_pass(g, v, sizes, rooms[0])
+        if ready.w is None:
+            raise _NotOrdinary
+        w = ready.w.requires_grad_()  # by this flag matmul chooses its kernel, and so the last bit
         y = F.linear(x, w, bias)
-        ctx.save_for_backward(x, g, v, w.requires_grad_(False), norms)
-        ctx.how = axes, rooms
+        ctx.save_for_backward(x, g, v, ready.norms, w.requires_grad_(False))
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast("cpu", enabled=False):  # as in the forward pass
-            return _LargeLinear._backward(ctx, grad)
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):  # as in the forward pass
+                return (*_gradients(ctx, grad), None, None, None, None)
+        return (*_gradients(ctx, grad), None, None, None, None)
 
-    @staticmethod
-    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, g, v, w, norms = ctx.saved_tensors
-        axes, rooms = ctx.how
-        wants_x, wants_g, wants_v, wants_bias, *_ = ctx.needs_input_grad
-        differentiable = torch.is_grad_enabled()
-        if differentiable:
-            w = compose(g, v, axes)
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = torch.matmul(grad, w) if wants_x else None
-        grad_bias = rows.sum(0) if wants_bias else None
-        grad_g = grad_v = None
-        if wants_g or wants_v:
-            inputs = x.reshape(-1, x.shape[-1])
-            if differentiable or not is_plain(grad):
-                grad_g, grad_v = first_order_gradients(rows.t() @ inputs, g, v, None, axes, "linear")
-            else:
-                grad_g, grad_v = _gradients(rows.t(), inputs, g, v, norms, axes, _room(v, *rooms))
-        return grad_x, grad_g, grad_v, grad_bias, None, None, None, None
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dL/dx, dL/dg, dL/dv and that of the bias from dL/dy."""
+    x, g, v, norms, *made = ctx.saved_tensors
+    axes, sizes, rooms = ctx.how
+    wants_x, wants_g, wants_v, wants_bias, *_ = ctx.needs_input_grad
+    up, inputs = _matrix(grad), _matrix(x)
+    grad_bias = up.sum(0) if wants_bias else None
+    grad_x = grad_g = grad_v = None
+    wants_weight = wants_g or wants_v
+    if torch.is_grad_enabled() or not is_plain(grad):
+        if wants_x:
+            grad_x = torch.matmul(grad, compose(g, v, axes))
+        if wants_weight:
+            grad_g, grad_v = first_order_gradients(up.t() @ inputs, g, v, None, axes, "linear")
+        return grad_x, grad_g, grad_v, grad_bias
+    rows = rows_for_gradients(inputs, v) if wants_weight and axes.kept == (0,) else None
+    if rows is not None:
+        grad_v = _room(v, *rooms)
+        grad_x, grad_g = blocked_linear.backward(up, inputs, g, v, norms, rows, grad_v, wants_x=wants_x)
+    else:
+        if wants_x:
+            grad_x = torch.mm(up, made[0]) if made else torch.mm(scale(up, g, norms), v)
+        if wants_weight:
+            grad_v = torch.mm(up.t(), inputs, out=_room(v, *rooms))
+            grad_g = fused.backward(grad_v, g, v, norms, sizes, grad_v)
+    return None if grad_x is None else grad_x.view(x.shape), grad_g, grad_v, grad_bias
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # noqa: PLR2004
 
 
 def _room(v: Tensor, own: Rooms, shared: Rooms) -> Tensor:
@@ -119,28 +149,6 @@ def _room(v: Tensor, own: Rooms, shared: Rooms) -> Tensor:
         room = own.take("grad", v)
         room = shared.take(f"grad of {tuple(v.shape)}", v) if room is None else room
     return torch.empty_like(v) if room is None else room
-
-
-def _gradients(
-    left: Tensor, right: Tensor, g: Tensor, v: Tensor, norms: Tensor, axes: Axes, room: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dL/dg and dL/dv for dL/dw = left @ right; dL/dv in `room`.
-
-    Where a short sum makes dL/dw, it is made and used up some rows at a time, and never leaves the cache.
-    """
-    sizes = fused.plan(g, v, axes.kept, axes.groups, "linear")
-    count = -(-v.numel() // _CACHED)
-    short = len(right) <= _SHORT and torch.get_num_threads() == 1
-    if count < 2 or not short or sizes is None or axes.kept != (0,):
-        return first_order_gradients(torch.mm(left, right, out=room), g, v, norms, axes, "linear", private=True)
-    step = -(-len(v) // count)
-    scratch = torch.empty(step, v.shape[1], dtype=v.dtype, device=v.device)
-    parts = []
-    for start in range(0, len(v), step):
-        some = slice(start, start + step)
-        up = torch.mm(left[some], right, out=scratch[: len(v) - start])
-        parts.append(fused.backward(up, g[some], v[some], norms[some], sizes._replace(rows=len(up)), room[some]))
-    return torch.cat(parts), room
 
 
 # past the Python half of `Function.apply`, which unwraps what function transforms left: none is on
