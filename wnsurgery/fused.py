@@ -9,6 +9,7 @@ The number of threads is torch's; it decides no bit, since each row is summed by
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
@@ -25,7 +26,10 @@ from torch import Tensor
 __all__ = ["Sizes", "backward", "backward_of_rows", "forward", "forward_of_rows", "lines_of", "many_backward", "many_forward", "plan", "start", "started"]
 
 _log = logging.getLogger("wnsurgery")
-_SPREAD = 1 << 17  # elements for which another thread is worth its call
+_SPREAD = 1 << 15  # elements for which another thread is worth its call
+_PARTS = 4  # parts of the work for each thread, so that one that is held up does less
+_FAR_ROWS = 1 << 18  # elements of a weight whose gradient is out of the cache by the time the optimizer reads it
+_PROCESS = os.getpid()
 _FAR = 1 << 21  # elements of a weight that is out of the cache by the time its layer reads it
 
 
@@ -100,57 +104,37 @@ def forward(g: Tensor, v: Tensor, sizes: Sizes, w: Tensor) -> Tensor | None:
     None where a row is not an ordinary one (see `norms.ordinary_factors`): then nothing in `w` is of use.
     """
     norms = torch.empty_like(g)
-    kernels, places = _Kernels.module, (v.data_ptr(), g.data_ptr(), w.data_ptr(), norms.data_ptr())
+    places, size = (v.data_ptr(), g.data_ptr(), w.data_ptr(), norms.data_ptr()), v.numel()
     inputs, rows, columns = sizes
-    size = v.numel()
-    far = size >= _FAR
-    if size < 2 * _SPREAD or torch.get_num_threads() == 1:
-        fine = (
-            kernels.columns_forward(*places, inputs, rows, columns, far, 0, rows)
-            if inputs
-            else kernels.rows_forward(*places, rows, columns, far)
-        )
-    elif inputs:
-        fine = _in_threads(v, rows, lambda a, b: kernels.columns_forward(*places, inputs, rows, columns, far, a, b))
+    far = int(size >= _FAR)
+    if inputs:
+        fine = _on_all(size, rows, "columns_forward", *places, inputs, rows, columns, far)
     else:
-        fine = _in_threads(
-            v, rows, lambda a, b: kernels.rows_forward(*_from(places, (1, 0, 1, 0), a, columns), b - a, columns, far)
-        )
+        fine = _on_all(size, rows, "rows_forward", *places, columns, far)
     return norms if fine else None
 
 
 def backward(up: Tensor, g: Tensor, v: Tensor, norms: Tensor, sizes: Sizes, grad_v: Tensor) -> Tensor:
     """Write dL/dv into `grad_v`, which may be dL/dw itself; returns dL/dg. All laid out as v."""
-    grad_g = torch.empty_like(g)
-    kernels = _Kernels.module
+    grad_g, size = torch.empty_like(g), v.numel()
     places = (up.data_ptr(), v.data_ptr(), g.data_ptr(), norms.data_ptr(), grad_g.data_ptr(), grad_v.data_ptr())
     inputs, rows, columns = sizes
-    far = v.numel() >= _FAR
-    if v.numel() < 2 * _SPREAD or torch.get_num_threads() == 1:
-        if inputs:
-            kernels.columns_backward(*places, inputs, rows, columns, 0, rows)
-        else:
-            kernels.rows_backward(*places, rows, columns, far)
-    elif inputs:
-        _in_threads(v, rows, lambda a, b: kernels.columns_backward(*places, inputs, rows, columns, a, b))
+    if inputs:
+        _on_all(size, rows, "columns_backward", *places, inputs, rows, columns)
     else:
-        _in_threads(
-            v,
-            rows,
-            lambda a, b: kernels.rows_backward(*_from(places, (1, 1, 0, 0, 0, 1), a, columns), b - a, columns, far),
-        )
+        _on_all(size, rows, "rows_backward", *places, columns, int(size >= _FAR))
     return grad_g
 
 
 def forward_of_rows(g: Tensor, v: Tensor, norms: Tensor, w: Tensor) -> Callable[[int, int], bool]:
     """A function of first row and number of rows that writes them to the beginning of `w`, and their ||v|| into
     `norms`, where the rows of v are pieces of memory (`Sizes.inputs` is 0); whether each is an ordinary one."""
-    kernel, columns = _Kernels.module.rows_forward, v.numel() // g.numel()
+    columns = v.numel() // g.numel()
     v_at, g_at, norms_at, w_at, width = v.data_ptr(), g.data_ptr(), norms.data_ptr(), w.data_ptr(), 4 * columns
 
     def write(first: int, rows: int) -> bool:
-        at = 4 * first
-        return kernel(v_at + width * first, g_at + at, w_at, norms_at + at, rows, columns, False)  # type: ignore[no-any-return]
+        at, far = 4 * first, width * first
+        return _on_all(rows * columns, rows, "rows_forward", v_at + far, g_at + at, w_at, norms_at + at, columns, 0)
 
     return write
 
@@ -160,14 +144,14 @@ def backward_of_rows(
 ) -> Callable[[int, int], None]:
     """A function of first row and number of rows that takes their dL/dw from the beginning of `up` and writes them into
     `grad_g` and, past the cache, `grad_v`; for rows as in `forward_of_rows`."""
-    kernel, columns = _Kernels.module.rows_backward, v.numel() // g.numel()
-    past = v.numel() >= 1 << 18
+    columns, past = v.numel() // g.numel(), int(v.numel() >= _FAR_ROWS)
     up_at, v_at, grad_v_at, width = up.data_ptr(), v.data_ptr(), grad_v.data_ptr(), 4 * columns
     g_at, norms_at, grad_g_at = g.data_ptr(), norms.data_ptr(), grad_g.data_ptr()
 
     def write(first: int, rows: int) -> None:
         at, far = 4 * first, width * first
-        kernel(up_at, v_at + far, g_at + at, norms_at + at, grad_g_at + at, grad_v_at + far, rows, columns, past)
+        places = (up_at, v_at + far, g_at + at, norms_at + at, grad_g_at + at, grad_v_at + far)
+        _on_all(rows * columns, rows, "rows_backward", *places, columns, past)
 
     return write
 
@@ -198,20 +182,48 @@ def many_backward(numbers: Sequence[int]) -> None:
         _Kernels.module.many_backward(np.array(numbers, dtype=np.int64).reshape(-1, 8))
 
 
-def _from(places: Sequence[int], whole: Sequence[int], row: int, columns: int) -> list[int]:
-    """Addresses of a row: of `columns` elements in whole matrices, of one in what has one value per row."""
-    return [place + 4 * row * (columns if matrix else 1) for place, matrix in zip(places, whole, strict=True)]
-
-
-def _in_threads(v: Tensor, rows: int, work: Callable[[int, int], Any]) -> bool:
-    """Run work(first, last) on parts of the rows; whether no part says False."""
-    parts = min(torch.get_num_threads(), v.numel() // _SPREAD, rows)
-    if parts < 2:
-        return work(0, rows) is not False
-    bounds = [rows * i // parts for i in range(parts + 1)]
-    waiting = [_pool(os.getpid(), parts - 1).submit(work, *pair) for pair in pairwise(bounds[1:])]
-    found = [work(0, bounds[1]), *(one.result() for one in waiting)]
+def _on_all(elements: int, rows: int, name: str, *numbers: int) -> bool:
+    """Run a kernel on all rows, in torch's threads where it pays; whether no part says False."""
+    threads = torch.get_num_threads()
+    pieces = _PARTS if name.startswith("rows") else 1  # strips of columns are narrow enough
+    parts = 1 if threads == 1 else min(pieces * threads, elements // _SPREAD, rows)
+    kernels = _Kernels.module
+    if parts < 2:  # noqa: PLR2004
+        return getattr(kernels, name)(*numbers, 0, rows) is not False
+    openmp = _openmp(os.getpid())
+    if openmp is not None:
+        job = np.array([0, 0, parts, 0, kernels.JOBS[name], rows, *numbers, 0, 0], dtype=np.int64)
+        at = job.ctypes.data
+        job[0] = at + 8
+        kernels.in_parallel(*openmp, at, threads)
+        return not job[3]
+    kernel = getattr(kernels, name)
+    bounds = [rows * i // threads for i in range(threads + 1)]
+    waiting = [_pool(os.getpid(), threads - 1).submit(kernel, *numbers, *pair) for pair in pairwise(bounds[1:])]
+    found = [kernel(*numbers, 0, bounds[1]), *(one.result() for one in waiting)]
     return all(one is not False for one in found)
+
+
+@lru_cache(maxsize=4)
+def _openmp(process: int) -> tuple[int, int] | None:
+    """Where the OpenMP library that torch runs its threads with takes work, and our worker; None where there is none.
+
+    Threads of another kind would wait for processors on which those of torch are waiting for their next work.
+    """
+    if process != _PROCESS or "OpenMP" not in torch.__config__.parallel_info() or not hasattr(os, "RTLD_NOLOAD"):
+        return None  # the threads of OpenMP do not survive a fork
+    for name in ("libgomp.so.1", "libiomp5.so"):
+        try:
+            library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
+            return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0, _worker().address
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+@lru_cache(maxsize=1)
+def _worker() -> Any:
+    return _Kernels.module.worker()
 
 
 @lru_cache(maxsize=4)

@@ -17,16 +17,20 @@ from contextlib import suppress
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import cfunc, njit, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 __all__ = [
+    "JOBS",
     "columns_backward",
     "columns_forward",
+    "in_parallel",
     "many_backward",
     "many_forward",
     "rows_backward",
     "rows_forward",
+    "worker",
 ]
 
 _log = logging.getLogger("wnsurgery")
@@ -35,6 +39,13 @@ _NEAR = 2.0**-20  # a factor closer to a power of two may stand for it
 _CHUNK = 1 << 13  # elements summed at a stretch
 _SHORT_CHUNK = 1 << 9  # the same in float32
 _SHORT_PIECE = 1 << 6  # elements looked at to see whether all are zero
+_ROWS_FORWARD, _ROWS_BACKWARD, _COLUMNS_FORWARD, _COLUMNS_BACKWARD = range(4)
+JOBS = {  # how a job names its kernel
+    "rows_forward": _ROWS_FORWARD,
+    "rows_backward": _ROWS_BACKWARD,
+    "columns_forward": _COLUMNS_FORWARD,
+    "columns_backward": _COLUMNS_BACKWARD,
+}
 _EIGHT = 8  # elements written at a time past the cache
 
 _fast = njit(nogil=True, fastmath={"reassoc", "contract"})  # sums in any order; nothing else is given up
@@ -121,6 +132,33 @@ def _subtract_past_cache(_context, to, i, a, p, b, q):
 
     pointer, index = types.CPointer(types.float32), types.int64
     return types.void(pointer, index, pointer, pointer, pointer, pointer), generate
+
+
+@intrinsic
+def _take_one(_context, at):
+    """The number at an address, which another thread that asks finds greater by one."""
+
+    def generate(_context, builder, _signature, arguments):
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "seq_cst")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _call_parallel(_context, parallel_at, worker_at, job_at, threads):
+    """GOMP_parallel(worker, job, threads, 0), as compilers call it for OpenMP."""
+
+    def generate(context, builder, _signature, arguments):
+        pointer, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = ir.FunctionType(ir.VoidType(), [pointer, pointer, word, word])
+        parallel, worker, job = (
+            builder.inttoptr(at, to) for at, to in zip(arguments, (function.as_pointer(), pointer, pointer), strict=False)
+        )
+        builder.call(parallel, [worker, job, builder.trunc(arguments[3], word), ir.Constant(word, 0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate
 
 
 @intrinsic
@@ -214,14 +252,15 @@ def _coefficients(product, g, norm):
 
 
 @_kernel
-def rows_forward(v_at, g_at, w_at, norms_at, rows, columns, far):
-    """w = g * v / ||v|| and ||v||; whether every row is an ordinary one, else nothing of it is of use.
+def rows_forward(v_at, g_at, w_at, norms_at, columns, far, first, last):
+    """w = g * v / ||v|| and ||v|| for the rows from `first` to before `last`; whether each is an ordinary one, else
+    nothing of it is of use.
 
     With `far`, w is written past the cache: what is to be overwritten is not read first, nor kept near for a reader.
     """
     v, g, w, norms = _floats_at(v_at), _floats_at(g_at), _floats_at(w_at), _floats_at(norms_at)
     factors = np.empty(_EIGHT, np.float32)
-    for r in range(rows):
+    for r in range(first, last):
         start, stop = r * columns, (r + 1) * columns
         norm = math.sqrt(_squares(v, start, stop))
         factor = _factor(g[r], norm)
@@ -240,8 +279,8 @@ def rows_forward(v_at, g_at, w_at, norms_at, rows, columns, far):
 
 
 @_kernel
-def rows_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, rows, columns, far):
-    """dL/dg and dL/dv from dL/dw; dL/dv may take the place of dL/dw.
+def rows_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, columns, far, first, last):
+    """dL/dg and dL/dv from dL/dw; dL/dv may take the place of dL/dw. With `far`, it is else written past the cache.
 
     Rows without a gradient, as most of a lookup table's, are not read any further.
     """
@@ -250,7 +289,7 @@ def rows_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, rows, colum
     factors = np.empty(2 * _EIGHT, np.float32)
     across_at = factors.ctypes.data
     p, q = _floats_at(across_at), _floats_at(across_at + 4 * _EIGHT)
-    for r in range(rows):
+    for r in range(first, last):
         start, stop = r * columns, (r + 1) * columns
         if up[start] == 0 and _is_zero(up, start, stop):
             grad_g[r] = 0.0
@@ -264,13 +303,13 @@ def rows_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, rows, colum
                 up[i] = up[i] * across - v[i] * along
         elif far:
             factors[:_EIGHT], factors[_EIGHT:] = across, along
-            first = min(stop, start + -(grad_v_at // 4 + start) % _EIGHT)
-            last = stop - (stop - first) % _EIGHT
-            for i in range(start, first):
+            begin = min(stop, start + -(grad_v_at // 4 + start) % _EIGHT)
+            end = stop - (stop - begin) % _EIGHT
+            for i in range(start, begin):
                 grad_v[i] = up[i] * across - v[i] * along
-            for i in range(first, last, _EIGHT):
+            for i in range(begin, end, _EIGHT):
                 _subtract_past_cache(grad_v, i, up, p, v, q)
-            for i in range(last, stop):
+            for i in range(end, stop):
                 grad_v[i] = up[i] * across - v[i] * along
         else:
             for i in range(start, stop):
@@ -285,7 +324,7 @@ def many_forward(table, norms_at):
     their block, rows and columns; its last column takes the answer."""
     for k in range(len(table)):
         t = table[k]
-        t[6] = rows_forward(t[0], t[1], t[2], norms_at + t[3], t[4], t[5], False)
+        t[6] = rows_forward(t[0], t[1], t[2], norms_at + t[3], t[5], 0, 0, t[4])
 
 
 @_kernel
@@ -293,7 +332,7 @@ def many_backward(table):
     """`rows_backward` of many weights: a line of the table holds what it takes."""
     for k in range(len(table)):
         t = table[k]
-        rows_backward(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], False)
+        rows_backward(t[0], t[1], t[2], t[3], t[4], t[5], t[7], 0, 0, t[6])
 
 
 @_kernel
@@ -357,3 +396,43 @@ def columns_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, inputs, 
         else:
             for j in range(width):
                 grad_v[start + j] = up[start + j] * across[j] - v[start + j] * along[j]
+
+
+def _work(job):
+    """Take parts of the rows of a job while there are any. A job holds the address of the next number, that number, the
+    number of parts, whether a part said False, the kernel, the number of rows, and what the kernel takes."""
+    while True:
+        part = _take_one(job[0])
+        if part >= job[2]:
+            return
+        first, last, kernel, fine = job[5] * part // job[2], job[5] * (part + 1) // job[2], job[4], True
+        a, b, c, d, e, f, g, h = job[6], job[7], job[8], job[9], job[10], job[11], job[12], job[13]
+        if kernel == _ROWS_FORWARD:
+            fine = rows_forward(a, b, c, d, e, f, first, last)
+        elif kernel == _ROWS_BACKWARD:
+            rows_backward(a, b, c, d, e, f, g, h, first, last)
+        elif kernel == _COLUMNS_FORWARD:
+            fine = columns_forward(a, b, c, d, e, f, g, h, first, last)
+        else:
+            columns_backward(a, b, c, d, e, f, g, h, job[14], first, last)
+        if not fine:
+            job[3] = 1
+
+
+def worker():
+    """The address of a C function that does its share of a job, for `in_parallel`."""
+    signature = types.void(types.CPointer(types.int64))
+    try:
+        found = cfunc(signature, cache=True)(_work)
+    except Exception as error:  # no place to write to, or a damaged file
+        _log.info("numba's cache is of no use (%s): compiling anew", error)
+        with suppress(Exception):
+            FunctionCache(_work).flush()
+        found = cfunc(signature)(_work)
+    return found
+
+
+@_kernel
+def in_parallel(parallel_at, worker_at, job_at, threads):
+    """Let so many threads of an OpenMP library work on a job, this one among them, until it is done."""
+    _call_parallel(parallel_at, worker_at, job_at, threads)
