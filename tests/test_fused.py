@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import wnsurgery as wn
-from wnsurgery import fused
+from wnsurgery import fused, row_threads
 from wnsurgery.reparam import Axes, compose, decompose, first_order_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking a process that has threads
@@ -102,7 +102,7 @@ def test_what_is_written_past_the_cache_is_the_same_to_the_bit_and_stays_in_its_
     sizes = fused.plan(g, v, axes.kept, axes.groups, "linear")
     assert sizes is not None
     monkeypatch.setattr(fused, "_FAR", 1)
-    monkeypatch.setattr(fused, "_SPREAD", 1 << 9)
+    monkeypatch.setattr(row_threads, "_SPREAD", 1 << 9)
     for threads in one_and_two_threads:
         torch.set_num_threads(threads)
         memory = torch.full((v.numel() + 32,), 7.0)

@@ -42,7 +42,7 @@ def rows_for_output(x: Tensor, v: Tensor, bias: Tensor | None) -> int | None:
         return len(v)
     if x.ndim == 1 or not x.is_contiguous() or x.data_ptr() % _LINE:
         return None
-    precision = torch.backends.mkldnn.matmul.fp32_precision
+    precision: str = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
     return _tried_out(x.shape, v.shape, bias is not None, x.requires_grad, precision)
 
 
@@ -73,15 +73,12 @@ def backward(
     outputs, up = len(v), grad.t()
     grad_g, room = torch.empty_like(g), v.new_empty(rows, v.shape[1])
     write = fused.backward_of_rows(room, g, v, norms, grad_g, grad_v)
-    scaled, grad_x, by_blocks = grad, None, False
-    if wants_x:
-        scaled, grad_x = scale(grad, g, norms), torch.empty_like(x)
-        by_blocks = len(x) <= _FEWEST * rows and rows < outputs
-        if not by_blocks:
-            torch.mm(scaled, v, out=grad_x)
+    by_blocks = wants_x and rows < outputs and len(x) <= _FEWEST * rows
+    scaled = scale(grad, g, norms) if wants_x else grad
+    grad_x = torch.empty_like(x) if by_blocks else torch.mm(scaled, v) if wants_x else None
     for at in range(0, outputs, rows):
         count = min(rows, outputs - at)
-        if by_blocks:
+        if grad_x is not None and by_blocks:
             some, part = scaled.narrow(1, at, count), v.narrow(0, at, count)
             torch.addmm(grad_x, some, part, beta=1 if at else 0, out=grad_x)
         torch.mm(up.narrow(0, at, count), x, out=room.narrow(0, 0, count))
@@ -98,7 +95,7 @@ def _product(
     x: Tensor, rows_of_w: Callable[[int, int], Tensor | None], bias: Tensor | None, outputs: int, rows: int
 ) -> Tensor | None:
     """x w^T + bias from some columns of w^T at a time, `rows_of_w(at, count)`; None as soon as that is None."""
-    inputs = x if x.ndim == 2 else x.view(-1, x.shape[-1])  # noqa: PLR2004
+    inputs = x if x.ndim == 2 else x.view(-1, x.shape[-1])
     y = x.new_empty(len(inputs), outputs)
     for at in range(0, outputs, rows):
         count = min(rows, outputs - at)
@@ -109,7 +106,7 @@ def _product(
             torch.mm(inputs, w, out=y.narrow(1, at, count))
         else:
             torch.addmm(bias.narrow(0, at, count), inputs, w, out=y.narrow(1, at, count))
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], outputs)  # noqa: PLR2004
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], outputs)
 
 
 @lru_cache(maxsize=4096)
@@ -131,6 +128,7 @@ def _tried_out(shape: torch.Size, weight: torch.Size, biased: bool, wanted: bool
 
     with torch.no_grad():
         x, w, bias, rows = some(*shape), some(*weight), some(weight[0]) if biased else None, _rows(weight)
-        found = _product(x, lambda at, count: w.narrow(0, at, count).t(), bias, weight[0], rows)
+        room = w.new_empty(rows, weight[1])
+        found = _product(x, lambda at, n: room.narrow(0, 0, n).copy_(w.narrow(0, at, n)).t(), bias, weight[0], rows)
         whole = F.linear(x.requires_grad_(wanted), w.requires_grad_(), bias)
     return rows if found is not None and torch.equal(found, whole) else None

@@ -9,28 +9,35 @@ The number of threads is torch's; it decides no bit, since each row is summed by
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Sizes", "backward", "backward_of_rows", "forward", "forward_of_rows", "lines_of", "many_backward", "many_forward", "plan", "start", "started"]
+from wnsurgery.row_threads import on_all_rows
+
+__all__ = [
+    "Sizes",
+    "backward",
+    "backward_of_rows",
+    "forward",
+    "forward_of_rows",
+    "lines_of",
+    "many_backward",
+    "many_forward",
+    "plan",
+    "start",
+    "started",
+]
 
 _log = logging.getLogger("wnsurgery")
-_SPREAD = 1 << 15  # elements for which another thread is worth its call
-_PARTS = 4  # parts of the work for each thread, so that one that is held up does less
-_FAR_ROWS = 1 << 18  # elements of a weight whose gradient is out of the cache by the time the optimizer reads it
-_PROCESS = os.getpid()
 _FAR = 1 << 21  # elements of a weight that is out of the cache by the time its layer reads it
+_GONE = 1 << 18  # elements of a gradient that is out of the cache by the time the optimizer reads it
 
 
 class Sizes(NamedTuple):
@@ -108,9 +115,9 @@ def forward(g: Tensor, v: Tensor, sizes: Sizes, w: Tensor) -> Tensor | None:
     inputs, rows, columns = sizes
     far = int(size >= _FAR)
     if inputs:
-        fine = _on_all(size, rows, "columns_forward", *places, inputs, rows, columns, far)
+        fine = on_all_rows(_Kernels.module, size, rows, "columns_forward", *places, inputs, rows, columns, far)
     else:
-        fine = _on_all(size, rows, "rows_forward", *places, columns, far)
+        fine = on_all_rows(_Kernels.module, size, rows, "rows_forward", *places, columns, far)
     return norms if fine else None
 
 
@@ -120,9 +127,9 @@ def backward(up: Tensor, g: Tensor, v: Tensor, norms: Tensor, sizes: Sizes, grad
     places = (up.data_ptr(), v.data_ptr(), g.data_ptr(), norms.data_ptr(), grad_g.data_ptr(), grad_v.data_ptr())
     inputs, rows, columns = sizes
     if inputs:
-        _on_all(size, rows, "columns_backward", *places, inputs, rows, columns)
+        on_all_rows(_Kernels.module, size, rows, "columns_backward", *places, inputs, rows, columns)
     else:
-        _on_all(size, rows, "rows_backward", *places, columns, int(size >= _FAR))
+        on_all_rows(_Kernels.module, size, rows, "rows_backward", *places, columns, int(size >= _FAR))
     return grad_g
 
 
@@ -134,7 +141,18 @@ def forward_of_rows(g: Tensor, v: Tensor, norms: Tensor, w: Tensor) -> Callable[
 
     def write(first: int, rows: int) -> bool:
         at, far = 4 * first, width * first
-        return _on_all(rows * columns, rows, "rows_forward", v_at + far, g_at + at, w_at, norms_at + at, columns, 0)
+        return on_all_rows(
+            _Kernels.module,
+            rows * columns,
+            rows,
+            "rows_forward",
+            v_at + far,
+            g_at + at,
+            w_at,
+            norms_at + at,
+            columns,
+            0,
+        )
 
     return write
 
@@ -144,14 +162,14 @@ def backward_of_rows(
 ) -> Callable[[int, int], None]:
     """A function of first row and number of rows that takes their dL/dw from the beginning of `up` and writes them into
     `grad_g` and, past the cache, `grad_v`; for rows as in `forward_of_rows`."""
-    columns, past = v.numel() // g.numel(), int(v.numel() >= _FAR_ROWS)
+    columns, past = v.numel() // g.numel(), int(v.numel() >= _GONE)
     up_at, v_at, grad_v_at, width = up.data_ptr(), v.data_ptr(), grad_v.data_ptr(), 4 * columns
     g_at, norms_at, grad_g_at = g.data_ptr(), norms.data_ptr(), grad_g.data_ptr()
 
     def write(first: int, rows: int) -> None:
         at, far = 4 * first, width * first
         places = (up_at, v_at + far, g_at + at, norms_at + at, grad_g_at + at, grad_v_at + far)
-        _on_all(rows * columns, rows, "rows_backward", *places, columns, past)
+        on_all_rows(_Kernels.module, rows * columns, rows, "rows_backward", *places, columns, past)
 
     return write
 
@@ -180,53 +198,3 @@ def many_backward(numbers: Sequence[int]) -> None:
     and the columns."""
     if numbers:
         _Kernels.module.many_backward(np.array(numbers, dtype=np.int64).reshape(-1, 8))
-
-
-def _on_all(elements: int, rows: int, name: str, *numbers: int) -> bool:
-    """Run a kernel on all rows, in torch's threads where it pays; whether no part says False."""
-    threads = torch.get_num_threads()
-    pieces = _PARTS if name.startswith("rows") else 1  # strips of columns are narrow enough
-    parts = 1 if threads == 1 else min(pieces * threads, elements // _SPREAD, rows)
-    kernels = _Kernels.module
-    if parts < 2:  # noqa: PLR2004
-        return getattr(kernels, name)(*numbers, 0, rows) is not False
-    openmp = _openmp(os.getpid())
-    if openmp is not None:
-        job = np.array([0, 0, parts, 0, kernels.JOBS[name], rows, *numbers, 0, 0], dtype=np.int64)
-        at = job.ctypes.data
-        job[0] = at + 8
-        kernels.in_parallel(*openmp, at, threads)
-        return not job[3]
-    kernel = getattr(kernels, name)
-    bounds = [rows * i // threads for i in range(threads + 1)]
-    waiting = [_pool(os.getpid(), threads - 1).submit(kernel, *numbers, *pair) for pair in pairwise(bounds[1:])]
-    found = [kernel(*numbers, 0, bounds[1]), *(one.result() for one in waiting)]
-    return all(one is not False for one in found)
-
-
-@lru_cache(maxsize=4)
-def _openmp(process: int) -> tuple[int, int] | None:
-    """Where the OpenMP library that torch runs its threads with takes work, and our worker; None where there is none.
-
-    Threads of another kind would wait for processors on which those of torch are waiting for their next work.
-    """
-    if process != _PROCESS or "OpenMP" not in torch.__config__.parallel_info() or not hasattr(os, "RTLD_NOLOAD"):
-        return None  # the threads of OpenMP do not survive a fork
-    for name in ("libgomp.so.1", "libiomp5.so"):
-        try:
-            library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
-            return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0, _worker().address
-        except (OSError, AttributeError):
-            continue
-    return None
-
-
-@lru_cache(maxsize=1)
-def _worker() -> Any:
-    return _Kernels.module.worker()
-
-
-@lru_cache(maxsize=4)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process; a fork has none of its parent's."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="wnsurgery")

@@ -153,7 +153,8 @@ def _call_parallel(_context, parallel_at, worker_at, job_at, threads):
         pointer, word = ir.IntType(8).as_pointer(), ir.IntType(32)
         function = ir.FunctionType(ir.VoidType(), [pointer, pointer, word, word])
         parallel, worker, job = (
-            builder.inttoptr(at, to) for at, to in zip(arguments, (function.as_pointer(), pointer, pointer), strict=False)
+            builder.inttoptr(at, to)
+            for at, to in zip(arguments, (function.as_pointer(), pointer, pointer), strict=False)
         )
         builder.call(parallel, [worker, job, builder.trunc(arguments[3], word), ir.Constant(word, 0)])
         return context.get_dummy_value()
@@ -420,7 +421,7 @@ def _work(job):
 
 
 def worker():
-    """The address of a C function that does its share of a job, for `in_parallel`."""
+    """A C function that does its share of a job, for `in_parallel`; it must be kept as long as its address is used."""
     signature = types.void(types.CPointer(types.int64))
     try:
         found = cfunc(signature, cache=True)(_work)

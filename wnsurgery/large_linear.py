@@ -1,8 +1,9 @@
-"""A linear layer in training whose weight is large: its gradient in memory that is used again.
+"""A linear layer in training whose weight is large: some rows of w at a time, gradients in memory that is used again.
 
 The system gives fresh pages for blocks of many megabytes, and the first touch of a page costs more than the arithmetic
 on it. A layer that computes w itself can also say where dL/dw goes: to where dL/dv of the last step was, once nobody
-holds that any more. The output is that of `torch.nn.functional.linear` with the composed weight, bit for bit.
+holds that any more. For few inputs, neither w nor dL/dw is ever there as a whole (`blocked_linear`). The output is that
+of `torch.nn.functional.linear` with the composed weight, bit for bit.
 """
 
 from __future__ import annotations
@@ -65,12 +66,12 @@ def large_linear(
     rows = rows_for_output(x, v, bias) if axes.kept == (0,) else None
     try:
         return _apply(x, g, v, bias, axes, sizes, rows, (rooms, shared))  # type: ignore[no-any-return]
-    except _NotOrdinary:
+    except _ExtremeRowError:
         return None
 
 
-class _NotOrdinary(Exception):
-    """A row of v that the compiled kernels do not take."""
+class _ExtremeRowError(Exception):
+    """A row of v is not an ordinary one: the weight is to be computed the long way."""
 
 
 class _LargeLinear(torch.autograd.Function):
@@ -90,13 +91,13 @@ class _LargeLinear(torch.autograd.Function):
         if rows is not None:
             found = blocked_linear.forward(x, g, v, bias, rows)
             if found is None:
-                raise _NotOrdinary
+                raise _ExtremeRowError
             y, norms = found
             ctx.save_for_backward(x, g, v, norms)
             return y
         ready = compose_in_one_pass(g, v, sizes, rooms[0])
         if ready.w is None:
-            raise _NotOrdinary
+            raise _ExtremeRowError
         w = ready.w.requires_grad_()  # by this flag matmul chooses its kernel, and so the last bit
         y = F.linear(x, w, bias)
         ctx.save_for_backward(x, g, v, ready.norms, w.requires_grad_(False))
@@ -125,21 +126,20 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if wants_weight:
             grad_g, grad_v = first_order_gradients(up.t() @ inputs, g, v, None, axes, "linear")
         return grad_x, grad_g, grad_v, grad_bias
-    rows = rows_for_gradients(inputs, v) if wants_weight and axes.kept == (0,) else None
-    if rows is not None:
-        grad_v = _room(v, *rooms)
+    grad_v = _room(v, *rooms) if wants_weight else None
+    rows = rows_for_gradients(inputs, v) if axes.kept == (0,) else None
+    if grad_v is not None and rows is not None:
         grad_x, grad_g = blocked_linear.backward(up, inputs, g, v, norms, rows, grad_v, wants_x=wants_x)
     else:
         if wants_x:
             grad_x = torch.mm(up, made[0]) if made else torch.mm(scale(up, g, norms), v)
-        if wants_weight:
-            grad_v = torch.mm(up.t(), inputs, out=_room(v, *rooms))
-            grad_g = fused.backward(grad_v, g, v, norms, sizes, grad_v)
+        if grad_v is not None:
+            grad_g = fused.backward(torch.mm(up.t(), inputs, out=grad_v), g, v, norms, sizes, grad_v)
     return None if grad_x is None else grad_x.view(x.shape), grad_g, grad_v, grad_bias
 
 
 def _matrix(x: Tensor) -> Tensor:
-    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # noqa: PLR2004
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _room(v: Tensor, own: Rooms, shared: Rooms) -> Tensor:

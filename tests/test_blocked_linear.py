@@ -1,0 +1,198 @@
+"""Large linear layers, some rows at a time: the bits of the product in one piece, and gradients to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import wnsurgery as wn
+from wnsurgery import blocked_linear as subject
+from wnsurgery import fused
+from wnsurgery.reparam import Axes, compose
+
+SIZES = [(700, 600), (1152, 384), (4096, 512), (131, 4001), (3, 150000), (150001, 3), (513, 1024)]  # outputs, inputs
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert fused.start()
+    subject._tried_out.cache_clear()
+    yield
+    subject._tried_out.cache_clear()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Rows of the weight and rows at a time, of each output that is made this way."""
+    found: list[tuple[int, int]] = []
+    real = subject.forward
+
+    def forward(x: Tensor, g: Tensor, v: Tensor, bias: Tensor | None, rows: int) -> Any:
+        found.append((len(v), rows))
+        return real(x, g, v, bias, rows)
+
+    monkeypatch.setattr(subject, "forward", forward)
+    return found
+
+
+def layer(outputs: int, inputs: int, *, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    made = wn.apply_weight_norm(nn.Linear(inputs, outputs, bias=bias))
+    with torch.no_grad():
+        halves(made)[0].mul_(torch.rand(outputs, 1) + 0.5)
+    return made
+
+
+def halves(module: nn.Module) -> tuple[Tensor, Tensor]:
+    return module.parametrizations["weight"].pair()  # type: ignore[index,union-attr,operator,no-any-return]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (2,), (7,), (64,), (128,), (2, 3), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_output_has_the_bits_of_the_product_in_one_piece(
+    size: tuple[int, int], shape: tuple[int, ...], bias: bool, blocks: list[tuple[int, int]]
+) -> None:
+    module = layer(*size, bias=bias)
+    w = compose(*halves(module), Axes((0,))).detach().requires_grad_()
+    for asks in (False, True):
+        x = torch.randn(*shape, size[1], requires_grad=asks)
+        found = module(x)
+        assert found.requires_grad
+        assert torch.equal(found, F.linear(x, w, module.bias))
+    assert all(outputs == size[0] for outputs, _ in blocks)
+
+
+def test_blocks_are_what_these_layers_are_made_of(blocks: list[tuple[int, int]]) -> None:
+    """Whatever the sums of this machine's matrix product, some sizes can be taken apart."""
+    for size in SIZES:
+        layer(*size)(torch.randn(16, size[1]))
+    assert any(rows < outputs for outputs, rows in blocks)
+
+
+def test_a_size_whose_bits_would_differ_is_done_in_one_piece(
+    blocks: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = subject._product
+
+    def off_by_a_bit(*arguments: Any) -> Tensor | None:
+        y = real(*arguments)
+        if y is not None:
+            y.view(-1)[-1] = torch.nextafter(y.view(-1)[-1], torch.tensor(torch.inf))
+        return y
+
+    monkeypatch.setattr(subject, "_product", off_by_a_bit)
+    module, x = layer(700, 600), torch.randn(4, 600)
+    w = compose(*halves(module), Axes((0,))).detach().requires_grad_()
+    assert torch.equal(module(x), F.linear(x, w, module.bias))
+    assert blocks == []
+
+
+def test_what_is_taken_in_one_piece(blocks: list[tuple[int, int]]) -> None:
+    module = layer(700, 600)
+    memory = torch.randn(4 * 600 + 1)
+    for x in (
+        memory[1:].view(4, 600),  # begins where a product may be summed in another order
+        torch.randn(600, 4).t(),
+        torch.randn(600),
+        torch.randn(129, 600),
+    ):
+        module(x)
+    assert blocks == []
+    torch.set_num_threads(2)
+    module(torch.randn(4, 600))
+    assert blocks == []
+    torch.set_num_threads(1)
+    module(torch.randn(4, 600))
+    assert blocks == [(700, 352)]
+
+
+def test_a_size_is_tried_out_once_and_without_a_draw_from_the_users_random_numbers() -> None:
+    module, x = layer(700, 600), torch.randn(4, 600)
+    before = torch.get_rng_state()
+    for _ in range(3):
+        module(x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert subject._tried_out.cache_info().misses == 1
+    with torch.random.fork_rng():
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert module(torch.randn(5, 600, dtype=torch.float32)).dtype == torch.float32
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("wants", [True, False])
+@pytest.mark.parametrize("inputs", [1, 8, 64, 65, 128])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gradients_are_those_of_float64(size: tuple[int, int], inputs: int, wants: bool, bias: bool) -> None:
+    """With dL/dx added up block by block, at once, and not at all; with dL/dw in blocks and whole."""
+    module = layer(*size, bias=bias)
+    x = torch.randn(inputs, size[1], requires_grad=wants)
+    up = torch.randn(inputs, size[0])
+    module(x).backward(up)
+    g, v = (half.detach().double().requires_grad_() for half in halves(module))
+    exact = x.detach().double().requires_grad_()
+    F.linear(exact, g * v / v.norm(dim=1, keepdim=True)).backward(up.double())
+    for mine, theirs in zip((x, *halves(module)), (exact, g, v), strict=True):
+        if mine.requires_grad:
+            assert mine.grad is not None and theirs.grad is not None
+            scale = float(theirs.grad.abs().max())
+            torch.testing.assert_close(mine.grad.double() / scale, theirs.grad / scale, rtol=1e-4, atol=1e-5)
+
+
+def test_neither_the_weight_nor_its_gradient_is_kept() -> None:
+    module = layer(1100, 1000)
+    for _ in range(3):
+        module.zero_grad()
+        module(torch.randn(8, 1000)).sum().backward()
+    rooms = module.parametrizations["weight"]._rooms()._memory  # type: ignore[index,union-attr]
+    assert set(rooms) == {"grad"}
+
+
+@pytest.mark.parametrize("row", [0, 500, 699])
+def test_one_extreme_row_sends_the_weight_the_long_way(row: int, blocks: list[tuple[int, int]]) -> None:
+    module, x = layer(700, 600), torch.randn(4, 600)
+    with torch.no_grad():
+        halves(module)[1][row].mul_(1e-20)
+    w = compose(*halves(module), Axes((0,))).detach().requires_grad_()
+    y = module(x)
+    assert torch.equal(y, F.linear(x, w, module.bias))
+    y.sum().backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in module.parameters() if p.grad is not None)
+    assert len(blocks) == 1
+
+
+def test_a_weight_written_to_before_its_gradient_is_asked_for() -> None:
+    module = layer(700, 600)
+    y = module(torch.randn(4, 600)).sum()
+    with torch.no_grad():
+        halves(module)[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_threads_may_change_between_the_passes() -> None:
+    module, x = layer(700, 600), torch.randn(4, 600, requires_grad=True)
+    wanted = torch.autograd.grad(module(x).square().sum(), [x, *halves(module)])
+    for there, back in ((1, 2), (2, 1), (2, 2)):
+        torch.set_num_threads(there)
+        y = module(x).square().sum()
+        torch.set_num_threads(back)
+        for a, b in zip(torch.autograd.grad(y, [x, *halves(module)]), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_the_output_may_be_written_to() -> None:
+    module, x = layer(700, 600), torch.randn(4, 600)
+    F.relu(module(x), inplace=True).sum().backward()
+    assert halves(module)[1].grad is not None

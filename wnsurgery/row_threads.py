@@ -1,0 +1,75 @@
+"""The rows of a weight in several threads: those that torch itself runs its operations in.
+
+torch's threads wait for their next work without leaving their processors. Threads of another kind would have to share
+these with them, so the work goes to the OpenMP library that torch has loaded, by the function that compilers call for
+a parallel region. Where there is no such library, it goes to a pool of Python's threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["on_all_rows"]
+
+_SPREAD = 1 << 15  # elements for which another of torch's threads is worth its call
+_PYTHONS = 1 << 17  # the same of Python's threads
+_PARTS = 4  # parts of the work for each thread, so that one that is held up does less
+_LIBRARIES = ("libgomp.so.1", "libiomp5.so")
+_PROCESS = os.getpid()
+
+
+def on_all_rows(kernels: Any, elements: int, rows: int, name: str, *numbers: int) -> bool:
+    """Run a kernel of `fused_kernels` on all rows of a weight, in as many threads as torch has where it pays; whether
+    no part of it says False. `numbers` are what the kernel takes before the first and the last row."""
+    kernel, threads = getattr(kernels, name), torch.get_num_threads()
+    if threads == 1 or elements < 2 * _SPREAD:
+        return kernel(*numbers, 0, rows) is not False
+    library = _openmp(os.getpid())
+    pieces = _PARTS if library is not None and name.startswith("rows") else 1  # strips of columns are narrow enough
+    parts = min(pieces * threads, elements // (_PYTHONS if library is None else _SPREAD), rows)
+    if parts < 2:
+        return kernel(*numbers, 0, rows) is not False
+    if library is not None:
+        worker = _worker(kernels)
+        job = np.array([0, 0, parts, 0, kernels.JOBS[name], rows, *numbers, 0, 0], dtype=np.int64)
+        at = job.ctypes.data
+        job[0] = at + 8
+        kernels.in_parallel(library, worker.address, at, threads)
+        return not job[3]
+    bounds = [rows * i // parts for i in range(parts + 1)]
+    waiting = [_pool(os.getpid(), parts - 1).submit(kernel, *numbers, *pair) for pair in pairwise(bounds[1:])]
+    found = [kernel(*numbers, 0, bounds[1]), *(one.result() for one in waiting)]
+    return all(one is not False for one in found)
+
+
+@lru_cache(maxsize=4)
+def _openmp(process: int) -> int | None:
+    """Where the OpenMP library of torch takes work; None where there is none, or its threads did not survive a fork."""
+    if process != _PROCESS or "OpenMP" not in torch.__config__.parallel_info() or not hasattr(os, "RTLD_NOLOAD"):
+        return None
+    for name in _LIBRARIES:
+        try:
+            library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
+            return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+@lru_cache(maxsize=1)
+def _worker(kernels: Any) -> Any:
+    return kernels.worker()
+
+
+@lru_cache(maxsize=4)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process; a fork has none of its parent's."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="wnsurgery")
