@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_torch_finds_its_threads_as_it_left_them() -> None:
         "for _ in range(5): fused.forward(g, v, sizes, torch.empty_like(v)); a @ a\n"
         "assert count() == before, (before, count())\n"
     )
-    if not os.path.isdir("/proc/self/task"):
+    if not Path("/proc/self/task").is_dir():
         pytest.skip("no /proc")
     code = subprocess.run([sys.executable, "-c", program], check=False).returncode
     if code == 9:

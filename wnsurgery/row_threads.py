@@ -12,6 +12,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ __all__ = ["on_all_rows"]
 _SPREAD = 1 << 15  # elements for which another of torch's threads is worth its call
 _PYTHONS = 1 << 17  # the same of Python's threads
 _PARTS = 4  # parts of the work for each thread, so that one that is held up does less
-_LIBRARIES = ("libgomp.so.1", "libiomp5.so")
+_LIBRARIES = ("libgomp", "libiomp5", "libomp")
 _PROCESS = os.getpid()
 
 
@@ -55,9 +56,12 @@ def _openmp(process: int) -> int | None:
     """Where the OpenMP library of torch takes work; None where there is none, or its threads did not survive a fork."""
     if process != _PROCESS or "OpenMP" not in torch.__config__.parallel_info() or not hasattr(os, "RTLD_NOLOAD"):
         return None
-    for name in _LIBRARIES:
+    home = Path(torch.__file__).parent
+    places = (home / "lib", home.with_name("torch.libs"))
+    own = [str(path) for place in places for name in _LIBRARIES for path in sorted(place.glob(f"{name}[.-]*"))]
+    for path in own or ("libgomp.so.1", "libiomp5.so"):  # the system's, where torch comes without one
         try:
-            library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
+            library = ctypes.CDLL(path, mode=os.RTLD_NOLOAD)
             return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value
         except (OSError, AttributeError):
             continue
