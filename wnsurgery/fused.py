@@ -184,17 +184,18 @@ def lines_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[int, ...]]:
     return lines
 
 
-def many_forward(table: Any, weights: Sequence[Tensor], norms: Tensor) -> list[bool]:
-    """`forward` of many weights, in this thread, with ||v|| of all in one block; whether each consists of ordinary
+def many_forward(table: Any, weights: Sequence[Tensor], norms: Tensor, elements: int) -> list[bool]:
+    """`forward` of many weights of so many elements, with ||v|| of all in one block; whether each consists of ordinary
     rows."""
     table = table.copy()  # another thread may be at it
     table[:, 2] = [w.data_ptr() for w in weights]
-    _Kernels.module.many_forward(table, norms.data_ptr())
+    on_all_rows(_Kernels.module, elements, len(table), "many_forward", table.ctypes.data, norms.data_ptr())
     return table[:, 6].tolist()  # type: ignore[no-any-return]
 
 
-def many_backward(numbers: Sequence[int]) -> None:
-    """`backward` of many weights in this thread: of each the addresses of dL/dw, v, g, norms, dL/dg and dL/dv, the rows
-    and the columns."""
+def many_backward(numbers: Sequence[int], elements: int) -> None:
+    """`backward` of many weights of so many elements: of each the addresses of dL/dw, v, g, norms, dL/dg and dL/dv, the
+    rows and the columns."""
     if numbers:
-        _Kernels.module.many_backward(np.array(numbers, dtype=np.int64).reshape(-1, 8))
+        table = np.array(numbers, dtype=np.int64)
+        on_all_rows(_Kernels.module, elements, len(numbers) // 8, "many_backward", table.ctypes.data)

@@ -39,12 +39,15 @@ _NEAR = 2.0**-20  # a factor closer to a power of two may stand for it
 _CHUNK = 1 << 13  # elements summed at a stretch
 _SHORT_CHUNK = 1 << 9  # the same in float32
 _SHORT_PIECE = 1 << 6  # elements looked at to see whether all are zero
-_ROWS_FORWARD, _ROWS_BACKWARD, _COLUMNS_FORWARD, _COLUMNS_BACKWARD = range(4)
+_FORWARD_LINE, _BACKWARD_LINE = 7, 8  # numbers to a line of the tables of many weights
+_ROWS_FORWARD, _ROWS_BACKWARD, _COLUMNS_FORWARD, _COLUMNS_BACKWARD, _MANY_FORWARD, _MANY_BACKWARD = range(6)
 JOBS = {  # how a job names its kernel
     "rows_forward": _ROWS_FORWARD,
     "rows_backward": _ROWS_BACKWARD,
     "columns_forward": _COLUMNS_FORWARD,
     "columns_backward": _COLUMNS_BACKWARD,
+    "many_forward": _MANY_FORWARD,
+    "many_backward": _MANY_BACKWARD,
 }
 _EIGHT = 8  # elements written at a time past the cache
 
@@ -88,6 +91,16 @@ def _floats_at(_context, address):
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(types.float32)(types.int64), generate
+
+
+@intrinsic
+def _numbers_at(_context, address):
+    """The int64 pointer at an address."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.int64)(types.int64), generate
 
 
 @intrinsic
@@ -320,20 +333,21 @@ def rows_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, columns, fa
 
 
 @_kernel
-def many_forward(table, norms_at):
-    """`rows_forward` of many weights: a line of the table holds the addresses of v, g and w, the place of the norms in
-    their block, rows and columns; its last column takes the answer."""
-    for k in range(len(table)):
-        t = table[k]
-        t[6] = rows_forward(t[0], t[1], t[2], norms_at + t[3], t[5], 0, 0, t[4])
+def many_forward(table_at, norms_at, first, last):
+    """`rows_forward` of many weights, from the line `first` of a table to before `last`: a line holds the addresses of
+    v, g and w, the place of the norms in their block, rows and columns; its last column takes the answer."""
+    t = _numbers_at(table_at)
+    for k in range(first * _FORWARD_LINE, last * _FORWARD_LINE, _FORWARD_LINE):
+        t[k + 6] = rows_forward(t[k], t[k + 1], t[k + 2], norms_at + t[k + 3], t[k + 5], 0, 0, t[k + 4])
 
 
 @_kernel
-def many_backward(table):
-    """`rows_backward` of many weights: a line of the table holds what it takes."""
-    for k in range(len(table)):
-        t = table[k]
-        rows_backward(t[0], t[1], t[2], t[3], t[4], t[5], t[7], 0, 0, t[6])
+def many_backward(table_at, first, last):
+    """`rows_backward` of many weights: a line of the table holds the addresses of dL/dw, v, g, norms, dL/dg and dL/dv,
+    rows and columns."""
+    t = _numbers_at(table_at)
+    for k in range(first * _BACKWARD_LINE, last * _BACKWARD_LINE, _BACKWARD_LINE):
+        rows_backward(t[k], t[k + 1], t[k + 2], t[k + 3], t[k + 4], t[k + 5], t[k + 7], 0, 0, t[k + 6])
 
 
 @_kernel
@@ -407,15 +421,28 @@ def _work(job):
         if part >= job[2]:
             return
         first, last, kernel, fine = job[5] * part // job[2], job[5] * (part + 1) // job[2], job[4], True
-        a, b, c, d, e, f, g, h = job[6], job[7], job[8], job[9], job[10], job[11], job[12], job[13]
+        a, b, c, d, e, f, g, h = (
+            job[6],
+            job[7],
+            job[8],
+            job[9],
+            job[10],
+            job[11],
+            job[12],
+            job[13],
+        )  # as many as it needs
         if kernel == _ROWS_FORWARD:
             fine = rows_forward(a, b, c, d, e, f, first, last)
         elif kernel == _ROWS_BACKWARD:
             rows_backward(a, b, c, d, e, f, g, h, first, last)
         elif kernel == _COLUMNS_FORWARD:
             fine = columns_forward(a, b, c, d, e, f, g, h, first, last)
-        else:
+        elif kernel == _COLUMNS_BACKWARD:
             columns_backward(a, b, c, d, e, f, g, h, job[14], first, last)
+        elif kernel == _MANY_FORWARD:
+            many_forward(a, b, first, last)
+        else:
+            many_backward(a, first, last)
         if not fine:
             job[3] = 1
 

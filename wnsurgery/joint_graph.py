@@ -81,7 +81,7 @@ class _Many:
     def gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """dL/dg and dL/dv of each pair in turn, None where no gradient has come."""
         small, found = self._small, list[Tensor | None]()
-        numbers: list[int] = []
+        numbers, elements = list[int](), 0
         held: list[Tensor] = []  # until the kernels have read them
         differentiable, norms_at = torch.is_grad_enabled(), self._norms.data_ptr()
         for i, grad, versions in zip(self._chosen, grads, self._versions, strict=True):
@@ -107,7 +107,8 @@ class _Many:
             found += (grad_g, grad_v)
             numbers += (grad.data_ptr(), v_at, g_at, norms_at + place, grad_g.data_ptr(), grad_v.data_ptr())
             numbers += (rows, columns)
-        fused.many_backward(numbers)
+            elements += rows * columns
+        fused.many_backward(numbers, elements)
         return found
 
 

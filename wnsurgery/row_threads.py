@@ -22,25 +22,29 @@ __all__ = ["on_all_rows"]
 
 _SPREAD = 1 << 15  # elements for which another of torch's threads is worth its call
 _PYTHONS = 1 << 17  # the same of Python's threads
+_NUMBERS = 16  # to a job
 _PARTS = 4  # parts of the work for each thread, so that one that is held up does less
 _LIBRARIES = ("libgomp", "libiomp5", "libomp")
 _PROCESS = os.getpid()
 
 
 def on_all_rows(kernels: Any, elements: int, rows: int, name: str, *numbers: int) -> bool:
-    """Run a kernel of `fused_kernels` on all rows of a weight, in as many threads as torch has where it pays; whether
-    no part of it says False. `numbers` are what the kernel takes before the first and the last row."""
+    """Run a kernel of `fused_kernels` on all rows of a weight, or all lines of a table of weights, in as many threads
+    as torch has where it pays; whether no part says False. `numbers` are what it takes before the two rows.
+    """
     kernel, threads = getattr(kernels, name), torch.get_num_threads()
     if threads == 1 or elements < 2 * _SPREAD:
         return kernel(*numbers, 0, rows) is not False
     library = _openmp(os.getpid())
-    pieces = _PARTS if library is not None and name.startswith("rows") else 1  # strips of columns are narrow enough
+    pieces = 1 if library is None or name.startswith("columns") else _PARTS  # strips of columns are narrow enough
     parts = min(pieces * threads, elements // (_PYTHONS if library is None else _SPREAD), rows)
     if parts < 2:
         return kernel(*numbers, 0, rows) is not False
     if library is not None:
         worker = _worker(kernels)
-        job = np.array([0, 0, parts, 0, kernels.JOBS[name], rows, *numbers, 0, 0], dtype=np.int64)
+        job = np.zeros(_NUMBERS, dtype=np.int64)
+        job[2:6] = parts, 0, kernels.JOBS[name], rows
+        job[6 : 6 + len(numbers)] = numbers
         at = job.ctypes.data
         job[0] = at + 8
         kernels.in_parallel(library, worker.address, at, threads)

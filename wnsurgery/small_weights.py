@@ -112,7 +112,7 @@ class SmallWeights:
         self._shapes = [tuple(v.shape) for v in self.v]
         self._sizes = [v.numel() for v in self.v]
         self._rows = [g.numel() for g in self.g]
-        self._all_rows = sum(self._rows)
+        self._all_rows, self._elements = sum(self._rows), sum(self._sizes)
         counts, lengths = np.array(self._rows), np.array(self._sizes) // np.array(self._rows)
         self._lengths = np.repeat(lengths, counts)  # of each row
         self._starts = _starts(self._lengths)
@@ -158,7 +158,7 @@ class SmallWeights:
             self.lines = fused.lines_of(list(zip(self.g, self.v, strict=True)))
             self._table = np.array(self.lines, dtype=np.int64)
         weights, norms = [torch.empty_like(v) for v in self.v], _floats(self._all_rows)
-        return Made(weights, norms, self._firsts, fused.many_forward(self._table, weights, norms))
+        return Made(weights, norms, self._firsts, fused.many_forward(self._table, weights, norms, self._elements))
 
     def _in_one_pass(self) -> list[Ready | None]:
         made = self.make()
