@@ -56,7 +56,7 @@ def halves(layer: nn.Module) -> tuple[Tensor, Tensor]:
 def loan(layer: nn.Module) -> Any:
     """The weight that waits for its use, or for another."""
     state = entry(layer).__dict__
-    return state["_made"] if "_made" in state else state["_again"]
+    return state["_made"] if "_made" in state else state["_again"].ahead
 
 
 def by_itself(layer: nn.Module) -> Tensor:

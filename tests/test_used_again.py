@@ -221,7 +221,7 @@ def test_copies_and_files_are_independent(net: nn.Sequential) -> None:
 
 def test_nothing_is_left_for_the_collector(net: nn.Sequential) -> None:
     net(X).sum().backward()
-    gone = [weakref.ref(layer.parametrizations["weight"].__dict__["_again"].w) for layer in net]  # type: ignore[index]
+    gone = [weakref.ref(layer.parametrizations["weight"].__dict__["_again"].ahead.w) for layer in net]  # type: ignore[index]
     entries = [weakref.ref(layer.parametrizations["weight"]) for layer in net]  # type: ignore[index]
     gc.collect()
     gc.disable()

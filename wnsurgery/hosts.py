@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
@@ -29,6 +30,7 @@ __all__ = ["install", "new_parameter", "rebuild_parametrized", "reorder_paramete
 
 _ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
 _is_compiling, _tracing, _grad_enabled = torch.compiler.is_compiling, torch._C._get_tracing_state, torch.is_grad_enabled
+_in_function_mode, _dispatch_modes = torch._C._is_torch_function_mode_enabled, torch._C._len_torch_dispatch_stack
 _frame = sys._getframe
 
 
@@ -283,10 +285,21 @@ def _members(base: Any, names: tuple[str, ...]) -> dict[str, Any]:
         if callable(getattr(base, name, None)):
             members[name] = _plain_method(name)
     members |= {name: _computed(name) for name in names}
-    for theirs, ours in ((nn.Embedding.forward, _look_up), (nn.Linear.forward, _map)):
-        if base.forward is theirs and "weight" in names:
-            members["forward"] = ours
+    if "weight" in names and (forward := _forward_of(base)) is not None:
+        members["forward"] = forward
     return members
+
+
+def _forward_of(base: Any) -> Any:
+    """A forward pass that does what the class' own does, where that is torch's; None for others."""
+    if base.forward is nn.Embedding.forward:
+        return _look_up
+    if base.forward is nn.Linear.forward:
+        return _map
+    for theirs in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if base.forward is theirs.forward and base._conv_forward is theirs._conv_forward:
+            return _convolve
+    return None
 
 
 def _is_copied_plainly(base: Any) -> bool:
@@ -351,12 +364,30 @@ def _look_up(self: nn.Embedding, input: Tensor) -> Tensor:
 
 def _map(self: nn.Linear, input: Tensor) -> Tensor:
     """A linear layer's forward pass; in training, a large weight is computed with the layer's output."""
-    y = None
-    if not _is_compiling() and _grad_enabled() and _tracing() is None:
-        entry = _entry(self)
-        v = entry._parameters.get("original1") if type(entry) is WeightNormList else None
-        y = entry.linear(input, self.bias) if v is not None and v.numel() > AHEAD else None
-    return nn.Linear.forward(self, input) if y is None else y
+    entry = _own_entry(self)
+    if entry is None:
+        return nn.Linear.forward(self, input)
+    v = entry._parameters.get("original1")
+    y = entry.linear(input, self.bias) if v is not None and v.numel() > AHEAD else None
+    return F.linear(input, entry.forward(private=True), self.bias) if y is None else y
+
+
+def _convolve(self: Any, input: Tensor) -> Tensor:
+    """A convolution's forward pass."""
+    entry = _own_entry(self)
+    w = self.weight if entry is None else entry.forward(private=True)
+    return self._conv_forward(input, w, self.bias)  # type: ignore[no-any-return]
+
+
+def _own_entry(module: nn.Module) -> WeightNormList | None:
+    """What holds the weight of a layer in training, for the layer's own use; None where somebody watches what is done
+    with the weight, or wants it in another way."""
+    if _is_compiling() or not _grad_enabled() or _tracing() is not None or _in_function_mode() or _dispatch_modes():
+        return None
+    entry = _entry(module)
+    if type(entry) is not WeightNormList or entry._forward_hooks or entry._forward_pre_hooks:
+        return None
+    return None if parametrize._cache_enabled else entry
 
 
 def _entry(module: nn.Module) -> Any:

@@ -1,4 +1,4 @@
-"""A weight that a module hands out with its graph: made for one use, or several, and watched while somebody holds it.
+"""A weight with its graph: made ahead of its use, handed out for one or several, and watched while somebody holds it.
 
 In-place writes into `module.weight`, as `torch.nn.init` does them, go into a computed tensor. Its version counter tells
 of them; when the last who holds the tensor lets it go, they are taken over into g and v.
@@ -15,59 +15,124 @@ from torch import Tensor
 from wnsurgery.errors import WnsurgeryError
 from wnsurgery.kept import differ, holders, looked_at, places_in, probes_of, steps
 
-__all__ = ["LASTING", "Loan", "lend_out"]
+__all__ = ["LASTING", "Ahead", "Loan", "lend_out", "made_ahead"]
 
 LASTING = 1 << 14  # bytes of a half up to which all are looked at before each of several uses: under 1 us
 _next_number: Any = torch._C._autograd._get_sequence_nr
 
 
-class Loan(weakref.ref[Tensor]):
-    """A weight, the pair it was computed from, and the state of both at the time; made by `lend_out`.
+class Ahead:
+    """A weight that waits for its use, the pair it was computed from, and the state of that at the time.
 
-    `w` is there until its use; `shared` says whether its node of the graph is another weight's, too; `lasting`, whether
-    it serves further uses, whose backward passes the node can all take. The owner has `absorb()`, which takes writes
-    over into its pair, and `unwatch()`.
+    `shared` says whether its node of the graph is another weight's, too; `lasting`, whether it serves further uses,
+    whose backward passes the node can all take. Made by `made_ahead`.
     """
 
     # a class with an __init__ of its own, or with properties, would cost a small layer a tenth of its weight norm
     __slots__ = (
-        "_alias",
         "_flags",
         "_g",
         "_g_at",
         "_g_version",
-        "_owner",
         "_seen",
         "_steps",
         "_v",
         "_v_at",
         "_v_version",
-        "_version",
-        "_without",
         "lasting",
-        "own",
         "shared",
-        "views",
         "w",
     )
 
     w: Tensor
     shared: bool
     lasting: bool
-    views: dict[int, _View]
-    _alias: Tensor
-    own: list[tuple[Any, bytes]]
     _seen: list[tuple[Any, bytes]]
-    _owner: weakref.ref[Any]
     _g: Tensor
     _v: Tensor
-    _version: int
     _g_version: int
     _v_version: int
     _g_at: int
     _v_at: int
     _flags: int
     _steps: int
+
+    def serves(self, g: Tensor | None, v: Tensor | None) -> bool:
+        """Whether it is what a use of this pair would compute now, as far as anything tells of a change."""
+        return (
+            g is self._g
+            and v is self._v
+            and self._g._version == self._g_version
+            and self._v._version == self._v_version
+            and self._g.data_ptr() == self._g_at
+            and self._v.data_ptr() == self._v_at
+            and self._g.requires_grad << 1 | self._v.requires_grad == self._flags
+            and steps.count == self._steps
+            and not differ(self._seen)
+        )
+
+    def use(self) -> Tensor:
+        """The weight, for its use, or the first; in the backward pass its turn comes as if it had been made now."""
+        w = self.w
+        node = w.grad_fn
+        if node is not None:
+            node._set_sequence_nr(_next_number())  # type: ignore[attr-defined]
+        return w
+
+
+def made_ahead(
+    w: Tensor, owner: Any, g: Tensor, v: Tensor, *, shared: bool = False, lasting: bool = False
+) -> Ahead | None:
+    """A record of a weight computed from a pair for uses to come; None for tensors of inference mode, whose writes
+    nobody counts.
+
+    `lasting` asks for several, which is granted to pairs small enough that all their bytes are looked at.
+    """
+    if w.is_inference() or g.is_inference() or v.is_inference():
+        return None
+    probes = probes_of(owner, g, v, LASTING) if lasting else probes_of(owner, g, v)
+    ahead = Ahead()
+    ahead.w, ahead.shared, ahead.lasting = w, shared, lasting and probes.see_all
+    ahead._g, ahead._v, ahead._g_version, ahead._v_version = g, v, g._version, v._version
+    ahead._g_at, ahead._v_at = g.data_ptr(), v.data_ptr()
+    ahead._seen = looked_at(probes.places)
+    ahead._flags = g.requires_grad << 1 | v.requires_grad
+    steps.start()
+    ahead._steps = steps.count
+    return ahead
+
+
+class Loan(weakref.ref[Tensor]):
+    """A weight that was handed out, and the versions of it and its pair at the time; made by `lend_out`.
+
+    One that serves several uses has its record as `ahead`, and the views that these got. The owner has `absorb()`,
+    which takes writes over into its pair, and `unwatch()`.
+    """
+
+    __slots__ = (
+        "_alias",
+        "_g",
+        "_g_version",
+        "_owner",
+        "_v",
+        "_v_version",
+        "_version",
+        "_without",
+        "ahead",
+        "own",
+        "views",
+    )
+
+    ahead: Ahead
+    views: dict[int, _View]
+    own: list[tuple[Any, bytes]]
+    _alias: Tensor
+    _owner: weakref.ref[Any]
+    _g: Tensor
+    _v: Tensor
+    _version: int
+    _g_version: int
+    _v_version: int
     _without: int  # holders of its memory without the weight itself
 
     def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
@@ -75,17 +140,6 @@ class Loan(weakref.ref[Tensor]):
         if g is not self._g or v is not self._v:
             return False
         return self._g._version == self._g_version and self._v._version == self._v_version
-
-    def serves(self, g: Tensor | None, v: Tensor | None) -> bool:
-        """Whether it is what a use of this pair would compute now, as far as anything tells of a change."""
-        return (
-            self.is_of(g, v)
-            and self._g.data_ptr() == self._g_at
-            and self._v.data_ptr() == self._v_at
-            and self._g.requires_grad << 1 | self._v.requires_grad == self._flags
-            and steps.count == self._steps
-            and not differ(self._seen)
-        )
 
     def is_written(self) -> bool:
         """Whether somebody wrote into the weight itself."""
@@ -106,20 +160,9 @@ class Loan(weakref.ref[Tensor]):
         """The weight's values, also when nobody holds it any more."""
         return self._alias
 
-    def use(self) -> Tensor:
-        """The weight, for its one use, or the first; in the backward pass its turn comes as if it had been made now."""
-        w: Tensor = self.w
-        node = w.grad_fn
-        if node is not None:
-            node._set_sequence_nr(_next_number())  # type: ignore[attr-defined]
-        if self.lasting:
-            return self.view()
-        del self.w
-        return w
-
     def view(self) -> Tensor:
         """A lasting weight, for one use: a view of it, on which hooks see that use alone."""
-        shown = self.w.view_as(self.w)
+        shown = self.ahead.w.view_as(self.ahead.w)
         view = _View(shown, _view_gone)
         view.of = self
         self.views[id(view)] = view
@@ -132,13 +175,10 @@ class _View(weakref.ref[Tensor]):
     of: Loan
 
 
-def lend_out(
-    w: Tensor, owner: Any, g: Tensor, v: Tensor, *, ahead: bool = False, shared: bool = False, lasting: bool = False
-) -> Loan | None:
-    """A record of a weight computed from a pair; None for tensors of inference mode, whose writes nobody counts.
+def lend_out(w: Tensor, owner: Any, g: Tensor, v: Tensor, ahead: Ahead | None = None) -> Loan | None:
+    """A record of a weight computed from a pair and handed out; None for tensors of inference mode.
 
-    With `ahead`, the weight waits in the record for its use; `lasting` asks for further ones, which is granted to pairs
-    small enough that all their bytes are looked at.
+    Given the record of a lasting weight, it is for several uses.
     """
     if w.is_inference() or g.is_inference() or v.is_inference():
         return None
@@ -147,16 +187,8 @@ def lend_out(
     loan._owner, loan._g, loan._v = weakref.ref(owner), g, v
     loan._version, loan._g_version, loan._v_version = alias._version, g._version, v._version
     loan.own = []
-    if ahead:
-        loan.w, loan.shared = w, shared
-        loan._g_at, loan._v_at = g.data_ptr(), v.data_ptr()
-        probes = probes_of(owner, g, v, LASTING) if lasting else probes_of(owner, g, v)
-        loan._seen = looked_at(probes.places)
-        loan.lasting = lasting and probes.see_all
-        loan.views = {}
-        loan._flags = g.requires_grad << 1 | v.requires_grad
-        steps.start()
-        loan._steps = steps.count
+    if ahead is not None:
+        loan.ahead, loan.views = ahead, {}
     return loan
 
 

@@ -22,7 +22,7 @@ from wnsurgery.errors import PairError
 from wnsurgery.joint_graph import is_in_backward, is_joint, may_share
 from wnsurgery.kept import AHEAD, Kept, Rooms, probes_of
 from wnsurgery.large_linear import large_linear, serves_linear
-from wnsurgery.loans import Loan, lend_out
+from wnsurgery.loans import Ahead, Loan, lend_out, made_ahead
 from wnsurgery.looked_up import look_up, serves
 from wnsurgery.multi_tensor import Item
 from wnsurgery.preparation import Preparation, may_make
@@ -46,17 +46,18 @@ class WeightNormList(ParametrizationList):
     _again: Loan | None = None  # handed out in training, for further uses
     _deferred: DeferredWeight | None = None  # in deferred mode
     _kept: Kept | None = None
-    _made: Loan | None = None  # for the next use in training
+    _made: Ahead | None = None  # for the next use in training
     _preparation: Preparation | None = None  # with the other weights of its net
 
-    def forward(self) -> Tensor:
+    def forward(self, *, private: bool = False) -> Tensor:
+        """The weight for one use; `private` for the layer's own, which hands it to nobody who could write into it."""
         if _is_compiling():  # compiled code would depend on what is kept, and what was made
             return self._computed()
         if _grad_enabled():
-            made = None if self._again is None else self._use_again()
+            made = None if self._again is None else self._use_again(private)
             if made is None and self._made is not None:
-                made = self._take_made()
-            return self._computed() if made is None else made
+                made = self._take_made(private)
+            return self._computed(private) if made is None else made
         kept = self._kept
         if kept is not None:
             halves = self._parameters
@@ -67,7 +68,7 @@ class WeightNormList(ParametrizationList):
                 return kept.w
         return self._computed()
 
-    def _computed(self) -> Tensor:
+    def _computed(self, private: bool = False) -> Tensor:
         rule: Any = self._modules["0"]
         g, v = self.pair()
         if "1" in self._modules:  # something is stacked on top
@@ -84,7 +85,7 @@ class WeightNormList(ParametrizationList):
             self._evaluated(kept)
             return kept.w  # type: ignore[no-any-return]
         self.settle()
-        return self._for_training(rule, g, v) if training else self._for_evaluation(rule, g, v)
+        return self._for_training(rule, g, v, private) if training else self._for_evaluation(rule, g, v)
 
     def _for_evaluation(self, rule: Any, g: Tensor, v: Tensor) -> Tensor:
         """The weight without a graph, kept until its pair changes."""
@@ -131,8 +132,8 @@ class WeightNormList(ParametrizationList):
             w.requires_grad_()
         if Kept.can_hold(g, v):
             self.__dict__["_kept"] = Kept(w, g, v, probes=probes_of(self, g, v))
-        elif (record := lend_out(w, self, g, v)) is not None:
-            self._watch(record)
+        else:
+            self._hand_out(w, g, v)
 
     def _without_graph(self, rule: Any, g: Tensor, v: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, so that its version tells of writes
@@ -140,19 +141,19 @@ class WeightNormList(ParametrizationList):
         self._keep(w, g, v)
         return w
 
-    def _use_again(self) -> Tensor | None:
+    def _use_again(self, private: bool) -> Tensor | None:
         """The weight of the last use in training, None where this one must have its own."""
         state, again = self.__dict__, self._again
         if "_kept" in state or "_handed_out" in state or (again is not None and again.is_written()):
             self.absorb()
             again = self._again
         net = self._preparation
-        if again is not None and net is not None and net.lasting and self._may_use(again):
-            return again.view()
+        if again is not None and net is not None and net.lasting and self._may_use(again.ahead):
+            return again.ahead.w if private else again.view()
         state.pop("_again", None)
         return None
 
-    def _may_use(self, loan: Loan) -> bool:
+    def _may_use(self, made: Ahead) -> bool:
         """Whether a weight that is there is what a use in training would compute, with a graph that serves it."""
         state, halves, modules = self.__dict__, self._parameters, self._modules
         g: Any = halves.get("original0")
@@ -164,8 +165,8 @@ class WeightNormList(ParametrizationList):
             and not _hooked(modules["0"])
             and _tracing() is None
             and may_make()
-            and loan.serves(g, v)
-            and not (loan.shared and (is_in_backward() or not may_share(g, v)))
+            and made.serves(g, v)
+            and not (made.shared and (is_in_backward() or not may_share(g, v)))
         )
 
     def outside(self, w: Tensor) -> Tensor:
@@ -177,33 +178,35 @@ class WeightNormList(ParametrizationList):
             return w
         if is_joint(w):
             w = w.clone()
-            loan = lend_out(w, self, *self.pair())
-            if loan is not None:
-                self._watch(loan)
+            self._hand_out(w, *self.pair())
         for loan in self.__dict__.get("_handed_out", ()):
             if loan() is w:
                 loan.look()
         return w
 
-    def _take_made(self) -> Tensor | None:
+    def _take_made(self, private: bool) -> Tensor | None:
         """The weight that was made ahead for this use, None if it does not serve it; it serves no other."""
         state = self.__dict__
         if "_handed_out" in state or "_kept" in state:
             self.absorb()
-        made: Loan | None = state.pop("_made", None)  # None where another thread was quicker
-        return self._hand_over(made) if made is not None and self._may_use(made) else None
+        made: Ahead | None = state.pop("_made", None)  # None where another thread was quicker
+        return self._hand_over(made, private) if made is not None and self._may_use(made) else None
 
-    def _hand_over(self, made: Loan) -> Tensor:
+    def _hand_over(self, made: Ahead, private: bool) -> Tensor:
         net = self._preparation
         if net is not None:
             net.use(self)
+        w = made.use()
         if made.lasting:
-            self.__dict__["_again"] = made
-        else:
-            self._watch(made)
-        return made.use()
+            again = lend_out(w, self, *self.pair(), made)
+            if again is not None:
+                self.__dict__["_again"] = again
+                return w if private else again.view()
+        if not private:
+            self._hand_out(w, *self.pair())
+        return w
 
-    def _for_training(self, rule: Any, g: Tensor, v: Tensor) -> Tensor:
+    def _for_training(self, rule: Any, g: Tensor, v: Tensor, private: bool) -> Tensor:
         """The weight with its graph: made by itself, or with those that the last pass used."""
         net, ready = self._preparation, None
         if is_in_backward():
@@ -214,17 +217,16 @@ class WeightNormList(ParametrizationList):
         if sizes is not None:
             made = net.make(self) if net is not None and v.numel() <= AHEAD and may_make() else None
             if made is not None:
-                return self._hand_over(made)
+                return self._hand_over(made, private)
             ready = compose_in_one_pass(g, v, sizes, self._rooms())
         elif net is not None:
             ready = net.take(self, g, v)
         w: Tensor = rule.compose(g, v, self._rooms(), ready)
-        record = lend_out(w, self, g, v)
-        if record is not None:
-            self._watch(record)
+        if not private:
+            self._hand_out(w, g, v)
         return w
 
-    def make(self, ready: Ready | None = None) -> Loan | None:
+    def make(self, ready: Ready | None = None) -> Ahead | None:
         """The weight for a use in training to come, None where only the use itself can tell what it is.
 
         `ready` is what somebody has computed of it, from the pair as it is.
@@ -241,7 +243,7 @@ class WeightNormList(ParametrizationList):
         if ready is None or ready.w is None:
             return None
         w = compose_eagerly(g, v, rule.axes, rule.magnitude, self._rooms(), ready)
-        return lend_out(w, self, g, v, ahead=True)
+        return made_ahead(w, self, g, v)
 
     def item(self) -> Item | None:
         """Its pair and rule, None where the factor cannot be told from the row norms in passing."""
@@ -329,9 +331,12 @@ class WeightNormList(ParametrizationList):
             rooms = self.__dict__["_lent"] = Rooms()
         return rooms
 
-    def _watch(self, loan: Loan) -> None:
-        held = self.__dict__.get("_handed_out")
-        self.__dict__["_handed_out"] = [loan] if held is None else [*held[-_MAX_HANDLES:], loan]
+    def _hand_out(self, w: Tensor, g: Tensor, v: Tensor) -> None:
+        """Watch a weight of this pair for writes from now on."""
+        loan = lend_out(w, self, g, v)
+        if loan is not None:
+            held = self.__dict__.get("_handed_out")
+            self.__dict__["_handed_out"] = [loan] if held is None else [*held[-_MAX_HANDLES:], loan]
 
     def unwatch(self, gone: Loan) -> None:
         """A weight was let go as it was handed out."""

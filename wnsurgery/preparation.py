@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from wnsurgery import fused
 from wnsurgery.joint_graph import is_in_backward, may_share, with_joint_graph
 from wnsurgery.kept import LARGE, Rooms, steps
-from wnsurgery.loans import LASTING, Loan, lend_out
+from wnsurgery.loans import LASTING, Ahead, made_ahead
 from wnsurgery.multi_tensor import row_factors
 from wnsurgery.norms import SMALL
 from wnsurgery.reparam import Ready
@@ -71,9 +71,9 @@ class Preparation:
     """The weights of one net that are used together, told by the passes themselves.
 
     An *entry* is whoever owns a pair: an object with attributes `_made`, `_ready`, `_round` and `_evaluation` to spare,
-    with `pair()`, `item()`, its pair and rule, `settle()`, before its weight is made anew, `make()`, its weight as a
-    `Loan` or None, `is_to_keep()`, whether its weight is to be kept for evaluation and is not, and `keep()`, which does
-    that. One that was used in a backward pass has `_nested`.
+    with `pair()`, `item()`, its pair and rule, `settle()`, before its weight is made anew, `make()`, its weight as
+    a record that is `Ahead` or None, `is_to_keep()`, whether its weight is to be kept for evaluation and is not,
+    and `keep()`, which does that. One that was used in a backward pass has `_nested`.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class Preparation:
         self.use(entry)
         return None if waiting is None else waiting[1]
 
-    def make(self, entry: Any) -> Loan | None:
+    def make(self, entry: Any) -> Ahead | None:
         """One weight, for one use, with those that were used together with it; None where nothing is to be gained."""
         together = self._training.together(entry)
         self.use(entry)
@@ -119,7 +119,7 @@ class Preparation:
         alone = needed if plan.small is None else _make_small(needed, plan, plan.small, lasting=self.lasting)
         for one in alone:
             one.__dict__["_made"] = one.make()
-        made: Loan | None = entry.__dict__.pop("_made", None)  # None where another thread was quicker
+        made: Ahead | None = entry.__dict__.pop("_made", None)  # None where another thread was quicker
         return made
 
     def nest(self) -> None:
@@ -178,7 +178,7 @@ def _make_small(entries: list[Any], plan: _Plan, small: SmallWeights, *, lasting
         chosen = sharing[first : first + _SHARING]
         for k, w in zip(chosen, with_joint_graph(small, chosen, made), strict=True):
             one = entries[plan.small_at[k]]
-            one.__dict__["_made"] = lend_out(w, one, small.g[k], small.v[k], ahead=True, shared=True, lasting=lasting)
+            one.__dict__["_made"] = made_ahead(w, one, small.g[k], small.v[k], shared=True, lasting=lasting)
     return others
 
 
