@@ -72,7 +72,8 @@ def backward(
     """dL/dx, where it is wanted, and dL/dg from `grad` = dL/dy, a matrix as `x`; dL/dv is written to `grad_v`."""
     outputs, up = len(v), grad.t()
     grad_g, room = torch.empty_like(g), v.new_empty(rows, v.shape[1])
-    write = fused.backward_of_rows(room, g, v, norms, grad_g, grad_v)
+    soon = v.is_leaf and v.grad is not None  # to which it is added
+    write = fused.backward_of_rows(room, g, v, norms, grad_g, grad_v, soon=soon)
     by_blocks = wants_x and rows < outputs and len(x) <= _FEWEST * rows
     scaled = scale(grad, g, norms) if wants_x else grad
     grad_x = torch.empty_like(x) if by_blocks else torch.mm(scaled, v) if wants_x else None

@@ -158,11 +158,12 @@ def forward_of_rows(g: Tensor, v: Tensor, norms: Tensor, w: Tensor) -> Callable[
 
 
 def backward_of_rows(
-    up: Tensor, g: Tensor, v: Tensor, norms: Tensor, grad_g: Tensor, grad_v: Tensor
+    up: Tensor, g: Tensor, v: Tensor, norms: Tensor, grad_g: Tensor, grad_v: Tensor, *, soon: bool
 ) -> Callable[[int, int], None]:
     """A function of first row and number of rows that takes their dL/dw from the beginning of `up` and writes them into
-    `grad_g` and, past the cache, `grad_v`; for rows as in `forward_of_rows`."""
-    columns, past = v.numel() // g.numel(), int(v.numel() >= _GONE)
+    `grad_g` and `grad_v`; for rows as in `forward_of_rows`. `soon`: the next reader of dL/dv comes before other
+    layers do."""
+    columns, past = v.numel() // g.numel(), int(v.numel() >= _GONE and not soon)
     up_at, v_at, grad_v_at, width = up.data_ptr(), v.data_ptr(), grad_v.data_ptr(), 4 * columns
     g_at, norms_at, grad_g_at = g.data_ptr(), norms.data_ptr(), grad_g.data_ptr()
 

@@ -421,24 +421,15 @@ def _work(job):
         if part >= job[2]:
             return
         first, last, kernel, fine = job[5] * part // job[2], job[5] * (part + 1) // job[2], job[4], True
-        a, b, c, d, e, f, g, h = (
-            job[6],
-            job[7],
-            job[8],
-            job[9],
-            job[10],
-            job[11],
-            job[12],
-            job[13],
-        )  # as many as it needs
+        a, b, c, d, e, f = job[6], job[7], job[8], job[9], job[10], job[11]  # as many as the kernel takes
         if kernel == _ROWS_FORWARD:
             fine = rows_forward(a, b, c, d, e, f, first, last)
         elif kernel == _ROWS_BACKWARD:
-            rows_backward(a, b, c, d, e, f, g, h, first, last)
+            rows_backward(a, b, c, d, e, f, job[12], job[13], first, last)
         elif kernel == _COLUMNS_FORWARD:
-            fine = columns_forward(a, b, c, d, e, f, g, h, first, last)
+            fine = columns_forward(a, b, c, d, e, f, job[12], job[13], first, last)
         elif kernel == _COLUMNS_BACKWARD:
-            columns_backward(a, b, c, d, e, f, g, h, job[14], first, last)
+            columns_backward(a, b, c, d, e, f, job[12], job[13], job[14], first, last)
         elif kernel == _MANY_FORWARD:
             many_forward(a, b, first, last)
         else:
