@@ -140,19 +140,9 @@ def forward_of_rows(g: Tensor, v: Tensor, norms: Tensor, w: Tensor) -> Callable[
     v_at, g_at, norms_at, w_at, width = v.data_ptr(), g.data_ptr(), norms.data_ptr(), w.data_ptr(), 4 * columns
 
     def write(first: int, rows: int) -> bool:
-        at, far = 4 * first, width * first
-        return on_all_rows(
-            _Kernels.module,
-            rows * columns,
-            rows,
-            "rows_forward",
-            v_at + far,
-            g_at + at,
-            w_at,
-            norms_at + at,
-            columns,
-            0,
-        )
+        at = 4 * first
+        places = (v_at + width * first, g_at + at, w_at, norms_at + at)
+        return on_all_rows(_Kernels.module, rows * columns, rows, "rows_forward", *places, columns, 0)
 
     return write
 
