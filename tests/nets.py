@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import wnsurgery as wn
+
 
 class TiedLanguageModel(nn.Module):
     """An embedding whose weight is the head's."""
@@ -164,3 +166,17 @@ def effective(model: nn.Module, fqn: str) -> Tensor:
     for part in fqn.split("."):
         value = getattr(value, part)
     return value
+
+
+def large_layer(outputs: int, inputs: int, *, bias: bool = True, seed: int = 0) -> nn.Linear:
+    """A converted linear layer whose magnitudes are not the norms it was converted with."""
+    torch.manual_seed(seed)
+    made = wn.apply_weight_norm(nn.Linear(inputs, outputs, bias=bias))
+    with torch.no_grad():
+        halves(made)[0].mul_(torch.rand(outputs, 1) + 0.5)
+    return made
+
+
+def halves(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """g and v of a module's weight."""
+    return module.parametrizations["weight"].pair()  # type: ignore[index,union-attr,operator,no-any-return]

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-import wnsurgery as wn
 from wnsurgery import blocked_linear as subject
 from wnsurgery import fused
 from wnsurgery.reparam import Axes, compose
+
+from nets import halves
+from nets import large_layer as layer
 
 SIZES = [(700, 600), (1152, 384), (4096, 512), (131, 4001), (3, 150000), (150001, 3), (513, 1024)]  # outputs, inputs
 
@@ -41,18 +43,6 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(subject, "forward", forward)
     return found
-
-
-def layer(outputs: int, inputs: int, *, bias: bool = True) -> nn.Linear:
-    torch.manual_seed(0)
-    made = wn.apply_weight_norm(nn.Linear(inputs, outputs, bias=bias))
-    with torch.no_grad():
-        halves(made)[0].mul_(torch.rand(outputs, 1) + 0.5)
-    return made
-
-
-def halves(module: nn.Module) -> tuple[Tensor, Tensor]:
-    return module.parametrizations["weight"].pair()  # type: ignore[index,union-attr,operator,no-any-return]
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -400,19 +399,3 @@ def test_damaged_files_of_compiled_kernels_are_written_anew(tmp_path: Path) -> N
         subprocess.run([sys.executable, "-c", program], check=True, env=places)
     assert all(path.stat().st_size for path in tmp_path.rglob("*.nbi"))
     assert len(list(tmp_path.rglob("*.nbi"))) >= 2
-
-
-def test_a_fork_has_threads_of_its_own(one_and_two_threads: tuple[int, ...]) -> None:
-    """A pool of threads does not survive a fork; its calls would wait for ever."""
-    torch.set_num_threads(2)
-    g, v = pair((600, 900), Axes((0,)))
-    w, norms = by_kernels(g, v, Axes((0,)))
-    sizes = fused.plan(g, v, (0,), 1, "linear")
-    assert norms is not None and sizes is not None
-    child = multiprocessing.get_context("fork").Process(target=fused.forward, args=(g, v, sizes, w))
-    child.start()
-    child.join(60)
-    try:
-        assert child.exitcode == 0
-    finally:
-        child.kill()

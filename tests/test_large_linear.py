@@ -16,6 +16,9 @@ import wnsurgery as wn
 from wnsurgery import large_linear as subject
 from wnsurgery.reparam import Axes, compose
 
+from nets import halves
+from nets import large_layer as layer
+
 SIZES = [(300, 520), (1100, 1000), (7, 40000)]  # outputs and inputs
 
 
@@ -40,18 +43,6 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
     monkeypatch.setattr(subject, "_apply", apply)
     return found
-
-
-def layer(outputs: int, inputs: int, *, bias: bool = True, seed: int = 0) -> nn.Linear:
-    torch.manual_seed(seed)
-    made = wn.apply_weight_norm(nn.Linear(inputs, outputs, bias=bias))
-    with torch.no_grad():
-        halves(made)[0].mul_(torch.rand(outputs, 1) + 0.5)
-    return made
-
-
-def halves(module: nn.Module) -> tuple[Tensor, Tensor]:
-    return module.parametrizations["weight"].pair()  # type: ignore[index,union-attr,operator,no-any-return]
 
 
 def reference(module: nn.Linear, x: Tensor) -> tuple[Tensor, list[Tensor]]:

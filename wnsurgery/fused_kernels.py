@@ -103,20 +103,24 @@ def _numbers_at(_context, address):
     return types.CPointer(types.int64)(types.int64), generate
 
 
+def _eight_at(builder, pointer, index):
+    """The place of eight elements of a float32 pointer."""
+    return builder.bitcast(builder.gep(pointer, [index]), ir.VectorType(ir.FloatType(), _EIGHT).as_pointer())
+
+
+def _store_past_cache(builder, value, place):
+    store = builder.store(value, place, align=_EIGHT * 4)
+    store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+
+
 @intrinsic
 def _scale_past_cache(_context, w, i, v, factors, j):
     """w[i + k] = v[i + k] * factors[j + k] for k below 8, past the cache; w[i] lies at a multiple of 32 bytes."""
 
     def generate(context, builder, _signature, arguments):
         to, at, source, factors, of = arguments
-        eight = ir.VectorType(ir.FloatType(), _EIGHT).as_pointer()
-
-        def place(pointer, index):
-            return builder.bitcast(builder.gep(pointer, [index]), eight)
-
-        v, f = builder.load(place(source, at), align=4), builder.load(place(factors, of), align=4)
-        store = builder.store(builder.fmul(v, f), place(to, at), align=_EIGHT * 4)
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        v, f = (builder.load(_eight_at(builder, x, i), align=4) for x, i in ((source, at), (factors, of)))
+        _store_past_cache(builder, builder.fmul(v, f), _eight_at(builder, to, at))
         return context.get_dummy_value()
 
     pointer, index = types.CPointer(types.float32), types.int64
@@ -130,17 +134,12 @@ def _subtract_past_cache(_context, to, i, a, p, b, q):
 
     def generate(context, builder, _signature, arguments):
         to, at, *four = arguments
-        eight = ir.VectorType(ir.FloatType(), _EIGHT).as_pointer()
         zero = ir.Constant(ir.IntType(64), 0)
-
-        def place(pointer, index):
-            return builder.bitcast(builder.gep(pointer, [index]), eight)
-
-        a, p, b, q = (builder.load(place(x, i), align=4) for x, i in zip(four, (at, zero, at, zero), strict=True))
+        places = (_eight_at(builder, x, i) for x, i in zip(four, (at, zero, at, zero), strict=True))
+        a, p, b, q = (builder.load(place, align=4) for place in places)
         flags = ("reassoc", "contract")
         value = builder.fsub(builder.fmul(a, p, flags=flags), builder.fmul(b, q, flags=flags), flags=flags)
-        store = builder.store(value, place(to, at), align=_EIGHT * 4)
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        _store_past_cache(builder, value, _eight_at(builder, to, at))
         return context.get_dummy_value()
 
     pointer, index = types.CPointer(types.float32), types.int64
@@ -243,12 +242,18 @@ def _is_zero(up, start, stop):
     return True
 
 
+@_exact
+def _whole_eights(at, start, stop):
+    """From where to where, between two elements, eight of them at a time lie at multiples of 32 bytes."""
+    first = min(stop, start + -(at // 4 + start) % _EIGHT)
+    return first, stop - (stop - first) % _EIGHT
+
+
 @_fast
 def _write_past_cache(w_at, v_at, factors_at, moving, start, stop):
     """w[i] = v[i] * factors[(i - start) * moving] from `start` to before `stop`; at least eight factors are there."""
     w, v, factors = _floats_at(w_at), _floats_at(v_at), _floats_at(factors_at)
-    first = min(stop, start + -(w_at // 4 + start) % _EIGHT)
-    last = stop - (stop - first) % _EIGHT
+    first, last = _whole_eights(w_at, start, stop)
     for i in range(start, first):
         w[i] = v[i] * factors[(i - start) * moving]
     for i in range(first, last, _EIGHT):
@@ -317,8 +322,7 @@ def rows_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, columns, fa
                 up[i] = up[i] * across - v[i] * along
         elif far:
             factors[:_EIGHT], factors[_EIGHT:] = across, along
-            begin = min(stop, start + -(grad_v_at // 4 + start) % _EIGHT)
-            end = stop - (stop - begin) % _EIGHT
+            begin, end = _whole_eights(grad_v_at, start, stop)
             for i in range(start, begin):
                 grad_v[i] = up[i] * across - v[i] * along
             for i in range(begin, end, _EIGHT):
