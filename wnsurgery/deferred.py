@@ -27,6 +27,7 @@ from wnsurgery.reparam import WeightNorm
 __all__ = ["OWNER", "DeferredGroup", "DeferredParameter", "DeferredWeight"]
 
 _GRAD: Any = torch.Tensor.grad
+_held_by, _hold = _GRAD.__get__, _GRAD.__set__
 OWNER = "_deferred_weight"  # in the __dict__ of g and v: a weak reference to the weight they make
 _SETS = 4  # sets of weights that are remembered
 _ALONE = 2  # references to a tensor that only one local name holds; to its storage, with the handle counting takes
@@ -42,11 +43,11 @@ class DeferredParameter(nn.Parameter):
     def grad(self) -> Tensor | None:
         reference = self.__dict__.get(OWNER)  # in one frame: an optimizer's step asks several times
         weight = None if reference is None else reference()
-        if weight is not None and weight.leaf is not None:
-            kept = weight.kept
-            if weight.leaf.grad is not None or (kept is not None and kept.is_written()):
+        if weight is not None:
+            leaf, kept = weight.leaf, weight.kept
+            if leaf is not None and (leaf.grad is not None or (kept is not None and kept.is_written())):
                 weight.settle()
-        return _GRAD.__get__(self)  # type: ignore[no-any-return]
+        return _held_by(self)  # type: ignore[no-any-return]
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +37,9 @@ __all__ = [
 ]
 
 _log = logging.getLogger("wnsurgery")
-_FAR = 1 << 21  # elements of a weight that is out of the cache by the time its layer reads it
+_FAR = 1 << 21  # elements of a gradient that is written past the cache, in a piece of its own
+_LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+_CACHES = 1 << 24, 1 << 26  # bytes it is taken to have at least, and at most: it may be others', too
 _GONE = 1 << 18  # elements of a gradient that is out of the cache by the time the optimizer reads it
 
 
@@ -47,6 +50,17 @@ class Sizes(NamedTuple):
     inputs: int
     rows: int
     columns: int
+
+
+@cache
+def _far() -> int:
+    """Elements of a weight that is out of the cache by the time its layer reads it: half of the last level."""
+    try:
+        size = int(_LAST_CACHE.read_text(encoding="ascii").strip().removesuffix("K")) << 10
+    except (OSError, ValueError):  # not Linux, or no third level
+        size = 0
+    least, most = _CACHES
+    return min(max(size, least), most) // 2 // 4
 
 
 class _Kernels:
@@ -113,7 +127,7 @@ def forward(g: Tensor, v: Tensor, sizes: Sizes, w: Tensor) -> Tensor | None:
     norms = torch.empty_like(g)
     places, size = (v.data_ptr(), g.data_ptr(), w.data_ptr(), norms.data_ptr()), v.numel()
     inputs, rows, columns = sizes
-    far = int(size >= _FAR)
+    far = int(size >= _far())
     if inputs:
         fine = on_all_rows(_Kernels.module, size, rows, "columns_forward", *places, inputs, rows, columns, far)
     else:

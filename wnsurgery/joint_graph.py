@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wnsurgery import fused
 from wnsurgery.reparam import Axes, first_order_gradients, is_plain
-from wnsurgery.small_weights import Made, SmallWeights
+from wnsurgery.small_weights import Gradients, Made, SmallWeights
 
 __all__ = ["has_hooks", "is_in_backward", "is_joint", "may_share", "with_joint_graph"]
 
@@ -53,6 +52,7 @@ def _no_part(half: Tensor) -> Tensor | None:
 def with_joint_graph(small: SmallWeights, chosen: Sequence[int], made: Made) -> tuple[Tensor, ...]:
     """Some of the weights that `small.make` has made, with a graph; their pairs `may_share`.
 
+    >>> from wnsurgery import fused
     >>> g, v = torch.tensor([[10.0]], requires_grad=True), torch.tensor([[3.0, 4.0]], requires_grad=True)
     >>> small = SmallWeights([(g, v)])
     >>> w, = with_joint_graph(small, [0], small.make()) if fused.start() else ()
@@ -81,9 +81,8 @@ class _Many:
     def gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """dL/dg and dL/dv of each pair in turn, None where no gradient has come."""
         small, found = self._small, list[Tensor | None]()
-        numbers, elements = list[int](), 0
-        held: list[Tensor] = []  # until the kernels have read them
-        differentiable, norms_at = torch.is_grad_enabled(), self._norms.data_ptr()
+        together, norms_at = Gradients(small), self._norms.data_ptr()
+        differentiable = torch.is_grad_enabled()
         for i, grad, versions in zip(self._chosen, grads, self._versions, strict=True):
             g, v = small.g[i], small.v[i]
             if grad is None:
@@ -94,21 +93,14 @@ class _Many:
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
                     f"g or v of a weight of shape {list(v.shape)}"
                 )
-            v_at, g_at, _, place, rows, columns, _ = small.lines[i]
-            plain = not differentiable and is_plain(grad)
-            if not plain or not small.is_where_it_was(i):
-                norms = None if differentiable else self._norms[place // 4 :][:rows]
-                found += first_order_gradients(grad, g, v, norms, Axes.of_pair(g.shape, v.shape), "linear")
-                continue
-            if grad.is_neg() or not grad.is_contiguous():
-                grad = grad.resolve_neg().contiguous()  # noqa: PLW2901
-            held.append(grad)
-            grad_g, grad_v = torch.empty_like(g), torch.empty_like(v)
-            found += (grad_g, grad_v)
-            numbers += (grad.data_ptr(), v_at, g_at, norms_at + place, grad_g.data_ptr(), grad_v.data_ptr())
-            numbers += (rows, columns)
-            elements += rows * columns
-        fused.many_backward(numbers, elements)
+            place = small.lines[i][3]
+            ours = not differentiable and is_plain(grad)
+            both = together.take(i, grad, norms_at + place) if ours else None
+            if both is None:
+                norms = None if differentiable else self._norms[place // 4 :][: g.numel()]
+                both = first_order_gradients(grad, g, v, norms, Axes.of_pair(g.shape, v.shape), "linear")
+            found += both
+        together.finish()
         return found
 
 

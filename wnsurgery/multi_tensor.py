@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from wnsurgery import fused
+from wnsurgery.kept import LARGE
 from wnsurgery.norms import norm, plain_scale, snapped_quotient, wide_dtype
-from wnsurgery.reparam import Axes, Magnitude, Ready, compose_eagerly, first_order_gradients
-from wnsurgery.small_weights import SmallWeights, is_small
+from wnsurgery.reparam import Axes, Magnitude, Ready, compose_eagerly, first_order_gradients, is_plain
+from wnsurgery.small_weights import Gradients, SmallWeights, is_small
 
 __all__ = ["Item", "ManyWeights", "row_factors"]
 
@@ -82,7 +84,10 @@ class ManyWeights:
 
     def _in_one_pass(self) -> list[Tensor | None]:
         """`compose` with the compiled kernels, each weight written once; the others as ever."""
-        norms = [_pass_over(item) for item in self._items]
+        norms = self._by_one_call()
+        for i, item in enumerate(self._items):
+            if norms[i] is None:
+                norms[i] = _pass_over(item)
         left = [i for i, n in enumerate(norms) if n is None]
         for i, ready in zip(left, row_factors([self._items[i] for i in left]), strict=True):
             item = self._items[i]
@@ -92,6 +97,27 @@ class ManyWeights:
                 torch.mul(item.v, item.axes.spread(ready.factor, item.v), out=item.w)
                 norms[i] = ready.norms
         return norms
+
+    def _by_one_call(self) -> list[Tensor | None]:
+        """Write the small weights; ||v|| of each that is written, in a row."""
+        found: list[Tensor | None] = [None] * len(self._items)
+        at, table = self._for_one_call
+        if table is not None and table.are_where_they_were():
+            made = table.make([self._items[i].w for i in at])
+            norms = torch.unsafe_split_with_sizes(made.norms, table.rows)
+            for i, rows, fine in zip(at, norms, made.fine, strict=True):
+                found[i] = rows if fine else None
+        return found
+
+    @cached_property
+    def _for_one_call(self) -> tuple[list[int], SmallWeights | None]:
+        """The weights that the kernels take together, each by one of torch's threads."""
+        at = [
+            i
+            for i, item in enumerate(self._items)
+            if is_small(item.g, item.v, item.axes, item.magnitude, LARGE) and item.axes.fit(item.g, item.v)
+        ]
+        return at, SmallWeights([(self._items[i].g, self._items[i].v) for i in at]) if at else None
 
     def gradients(
         self, grads: Sequence[Tensor], norms: Sequence[Tensor | None], private: Sequence[bool]
@@ -107,6 +133,16 @@ class ManyWeights:
         if not fused.started() and self._small and len(lengths) == len(self._small):
             found = self._together().gradients([grads[i] for i in self._small], lengths)
             done.update(zip(self._small, found, strict=True))
+        at, table = self._for_one_call if fused.started() else ([], None)
+        if table is not None:
+            together = Gradients(table)
+            for line, i in enumerate(at):
+                rows, grad = norms[i], grads[i]
+                ours = rows is not None and is_plain(grad)
+                both = together.take(line, grad, rows.data_ptr(), private=private[i]) if ours else None  # type: ignore[union-attr]
+                if both is not None:
+                    done[i] = both
+            together.finish()
         for i, (item, grad) in enumerate(zip(self._items, grads, strict=True)):
             if i not in done:
                 done[i] = first_order_gradients(

@@ -476,12 +476,12 @@ def _plain_gradients(
     if sizes is not None and grad_w.dtype == torch.float32 and is_plain(grad_w):
         grad_v = torch.empty_like(v) if room is None else room
         return fused.backward(grad_w.resolve_neg().contiguous(), g, v, norms, sizes, grad_v), grad_v
+    rows = _per_row(g, v, axes)
+    norms = norms.reshape(rows.shape)
     dense = v.dtype == torch.float32 == g.dtype and v.is_contiguous()
     if dense and axes.kept == (0,) and 1 < v.ndim == g.ndim and v.numel() < large and magnitude == "linear":
         grad_v, grad_g = _fused_backward(grad_w.contiguous(), v, g.contiguous(), norms, 0)
         return grad_g, grad_v
-    rows = _per_row(g, v, axes)
-    norms = norms.reshape(rows.shape)
     size = rows.exp() if magnitude == "log" else rows
     whole = dense and axes.kept == (0,)
     if dense and axes == _COLUMNS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,12 @@ from wnsurgery import fused
 from wnsurgery.norms import SMALL, ordinary_factors
 from wnsurgery.reparam import Axes, Ready
 
-__all__ = ["Made", "SmallWeights", "is_small", "small_magnitudes"]
+__all__ = ["Gradients", "Made", "SmallWeights", "is_small", "small_magnitudes"]
+
+
+_address, _count, _is_dense, _is_negated = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous, Tensor.is_neg
+_type: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_FLOAT32 = {torch.float32}
 
 
 def is_small(g: Tensor, v: Tensor, axes: Axes, magnitude: str, limit: int = SMALL) -> bool:
@@ -111,21 +117,20 @@ class SmallWeights:
         self.g, self.v = [g for g, _ in pairs], [v for _, v in pairs]
         self._shapes = [tuple(v.shape) for v in self.v]
         self._sizes = [v.numel() for v in self.v]
-        self._rows = [g.numel() for g in self.g]
-        self._all_rows, self._elements = sum(self._rows), sum(self._sizes)
-        counts, lengths = np.array(self._rows), np.array(self._sizes) // np.array(self._rows)
+        self.rows = [g.numel() for g in self.g]
+        self._all_rows, self._elements = sum(self.rows), sum(self._sizes)
+        counts, lengths = np.array(self.rows), np.array(self._sizes) // np.array(self.rows)
         self._lengths = np.repeat(lengths, counts)  # of each row
         self._starts = _starts(self._lengths)
         self._firsts: list[int] = _starts(counts).tolist()  # each weight's first row
         self._table: Any = None
-        self.lines: list[tuple[int, ...]] = []  # of `fused.lines_of`, once `make` has run
 
     def _like_v(self, flat: Tensor) -> list[Tensor]:
         chunks = torch.unsafe_split_with_sizes(flat, self._sizes)  # each with a version of its own
         return [chunk.resize_(shape) for chunk, shape in zip(chunks, self._shapes, strict=True)]
 
     def _like_g(self, flat: Tensor) -> list[Tensor]:
-        chunks = torch.unsafe_split_with_sizes(flat, self._rows)
+        chunks = torch.unsafe_split_with_sizes(flat, self.rows)
         return [chunk.resize_(g.shape) for chunk, g in zip(chunks, self.g, strict=True)]
 
     def _copy_pairs(self) -> tuple[Tensor, Tensor]:
@@ -142,27 +147,37 @@ class SmallWeights:
             norms = np.sqrt(np.add.reduceat(np.multiply(wide, wide, out=wide), self._starts))
             factor, ordinary = ordinary_factors(flat_g.numpy(), norms)
             w = torch._foreach_mul(self.v, self._like_g(torch.from_numpy(factor)))
-            short = torch.from_numpy(norms.astype(np.float32)).split_with_sizes(self._rows)
+            short = torch.from_numpy(norms.astype(np.float32)).split_with_sizes(self.rows)
             found: list[Ready | None] = [Ready(n, None, one) for n, one in zip(short, w, strict=True)]
             if ordinary is not None:
                 whole = np.logical_and.reduceat(ordinary, self._firsts)
                 found = [one if fine else None for one, fine in zip(found, whole, strict=True)]
             return found
 
-    def make(self) -> Made:
-        """All weights by the compiled kernels, which read each pair where it lies and write each weight by itself.
+    def make(self, weights: list[Tensor] | None = None) -> Made:
+        """All weights by the compiled kernels, which read each pair where it lies and write each weight by itself: into
+        these tensors, laid out as v, or into new ones.
 
         Not for inference mode, in which new tensors are of its kind.
         """
         if self._table is None:
-            self.lines = fused.lines_of(list(zip(self.g, self.v, strict=True)))
             self._table = np.array(self.lines, dtype=np.int64)
-        weights, norms = [torch.empty_like(v) for v in self.v], _floats(self._all_rows)
+        weights = [torch.empty_like(v) for v in self.v] if weights is None else weights
+        norms = _floats(self._all_rows)
         return Made(weights, norms, self._firsts, fused.many_forward(self._table, weights, norms, self._elements))
+
+    @cached_property
+    def _addresses(self) -> list[int]:
+        return [*(line[1] for line in self.lines), *(line[0] for line in self.lines)]
+
+    @cached_property
+    def lines(self) -> list[tuple[int, ...]]:
+        """What the kernels know of each weight: see `fused.lines_of`."""
+        return fused.lines_of(list(zip(self.g, self.v, strict=True)))
 
     def _in_one_pass(self) -> list[Ready | None]:
         made = self.make()
-        return [made.ready(i, rows) if made.fine[i] else None for i, rows in enumerate(self._rows)]
+        return [made.ready(i, rows) if made.fine[i] else None for i, rows in enumerate(self.rows)]
 
     def is_where_it_was(self, i: int) -> bool:
         """Whether the kernels may read a weight's pair where they read it before."""
@@ -176,6 +191,17 @@ class SmallWeights:
             and v.is_contiguous()
             and g.is_contiguous()
             and not (v.is_neg() or g.is_neg())
+        )
+
+    def are_where_they_were(self) -> bool:
+        """`is_where_it_was` of all, in a few loops outside of Python."""
+        halves = (*self.g, *self.v)
+        return (
+            list(map(_address, halves)) == self._addresses
+            and list(map(_count, halves)) == [*self.rows, *self._sizes]
+            and all(map(_is_dense, halves))
+            and not any(map(_is_negated, halves))
+            and set(map(_type, halves)) == _FLOAT32
         )
 
     def _spread(self, per_row: Any) -> Tensor:
@@ -193,3 +219,42 @@ class SmallWeights:
             upstream.mul_(self._spread(ratio))
             upstream.addcmul_(flat_v, self._spread(ratio * radial / lengths), value=-1)
             return list(zip(self._like_g(torch.from_numpy(radial)), self._like_v(upstream), strict=True))
+
+
+class Gradients:
+    """dL/dg and dL/dv of some of these weights, which one call of the compiled kernels works out.
+
+    >>> small = SmallWeights([(torch.tensor([[10.0]]), torch.tensor([[3.0, 4.0]]))])
+    >>> made, gradients = small.make() if fused.start() else None, Gradients(small)
+    >>> found = gradients.take(0, torch.tensor([[1.0, 0.0]]), made.norms.data_ptr())
+    >>> gradients.finish()
+    >>> found
+    (tensor([[0.6000]]), tensor([[ 1.2800, -0.9600]]))
+    """
+
+    def __init__(self, small: SmallWeights) -> None:
+        self._small, self._all_there = small, small.are_where_they_were()
+        self._numbers, self._elements = list[int](), 0
+        self._held = list[Tensor]()  # until the kernels have read them
+
+    def take(self, i: int, grad: Tensor, norms_at: int, *, private: bool = False) -> tuple[Tensor, Tensor] | None:
+        """Where the gradients of a weight will be once `finish` has run; None where the kernels do not take it.
+
+        `grad` is dL/dw, in ordinary memory; if it is `private`, dL/dv may be written over it. ||v|| lies at `norms_at`.
+        """
+        small = self._small
+        if grad.dtype is not torch.float32 or not (self._all_there or small.is_where_it_was(i)):
+            return None
+        g, v, (v_at, g_at, _, _, rows, columns, _) = small.g[i], small.v[i], small.lines[i]
+        if grad.is_neg() or not grad.is_contiguous():
+            grad, private = grad.resolve_neg().contiguous(), False
+        self._held.append(grad)
+        grad_g, grad_v = torch.empty_like(g), grad if private and grad.stride() == v.stride() else torch.empty_like(v)
+        self._numbers += (grad.data_ptr(), v_at, g_at, norms_at, grad_g.data_ptr(), grad_v.data_ptr(), rows, columns)
+        self._elements += rows * columns
+        return grad_g, grad_v
+
+    def finish(self) -> None:
+        """Work them out."""
+        fused.many_backward(self._numbers, self._elements)
+        self._held.clear()
