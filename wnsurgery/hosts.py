@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
 from wnsurgery.kept import AHEAD
+from wnsurgery.loaded_keys import take_out
 from wnsurgery.mechanism import WeightNormList
 from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, WeightNorm, blank_module, copied_module
@@ -415,6 +416,7 @@ def _load_any_layout(
     self: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any
 ) -> None:
     """Accept `weight_g`/`weight_v` and plain `weight` keys where the pair's own keys are missing."""
+    take_out(state_dict)
     base: Any = _made_by_parametrize(type(self)).__bases__[0]
     table = _table(self)
     for name, entry in table._modules.items():

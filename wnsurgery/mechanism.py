@@ -451,8 +451,30 @@ class WeightNormList(ParametrizationList):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self.absorb()
-        super()._load_from_state_dict(*arguments)
+        if not self._load_pair(*arguments[:3]):
+            super()._load_from_state_dict(*arguments)
         self._refresh()
+
+    def _load_pair(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> bool:
+        """Copy g and v where the entries are just these and fit: what torch's method comes to, in half the time."""
+        if (
+            len(state_dict) != 2
+            or type(self) is not WeightNormList
+            or self._load_state_dict_pre_hooks
+            or metadata.get("assign_to_params_buffers")
+            or torch.__future__.get_swap_module_params_on_conversion()
+        ):
+            return False
+        pairs = [(self._parameters.get(name), state_dict.get(prefix + name)) for name in ("original0", "original1")]
+        if not all(_copies_as_it_is(held, given) for held, given in pairs):
+            return False
+        try:
+            with torch.no_grad():
+                for held, given in pairs:
+                    held.copy_(given)  # type: ignore[union-attr,arg-type]
+        except Exception:  # torch's method does it again, and says what went wrong
+            return False
+        return True
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.absorb()
@@ -465,6 +487,12 @@ class WeightNormList(ParametrizationList):
             self.__dict__["_deferred"] = weight
             self._refresh()
         return self
+
+
+def _copies_as_it_is(held: Any, given: Any) -> bool:
+    """Whether loading a parameter is copying a plain tensor of its shape into it."""
+    plain = type(held) is nn.Parameter and type(given) in (Tensor, nn.Parameter)
+    return plain and held.shape == given.shape and not held.is_meta
 
 
 def _hooked(module: nn.Module) -> bool:
