@@ -421,6 +421,27 @@ def test_writes_into_the_weight_reach_the_pair() -> None:
     assert torch.isfinite(model.weight).all()
 
 
+@pytest.mark.parametrize("size", [6, 1200])  # the memory of the larger goes back to the system
+def test_other_memory_put_under_the_weight_reaches_the_pair(size: int) -> None:
+    """`module.weight.data = tensor` is the weight from then on, whatever its memory looks like; its shape must fit."""
+    model: Any = wn.apply_weight_norm(nn.Linear(size, size), mode="deferred")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for new in (torch.randn(size, size), torch.randn(size, size).t(), torch.randn(size, size, dtype=torch.float64)):
+        model(torch.ones(1, size)).sum().backward()
+        model.weight.data = new.clone(memory_format=torch.preserve_format)
+        gc.collect()
+        assert torch.equal(model.weight, new.float())
+        assert model.weight.is_contiguous()
+        assert torch.equal(wn.fold_weight_norm(copy.deepcopy(model)).weight, new.float())
+        optimizer.step()
+        optimizer.zero_grad()
+    before = model.weight.clone()
+    model.weight.data = torch.ones(size, 1)
+    with pytest.raises(wn.PairError, match="does not fit"):
+        model(torch.ones(1, size))
+    assert torch.equal(model.weight, before)
+
+
 def test_copies_and_pickles_run_in_the_default_mode() -> None:
     """deepcopy and pickle, gradients waiting, give plain Parameters, ties kept; the original trains on."""
     model = wn.apply_weight_norm(TiedLanguageModel(), mode="deferred")

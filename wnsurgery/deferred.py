@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as optimizers
 
-from wnsurgery.errors import ModeError, NonFiniteWeightError
+from wnsurgery.errors import ModeError, NonFiniteWeightError, PairError
 from wnsurgery.kept import Kept
 from wnsurgery.multi_tensor import Item, ManyWeights
 from wnsurgery.reparam import WeightNorm
@@ -166,11 +166,16 @@ class DeferredWeight:
         if kept is None or leaf is None or not kept.is_written():
             return
         self.kept = None
-        if not kept.was_of(self.g, self.v):
-            return
         with torch.inference_mode(False), torch.no_grad():
+            value = leaf.detach().clone()
+            if (value.shape, value.stride(), value.dtype) != (self.v.shape, self.v.stride(), self.v.dtype):
+                leaf.data = torch.empty_like(self.v, requires_grad=False)  # somebody has set its `.data`
+            if value.shape != self.v.shape:
+                raise PairError(f"a weight of shape {tuple(value.shape)} does not fit {tuple(self.v.shape)}")
+            if not kept.was_of(self.g, self.v):
+                return
             try:
-                new_g, new_v = self.rule.right_inverse(leaf.detach().clone())
+                new_g, new_v = self.rule.right_inverse(value.to(self.v))
             except NonFiniteWeightError:
                 self.group.renew([self])
                 raise

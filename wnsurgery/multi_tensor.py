@@ -102,8 +102,9 @@ class ManyWeights:
         """Write the small weights; ||v|| of each that is written, in a row."""
         found: list[Tensor | None] = [None] * len(self._items)
         at, table = self._for_one_call
-        if table is not None and table.are_where_they_were():
-            made = table.make([self._items[i].w for i in at])
+        items = [self._items[i] for i in at]
+        if table is not None and table.are_where_they_were() and all(map(_fits, items)):
+            made = table.make([item.w for item in items])
             norms = torch.unsafe_split_with_sizes(made.norms, table.rows)
             for i, rows, fine in zip(at, norms, made.fine, strict=True):
                 found[i] = rows if fine else None
@@ -154,8 +155,13 @@ class ManyWeights:
 def _pass_over(item: Item) -> Tensor | None:
     """Write one weight by the compiled kernels; None where they do not take it, or a row is not an ordinary one."""
     sizes = fused.plan(item.g, item.v, item.axes.kept, item.axes.groups, item.magnitude)
-    known = sizes is not None and item.w.stride() == item.v.stride() and item.w.dtype == item.v.dtype
-    return fused.forward(item.g, item.v, sizes, item.w) if sizes is not None and known else None
+    return fused.forward(item.g, item.v, sizes, item.w) if sizes is not None and _fits(item) else None
+
+
+def _fits(item: Item) -> bool:
+    """Whether the memory for a weight is like that of v, as it no longer is where somebody has set its `.data`."""
+    w, v = item.w, item.v
+    return w.shape == v.shape and w.stride() == v.stride() and w.dtype is v.dtype
 
 
 def row_factors(items: Sequence[Item]) -> list[Ready | None]:
