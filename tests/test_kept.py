@@ -222,6 +222,69 @@ def test_nothing_kept_goes_into_copies_or_files() -> None:
         assert same_bits(module.weight, now(module))
 
 
+@pytest.mark.parametrize("size", [8, 300])
+@pytest.mark.parametrize("name", ["original0", "original1"])
+def test_halves_in_the_others_place(name: str, size: int) -> None:
+    """A half put in the place of the one that a kept weight was computed from is the one in use, and only while there:
+    as a Parameter, as a plain tensor of the module, and by functional_call."""
+    module, x = layer(size).eval(), torch.randn(2, size)
+    pair = module.parametrizations.weight
+    with torch.no_grad():
+        first = module(x), module.weight.clone()
+        half, other = pair._parameters[name], pair._parameters[name].detach().clone() + 1
+        given = {f"parametrizations.weight.{name}": other}
+        changed = torch.func.functional_call(module, given, x)
+        assert not torch.equal(changed, first[0])
+        assert torch.equal(module(x), first[0])
+        pair._parameters[name] = nn.Parameter(other)
+        assert torch.equal(module(x), changed)
+        pair._parameters[name] = half
+        assert torch.equal(module(x), first[0])
+        del pair._parameters[name]
+        pair.__dict__[name] = other
+        assert torch.equal(module(x), changed)
+        del pair.__dict__[name]
+        pair._parameters[name] = half
+        assert same_bits(module.weight, first[1])
+        assert torch.equal(module(x), first[0])
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_half_turned_in_place(half: int) -> None:
+    """Bytes and place can stay while the weight does not: a direction transposed in place, memory lent to another."""
+    module = layer(8).eval()
+    pair = module.parametrizations.weight
+    with torch.no_grad():
+        for _ in range(2):
+            module.weight  # noqa: B018 - kept from here on
+        if half:
+            pair._parameters["original1"].t_()
+        else:
+            pair._parameters["original0"].data = pair._parameters["original0"].data.flip(0)
+        assert same_bits(module.weight, now(module))
+
+
+def test_who_comes_after_a_weight_was_kept_is_asked() -> None:
+    """A hook on the list, a parametrization on top and torch's cache, none of which touch the pair, see the very next
+    evaluation."""
+    module, x = layer(8).eval(), torch.randn(2, 8)
+    pair, calls = module.parametrizations.weight, []
+    with torch.no_grad():
+        for _ in range(3):
+            usual = module(x)
+        hook = pair.register_forward_hook(lambda *_: calls.append(1))
+        assert torch.equal(module(x), usual)
+        assert torch.equal(module.weight, now(module))
+        assert calls == [1, 1]
+        hook.remove()
+        with nn.utils.parametrize.cached():
+            assert module.weight is module.weight
+            assert torch.equal(module(x), usual)
+        nn.utils.parametrize.register_parametrization(module, "weight", nn.Tanh())
+        assert torch.equal(module.weight, now(module).tanh())
+        assert not torch.equal(module(x), usual)
+
+
 def test_rooms_lend_once() -> None:
     """A room is lent again only when its last loan is gone; small or other tensors get none or their own."""
     rooms, like = Rooms(), torch.zeros(1 << 16)

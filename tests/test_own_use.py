@@ -174,3 +174,61 @@ def test_micro_batches_use_one_weight_and_the_users_view_is_another() -> None:
     assert uses == []  # it took no part
     (net[0].weight * 2 + w).sum().backward()
     assert len(uses) == 1 and torch.equal(uses[0], torch.ones(6, 6))
+
+
+class _WithBias(nn.Linear):
+    @property
+    def bias(self) -> Any:  # type: ignore[override]
+        if "bias" not in self._parameters:
+            raise AttributeError("bias")
+        return self._parameters["bias"] * 2  # type: ignore[operator]
+
+
+class _Looking(nn.Linear):
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return found * 2 if name == "bias" else found
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", [_WithBias, _Looking])
+def test_a_class_with_a_say_in_its_bias_is_asked(kind: type[nn.Linear], grad: bool) -> None:
+    """A layer takes its bias by the short way only where `layer.bias` would find the same."""
+    layer, x = wn.apply_weight_norm(nn.Sequential(kind(3, 2)))[0], torch.randn(2, 3)
+    for _ in range(3):
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer._parameters["bias"] * 2))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("make", "shape"), [LAYERS[0], LAYERS[2]])
+def test_a_bias_put_in_the_others_place_is_used(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], grad: bool
+) -> None:
+    """Whoever replaces the bias, as functional_call, replicas, other parametrizations and old-style hooks do, is heard
+    at the next pass."""
+    plain, layer = pair_of(make)
+    x, other = torch.randn(shape), torch.randn_like(plain.bias)  # type: ignore[call-overload]
+
+    def output(module: nn.Module) -> Tensor:
+        with torch.set_grad_enabled(grad):
+            return module(x)  # type: ignore[no-any-return]
+
+    usual, wanted = output(plain), torch.func.functional_call(plain, {"bias": other}, x)
+    for _ in range(2):
+        assert torch.equal(output(layer), usual)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(torch.func.functional_call(layer, {"bias": other}, x), wanted)
+    layer.__dict__["bias"] = other
+    assert torch.equal(output(layer), wanted)
+    del layer.__dict__["bias"]
+    held = layer._parameters.pop("bias")
+    layer.__dict__["bias"] = other
+    assert torch.equal(output(layer), wanted)
+    del layer.__dict__["bias"]
+    layer._parameters["bias"] = held
+    parametrize.register_parametrization(layer, "bias", nn.Tanh())
+    with torch.no_grad():
+        assert torch.equal(layer.bias, held.tanh())
+    plain.bias = nn.Parameter(held.detach().tanh())
+    assert torch.equal(output(layer), output(plain))

@@ -23,14 +23,14 @@ from torch.nn.utils import parametrize
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
 from wnsurgery.kept import AHEAD
 from wnsurgery.loaded_keys import take_out
-from wnsurgery.mechanism import WeightNormList
+from wnsurgery.mechanism import WeightNormList, unchanged
 from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, WeightNorm, blank_module, copied_module
 
 __all__ = ["install", "new_parameter", "rebuild_parametrized", "reorder_parameters", "restore_parameter"]
 
 _ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
-_is_compiling, _tracing, _grad_enabled = torch.compiler.is_compiling, torch._C._get_tracing_state, torch.is_grad_enabled
+_is_compiling, _is_tracing, _grad_enabled = torch.compiler.is_compiling, torch._C._is_tracing, torch.is_grad_enabled
 _in_function_mode, _dispatch_modes = torch._C._is_torch_function_mode_enabled, torch._C._len_torch_dispatch_stack
 _frame = sys._getframe
 
@@ -292,7 +292,10 @@ def _members(base: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _forward_of(base: Any) -> Any:
-    """A forward pass that does what the class' own does, where that is torch's; None for others."""
+    """A forward pass that does what the class' own does, where that is torch's; None for others, and for those that
+    have a say in what `self.bias` is."""
+    if hasattr(base, "bias") or base.__getattr__ is not nn.Module.__getattr__:
+        return None
     if base.forward is nn.Embedding.forward:
         return _look_up
     if base.forward is nn.Linear.forward:
@@ -334,15 +337,22 @@ def _computed(name: str) -> property:
         if type(entry) is WeightNormList and not (
             entry._forward_hooks or entry._forward_pre_hooks or parametrize._cache_enabled
         ):
-            w = entry.forward()
-            if not _grad_enabled() or _is_compiling() or _frame(1).f_code.co_name == "forward":
+            if _is_compiling():
+                return entry.forward()
+            if not _grad_enabled():
+                w = unchanged(entry)
+                return entry.forward() if w is None else w
+            w = entry.in_training()
+            if _frame(1).f_code.co_name == "forward":
                 return w
             again = entry._again
             return w if again is not None and again.own else entry.outside(w)
         if entry is None:
             if name in self.__dict__:
                 return self.__dict__[name]  # type: ignore[no-any-return]
-            raise AttributeError(name)  # upon which `nn.Module.__getattr__` looks among its parameters
+            if name in self._parameters:
+                return self._parameters[name]  # type: ignore[return-value]
+            raise AttributeError(name)
         return _as_torch_does(self, name)
 
     def assign(self: nn.Module, value: Any) -> None:
@@ -366,29 +376,42 @@ def _look_up(self: nn.Embedding, input: Tensor) -> Tensor:
 def _map(self: nn.Linear, input: Tensor) -> Tensor:
     """A linear layer's forward pass; in training, a large weight is computed with the layer's output."""
     entry = _own_entry(self)
-    if entry is None:
-        return nn.Linear.forward(self, input)
-    v = entry._parameters.get("original1")
-    y = entry.linear(input, self.bias) if v is not None and v.numel() > AHEAD else None
-    return F.linear(input, entry.forward(private=True), self.bias) if y is None else y
+    if entry is not None and _grad_enabled():
+        v, bias = entry._parameters.get("original1"), _bias(self)
+        y = entry.linear(input, bias) if v is not None and v.numel() > AHEAD else None
+        return F.linear(input, entry.in_training(private=True), bias) if y is None else y
+    w = None if entry is None else unchanged(entry)
+    return nn.Linear.forward(self, input) if w is None else F.linear(input, w, _bias(self))
 
 
 def _convolve(self: Any, input: Tensor) -> Tensor:
     """A convolution's forward pass."""
     entry = _own_entry(self)
-    w = self.weight if entry is None else entry.forward(private=True)
-    return self._conv_forward(input, w, self.bias)  # type: ignore[no-any-return]
+    if entry is not None:
+        w = entry.in_training(private=True) if _grad_enabled() else unchanged(entry)
+        if w is not None:
+            return self._conv_forward(input, w, _bias(self))  # type: ignore[no-any-return]
+    return self._conv_forward(input, self.weight, self.bias)  # type: ignore[no-any-return]
 
 
 def _own_entry(module: nn.Module) -> WeightNormList | None:
-    """What holds the weight of a layer in training, for the layer's own use; None where somebody watches what is done
-    with the weight, or wants it in another way."""
-    if _is_compiling() or not _grad_enabled() or _tracing() is not None or _in_function_mode() or _dispatch_modes():
+    """What holds the weight of a layer, for the layer's own use; None where somebody watches what is done with the
+    weight, or wants it in another way."""
+    if _is_compiling():
+        return None
+    if _grad_enabled() and (_is_tracing() or _in_function_mode() or _dispatch_modes()):
         return None
     entry = _entry(module)
     if type(entry) is not WeightNormList or entry._forward_hooks or entry._forward_pre_hooks:
         return None
     return None if parametrize._cache_enabled else entry
+
+
+def _bias(module: nn.Module) -> Any:
+    """`module.bias`, past the search that `nn.Module` begins once Python's own has failed."""
+    state = module.__dict__
+    held = state["_parameters"]
+    return held["bias"] if "bias" in held and "bias" not in state else module.bias
 
 
 def _entry(module: nn.Module) -> Any:
@@ -403,7 +426,7 @@ def _as_torch_does(module: nn.Module, name: str) -> Tensor:
     entry: Any = module.parametrizations[name]  # type: ignore[index]
     if not parametrize._cache_enabled:
         return entry()  # type: ignore[no-any-return]
-    if _tracing() is not None:
+    if torch._C._get_tracing_state() is not None:
         raise RuntimeError("Cannot trace a model while caching parametrizations.")
     cached: Any = parametrize._cache
     key = (id(module), name)

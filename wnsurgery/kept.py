@@ -136,7 +136,7 @@ class Kept:
         """The weight was computed anew from the same g and v, in the same memory."""
         self._version, self._g_version, self._v_version = self.w._version, self._g._version, self._v._version
         self._own_probes, others = map(looked_at, self._places)
-        self._probes = self._own_probes + others
+        self._probes = (*self._own_probes, *others)
         self._step = self._counted.count
 
     def is_written(self) -> bool:
@@ -149,19 +149,23 @@ class Kept:
             return False
         return self._g._version == self._g_version and self._v._version == self._v_version
 
-    def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
-        """Whether it is still the weight of this pair."""
-        return (  # one by one, and all of `was_of` here, for this is asked at every use of a weight in evaluation
-            g is self._g
-            and v is self._v
-            and self._g._version == self._g_version
-            and self._v._version == self._v_version
-            and self._step == self._counted.count
-            and self.w._version == self._version
-            and self._g.data_ptr() == self._g_at
-            and self._v.data_ptr() == self._v_at
-            and not differ(self._probes)
-        )
+    def is_of(self, g: Any, v: Any) -> bool:
+        """Whether it is still the weight of this pair, tensors or None."""
+        if (  # all in one place, and `was_of` and `differ` too, for this is asked at every use of a weight in evaluation
+            g is not self._g
+            or v is not self._v
+            or g._version != self._g_version
+            or v._version != self._v_version
+            or self.w._version != self._version
+            or self._step != self._counted.count
+            or g.data_ptr() != self._g_at  # before the bytes, which are read where the pair was
+            or v.data_ptr() != self._v_at
+        ):
+            return False
+        for before, place in self._probes:  # noqa: SIM110 - a generator takes twice the time
+            if before != place:
+                return False
+        return True
 
     @staticmethod
     def can_hold(g: Tensor, v: Tensor) -> bool:
@@ -169,15 +173,15 @@ class Kept:
         return v.device.type == "cpu" and g.device.type == "cpu" and not (v.is_inference() or g.is_inference())
 
 
-def looked_at(places: Iterable[Any]) -> list[tuple[Any, bytes]]:
-    """Places in memory, with what is there now."""
-    return [(place, place.raw) for place in places]
+def looked_at(places: Iterable[Any]) -> list[tuple[bytearray, Any]]:
+    """What is at places in memory now, with the places: a bytearray is compared with memory where that lies."""
+    return [(bytearray(place), place) for place in places]
 
 
-def differ(seen: list[tuple[Any, bytes]]) -> bool:
+def differ(seen: Iterable[tuple[bytearray, Any]]) -> bool:
     """Whether some place does not hold what it held when it was looked at."""
-    for place, before in seen:  # noqa: SIM110 - a generator takes twice the time
-        if place.raw != before:
+    for before, place in seen:  # noqa: SIM110 - a generator takes twice the time
+        if before != place:
             return True
     return False
 
@@ -216,8 +220,7 @@ def probes_of(owner: Any, g: Tensor, v: Tensor, whole: int = _WHOLE) -> Probes:
 
 
 def _places(tensor: Tensor, quarters: tuple[int, ...], whole: int = _WHOLE) -> list[Any]:
-    """A few bytes inside a tensor's memory, some quarters of the way in, to be read through `raw`; all of up to `whole`
-    bytes."""
+    """A few bytes inside a tensor's memory, some quarters of the way in; all of up to `whole` bytes."""
     if not tensor.is_cpu or not tensor.numel():
         return []
     start = tensor.data_ptr()

@@ -47,7 +47,7 @@ class Ahead:
     w: Tensor
     shared: bool
     lasting: bool
-    _seen: list[tuple[Any, bytes]]
+    _seen: list[tuple[bytearray, Any]]
     _g: Tensor
     _v: Tensor
     _g_version: int
@@ -125,7 +125,7 @@ class Loan(weakref.ref[Tensor]):
 
     ahead: Ahead
     views: dict[int, _View]
-    own: list[tuple[Any, bytes]]
+    own: list[tuple[bytearray, Any]]
     _alias: Tensor
     _owner: weakref.ref[Any]
     _g: Tensor

@@ -28,7 +28,7 @@ from wnsurgery.multi_tensor import Item
 from wnsurgery.preparation import Preparation, may_make
 from wnsurgery.reparam import Ready, compose_eagerly, compose_in_one_pass, copied_module
 
-__all__ = ["PASSING", "WeightNormList"]
+__all__ = ["PASSING", "WeightNormList", "unchanged"]
 
 _MAX_HANDLES = 63  # weights handed out and still alive that are watched for writes
 PASSING = frozenset(
@@ -37,7 +37,7 @@ PASSING = frozenset(
         *("_made", "_nested", "_probes", "_ready", "_round"),
     }
 )  # attributes that belong to this process and this moment
-_is_compiling, _tracing, _grad_enabled = torch.compiler.is_compiling, torch._C._get_tracing_state, torch.is_grad_enabled
+_is_compiling, _is_tracing, _grad_enabled = torch.compiler.is_compiling, torch._C._is_tracing, torch.is_grad_enabled
 
 
 class WeightNormList(ParametrizationList):
@@ -49,24 +49,22 @@ class WeightNormList(ParametrizationList):
     _made: Ahead | None = None  # for the next use in training
     _preparation: Preparation | None = None  # with the other weights of its net
 
-    def forward(self, *, private: bool = False) -> Tensor:
-        """The weight for one use; `private` for the layer's own, which hands it to nobody who could write into it."""
+    def forward(self) -> Tensor:
+        """The weight for one use."""
         if _is_compiling():  # compiled code would depend on what is kept, and what was made
             return self._computed()
         if _grad_enabled():
-            made = None if self._again is None else self._use_again(private)
-            if made is None and self._made is not None:
-                made = self._take_made(private)
-            return self._computed(private) if made is None else made
-        kept = self._kept
-        if kept is not None:
-            halves = self._parameters
-            known = kept.is_of(halves.get("original0"), halves.get("original1"))
-            if known and len(self._modules) == 1 and _tracing() is None:
-                if not kept.used:
-                    self._evaluated(kept)
-                return kept.w
-        return self._computed()
+            return self.in_training()
+        w = unchanged(self)
+        return self._computed() if w is None else w
+
+    def in_training(self, *, private: bool = False) -> Tensor:
+        """The weight with its graph, for one use, while nothing is compiled; `private` for the layer's own, which hands
+        it to nobody who could write into it."""
+        made = None if self._again is None else self._use_again(private)
+        if made is None and self._made is not None:
+            made = self._take_made(private)
+        return self._computed(private) if made is None else made
 
     def _computed(self, private: bool = False) -> Tensor:
         rule: Any = self._modules["0"]
@@ -163,7 +161,7 @@ class WeightNormList(ParametrizationList):
             and "_kept" not in state
             and "_deferred" not in state
             and not _hooked(modules["0"])
-            and _tracing() is None
+            and not _is_tracing()
             and may_make()
             and made.serves(g, v)
             and not (made.shared and (is_in_backward() or not may_share(g, v)))
@@ -291,7 +289,7 @@ class WeightNormList(ParametrizationList):
         """The weight of deferred mode, None where whoever is watching must see it computed from g and v."""
         if _is_compiling():  # kept current by optimizer steps and loading
             return weight.leaf if type(v) is DeferredParameter and not torch.compiler.is_exporting() else None
-        return weight.current(g, v) if _tracing() is None else None
+        return weight.current(g, v) if not _is_tracing() else None
 
     def defer(self, weight: DeferredWeight | None, group: DeferredGroup) -> DeferredWeight | None:
         """Enter deferred mode, with the weight another owner of the pair has made if there is one; None where something
@@ -493,6 +491,16 @@ def _copies_as_it_is(held: Any, given: Any) -> bool:
     """Whether loading a parameter is copying a plain tensor of its shape into it."""
     plain = type(held) is nn.Parameter and type(given) in (Tensor, nn.Parameter)
     return plain and held.shape == given.shape and not held.is_meta
+
+
+def unchanged(entry: WeightNormList) -> Tensor | None:
+    """The weight that was kept and used in evaluation, where its pair is as it was and nothing is on top; else None,
+    upon which the list is to be asked. For uses without gradients, while nothing is compiled."""
+    kept = entry._kept
+    if kept is None or not kept.used or len(entry._modules) != 1 or _is_tracing():
+        return None
+    halves = entry._parameters
+    return kept.w if kept.is_of(halves.get("original0"), halves.get("original1")) else None
 
 
 def _hooked(module: nn.Module) -> bool:
