@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,7 +28,6 @@ from wnsurgery.errors import NonFiniteWeightError, SelectionError
 from wnsurgery.mean_only import MeanOnlyBatchNorm, MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from wnsurgery.snapshot import HOOKS, Snapshot
 from wnsurgery.tracing import trace
-from wnsurgery.walk import modules_of
 
 __all__ = [
     "BatchNormMode",
@@ -387,12 +386,13 @@ def _become(old: nn.Module, new: nn.Module) -> None:
 # Folding mean-only batch normalization -------------------------------------------------------------------
 
 
-def folded_means(model: nn.Module) -> list[Any]:
-    """What folds every mean-only BatchNorm: functions to call without arguments, none of which can fail.
+def folded_means(model: nn.Module, modules: Sequence[nn.Module]) -> list[Any]:
+    """What folds every mean-only BatchNorm among the modules of a model: functions to call without arguments, none of
+    which can fail.
 
     Logs a warning for each that cannot be folded, with the reason.
     """
-    if not any(isinstance(m, MeanOnlyBatchNorm) for m in modules_of(model)):
+    if not any(issubclass(kind, MeanOnlyBatchNorm) for kind in set(map(type, modules))):
         return []
     norms = [(name, m) for name, m in model.named_modules() if isinstance(m, MeanOnlyBatchNorm)]
     inside = {id(m) for m in model.modules()}

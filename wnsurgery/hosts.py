@@ -27,7 +27,14 @@ from wnsurgery.mechanism import WeightNormList, unchanged
 from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, WeightNorm, blank_module, copied_module
 
-__all__ = ["install", "new_parameter", "rebuild_parametrized", "reorder_parameters", "restore_parameter"]
+__all__ = [
+    "fresh_parameter",
+    "install",
+    "new_parameter",
+    "rebuild_parametrized",
+    "reorder_parameters",
+    "restore_parameter",
+]
 
 _ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
 _is_compiling, _is_tracing, _grad_enabled = torch.compiler.is_compiling, torch._C._is_tracing, torch.is_grad_enabled
@@ -95,15 +102,23 @@ def new_parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
     return made
 
 
-def restore_parameter(module: nn.Module, name: str, weight: nn.Parameter) -> None:
-    """Make `module.name` the plain parameter `weight` again and take every trace of parametrization away.
+def fresh_parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
+    """A plain tensor that was just computed, without a graph, and that nobody else holds, itself as a Parameter."""
+    tensor.__class__ = nn.Parameter
+    tensor.requires_grad = requires_grad
+    return tensor  # type: ignore[return-value]
+
+
+def restore_parameter(module: nn.Module, name: str, weight: nn.Parameter) -> Any:
+    """Make `module.name` the plain parameter `weight` again and take every trace of parametrization away; returns the
+    list that held its pair.
 
     The generated class is left as it is, since torch's copies share it with their original; a module that keeps
     other parametrizations gets a fresh one.
     """
     table = _table(module)
     order: tuple[str, ...] = table.__dict__.get(_ORDER, ())
-    del table._modules[name]
+    entry = table._modules.pop(name)
     _undressed(module)
     if table._modules:
         _give_class(module, tuple(table._modules))
@@ -111,6 +126,7 @@ def restore_parameter(module: nn.Module, name: str, weight: nn.Parameter) -> Non
         del module._modules["parametrizations"]
     module._parameters[name] = weight
     reorder_parameters(module, order)
+    return entry
 
 
 def _undressed(module: nn.Module) -> nn.Module:
@@ -144,14 +160,19 @@ def _table(module: nn.Module) -> Any:
 
 def reorder_parameters(module: nn.Module, order: tuple[str, ...]) -> None:
     """Put the parameters named in `order` in that order, among themselves: others keep their place before or after."""
-    entries = dict(module._parameters)
+    held = module._parameters
+    if len(order) == len(held) and all(name in held for name in order):
+        for name in order:
+            held[name] = held.pop(name)
+        return
+    entries = dict(held)
     known = [name for name in order if name in entries]
     names = [name for name in entries if name not in order] if len(known) < len(entries) else []
     first = next((i for i, name in enumerate(entries) if name in order), 0) if names else 0
     names[first:first] = known
-    module._parameters.clear()
+    held.clear()
     for name in names:
-        module._parameters[name] = entries[name]
+        held[name] = entries[name]
 
 
 # The host's class ----------------------------------------------------------------------------------------

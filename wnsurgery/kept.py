@@ -151,7 +151,7 @@ class Kept:
 
     def is_of(self, g: Any, v: Any) -> bool:
         """Whether it is still the weight of this pair, tensors or None."""
-        if (  # all in one place, and `was_of` and `differ` too, for this is asked at every use of a weight in evaluation
+        if (  # `was_of` and `differ` are here too, for this is asked at every use of a weight in evaluation
             g is not self._g
             or v is not self._v
             or g._version != self._g_version

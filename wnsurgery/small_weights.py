@@ -139,20 +139,34 @@ class SmallWeights:
 
     def compute(self) -> list[Ready | None]:
         """All weights, in memory of their own; None for one with a row that is not an ordinary one."""
+        if fused.started():
+            with torch.inference_mode(False), torch.no_grad():
+                made = self.make()
+            return [made.ready(i, rows) if made.fine[i] else None for i, rows in enumerate(self.rows)]
+        weights, norms = self._by_torch()
+        parts = norms.split_with_sizes(self.rows)
+        return [None if w is None else Ready(n, None, w) for n, w in zip(parts, weights, strict=True)]
+
+    def weights(self) -> list[Tensor | None]:
+        """The weights of `compute` alone."""
+        if not fused.started():
+            return self._by_torch()[0]
         with torch.inference_mode(False), torch.no_grad():
-            if fused.started():
-                return self._in_one_pass()
+            made = self.make()
+        return [w if fine else None for w, fine in zip(made.weights, made.fine, strict=True)]
+
+    def _by_torch(self) -> tuple[list[Tensor | None], Tensor]:
+        """The weights, by torch's and numpy's operations, and ||v|| of all their rows."""
+        with torch.inference_mode(False), torch.no_grad():
             flat_v, flat_g = self._copy_pairs()
             wide = flat_v.to(torch.float64).numpy()
             norms = np.sqrt(np.add.reduceat(np.multiply(wide, wide, out=wide), self._starts))
             factor, ordinary = ordinary_factors(flat_g.numpy(), norms)
-            w = torch._foreach_mul(self.v, self._like_g(torch.from_numpy(factor)))
-            short = torch.from_numpy(norms.astype(np.float32)).split_with_sizes(self.rows)
-            found: list[Ready | None] = [Ready(n, None, one) for n, one in zip(short, w, strict=True)]
+            found: list[Tensor | None] = list(torch._foreach_mul(self.v, self._like_g(torch.from_numpy(factor))))
             if ordinary is not None:
                 whole = np.logical_and.reduceat(ordinary, self._firsts)
-                found = [one if fine else None for one, fine in zip(found, whole, strict=True)]
-            return found
+                found = [w if fine else None for w, fine in zip(found, whole, strict=True)]
+            return found, torch.from_numpy(norms.astype(np.float32))
 
     def make(self, weights: list[Tensor] | None = None) -> Made:
         """All weights by the compiled kernels, which read each pair where it lies and write each weight by itself: into
@@ -174,10 +188,6 @@ class SmallWeights:
     def lines(self) -> list[tuple[int, ...]]:
         """What the kernels know of each weight: see `fused.lines_of`."""
         return fused.lines_of(list(zip(self.g, self.v, strict=True)))
-
-    def _in_one_pass(self) -> list[Ready | None]:
-        made = self.make()
-        return [made.ready(i, rows) if made.fine[i] else None for i, rows in enumerate(self.rows)]
 
     def is_where_it_was(self, i: int) -> bool:
         """Whether the kernels may read a weight's pair where they read it before."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import zip_longest
+from itertools import compress, zip_longest
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
 from wnsurgery.fans import FanReport, fan_init
 from wnsurgery.following import Follower, Optimizers, Swap
 from wnsurgery.fully_sharded import FullyShard
-from wnsurgery.hosts import install, new_parameter, reorder_parameters, restore_parameter
+from wnsurgery.hosts import fresh_parameter, install, new_parameter, reorder_parameters, restore_parameter
 from wnsurgery.mechanism import WeightNormList
 from wnsurgery.modes import Mode, check_mode, set_weight_norm_mode
 from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
@@ -104,7 +104,7 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
     if init == "preserve" and init_options:
         raise TypeError(f"apply_weight_norm got unexpected arguments: {', '.join(sorted(init_options))}")
     check_mode(mode)
-    _refuse_wrapped(model)
+    modules = _unwrapped(model)
     sharding = FullyShard(model)
     follower = Follower(model, optimizer)
     carry = init == "preserve" and batch_norm == "keep"
@@ -123,7 +123,7 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
             with _plain_grad_mode():
                 follower.split(map(_swap_at, plan.sites), carry=carry)
                 follower.settle(p for step in norms.steps for p in model.get_submodule(step.layer).parameters())
-    rename_tied(model)
+    rename_tied(modules)
     if mode == "deferred":
         set_weight_norm_mode(model, mode)
     return model
@@ -154,7 +154,7 @@ def apply_plan(
     freeze_magnitude: bool = False,
 ) -> M:
     """Carry out a plan made by `plan_weight_norm` on the same model; see `apply_weight_norm`."""
-    _refuse_wrapped(model)
+    _unwrapped(model)
     sharding = FullyShard(model)
     with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
         _carry_out(plan, magnitude, magnitude_dtype, freeze_magnitude, sharding)
@@ -210,7 +210,9 @@ def is_weight_normed(model: nn.Module) -> bool:
     >>> is_weight_normed(apply_weight_norm(nn.Linear(3, 2)))
     True
     """
-    return any(slot.form in _WEIGHT_NORM or (slot.form == "other" and _is_stacked(slot)) for slot in slots(model))
+    return any(
+        slot.form in _WEIGHT_NORM or (slot.form == "other" and _is_stacked(slot)) for slot in slots(model, plain=False)
+    )
 
 
 def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
@@ -242,14 +244,14 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     when the optimizer (LBFGS) cannot follow.
     """
     with _plain_grad_mode(), _collecting_later():
-        _refuse_wrapped(model)
+        modules = _unwrapped(model)
         sharding = FullyShard(model)
         follower = Follower(model, optimizer)
-        means = folded_means(model)
+        means = folded_means(model, modules)
         pairs = _pairs(model, sharding)
         weights = _plain_weights(pairs)
         owners = [slot for pair in pairs for slot in pair.owners]
-        deferred = [entry for slot in owners if isinstance(entry := _entry(slot), WeightNormList) and entry._deferred]
+        deferred: list[WeightNormList] = []
         halves = [_halves(pair.owners[0]) if sharding else None for pair in pairs]
         with _all_or_nothing(slot.module for slot in owners), sharding.all_or_nothing():
             for pair, weight in zip(pairs, weights, strict=True):
@@ -257,8 +259,10 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
                     if slot.form == "legacy":
                         _remove_legacy(slot, weight)
                     else:
-                        _remove_parametrized(slot, weight)
-            for pair, weight, places in zip(pairs, weights, halves, strict=True):
+                        entry = _remove_parametrized(slot, weight)
+                        if isinstance(entry, WeightNormList) and entry._deferred is not None:
+                            deferred.append(entry)
+            for pair, weight, places in zip(pairs, weights, halves, strict=True) if sharding else ():
                 if places is not None:
                     sharding.join(weight, places, [(slot.module, slot.parameter) for slot in pair.owners])
             for slot in owners:
@@ -270,7 +274,7 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
         for fold_mean in means:
             fold_mean()
         follower.settle()
-        rename_tied(model)
+        rename_tied(modules)
     _log.info("weight norm folded out of %d weights", len(pairs))
     return model
 
@@ -291,7 +295,7 @@ class _Pair(NamedTuple):
 def _pairs(model: nn.Module, sharding: FullyShard) -> list[_Pair]:
     """Every pair of a model, in walking order."""
     found: dict[tuple[int, int], _Pair] = {}
-    for slot in slots(model):
+    for slot in slots(model, plain=False):
         if slot.form not in _WEIGHT_NORM:
             if slot.form == "other" and _is_stacked(slot):
                 raise PairError(f"{slot.fqn}: another parametrization is stacked on its weight norm; remove that first")
@@ -323,19 +327,20 @@ def _halves(slot: Slot) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
 
 def _plain_weights(pairs: Sequence[_Pair]) -> list[nn.Parameter]:
     """The folded weights as Parameters, with the attributes people hung on v."""
-    small = [pair for pair in pairs if _is_small(pair)]
-    ready = SmallWeights([(pair.g, pair.v) for pair in small]).compute() if small else []
-    known = {id(pair): one.w for pair, one in zip(small, ready, strict=True) if one and one.w is not None}
+    small = list(map(_is_small, pairs))
+    chosen = [(pair.g, pair.v) for pair in compress(pairs, small)]
+    known = iter(SmallWeights(chosen).weights() if chosen else ())
     weights = []
-    for pair in pairs:
-        g, v, axes, magnitude, owners = pair
-        w = known.get(id(pair))
-        if w is None:
+    for (g, v, axes, magnitude, owners), is_known in zip(pairs, small, strict=True):
+        w = next(known) if is_known else None
+        if w is not None:
+            weight = fresh_parameter(w, g.requires_grad or v.requires_grad)
+        else:
             try:
                 w = compose(g, v, axes, magnitude=magnitude).detach()
             except PairError as error:
                 raise PairError(f"{owners[0].fqn}: {error.message}") from error
-        weight = new_parameter(w, g.requires_grad or v.requires_grad)
+            weight = new_parameter(w, g.requires_grad or v.requires_grad)
         if v.__dict__:
             weight.__dict__.update((name, value) for name, value in v.__dict__.items() if name != OWNER)
         weights.append(weight)
@@ -370,17 +375,17 @@ def _is_stacked(slot: Slot) -> bool:
     return len(kinds) > 1 and any(k in ("WeightNorm", "_WeightNorm") for k in kinds)
 
 
-def _remove_parametrized(slot: Slot, weight: nn.Parameter) -> None:
+def _remove_parametrized(slot: Slot, weight: nn.Parameter) -> Any:
+    """Put the weight in the place of its pair; returns the list that held it."""
     module, name = slot.module, slot.parameter
-    if slot.form != "torch":
-        restore_parameter(module, name, weight)
-    else:
-        order = tuple(module._parameters)
-        restore_parameter(module, name, weight)
+    order = tuple(module._parameters) if slot.form == "torch" else ()
+    entry = restore_parameter(module, name, weight)
+    if slot.form == "torch":
         reorder_parameters(module, (name, *order))
         for key, hook in list(module._load_state_dict_pre_hooks.items()):
             if _is_compat_hook(hook, name):
                 del module._load_state_dict_pre_hooks[key]
+    return entry
 
 
 def _is_compat_hook(hook: Any, name: str) -> bool:
@@ -425,18 +430,20 @@ def _refresh_recurrent(module: nn.Module) -> None:
 # Safety --------------------------------------------------------------------------------------------------
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
-    """Wrappers that have copied the parameter list cannot follow surgery beneath them."""
+def _unwrapped(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model; wrappers that have copied the parameter list cannot follow surgery beneath them."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    wrapped = [m for m in modules_of(model) if isinstance(m, nn.parallel.DistributedDataParallel)]
+    modules = modules_of(model)
+    wrapped = {kind for kind in set(map(type, modules)) if issubclass(kind, nn.parallel.DistributedDataParallel)}
     for name, module in model.named_modules() if wrapped else ():
-        if module in wrapped:
+        if type(module) in wrapped:
             where = f"{name}: " if name else ""
             raise SelectionError(
                 f"{where}DistributedDataParallel holds the old parameters",
                 hint="do the surgery on the inner module before wrapping it",
             )
+    return modules
 
 
 @contextmanager
@@ -449,16 +456,17 @@ def _plain_grad_mode() -> Iterator[None]:
 @contextmanager
 def _all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put classes and attributes of the modules back as they were if anything goes wrong inside."""
-    saved: dict[int, tuple[nn.Module, type, dict[str, Any], dict[str, dict[str, Any]], Callable[[], None] | None]] = {}
+    saved: dict[int, tuple[nn.Module, type, dict[str, Any], dict[str, dict[str, Any]], dict[str, Any] | None]] = {}
     for module in modules:
         if id(module) not in saved:
             attributes = module.__dict__.copy()
-            tables = {name: dict(attributes[name]) for name in _TABLES if attributes.get(name)}
-            saved[id(module)] = module, type(module), attributes, tables, _table_restorer(module)
+            tables = {name: dict(held) for name in _TABLES if (held := attributes.get(name))}
+            entries = _parametrizations(module)
+            saved[id(module)] = module, type(module), attributes, tables, None if entries is None else dict(entries)
     try:
         yield
     except BaseException:
-        for module, cls, attributes, tables, restore in saved.values():
+        for module, cls, attributes, tables, entries in saved.values():
             module.__class__ = cls
             module.__dict__.clear()
             module.__dict__.update(attributes)
@@ -466,9 +474,17 @@ def _all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
                 if name in attributes:
                     attributes[name].clear()
                     attributes[name].update(tables.get(name, {}))
-            if restore is not None:
-                restore()
+            held = _parametrizations(module)
+            if held is not None and entries is not None:
+                held.clear()
+                held.update(entries)
         raise
+
+
+def _parametrizations(module: nn.Module) -> dict[str, Any] | None:
+    """The lists of a parametrized module by name, None of any other."""
+    table = module._modules.get("parametrizations")
+    return table._modules if isinstance(table, nn.ModuleDict) else None
 
 
 @contextmanager
@@ -485,17 +501,3 @@ def _collecting_later() -> Iterator[None]:
                 gc.freeze()
                 gc.unfreeze()  # what was frozen counts as old
             gc.enable()
-
-
-def _table_restorer(module: nn.Module) -> Callable[[], None] | None:
-    """Undo for the table of parametrizations under a module, if it has one."""
-    table = module._modules.get("parametrizations")
-    if not isinstance(table, nn.ModuleDict):
-        return None
-    entries = dict(table._modules)
-
-    def restore() -> None:
-        table._modules.clear()
-        table._modules.update(entries)
-
-    return restore

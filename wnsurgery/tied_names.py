@@ -7,11 +7,10 @@ Models of the transformers library name the parameters that are others by anothe
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-
-from wnsurgery.walk import modules_of
 
 __all__ = ["rename_tied"]
 
@@ -19,12 +18,14 @@ _LISTS = ("_tied_weights_keys", "all_tied_weights_keys")  # {name of the copy: n
 _HALF = re.compile(r"(.*\.|)parametrizations\.([^.]+)\.original[01]")
 
 
-def rename_tied(model: nn.Module) -> None:
+def rename_tied(modules: Sequence[nn.Module]) -> None:
     """Name g and v of converted weights in the lists of tied parameters of a model's modules, and plain weights again
     once they are folded. Patterns stay as they are."""
-    for module in modules_of(model):
-        for attribute in _LISTS:
-            default = getattr(type(module), attribute, None)
+    kinds = set(map(type, modules))
+    for attribute in _LISTS:
+        defaults = {kind: getattr(kind, attribute, None) for kind in kinds}
+        for module in modules:
+            default = defaults[type(module)]
             known = module.__dict__.get(attribute, default)
             if not known or not isinstance(known, dict):
                 continue

@@ -57,13 +57,14 @@ class Slot(NamedTuple):
         return None if lazy or self.tensor is None else tuple(self.tensor.shape)
 
 
-def slots(model: nn.Module) -> list[Slot]:
-    """Every tensor of a module tree, each module once, with all its names, in the order of definition."""
+def slots(model: nn.Module, *, plain: bool = True) -> list[Slot]:
+    """Every tensor of a module tree, each module once, with all its names, in the order of definition; without `plain`,
+    those under a parametrization alone."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     found: list[Slot] = []
     for module, names, ancestors in _modules(model):
-        for parameter, form, tensor, magnitude in _tensors(module):
+        for parameter, form, tensor, magnitude in _tensors(module, plain):
             fqns = tuple([f"{n}.{parameter}" if n else parameter for n in names])
             found.append(Slot(module, parameter, fqns, form, tensor, magnitude, ancestors))
     return found
@@ -116,15 +117,17 @@ def _is_parametrized(module: nn.Module) -> bool:
     return isinstance(module._modules["parametrizations"], nn.ModuleDict)
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor | None, Tensor | None]]:
-    """(parameter, form, tensor, magnitude) of everything a module holds itself."""
+def _tensors(module: nn.Module, plain: bool) -> Iterator[tuple[str, str, Tensor | None, Tensor | None]]:
+    """(parameter, form, tensor, magnitude) of everything a module holds itself, or of what is parametrized."""
     if isinstance(module, torch.jit.ScriptModule):
+        if not plain:
+            return
         yield from ((name, "plain", parameter, None) for name, parameter in module.named_parameters(recurse=False))
         yield from ((name, "buffer", buffer, None) for name, buffer in module.named_buffers(recurse=False))
         return
     legacy = sorted({hook.name for hook in legacy_hooks(module)}) if module._forward_pre_hooks else ()
     parts = {f"{name}{end}" for name in legacy for end in ("_g", "_v")} if legacy else ()
-    for name, parameter in module._parameters.items():
+    for name, parameter in module._parameters.items() if plain else ():
         if parameter is not None and name not in parts:
             yield name, "plain", parameter, None
     for name in legacy:
@@ -133,6 +136,8 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor | None, Tenso
         for name, entry in module._modules["parametrizations"]._modules.items():  # type: ignore[union-attr]
             if isinstance(entry, ParametrizationList):
                 yield name, *_parametrized(entry)
+    if not plain:
+        return
     for name, buffer in module._buffers.items():
         if buffer is not None:
             yield name, "buffer", buffer, None
