@@ -257,10 +257,11 @@ def test_a_half_turned_in_place(half: int) -> None:
     with torch.no_grad():
         for _ in range(2):
             module.weight  # noqa: B018 - kept from here on
+        before = pair._parameters["original0"].data
         if half:
             pair._parameters["original1"].t_()
         else:
-            pair._parameters["original0"].data = pair._parameters["original0"].data.flip(0)
+            pair._parameters["original0"].data = before.flip(0)
         assert same_bits(module.weight, now(module))
 
 

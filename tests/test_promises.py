@@ -17,9 +17,10 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel
 
 import wnsurgery as wn
+from wnsurgery import fused
 from wnsurgery.mechanism import PASSING
 
-from nets import NETS, effective, net, same_bits
+from nets import NETS, effective, halves, net, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -406,6 +407,96 @@ def test_an_error_in_the_middle_changes_nothing(monkeypatch: pytest.MonkeyPatch)
         action(model)
         assert same_bits(model(x), expected)
     assert state(model) == state(net("encoder-layer")[0])
+
+
+def _of_all_forms() -> nn.Module:
+    """Our pairs, torch's and legacy ones, in modules that keep weights in lists, and that hold two kinds."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        legacy = nn.utils.weight_norm(nn.Linear(3, 4))
+        mixed = nn.utils.weight_norm(wn.apply_weight_norm(nn.GRUCell(3, 4), include="*weight_ih"), "weight_hh")
+    ours = wn.apply_weight_norm(nn.LSTM(3, 4, 2))
+    return nn.ModuleList([legacy, parametrizations.weight_norm(nn.Linear(3, 4)), ours, mixed, nn.Linear(3, 4)])
+
+
+@pytest.mark.parametrize("failing", range(1, 13))
+def test_folding_that_fails_puts_every_form_back(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever weight of whatever form folding fails at, all modules have their attributes, tables and classes again,
+    the very same objects."""
+    from wnsurgery import surgery
+
+    def everything(model: nn.Module) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, module in model.named_modules():
+            found[f"{name} class"] = type(module)
+            found |= {f"{name}.{n}": id(a) for n, a in module.__dict__.items() if n not in PASSING}
+            tables = {n: a for n, a in module.__dict__.items() if isinstance(a, dict)}
+            found |= {f"{name}.{n} table": [(key, id(held)) for key, held in a.items()] for n, a in tables.items()}
+        return found
+
+    model = _of_all_forms()
+    before, calls = everything(model), []
+
+    def counted(original: Any) -> Any:
+        def run(*args: Any) -> Any:
+            calls.append(1)
+            if len(calls) == failing:
+                raise MemoryError
+            return original(*args)
+
+        return run
+
+    monkeypatch.setattr(surgery, "_remove_legacy", counted(surgery._remove_legacy))
+    monkeypatch.setattr(surgery, "_remove_parametrized", counted(surgery._remove_parametrized))
+    monkeypatch.setattr(surgery, "_refresh_recurrent", counted(surgery._refresh_recurrent))
+    with pytest.raises(MemoryError):
+        wn.fold_weight_norm(model)
+    assert everything(model) == before
+    monkeypatch.undo()
+    wn.fold_weight_norm(model)
+    assert not wn.is_weight_normed(model)
+
+
+@pytest.mark.parametrize("few", [1, 2, 3, 512])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_small_weights_computed_a_few_at_a_time(few: int, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many small weights are computed at once, each is folded to its own bits, ordinary or not, and is a
+    Parameter like any other: with its flag, in memory of its own, that can be trained, copied and resized."""
+    if kernels and not fused.start():
+        pytest.skip("needs numba")
+    monkeypatch.setattr("wnsurgery.fused.started", lambda: kernels)
+    monkeypatch.setattr("wnsurgery.surgery._FEW", few)
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(3, 2 + i % 3) for i in range(7)])
+    with torch.no_grad():
+        model[2].weight[0] = 0
+        model[4].weight.mul_(1e-30)
+    model[5].weight.requires_grad_(False)
+    plain = [layer.weight.detach().clone() for layer in model]
+    wn.apply_weight_norm(model)
+    pairs = [halves(layer) for layer in model]
+    assert [g.requires_grad and v.requires_grad for g, v in pairs] == [i != 5 for i in range(7)]
+    assert all(same_bits(layer.weight, w) for layer, w in zip(model, plain, strict=True))
+    with torch.no_grad():
+        for g, _ in pairs:
+            g.mul_(1.7)
+    expected = [wn.compose(g.detach(), v.detach()) for g, v in pairs]
+    with torch.inference_mode():
+        wn.fold_weight_norm(model)
+    for i, (layer, w) in enumerate(zip(model, expected, strict=True)):
+        weight = layer.weight
+        assert type(weight) is nn.Parameter
+        assert same_bits(weight, w)
+        assert weight.requires_grad is (i != 5)
+        assert weight.is_leaf
+        assert weight.untyped_storage().nbytes() == weight.nbytes
+        assert not weight.is_inference()
+        assert same_bits(copy.deepcopy(weight), w)
+    model[0](torch.randn(2, 3)).sum().backward()
+    assert model[0].weight.grad is not None
+    with torch.no_grad():
+        model[5].weight.resize_(1, 3)
 
 
 def test_not_finite_weights_are_refused_by_name() -> None:

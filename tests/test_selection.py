@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, prune
 
 import wnsurgery as wn
 from wnsurgery import layers
+from wnsurgery.walk import modules_of, slots
 
 from nets import NETS, SameConvTwice, TiedLanguageModel, net
 
@@ -39,6 +40,23 @@ def test_every_tensor_is_in_the_plan_once(name: str) -> None:
     assert all(s.reason for s in plan.skipped)
     assert all(site.weight.ndim > 1 for site in plan.sites)
     assert str(len(plan.sites)) in str(plan)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_walker_without_plain_tensors(name: str) -> None:
+    """Asked for what is parametrized, the walker finds that alone, as it does among everything else."""
+    model, _ = net(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        legacy = nn.utils.weight_norm(nn.Linear(3, 4))
+    model.extra = nn.ModuleList([parametrizations.weight_norm(nn.Linear(3, 4)), legacy])
+    model.other = parametrizations.orthogonal(nn.Linear(3, 3))
+    for _ in range(2):
+        forms = ("ours", "torch", "legacy", "other")
+        assert slots(model, plain=False) == [slot for slot in slots(model) if slot.form in forms]
+        names = [n for n, _ in model.named_modules() if "parametrizations" not in n.split(".")]
+        assert {id(m) for m in modules_of(model)} == {id(model.get_submodule(n)) for n in names}
+        wn.apply_weight_norm(model)
 
 
 def test_rows_of_the_table() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import compress, zip_longest
@@ -37,7 +37,10 @@ _WEIGHT_NORM = ("ours", "torch", "legacy")
 _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_load_state_dict_pre_hooks")
 _TABLES = ("_parameters", "_modules", *_HOOKS)  # of a module: what surgery writes to
 
+_FEW = 512  # small weights that are computed at a time
+
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms, and where g starts
@@ -112,9 +115,9 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
         with _collecting_later():
             plan = plan_weight_norm(model, include=include, exclude=exclude, dim=dim)
         options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
-        with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
+        with _all_or_nothing(attributes=init != "preserve") as save:
             options["freeze_magnitude"] = freeze_magnitude and init == "preserve"
-            _carry_out(plan, **options, sharding=sharding)
+            _carry_out(plan, **options, sharding=sharding, save=save)
             if init != "preserve" and plan.sites:
                 names = {site.fqn for site in plan.sites}
                 init_options["include"] = lambda _, name: name in names
@@ -156,8 +159,8 @@ def apply_plan(
     """Carry out a plan made by `plan_weight_norm` on the same model; see `apply_weight_norm`."""
     _unwrapped(model)
     sharding = FullyShard(model)
-    with _all_or_nothing(owner.module for site in plan.sites for owner in site.owners):
-        _carry_out(plan, magnitude, magnitude_dtype, freeze_magnitude, sharding)
+    with _all_or_nothing() as save:
+        _carry_out(plan, magnitude, magnitude_dtype, freeze_magnitude, sharding, save)
     return model
 
 
@@ -167,6 +170,7 @@ def _carry_out(
     magnitude_dtype: torch.dtype | None,
     freeze_magnitude: bool,
     sharding: FullyShard,
+    save: Callable[[nn.Module], None],
 ) -> None:
     """Apply a plan; on an error the caller puts the modules back."""
     if magnitude not in ("linear", "log"):
@@ -176,7 +180,8 @@ def _carry_out(
     with _plain_grad_mode(), _collecting_later():
         pairs = []
         plain = magnitude == "linear" and magnitude_dtype in (None, torch.float32)
-        known = small_magnitudes([(site.weight, site.axes) for site in plan.sites]) if plain else []
+        weights = [(site.weight, site.axes) for site in plan.sites] if plain else []
+        known = (g for some in _in_cache(weights) for g in small_magnitudes(some))
         for site, g in zip_longest(plan.sites, known):
             if sharding:
                 sharding.check(site.fqn, (site.slot.module, site.slot.parameter), site.weight)
@@ -194,6 +199,7 @@ def _carry_out(
             net = Preparation()
             for site, (g, v) in zip(plan.sites, pairs, strict=True):
                 for owner in site.owners:
+                    save(owner.module)
                     rule = WeightNorm(site.axes, magnitude, magnitude_dtype)
                     g, v = install(owner.module, owner.parameter, rule, (g, v), net)  # noqa: PLW2901 - owners share these
                 if freeze_magnitude:
@@ -250,12 +256,15 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
         means = folded_means(model, modules)
         pairs = _pairs(model, sharding)
         weights = _plain_weights(pairs)
-        owners = [slot for pair in pairs for slot in pair.owners]
         deferred: list[WeightNormList] = []
+        recurrent: list[nn.Module] = []
         halves = [_halves(pair.owners[0]) if sharding else None for pair in pairs]
-        with _all_or_nothing(slot.module for slot in owners), sharding.all_or_nothing():
+        with _all_or_nothing() as save, sharding.all_or_nothing():
             for pair, weight in zip(pairs, weights, strict=True):
                 for slot in pair.owners:
+                    save(slot.module)
+                    if _is_recurrent(slot.module):
+                        recurrent.append(slot.module)
                     if slot.form == "legacy":
                         _remove_legacy(slot, weight)
                     else:
@@ -265,9 +274,8 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
             for pair, weight, places in zip(pairs, weights, halves, strict=True) if sharding else ():
                 if places is not None:
                     sharding.join(weight, places, [(slot.module, slot.parameter) for slot in pair.owners])
-            for slot in owners:
-                if _is_recurrent(slot.module):
-                    _refresh_recurrent(slot.module)
+            for module in recurrent:
+                _refresh_recurrent(module)
             follower.join(map(_Pair.swap, pairs, weights))
         for entry in deferred:
             entry.undefer(settle=False)
@@ -329,7 +337,7 @@ def _plain_weights(pairs: Sequence[_Pair]) -> list[nn.Parameter]:
     """The folded weights as Parameters, with the attributes people hung on v."""
     small = list(map(_is_small, pairs))
     chosen = [(pair.g, pair.v) for pair in compress(pairs, small)]
-    known = iter(SmallWeights(chosen).weights() if chosen else ())
+    known = (w for some in _in_cache(chosen) for w in SmallWeights(some).weights())
     weights = []
     for (g, v, axes, magnitude, owners), is_known in zip(pairs, small, strict=True):
         w = next(known) if is_known else None
@@ -345,6 +353,11 @@ def _plain_weights(pairs: Sequence[_Pair]) -> list[nn.Parameter]:
             weight.__dict__.update((name, value) for name, value in v.__dict__.items() if name != OWNER)
         weights.append(weight)
     return weights
+
+
+def _in_cache(pairs: Sequence[T]) -> Iterator[Sequence[T]]:
+    """A few small weights or pairs at a time, so that what is computed on the way to them stays in the cache."""
+    return (pairs[first : first + _FEW] for first in range(0, len(pairs), _FEW))
 
 
 def _is_small(pair: _Pair) -> bool:
@@ -454,31 +467,49 @@ def _plain_grad_mode() -> Iterator[None]:
 
 
 @contextmanager
-def _all_or_nothing(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put classes and attributes of the modules back as they were if anything goes wrong inside."""
-    saved: dict[int, tuple[nn.Module, type, dict[str, Any], dict[str, dict[str, Any]], dict[str, Any] | None]] = {}
-    for module in modules:
-        if id(module) not in saved:
-            attributes = module.__dict__.copy()
-            tables = {name: dict(held) for name in _TABLES if (held := attributes.get(name))}
-            entries = _parametrizations(module)
-            saved[id(module)] = module, type(module), attributes, tables, None if entries is None else dict(entries)
+def _all_or_nothing(*, attributes: bool = False) -> Iterator[Callable[[nn.Module], None]]:
+    """Gives a function to call before a module is changed; puts classes and tables of those modules back as they were
+    if anything goes wrong inside. With `attributes`, all that hangs on them, too, for what does more than exchange
+    parameters."""
+    before = _Before(attributes)
     try:
-        yield
+        yield before.save
     except BaseException:
-        for module, cls, attributes, tables, entries in saved.values():
+        before.restore()
+        raise
+
+
+class _Before:
+    """Modules as they were before each of them was changed."""
+
+    def __init__(self, attributes: bool) -> None:
+        self._attributes = attributes
+        self._saved: dict[int, tuple[nn.Module, type, dict[str, Any], dict[str, Any], dict[str, Any] | None]] = {}
+
+    def save(self, module: nn.Module) -> None:
+        if id(module) in self._saved:
+            return
+        state = module.__dict__
+        tables = {name: dict(held) for name in _TABLES if (held := state.get(name))}
+        if self._attributes or "_forward_pre_hooks" in tables or _is_recurrent(module):  # which have weights there
+            state = state.copy()
+        entries = _parametrizations(module)
+        self._saved[id(module)] = module, type(module), state, tables, None if entries is None else dict(entries)
+
+    def restore(self) -> None:
+        for module, cls, state, tables, entries in self._saved.values():
             module.__class__ = cls
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+            if module.__dict__ is not state:
+                module.__dict__.clear()
+                module.__dict__.update(state)
             for name in _TABLES:
-                if name in attributes:
-                    attributes[name].clear()
-                    attributes[name].update(tables.get(name, {}))
+                if name in state:
+                    state[name].clear()
+                    state[name].update(tables.get(name, {}))
             held = _parametrizations(module)
             if held is not None and entries is not None:
                 held.clear()
                 held.update(entries)
-        raise
 
 
 def _parametrizations(module: nn.Module) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from wnsurgery.reparam import WeightNorm
 
 __all__ = ["Slot", "legacy_hooks", "modules_of", "slots"]
 
+_KINDS: dict[Any, str] = {WeightNorm: "ours", TorchWeightNorm: "torch"}
 _MAX_NAMES = 16  # names kept per shared module; deep diamonds of sharing have exponentially many
 
 
@@ -78,9 +79,10 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
         module = waiting.pop()
         if id(module) not in found:
             found[id(module)] = module
-            if module._modules:
+            children = module._modules
+            if children and not (len(children) == 1 and _is_parametrized(module)):
                 own = "parametrizations" if _is_parametrized(module) else None
-                waiting += [child for name, child in module._modules.items() if child is not None and name != own]
+                waiting += [child for name, child in children.items() if child is not None and name != own]
     return list(found.values())
 
 
@@ -150,7 +152,7 @@ def _tensors(module: nn.Module, plain: bool) -> Iterator[tuple[str, str, Tensor 
 
 def _parametrized(entry: ParametrizationList) -> tuple[str, Tensor | None, Tensor | None]:
     head = entry._modules.get("0")
-    kind = {WeightNorm: "ours", TorchWeightNorm: "torch"}.get(type(head), "other")
+    kind = _KINDS.get(type(head), "other")
     if kind != "other" and "1" not in entry._modules:
         return kind, entry._parameters.get("original1"), entry._parameters.get("original0")
     held = {**entry._parameters, **entry._buffers}
