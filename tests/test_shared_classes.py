@@ -175,3 +175,12 @@ def test_a_property_put_on_the_class_of_one() -> None:
     kind.told = property(None, lambda self, value: seen.append(value))
     model[1].told = 7
     assert (model[0].size, model[1].size) == (4, 3) and seen == [7]
+
+
+def test_a_plain_bias_beside_a_parametrized_one_compiles() -> None:
+    """A layer whose bias is plain compiles in one graph, though torch has put a property for the bias of another on the
+    class they have in common."""
+    model, x = wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))), torch.randn(2, 3)
+    parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+    assert type(model[0]) is type(model[1])
+    assert torch.allclose(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))

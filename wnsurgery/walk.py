@@ -5,7 +5,7 @@ There is one walker, `slots`. The plan, folding and data-dependent initialisatio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -86,31 +86,30 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def _modules(
-    model: nn.Module,
-) -> Iterator[tuple[nn.Module, tuple[str, ...], tuple[tuple[str, nn.Module], ...]]]:
+_Found = tuple[nn.Module, list[str], tuple[tuple[str, nn.Module], ...]]
+
+
+def _modules(model: nn.Module) -> Iterable[_Found]:
     """Each module once, with all its names and its first chain of ancestors; parametrization machinery left out."""
-    names: dict[int, list[str]] = {}
-    first: dict[int, tuple[nn.Module, tuple[tuple[str, nn.Module], ...]]] = {}
+    found: dict[int, _Found] = {}
 
     def visit(module: nn.Module, name: str, path: tuple[tuple[str, nn.Module], ...]) -> None:
-        known = names.get(id(module))
+        known = found.get(id(module))
         if known is None:
-            names[id(module)] = [name]
             path = (*path, (name, module))
-            first[id(module)] = module, path
+            found[id(module)] = module, [name], path
         else:
-            if len(known) >= _MAX_NAMES or any(m is module for _, m in path):
+            names = known[1]
+            if len(names) >= _MAX_NAMES or any(m is module for _, m in path):
                 return
-            known.append(name)
+            names.append(name)
             path = (*path, (name, module))
         for child_name, child in module._modules.items():
             if child is not None and not (child_name == "parametrizations" and _is_parametrized(module)):
                 visit(child, f"{name}.{child_name}" if name else child_name, path)
 
     visit(model, "", ())
-    for key, (module, path) in first.items():
-        yield module, tuple(names[key]), path
+    return found.values()
 
 
 def _is_parametrized(module: nn.Module) -> bool:
