@@ -301,3 +301,19 @@ def test_rooms_lend_once() -> None:
     assert rooms.take("w", like) is not None
     assert rooms.take("w", torch.zeros(1 << 16, dtype=torch.float64)).dtype == torch.float64  # type: ignore[union-attr]
     assert rooms.take("w", torch.zeros((1 << 16) - 1)) is None
+
+
+@pytest.mark.parametrize("size", [6, 1200])  # the memory of the larger goes back to the system
+def test_other_memory_put_under_a_kept_weight_reaches_the_pair(size: int) -> None:
+    """`module.weight.data = tensor` in evaluation is the weight from then on; another shape is an error, once."""
+    layer: Any = wn.apply_weight_norm(nn.Linear(size, size))
+    with torch.no_grad():
+        layer(torch.ones(1, size))
+        new = torch.randn(size, size)
+        layer.weight.data = new.clone()
+        assert torch.equal(layer(torch.eye(size)) - layer.bias, (torch.eye(size) @ new.t() + layer.bias) - layer.bias)
+        assert torch.equal(layer.parametrizations.weight.original1, new)
+        layer.weight.data = torch.ones(size, 1)
+        with pytest.raises(wn.PairError, match="does not fit"):
+            layer(torch.ones(1, size))
+        assert torch.equal(layer.weight, new)

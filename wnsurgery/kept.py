@@ -117,6 +117,7 @@ class Kept:
         "_v_at",
         "_v_version",
         "_version",
+        "_w_at",
         "used",
         "w",
     )
@@ -129,7 +130,7 @@ class Kept:
         self.used = False  # for whoever keeps weights ahead of their use
         self._counted = steps if count_steps else _no_steps
         self._places = places_in(w), (Probes(g, v) if probes is None else probes).places
-        self._g_at, self._v_at = g.data_ptr(), v.data_ptr()
+        self._g_at, self._v_at, self._w_at = g.data_ptr(), v.data_ptr(), w.data_ptr()
         self.renew()
 
     def renew(self) -> None:
@@ -140,8 +141,9 @@ class Kept:
         self._step = self._counted.count
 
     def is_written(self) -> bool:
-        """Whether somebody wrote into the weight itself."""
-        return self.w._version != self._version or differ(self._own_probes)
+        """Whether somebody wrote into the weight itself, or put other memory under it."""
+        w = self.w
+        return w._version != self._version or w.data_ptr() != self._w_at or differ(self._own_probes)
 
     def was_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether this pair has not been written to since, so that a write into the weight is the latest word."""
@@ -160,6 +162,7 @@ class Kept:
             or self._step != self._counted.count
             or g.data_ptr() != self._g_at  # before the bytes, which are read where the pair was
             or v.data_ptr() != self._v_at
+            or self.w.data_ptr() != self._w_at
         ):
             return False
         for before, place in self._probes:  # noqa: SIM110 - a generator takes twice the time

@@ -403,14 +403,13 @@ class WeightNormList(ParametrizationList):
         if "1" in self._modules:
             super().right_inverse(value)
             return
-        v = self.pair()[1]
-        if value.shape != v.shape:
-            raise PairError(f"a weight of shape {tuple(value.shape)} does not fit {tuple(v.shape)}")
         self._store(value)
 
     def _store(self, value: Tensor) -> None:
         rule: Any = self._modules["0"]
         g, v = self.pair()
+        if value.shape != v.shape:
+            raise PairError(f"a weight of shape {tuple(value.shape)} does not fit {tuple(v.shape)}")
         with torch.no_grad():
             new_g, new_v = rule.right_inverse(value.detach().to(v.dtype))
             g.copy_(new_g)
