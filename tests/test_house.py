@@ -22,7 +22,7 @@ LAYERS = [
     | {"csv_text", "ownership", "dtensors", "compiled", "loaded_keys"},
     {"keys", "loans", "reparam", "stores", "differences", "onnx_values", "optimizer_state", "blocked_linear"}
     | {"charts", "page"}
-    | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm"},
+    | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm", "outputs"},
     {
         "fully_sharded",
         "layers",

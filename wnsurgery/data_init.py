@@ -8,6 +8,7 @@ there, g and b are set from their joint moments, and each output is replaced by 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from wnsurgery.joint_norm import JointNorms
 from wnsurgery.lockstep import Guard, Lockstep, Paused, Replay
 from wnsurgery.masks import Mask, fitting, masks_of
 from wnsurgery.moments import Moments
+from wnsurgery.outputs import Fresh, scaled
 from wnsurgery.own_state import Attributes, Spill
 from wnsurgery.plan import Pattern, Skipped
 from wnsurgery.ranks import Ranks
@@ -47,8 +49,20 @@ class Channels:
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, mean: Any, std: Any) -> Channels:
-        return cls(tuple(mean.tolist()), tuple(std.tolist()))
+    def of(cls, moments: Moments, scale: Any, shift: Any) -> Channels:
+        """Of values with these moments, scaled and shifted; computed when somebody asks, for most reports go unread."""
+        found = cls.__new__(cls)
+        found.__dict__["_affine"] = (moments.mean, moments.std, scale, shift)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("mean", "std") or "_affine" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        mean, std, scale, shift = self.__dict__.pop("_affine")
+        with np.errstate(all="ignore"):
+            self.__dict__["mean"] = tuple((mean * scale + shift).tolist())
+            self.__dict__["std"] = tuple((std * np.abs(scale)).tolist())
+        return self.__dict__[name]
 
 
 @dataclass(frozen=True)
@@ -238,15 +252,16 @@ class _Run:
         mask: Mask | None,
     ) -> None:
         self.model, self.ranks, self.forward, self.mask = model, ranks, forward, mask
-        self.sharded = _is_sharded(model)
+        self.sharded = _is_sharded(everything)
         self.done: list[LayerInit] = []
-        self.set_by: dict[int, tuple[str, Tensor]] = {}  # id(g) -> the weight that set it, its scale
+        self.set_by: dict[int, tuple[str, Any]] = {}  # id(g) -> the weight that set it, its scale
         targets, self.reasons = sort_out(chosen, everything)
         free = settable_bias(everything)
         self.layers = {s.fqn: _Layer(self, s, axis, scales[id(s)], id(bias_of(s)) in free) for s, axis in targets}
         self.masks: dict[int, tuple[Tensor, ...]] = {}
         self.mask_fitted = False
-        self.spill: Spill | None = None
+        self.alone = False  # whether the batch in hand is the only one of all ranks
+        self.fresh: Fresh | None = None
         self.passes: Lockstep | Replay = Lockstep(self)
         self.norms = JointNorms(model, lambda: self.passes)
         if len({tuple(names) for names in ranks.gather(list(self.layers))}) > 1:
@@ -274,7 +289,7 @@ class _Run:
 
     def through(self, batches: Iterator[Any], memory: Memory, *, kept: bool) -> int:
         """Run every batch; returns how many there were on all ranks. `kept`: the caller holds them all anyway."""
-        spill = self.spill = Spill() if memory == "spill" and not self.sharded else None
+        spill = Spill() if memory == "spill" and not self.sharded else None
         if self.sharded or memory == "recompute":
             queue = list(batches)
             self.passes = self._replay(queue) if self.sharded else self._one_by_one(queue)
@@ -335,6 +350,8 @@ class _Run:
         """One batch through the model."""
         self.norms.begin(number)
         alone = isinstance(self.passes, Lockstep) and self.passes.alone
+        self.alone = alone and self.ranks.size == 1
+        self.fresh = Fresh() if self.alone else None
         try:
             batch = moved(held.pop() if once else held[0], _device(self.model), fresh=fresh and not alone)
             self.masks[number] = masks_of(self.mask, batch)
@@ -357,15 +374,20 @@ class _Run:
 
     # how batches meet: see `lockstep.Meeting`
 
+    def meet(self, layer: _Layer, moments: Moments) -> None:
+        """Called by a pass: wait until the layer is set from the moments of all."""
+        if self.alone:
+            layer.set(moments)
+        else:
+            self.passes.meet(("layer", layer.slot.fqn, 0), moments)
+
     def choose(self, waiting: Mapping[int, Any]) -> Any:
         return self.ranks.most_wanted(waiting)
 
     def settle(self, point: Any, waiting: Mapping[int, Paused]) -> Collection[int]:
         mine = [waiting[number].value for number in sorted(waiting) if waiting[number].point == point]
-        if self.spill is not None:
-            self.spill.touch([(m.mean, m.m2, m.peak) for m in mine])  # made by runs that are paused now
         if self.ranks.size > 1:
-            part = Moments.merged(mine).to("cpu") if mine else None
+            part = Moments.merged(mine) if mine else None
             mine = [theirs for theirs in self.ranks.gather(part) if theirs is not None]
         moments = Moments.merged(mine)
         kind, name, _ = point
@@ -398,12 +420,12 @@ class _Layer:
         self.run, self.slot, self.axis, self.target, self.settable = run, slot, axis, target, settable
         self.open: set[int] = set()  # the batches inside its forward
         self.refused = self.masked = False
-        self.own_shift: Tensor | None = None
+        self.own_shift: Any = None
         self.directions = Directions(slot)
         self.log = is_log(slot)
         g, bias = slot.magnitude, bias_of(slot)
         assert g is not None
-        self.g, self.bias = g, bias
+        self.g, self.bias, self.channels = g, bias, g.numel()
         self.old = [(t, t.detach().clone()) for t in (g, bias) if t is not None]
 
     @property
@@ -432,124 +454,134 @@ class _Layer:
             self.directions.lend()
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        number = self.run.passes.current
+        references = sys.getrefcount(output)
+        run = self.run
+        number = run.passes.current
         if number not in self.open:
             return None
         self.open.discard(number)
         norms = self.directions.take_back()
         if self.settled:
             return None
-        if not self.run.sharded:
-            self.restore()
-        channels = self.g.numel()
-        if (
-            not isinstance(output, Tensor)
-            or output.ndim < -self.axis
-            or output.shape[self.axis] != channels
-            or not output.is_floating_point()
-        ):
+        if not self._is_per_channel(output):
             self.refused = True
-            self.run.reasons[self.slot.fqn] = "its output is not one value per output channel"
+            run.reasons[self.slot.fqn] = "its output is not one value per output channel"
+            if not run.sharded:
+                self.restore()
             return module(*args, **kwargs)  # that output was made with g = 1
+        if not (run.sharded or run.alone):  # alone, it is set before anybody sees it
+            self.restore()
         with torch.no_grad():
-            return self._meet(output, number, norms)
+            fresh = run.fresh is not None and run.fresh.taken(output, references)
+            return self._meet(output, number, norms, fresh)
 
-    def _meet(self, output: Tensor, number: int, norms: Tensor | None) -> Tensor | None:
+    def _is_per_channel(self, output: Any) -> bool:
+        return (
+            isinstance(output, Tensor)
+            and output.ndim >= -self.axis
+            and output.shape[self.axis] == self.channels
+            and output.is_floating_point()
+        )
+
+    def _meet(self, output: Tensor, number: int, norms: Any, fresh: bool) -> Tensor | None:
         """Wait with the moments of one batch's output until g and b are set; returns the output that these give.
 
-        norms: what the output is multiplied by per channel; None where it was made with g = 1.
+        norms: what the output is multiplied by per channel; None where it was made with g = 1. fresh: nobody else holds
+        the output.
         """
-        keep = fitting(self.run.masks.get(number, ()), output, self.axis)
+        masks = self.run.masks.get(number, ())
+        keep = fitting(masks, output, self.axis) if masks else None
         self.masked = self.masked or keep is not None
         moments = Moments.of(output, self.axis, keep)
-        if norms is not None:
-            moments = moments.divided(norms)
-        if moments.count and not moments.finite:
-            raise _not_finite(self.slot.fqn)
-        self.run.mask_fitted = self.run.mask_fitted or keep is not None
-        self.run.passes.meet(("layer", self.slot.fqn, 0), moments)
-        if not self.settled:  # a whole pass that goes on for the sake of others
-            return None
-        _, scale = self.run.set_by[id(self.g)]
-        shift = _wide(self.old[1][1]) if self.own_shift is None and self.bias is not None else self.own_shift
-        scale = scale if norms is None else scale / norms.to(scale)
-        view = [1] * output.ndim
-        view[self.axis] = self.g.numel()
-        work = torch.promote_types(output.dtype, torch.float32)
-        result, factor = output.to(work), scale.to(output.device, work).reshape(view)
-        if shift is None:
-            return (result * factor).to(output.dtype)
-        return torch.addcmul(shift.to(output.device, work).reshape(view), result, factor).to(output.dtype)
+        with np.errstate(all="ignore"):  # what is not finite
+            if norms is not None:
+                moments = moments.divided(norms)
+            if moments.count and not moments.finite:
+                raise _not_finite(self.slot.fqn)
+            self.run.mask_fitted = self.run.mask_fitted or keep is not None
+            self.run.meet(self, moments)
+            if not self.settled:  # a whole pass that goes on for the sake of others
+                return None
+            _, scale = self.run.set_by[id(self.g)]
+            shift = self.own_shift
+            if shift is None and self.bias is not None:
+                shift = _values(self.old[1][1])
+            return scaled(output, self.axis, scale if norms is None else scale / norms, shift, in_place=fresh)
 
     def set(self, moments: Moments) -> None:
         """Set g and b such that outputs with these moments (at g = 1, b = 0) get mean 0 and the target deviation."""
-        log, (g, old_g) = self.log, self.old[0]
         if not moments.count:
             raise InputError(f"{self.slot.fqn}: no position of the data counts; the batches are empty or masked out")
         if not moments.finite:
             raise _not_finite(self.slot.fqn)
-        mean, std, constant = moments.channels()
-        stored = _values(old_g)
-        old_scale = np.exp(stored) if log else stored
-        old_shift = np.zeros_like(mean) if self.bias is None else _values(self.old[1][1])
-        scale = np.where(constant, old_scale, self.target / np.where(constant, 1.0, std))
-        shift = np.where(constant, old_shift, -mean * scale) if self.settable else old_shift
-        _assign(g, np.where(constant, stored, np.log(scale) if log else scale))
-        if self.bias is not None:
-            _assign(self.bias, shift)
-        self.run.set_by[id(g)] = (self.slot.fqn, torch.from_numpy(scale))
-        self.own_shift = torch.from_numpy(shift)
+        with np.errstate(all="ignore"):
+            self._set(moments)
+
+    def _set(self, moments: Moments) -> None:
+        constant = moments.constant
+        kept = bool(constant.any())
+        stored = _values(self.old[0][1])
+        old_scale = np.exp(stored) if self.log else stored
+        old_shift: Any = 0.0 if self.bias is None else _values(self.old[1][1])
+        scale = self.target / moments.std
+        scale = np.where(constant, old_scale, scale) if kept else scale
+        shift = old_shift
+        if self.settable:
+            shift = -moments.mean * scale
+            shift = np.where(constant, old_shift, shift) if kept else shift
+        held = np.log(scale) if self.log else scale
+        g = _assign(self.g, np.where(constant, stored, held) if kept else held)
+        b = 0.0 if self.bias is None else _assign(self.bias, shift)
+        self.run.set_by[id(self.g)] = (self.slot.fqn, scale)
+        self.own_shift = None if self.bias is None else shift
         self.run.done.append(
             LayerInit(
                 self.slot.fqn,
-                g.numel(),
-                tuple(np.flatnonzero(constant).tolist()),
+                self.channels,
+                tuple(np.flatnonzero(constant).tolist()) if kept else (),
                 scale_only=not self.settable,
-                before=Channels.of(mean * old_scale + old_shift, std * np.abs(old_scale)),
-                after=Channels.of(*self._now(mean, std)),
+                before=Channels.of(moments, old_scale, old_shift),
+                after=Channels.of(moments, np.exp(g) if self.log else g, b),
                 positions=moments.count,
                 masked=self.masked,
             )
         )
-
-    def _now(self, mean: Any, std: Any) -> tuple[Any, Any]:
-        """Mean and deviation with g and b as they are stored."""
-        g = _values(self.g)
-        g = np.exp(g) if self.log else g
-        shift = 0.0 if self.bias is None else _values(self.bias)
-        return mean * g + shift, std * np.abs(g)
 
 
 def _not_finite(name: str) -> InputError:
     return InputError(f"{name}: its pre-activations on this data are not finite")
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """All values of a tensor, the shards of other ranks included, in the widest type its device has."""
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.to(torch.float32 if whole.device.type == "mps" else torch.float64)
-
-
 def _values(tensor: Tensor) -> Any:
-    """All values of a tensor in a row, in numpy's hands."""
-    return _wide(tensor.detach()).to("cpu", copy=True).reshape(-1).numpy()
+    """All values of a tensor, the shards of other ranks included, in a row of numpy's float64."""
+    if type(tensor) is Tensor and tensor.dtype == torch.float32 and tensor.is_cpu:
+        return tensor.numpy().reshape(-1).astype(np.float64)
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().cpu().to(torch.float64, copy=True).reshape(-1).numpy()
 
 
-def _assign(tensor: Tensor, values: Any) -> None:
-    """Write values into a parameter, or this rank's slice of them into its shard."""
-    value = torch.from_numpy(values).reshape(tensor.shape)
+def _assign(tensor: Tensor, values: Any) -> Any:
+    """Write values into a parameter, or this rank's slice of them into its shard; returns them as they are stored."""
     with torch.no_grad():
+        if tensor.dtype == torch.float32:
+            stored = values.astype(np.float32)
+            value = torch.from_numpy(stored)
+        else:
+            value = torch.from_numpy(values).to(tensor.dtype)
+            stored = value.to(torch.float64).numpy()
+        value = value.view(tensor.shape)
         if hasattr(tensor, "full_tensor"):
             from torch.distributed.tensor import distribute_tensor
 
             mesh, places = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-            value = value.to(tensor.device, tensor.dtype)
-            value = distribute_tensor(value, mesh, places, src_data_rank=None)
+            value = distribute_tensor(value.to(tensor.device), mesh, places, src_data_rank=None)
         tensor.copy_(value)
+    return stored
 
 
-def _is_sharded(model: nn.Module) -> bool:
-    return any(hasattr(p, "full_tensor") for p in model.parameters())
+def _is_sharded(everything: list[Slot]) -> bool:
+    tensors = (t for slot in everything if slot.form != "buffer" for t in (slot.tensor, slot.magnitude))
+    return any(hasattr(kind, "full_tensor") for kind in set(map(type, tensors)))
 
 
 def _device(model: nn.Module) -> torch.device | None:

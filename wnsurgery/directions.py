@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from wnsurgery.kept import Kept, probes_of
 from wnsurgery.mechanism import WeightNormList
-from wnsurgery.norms import norm
+from wnsurgery.norms import norm, short_row_norms
+from wnsurgery.reparam import Axes
 from wnsurgery.walk import Slot
 
 __all__ = ["Directions"]
@@ -32,7 +34,7 @@ class Directions:
         entry = None if table is None else table._modules.get(slot.parameter)
         self._entry = entry if slot.form == "ours" and isinstance(entry, WeightNormList) else None
         self._lent: Kept | None = None
-        self._norms: Tensor | None = None
+        self._norms: Any = None
 
     def lend(self) -> None:
         """Let the next forward pass use v, where its rows allow that."""
@@ -45,8 +47,8 @@ class Directions:
             w.requires_grad_(g.requires_grad or v.requires_grad)  # as for a kept weight
             self._lent = entry.__dict__["_kept"] = Kept(w, g, v, probes=probes_of(entry, g, v))
 
-    def take_back(self) -> Tensor | None:
-        """||v|| per channel in float64 if the layer used v, None if it used its weight."""
+    def take_back(self) -> Any:
+        """||v|| per channel as numpy's float64 if the layer used v, None if it used its weight."""
         entry, lent = self._entry, self._lent
         self._lent = None
         kept: Any = None if entry is None else entry.__dict__.get("_kept")
@@ -60,12 +62,20 @@ class Directions:
         if self._norms is None:
             entry: Any = self._entry
             v, axes = entry.pair()[1].detach(), entry[0].axes
-            if v.dtype != torch.float32 or type(v) is not Tensor or v.is_meta:
+            if v.dtype != torch.float32 or type(v) is not Tensor or not v.is_cpu or not v.numel():
                 self._entry = None
                 return True
-            self._norms = norm(axes.grouped(v), axes.reduced(v.ndim), blocked=True).reshape(-1)
-            low, high = self._norms.aminmax() if self._norms.numel() else (self._norms, self._norms)
-            if not (low.numel() and _RANGE[0] < low and high < _RANGE[1]):
+            self._norms = _lengths(v, axes)
+            low, high = np.minimum.reduce(self._norms), np.maximum.reduce(self._norms)
+            if not (_RANGE[0] < low and high < _RANGE[1]):
                 self._entry = None
                 return True
         return False
+
+
+def _lengths(v: Tensor, axes: Axes) -> Any:
+    """||v|| per channel."""
+    if axes.kept == (0,) and axes.groups == 1 and v.is_contiguous() and not v.is_neg():
+        with np.errstate(all="ignore"):  # rows out of range
+            return short_row_norms(np.from_dlpack(v).reshape(len(v), -1))
+    return norm(axes.grouped(v), axes.reduced(v.ndim), blocked=True).reshape(-1).numpy()

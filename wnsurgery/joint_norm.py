@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -36,17 +37,22 @@ class JointNorms:
 
     def __init__(self, model: nn.Module, passes: Callable[[], _Passes]) -> None:
         self._passes = passes
-        self._found = [(name, module) for name, module in model.named_modules() if _is_batch_norm(module)]
+        self._model = model
         self._joint: dict[tuple[str, str, int], Moments] = {}
         self._calls: Counter[tuple[int, str]] = Counter()
+
+    @cached_property
+    def _found(self) -> list[tuple[str, nn.Module]]:
+        """They and their names; looked for when the first of several batches asks, for a batch alone never does."""
+        return [(name, module) for name, module in self._model.named_modules() if _is_batch_norm(module)]
 
     def __bool__(self) -> bool:
         return bool(self._found)
 
     def begin(self, number: int) -> None:
         """A forward pass of this batch starts: its calls are counted anew."""
-        for name, _ in self._found:
-            self._calls.pop((number, name), None)
+        for point in [point for point in self._calls if point[0] == number]:
+            del self._calls[point]
 
     def settle(self, point: tuple[str, str, int], moments: Moments) -> None:
         self._joint[point] = moments
@@ -92,10 +98,16 @@ def _is_batch_norm(module: nn.Module) -> bool:
 def _normalised(module: Any, x: Tensor, joint: Moments) -> Tensor:
     if not isinstance(module, _BatchNorm):
         bias = getattr(module, "bias", None)
-        shift = -joint.mean if bias is None else bias.to(joint.mean.dtype) - joint.mean
+        mean = _like(x, joint.mean, torch.float32 if x.device.type == "mps" else torch.float64)
+        shift = -mean if bias is None else bias.to(mean.dtype) - mean
         work = torch.promote_types(x.dtype, torch.float32)
         return (x.to(work) + shift.to(work).reshape(1, -1, *[1] * (x.ndim - 2))).to(x.dtype)
     held = module.running_mean if module.running_mean is not None else module.weight
     dtype = x.dtype if held is None else held.dtype
-    mean, variance = joint.mean.to(x.device, dtype), joint.variance.to(x.device, dtype)
+    mean, variance = _like(x, joint.mean, dtype), _like(x, joint.variance, dtype)
     return F.batch_norm(x, mean, variance, module.weight, module.bias, False, 0.0, module.eps)
+
+
+def _like(x: Tensor, values: Any, dtype: torch.dtype) -> Tensor:
+    """Numbers of numpy as a tensor of a type beside another tensor."""
+    return torch.from_numpy(values).to(dtype).to(x.device)

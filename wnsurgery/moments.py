@@ -1,32 +1,44 @@
 """Count, mean and spread per channel, measured piece by piece and merged exactly.
 
+All sums are in float64, over values that are taken relative to a number near their mean, so that a small deviation
+beside a large mean keeps its digits. On a CPU, blocks that stay in the cache are widened one after the other.
+
 Source: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", the pairwise update.
 """
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from wnsurgery.norms import row_products
+
 __all__ = ["Moments"]
 
-_BLOCK = 2**18  # elements widened at a time
+_BLOCK = 2**16  # elements widened at a time: 512 KiB of float64, half of what a core's cache holds
+_SHORT = 32  # values in a row below which a row's own sum costs more than its values
+_SAMPLE = 8  # one in so many values of the first block tells about where the mean is
+_ROUNDING = 8.0  # roundings by which the values of a channel may differ that does not vary
+_MARGIN = 2.0**10  # how far beyond that a deviation lies for which the largest value need not be known
+_NUMPYS = {torch.float32, torch.float64}  # numpy widens these faster than torch
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments of a set of values per channel, in float64 (float32 where the device has no float64).
+    """Moments of a set of values per channel, in numpy's float64: operations on so few cost a fraction of torch's.
 
     Attributes:
         count: values per channel.
         mean: their mean, shape (channels,).
         m2: the sum of their squared distances from the mean, shape (channels,).
-        peak: the largest absolute value, shape (channels,).
+        peak: the largest absolute value, shape (channels,); a bound of it where all channels clearly vary.
         eps: relative rounding error of the type the values were stored in.
 
     >>> halves = [Moments.of(torch.tensor([[1.0], [3.0]]), -1), Moments.of(torch.tensor([[8.0]]), -1)]
@@ -36,9 +48,9 @@ class Moments:
     """
 
     count: int
-    mean: Tensor
-    m2: Tensor
-    peak: Tensor
+    mean: Any
+    m2: Any
+    peak: Any
     eps: float
 
     @classmethod
@@ -47,39 +59,30 @@ class Moments:
 
         keep: shaped like `values` without `axis`.
         """
-        axis %= values.ndim
-        wide = torch.float32 if values.device.type == "mps" else torch.float64
-        if keep is not None:
-            values, axis = values.detach().movedim(axis, -1)[keep], 1
-        cube = values.detach().flatten(axis + 1) if axis + 1 < values.ndim else values.detach()[..., None]
-        cube = cube.flatten(0, axis - 1) if axis > 0 else cube[None]
-        if 0 < cube.numel() <= _BLOCK:
-            return cls._of_block(cube, wide)
-        nothing = torch.zeros(cube.shape[1], dtype=wide, device=cube.device)
-        empty = cls(0, nothing, nothing, nothing, torch.finfo(cube.dtype).eps)
-        # blocks that stay in the cache: a copy of the whole in float64 would cost more than the layer itself
-        rows = max(1, _BLOCK // max(1, cube[0].numel())) if len(cube) else 1
-        blocks = (
-            part
-            for block in torch.split(cube, rows)
-            for part in torch.split(block, max(1, _BLOCK // max(1, len(block) * block.shape[1])), dim=2)
-        )
-        return cls.merged([empty, *(cls._of_block(block, wide) for block in blocks if block.numel())])
+        cube = _cube(values.detach(), axis % values.ndim, keep)
+        outer, channels, inner = cube.shape
+        count, eps = outer * inner, _eps(cube.dtype)
+        if not count * channels:
+            nothing = np.zeros(channels)
+            return cls(0, nothing, nothing, nothing, eps)
+        with np.errstate(all="ignore"):  # what is not finite
+            if type(cube) is not Tensor or not cube.is_cpu or cube.is_neg():
+                return cls._elsewhere(cube, count, eps)
+            pivot, first, second = _sums(cube)
+            offset = first / count
+            m2 = np.maximum(second - first * offset, 0.0)
+            mean = pivot + offset
+            return cls(count, mean, m2, _bound(count, mean, m2, eps, cube), eps)
 
     @classmethod
-    def _of_block(cls, block: Tensor, wide: torch.dtype) -> Moments:
-        """Of a block (outer, channels, inner)."""
-        eps, count = torch.finfo(block.dtype).eps, block.shape[0] * block.shape[2]
-        if block.shape[2] == 1:  # one axis at a time: reductions over two that do not touch are several times slower
-            block = block[..., 0]
-            peak = torch.maximum(block.amax(0), -block.amin(0)).to(wide)
-            centred = block.to(wide, copy=True)
-            mean = centred.mean(0)
-            return cls(count, mean, centred.sub_(mean).square_().sum(0), peak, eps)
-        peak = torch.maximum(block.amax(2).amax(0), -block.amin(2).amin(0)).to(wide)
-        centred = block.to(wide, copy=True)
-        mean = centred.sum(2).sum(0) / count
-        return cls(count, mean, centred.sub_(mean[:, None]).square_().sum(2).sum(0), peak, eps)
+    def _elsewhere(cls, cube: Tensor, count: int, eps: float) -> Moments:
+        """By torch's operations, in float64 (float32 where the device has no float64)."""
+        peak = torch.maximum(cube.amax(2).amax(0), -cube.amin(2).amin(0))
+        wide = cube.to(torch.float32 if cube.device.type == "mps" else torch.float64, copy=True)
+        mean = wide.sum(2).sum(0) / count  # one axis at a time: two that do not touch are several times slower
+        m2 = wide.sub_(mean[:, None]).square_().sum(2).sum(0)
+        found = torch.stack((mean, m2, peak.to(mean.dtype))).cpu().to(torch.float64)  # waits for the device once
+        return cls(count, *np.array(found.numpy()), eps)
 
     @classmethod
     def merged(cls, parts: Iterable[Moments]) -> Moments:
@@ -95,53 +98,158 @@ class Moments:
         count = self.count + other.count
         if not self.count or not other.count:
             return other if other.count else self
-        step = other.mean - self.mean
-        share = other.count / count
-        return Moments(
-            count,
-            self.mean + step * share,
-            self.m2 + other.m2 + step.square() * (self.count * share),
-            torch.maximum(self.peak, other.peak),
-            max(self.eps, other.eps),
-        )
+        with np.errstate(all="ignore"):
+            step = other.mean - self.mean
+            share = other.count / count
+            return Moments(
+                count,
+                self.mean + step * share,
+                self.m2 + other.m2 + step * step * (self.count * share),
+                np.maximum(self.peak, other.peak),
+                max(self.eps, other.eps),
+            )
 
-    def divided(self, by: Tensor) -> Moments:
+    def divided(self, by: Any) -> Moments:
         """Of the same values, each divided by a positive number, one per channel."""
-        by = by.to(self.mean)
-        return Moments(self.count, self.mean / by, self.m2 / by.square(), self.peak / by, self.eps)
+        return Moments(self.count, self.mean / by, self.m2 / (by * by), self.peak / by, self.eps)
 
     @property
-    def variance(self) -> Tensor:
+    def variance(self) -> Any:
         """Population variance per channel, shape (channels,); NaN where there are no values."""
-        return self.m2 / self.count if self.count else torch.full_like(self.m2, torch.nan)
+        return self.m2 / self.count if self.count else np.full_like(self.m2, np.nan)
 
     @property
-    def std(self) -> Tensor:
+    def std(self) -> Any:
         """Population standard deviation per channel, shape (channels,)."""
-        return self.variance.sqrt()
+        return np.sqrt(self.variance)
 
     @property
-    def constant(self) -> Tensor:
+    def constant(self) -> Any:
         """Channels whose values differ by no more than their own rounding, bool, shape (channels,)."""
-        return self._is_constant(self.std, self.peak)  # type: ignore[no-any-return]
-
-    def _is_constant(self, std: Any, peak: Any) -> Any:
-        return std <= 8 * self.eps * peak
+        return self.std <= _ROUNDING * self.eps * self.peak
 
     @property
     def finite(self) -> bool:
         """Whether every value was, and none so large that its square is not."""
-        return bool(np.isfinite(self.m2.cpu().numpy()).all())
+        return bool(np.isfinite(self.m2).all())
 
-    def channels(self) -> tuple[Any, Any, Any]:
-        """`mean`, `std` and `constant` as numpy's arrays, whose operations on so few values cost a fraction of torch's.
 
-        Not for no values at all.
-        """
-        mean, m2, peak = (t.cpu().numpy() for t in (self.mean, self.m2, self.peak))
-        std = np.sqrt(m2 / self.count)
-        return mean, std, self._is_constant(std, peak)
+_epsilons: dict[torch.dtype, float] = {}
 
-    def to(self, device: torch.device | str) -> Moments:
-        """The same moments on another device."""
-        return Moments(self.count, self.mean.to(device), self.m2.to(device), self.peak.to(device), self.eps)
+
+def _eps(dtype: torch.dtype) -> float:
+    found = _epsilons.get(dtype)
+    if found is None:
+        found = _epsilons[dtype] = torch.finfo(dtype).eps
+    return found
+
+
+def _cube(values: Tensor, axis: int, keep: Tensor | None) -> Tensor:
+    """All values to be counted, as (outer, channels, inner)."""
+    if keep is not None:
+        values, axis = values.movedim(axis, -1)[keep], 1
+    elif not values.is_contiguous():
+        last = values.movedim(axis, -1)
+        if last.is_contiguous():  # channels last: no need to copy
+            values, axis = last, last.ndim - 1
+    shape = values.shape
+    return values.reshape(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
+
+
+def _bound(count: int, mean: Any, m2: Any, eps: float, cube: Tensor) -> Any:
+    """The largest absolute value per channel: only where some deviation is so small that it matters is it looked for.
+
+    No value lies further from the mean than the root of m2, so that this much tells which channels vary.
+    """
+    root, size = np.sqrt(m2), np.abs(mean)
+    if (root * (1.0 / (_MARGIN * _ROUNDING * eps * math.sqrt(count)) - 1.0) > size).all():
+        return size + root
+    peak = torch.maximum(cube.amax(2).amax(0), -cube.amin(2).amin(0))
+    return peak.to(torch.float64).numpy()
+
+
+# In the CPU's memory -------------------------------------------------------------------------------------
+
+
+class _Room(threading.local):
+    """One block of float64 for each thread, warm: allocating it anew costs more than the arithmetic."""
+
+    memory: Any = None
+
+
+_room = _Room()
+
+
+def _wide(size: int) -> Any:
+    if size > _BLOCK:
+        return np.empty(size)
+    if _room.memory is None:
+        _room.memory = np.empty(_BLOCK)
+    return _room.memory[:size]
+
+
+class _Sums(NamedTuple):
+    """A number near the mean of each channel, and the sums of the distances from it and of their squares.
+
+    The number is the mean of a share p of all values, so that it lies within sqrt(1/p) deviations of their mean: that
+    little is what the difference between the sums loses.
+    """
+
+    pivot: Any
+    first: Any
+    second: Any
+
+
+def _sums(cube: Tensor) -> _Sums:
+    outer, channels, inner = cube.shape
+    narrow = np.from_dlpack(cube) if cube.dtype in _NUMPYS else None  # `.numpy()` would forbid resizing for good
+    rows = min(outer, max(1, _BLOCK // (channels * inner)))
+    width = inner if rows * channels * inner <= _BLOCK else max(1, _BLOCK // channels)
+    pivot: Any = None
+    first: Any = 0.0
+    second: Any = 0.0
+    for at in range(0, outer, rows):
+        for column in range(0, inner, width):
+            here = slice(at, at + rows), slice(None), slice(column, column + width)
+            shape = min(rows, outer - at), channels, min(width, inner - column)
+            wide = _wide(math.prod(shape)).reshape(shape)
+            if narrow is not None:
+                np.copyto(wide, narrow[here])
+            else:
+                torch.from_numpy(wide).copy_(cube[here])
+            if pivot is None:
+                pivot = _near_mean(wide)
+            np.subtract(wide, pivot[:, None], out=wide)
+            found = _block_sums(wide)
+            first = first + found[0]
+            second = second + found[1]
+    return _Sums(pivot, first, second)
+
+
+def _near_mean(block: Any) -> Any:
+    rows, _, inner = block.shape
+    if rows > 1 or inner == 1:
+        sample = block[: -(-rows // _SAMPLE)]
+        return _over_rows(sample) / (len(sample) * inner)
+    sample = block[0, :, : -(-inner // _SAMPLE)]
+    return np.add.reduce(sample, axis=1) / sample.shape[1]
+
+
+def _over_rows(block: Any) -> Any:
+    """Sums per channel, those over the first axis first."""
+    total = np.add.reduce(block, axis=0)
+    return total[:, 0] if block.shape[2] == 1 else np.add.reduce(total, axis=1)
+
+
+def _block_sums(block: Any) -> tuple[Any, Any]:
+    """The sums of the values and of their squares; may write into the block."""
+    rows, channels, inner = block.shape
+    if inner == 1 or (rows > 1 and inner < _SHORT):
+        first = _over_rows(block)
+        return first, _over_rows(np.multiply(block, block, out=block))
+    lines = block.reshape(rows * channels, inner)
+    first, squares = np.add.reduce(lines, axis=1), np.empty(rows * channels)
+    row_products(lines, lines, squares)
+    if rows == 1:
+        return first, squares
+    return tuple(np.add.reduce(part.reshape(rows, channels), axis=0) for part in (first, squares))  # type: ignore[return-value]

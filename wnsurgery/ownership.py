@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["counted", "is_private", "prepare"]
+__all__ = ["counted", "holders_of", "is_private", "prepare"]
 
 _Counts: TypeAlias = tuple[int, ...]
 _Function = TypeVar("_Function", bound=type[torch.autograd.Function])
@@ -41,7 +41,7 @@ def counted(function: _Function) -> _Function:
 
 def is_private(grad: Tensor, count: int) -> bool:
     """Whether nobody but the engine holds a gradient, by the count that `receive` was given with it."""
-    return count > 0 and _counts_are_plain() and _holders(grad, count) in _when_private()
+    return count > 0 and _counts_are_plain() and holders_of(grad, count) in _when_private()
 
 
 def prepare() -> None:
@@ -54,8 +54,8 @@ def _counts_are_plain() -> bool:
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() is None
 
 
-def _holders(grad: Tensor, count: int) -> _Counts:
-    """Everything that counts who holds a tensor or its memory."""
+def holders_of(grad: Tensor, count: int) -> _Counts:
+    """Everything that counts who holds a tensor or its memory; `count` is of the references to its object."""
     storage, base = grad.untyped_storage(), grad._base
     counts: _Counts = (count, grad._use_count(), sys.getrefcount(storage))  # type: ignore[attr-defined]
     counts += (torch._C._storage_Use_Count(storage._cdata),)
@@ -87,7 +87,7 @@ class _Counting(torch.autograd.Function):
 
     @staticmethod
     def receive(ctx: Any, grad: Tensor, count: int) -> tuple[Tensor, None]:
-        ctx.found.append(_holders(grad, count))
+        ctx.found.append(holders_of(grad, count))
         return grad.clone(), None
 
 
