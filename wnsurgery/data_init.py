@@ -49,10 +49,10 @@ class Channels:
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, moments: Moments, scale: Any, shift: Any) -> Channels:
+    def of(cls, mean: Any, std: Any, scale: Any, shift: Any) -> Channels:
         """Of values with these moments, scaled and shifted; computed when somebody asks, for most reports go unread."""
         found = cls.__new__(cls)
-        found.__dict__["_affine"] = (moments.mean, moments.std, scale, shift)
+        found.__dict__["_affine"] = (mean, std, scale, shift)
         return found
 
     def __getattr__(self, name: str) -> Any:
@@ -419,7 +419,7 @@ class _Layer:
     def __init__(self, run: _Run, slot: Slot, axis: int, target: float, settable: bool) -> None:
         self.run, self.slot, self.axis, self.target, self.settable = run, slot, axis, target, settable
         self.open: set[int] = set()  # the batches inside its forward
-        self.refused = self.masked = False
+        self.refused = self.masked = self.lent = False
         self.own_shift: Any = None
         self.directions = Directions(slot)
         self.log = is_log(slot)
@@ -439,9 +439,17 @@ class _Layer:
             if self.bias is not None:
                 self.bias.zero_()
 
-    def restore(self) -> None:
+    def lend(self) -> bool:
+        """v for the weight and b = 0, where that does; whether it does."""
+        if not self.directions.lend():
+            return False
+        if self.bias is not None:
+            self.bias.zero_()
+        return True
+
+    def restore(self, *, only_bias: bool = False) -> None:
         with torch.no_grad():
-            for tensor, value in self.old:
+            for tensor, value in self.old[only_bias:]:
                 tensor.copy_(value)
 
     def before(self, module: nn.Module, args: Any) -> None:
@@ -450,8 +458,9 @@ class _Layer:
             return
         self.open.add(passes.current)
         if not self.run.sharded:
-            self.neutral()
-            self.directions.lend()
+            self.lent = self.lend()
+            if not self.lent:
+                self.neutral()
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         references = sys.getrefcount(output)
@@ -463,17 +472,30 @@ class _Layer:
         norms = self.directions.take_back()
         if self.settled:
             return None
+        if self.lent and norms is None:  # it ran with its weight after all
+            self.lent = False
+            self.neutral()
+            output, references = self._again(module, args, kwargs), 0
         if not self._is_per_channel(output):
-            self.refused = True
             run.reasons[self.slot.fqn] = "its output is not one value per output channel"
             if not run.sharded:
                 self.restore()
-            return module(*args, **kwargs)  # that output was made with g = 1
+            output = self._again(module, args, kwargs)  # that output was made with g = 1
+            self.refused = True
+            return output
         if not (run.sharded or run.alone):  # alone, it is set before anybody sees it
-            self.restore()
+            self.restore(only_bias=self.lent)
         with torch.no_grad():
             fresh = run.fresh is not None and run.fresh.taken(output, references)
             return self._meet(output, number, norms, fresh)
+
+    def _again(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What the layer gives with its g and b as they are."""
+        self.refused = True
+        try:
+            return module(*args, **kwargs)
+        finally:
+            self.refused = False
 
     def _is_per_channel(self, output: Any) -> bool:
         return (
@@ -515,15 +537,15 @@ class _Layer:
         if not moments.finite:
             raise _not_finite(self.slot.fqn)
         with np.errstate(all="ignore"):
-            self._set(moments)
+            self._set(moments, moments.std)
 
-    def _set(self, moments: Moments) -> None:
-        constant = moments.constant
+    def _set(self, moments: Moments, std: Any) -> None:
+        constant = moments.constant(std)
         kept = bool(constant.any())
         stored = _values(self.old[0][1])
         old_scale = np.exp(stored) if self.log else stored
         old_shift: Any = 0.0 if self.bias is None else _values(self.old[1][1])
-        scale = self.target / moments.std
+        scale = self.target / std
         scale = np.where(constant, old_scale, scale) if kept else scale
         shift = old_shift
         if self.settable:
@@ -540,8 +562,8 @@ class _Layer:
                 self.channels,
                 tuple(np.flatnonzero(constant).tolist()) if kept else (),
                 scale_only=not self.settable,
-                before=Channels.of(moments, old_scale, old_shift),
-                after=Channels.of(moments, np.exp(g) if self.log else g, b),
+                before=Channels.of(moments.mean, std, old_scale, old_shift),
+                after=Channels.of(moments.mean, std, np.exp(g) if self.log else g, b),
                 positions=moments.count,
                 masked=self.masked,
             )
@@ -562,20 +584,19 @@ def _values(tensor: Tensor) -> Any:
 
 def _assign(tensor: Tensor, values: Any) -> Any:
     """Write values into a parameter, or this rank's slice of them into its shard; returns them as they are stored."""
-    with torch.no_grad():
-        if tensor.dtype == torch.float32:
-            stored = values.astype(np.float32)
-            value = torch.from_numpy(stored)
-        else:
-            value = torch.from_numpy(values).to(tensor.dtype)
-            stored = value.to(torch.float64).numpy()
-        value = value.view(tensor.shape)
-        if hasattr(tensor, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
+    if tensor.dtype == torch.float32:
+        stored = values.astype(np.float32)
+        value = torch.from_numpy(stored)
+    else:
+        value = torch.from_numpy(values).to(tensor.dtype)
+        stored = value.to(torch.float64).numpy()
+    value = value.view(tensor.shape)
+    if type(tensor) is not nn.Parameter and hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
 
-            mesh, places = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-            value = distribute_tensor(value.to(tensor.device), mesh, places, src_data_rank=None)
-        tensor.copy_(value)
+        mesh, places = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        value = distribute_tensor(value.to(tensor.device), mesh, places, src_data_rank=None)
+    tensor.copy_(value)
     return stored
 
 

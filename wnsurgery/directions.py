@@ -19,58 +19,60 @@ from wnsurgery.walk import Slot
 
 __all__ = ["Directions"]
 
+_SMALL = 2**16  # elements of v that are not worth having in the cache when the layer runs
 _RANGE = 2.0**-10, 2.0**10  # norms with which an output neither overflows nor loses digits where v / ||v|| would not
 
 
 class Directions:
     """What a weight-normalized layer's evaluation forward is to use in place of its weight.
 
-    The layer takes it for the weight that it has kept for its g and v as they are when it is lent: writing to g, or a
-    forward pass with gradients, ends the loan.
+    The layer takes it for the weight that it has kept for its g and v as they were when it was first lent: writing to
+    g, or a forward pass with gradients, leaves it unused.
     """
 
     def __init__(self, slot: Slot) -> None:
         table: Any = slot.module._modules.get("parametrizations")
         entry = None if table is None else table._modules.get(slot.parameter)
-        self._entry = entry if slot.form == "ours" and isinstance(entry, WeightNormList) else None
+        ours = slot.form == "ours" and isinstance(entry, WeightNormList) and entry._deferred is None
+        self._entry: WeightNormList | None = entry if ours else None
         self._lent: Kept | None = None
         self._norms: Any = None
+        if entry is not None and ours and entry.pair()[1].numel() <= _SMALL:
+            self._prepare()  # at one go with other layers: between two layers the code for it would have to be fetched
 
-    def lend(self) -> None:
-        """Let the next forward pass use v, where its rows allow that."""
-        entry = self._entry
-        if entry is None or entry._deferred is not None or self._extreme():
-            return
-        g, v = entry.pair()
-        if Kept.can_hold(g, v):
-            w = v.detach()
-            w.requires_grad_(g.requires_grad or v.requires_grad)  # as for a kept weight
-            self._lent = entry.__dict__["_kept"] = Kept(w, g, v, probes=probes_of(entry, g, v))
+    def lend(self) -> bool:
+        """Let the next forward pass use v, where its rows allow that; whether they do."""
+        if self._entry is not None and (self._lent is None or not self._lent.is_of(*self._entry.pair())):
+            self._prepare()
+        entry, lent = self._entry, self._lent
+        if entry is None or lent is None or torch.is_grad_enabled():
+            return False
+        lent.used = False
+        entry.__dict__["_kept"] = lent
+        return True
 
     def take_back(self) -> Any:
         """||v|| per channel as numpy's float64 if the layer used v, None if it used its weight."""
         entry, lent = self._entry, self._lent
-        self._lent = None
         kept: Any = None if entry is None else entry.__dict__.get("_kept")
-        if lent is None or kept is not lent:
+        if entry is None or lent is None or kept is not lent:
             return None
         del entry.__dict__["_kept"]
         return self._norms if lent.used else None
 
-    def _extreme(self) -> bool:
-        """Whether v would not do in place of v / ||v||; measured once, since initialisation leaves v alone."""
-        if self._norms is None:
-            entry: Any = self._entry
-            v, axes = entry.pair()[1].detach(), entry[0].axes
-            if v.dtype != torch.float32 or type(v) is not Tensor or not v.is_cpu or not v.numel():
-                self._entry = None
-                return True
-            self._norms = _lengths(v, axes)
+    def _prepare(self) -> None:
+        """Measure v, and make what is lent if it may stand for v / ||v||."""
+        entry: Any = self._entry
+        g, v = entry.pair()
+        w, axes = v.detach(), entry[0].axes
+        if w.dtype is torch.float32 and type(w) is Tensor and w.numel() and Kept.can_hold(g, v):
+            self._norms = _lengths(w, axes)
             low, high = np.minimum.reduce(self._norms), np.maximum.reduce(self._norms)
-            if not (_RANGE[0] < low and high < _RANGE[1]):
-                self._entry = None
-                return True
-        return False
+            if _RANGE[0] < low and high < _RANGE[1]:
+                w.requires_grad_(g.requires_grad or v.requires_grad)  # as for a kept weight
+                self._lent = Kept(w, g, v, probes=probes_of(entry, g, v))
+                return
+        self._entry = None
 
 
 def _lengths(v: Tensor, axes: Axes) -> Any:

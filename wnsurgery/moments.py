@@ -123,10 +123,9 @@ class Moments:
         """Population standard deviation per channel, shape (channels,)."""
         return np.sqrt(self.variance)
 
-    @property
-    def constant(self) -> Any:
-        """Channels whose values differ by no more than their own rounding, bool, shape (channels,)."""
-        return self.std <= _ROUNDING * self.eps * self.peak
+    def constant(self, std: Any) -> Any:
+        """Channels whose values, of deviation `std`, differ by no more than their own rounding, bool, (channels,)."""
+        return std <= _ROUNDING * self.eps * self.peak
 
     @property
     def finite(self) -> bool:
@@ -199,31 +198,54 @@ class _Sums(NamedTuple):
     first: Any
     second: Any
 
+    def plus(self, other: _Sums) -> _Sums:
+        """Of the values of both, which have one pivot."""
+        return _Sums(self.pivot, self.first + other.first, self.second + other.second)
+
 
 def _sums(cube: Tensor) -> _Sums:
     outer, channels, inner = cube.shape
-    narrow = np.from_dlpack(cube) if cube.dtype in _NUMPYS else None  # `.numpy()` would forbid resizing for good
-    rows = min(outer, max(1, _BLOCK // (channels * inner)))
-    width = inner if rows * channels * inner <= _BLOCK else max(1, _BLOCK // channels)
-    pivot: Any = None
-    first: Any = 0.0
-    second: Any = 0.0
+    narrow = np.from_dlpack(cube) if cube.dtype in _NUMPYS else cube  # `.numpy()` would forbid resizing for good
+    line = channels * inner
+    if outer * line <= _BLOCK:
+        return _sums_of(_widened(narrow, (outer, channels, inner)), None)
+    rows = max(1, _BLOCK // line)
+    width = inner if line <= _BLOCK else max(1, _BLOCK // channels)
+    total: _Sums | None = None
     for at in range(0, outer, rows):
         for column in range(0, inner, width):
-            here = slice(at, at + rows), slice(None), slice(column, column + width)
-            shape = min(rows, outer - at), channels, min(width, inner - column)
-            wide = _wide(math.prod(shape)).reshape(shape)
-            if narrow is not None:
-                np.copyto(wide, narrow[here])
-            else:
-                torch.from_numpy(wide).copy_(cube[here])
-            if pivot is None:
-                pivot = _near_mean(wide)
-            np.subtract(wide, pivot[:, None], out=wide)
-            found = _block_sums(wide)
-            first = first + found[0]
-            second = second + found[1]
-    return _Sums(pivot, first, second)
+            part = narrow[at : at + rows, :, column : column + width]
+            found = _sums_of(_widened(part, tuple(part.shape)), total and total.pivot)
+            total = found if total is None else found.plus(total)
+    assert total is not None
+    return total
+
+
+def _widened(values: Any, shape: tuple[int, ...]) -> Any:
+    """A block of numpy's or torch's in float64, in memory that serves every block."""
+    wide = _wide(math.prod(shape)).reshape(shape)
+    if isinstance(values, Tensor):
+        torch.from_numpy(wide).copy_(values)
+    else:
+        np.copyto(wide, values)
+    return wide
+
+
+def _sums_of(block: Any, pivot: Any) -> _Sums:
+    """Of one block, which is written to; its own pivot where none is given."""
+    rows, channels, inner = block.shape
+    if pivot is None:
+        pivot = _near_mean(block)
+    np.subtract(block, pivot[:, None], out=block)
+    if inner == 1 or (rows > 1 and inner < _SHORT):
+        first = _over_rows(block)
+        return _Sums(pivot, first, _over_rows(np.multiply(block, block, out=block)))
+    lines = block.reshape(rows * channels, inner)
+    first, squares = np.add.reduce(lines, axis=1), np.empty(rows * channels)
+    row_products(lines, lines, squares)
+    if rows > 1:
+        first, squares = (np.add.reduce(part.reshape(rows, channels), axis=0) for part in (first, squares))
+    return _Sums(pivot, first, squares)
 
 
 def _near_mean(block: Any) -> Any:
@@ -239,17 +261,3 @@ def _over_rows(block: Any) -> Any:
     """Sums per channel, those over the first axis first."""
     total = np.add.reduce(block, axis=0)
     return total[:, 0] if block.shape[2] == 1 else np.add.reduce(total, axis=1)
-
-
-def _block_sums(block: Any) -> tuple[Any, Any]:
-    """The sums of the values and of their squares; may write into the block."""
-    rows, channels, inner = block.shape
-    if inner == 1 or (rows > 1 and inner < _SHORT):
-        first = _over_rows(block)
-        return first, _over_rows(np.multiply(block, block, out=block))
-    lines = block.reshape(rows * channels, inner)
-    first, squares = np.add.reduce(lines, axis=1), np.empty(rows * channels)
-    row_products(lines, lines, squares)
-    if rows == 1:
-        return first, squares
-    return tuple(np.add.reduce(part.reshape(rows, channels), axis=0) for part in (first, squares))  # type: ignore[return-value]

@@ -45,7 +45,6 @@ __all__ = [
 _BLOCK = 1 << 18  # elements widened at a time: 2 MiB of float64, which stay in a core's cache
 SMALL = 1 << 14  # elements up to which the calls cost more than the arithmetic
 _SHORT = 32  # elements of a row below which a call for each row costs more than the row
-_PIECE = 1 << 11  # elements of a row multiplied and summed in float32 where that will do
 _LONG = 1 << 13  # elements of a row from which BLAS would start threads of its own
 SLACK = 2.0**-40  # more than the relative error of a norm in float64, whatever the order of summation
 _NEAR = 8  # units in the last place around a power of two within which a factor may stand for that power
@@ -156,8 +155,8 @@ def short_row_norms(rows: Any) -> Any:
     """||row|| for each row of numpy's float32 matrix to about half a unit in the last place of float32, at the speed of
     memory. Rows whose squares leave the range of float32 come out as zero or infinite."""
     squares = np.zeros(len(rows))
-    for column in range(0, rows.shape[1], _PIECE):  # sums so short that float32 loses next to nothing
-        piece = rows[:, column : column + _PIECE]
+    for column in range(0, rows.shape[1], _LONG):
+        piece = rows[:, column : column + _LONG]
         squares += np.vecdot(piece, piece)
     return np.sqrt(squares, out=squares)
 
