@@ -28,7 +28,7 @@ from wnsurgery.joint_norm import JointNorms
 from wnsurgery.lockstep import Guard, Lockstep, Paused, Replay
 from wnsurgery.masks import Mask, fitting, masks_of
 from wnsurgery.moments import Moments
-from wnsurgery.outputs import Fresh, scaled
+from wnsurgery.outputs import Centred, Fresh, scaled
 from wnsurgery.own_state import Attributes, Spill
 from wnsurgery.plan import Pattern, Skipped
 from wnsurgery.ranks import Ranks
@@ -514,8 +514,9 @@ class _Layer:
         masks = self.run.masks.get(number, ())
         keep = fitting(masks, output, self.axis) if masks else None
         self.masked = self.masked or keep is not None
-        moments = Moments.of(output, self.axis, keep)
         with np.errstate(all="ignore"):  # what is not finite
+            centred = Centred(output, self.axis) if fresh and keep is None and Centred.takes(output, self.axis) else None
+            moments = Moments.of(output, self.axis, keep) if centred is None else centred.moments
             if norms is not None:
                 moments = moments.divided(norms)
             if moments.count and not moments.finite:
@@ -528,7 +529,10 @@ class _Layer:
             shift = self.own_shift
             if shift is None and self.bias is not None:
                 shift = _values(self.old[1][1])
-            return scaled(output, self.axis, scale if norms is None else scale / norms, shift, in_place=fresh)
+            scale = scale if norms is None else scale / norms
+            if centred is not None:
+                return centred.scaled(scale, shift)
+            return scaled(output, self.axis, scale, shift, in_place=fresh)
 
     def set(self, moments: Moments) -> None:
         """Set g and b such that outputs with these moments (at g = 1, b = 0) get mean 0 and the target deviation."""

@@ -72,17 +72,30 @@ class Moments:
             offset = first / count
             m2 = np.maximum(second - first * offset, 0.0)
             mean = pivot + offset
-            return cls(count, mean, m2, _bound(count, mean, m2, eps, cube), eps)
+            bound = _bound(count, mean, m2, eps)
+            return cls(count, mean, m2, _peak(cube).to(torch.float64).numpy() if bound is None else bound, eps)
 
     @classmethod
     def _elsewhere(cls, cube: Tensor, count: int, eps: float) -> Moments:
         """By torch's operations, in float64 (float32 where the device has no float64)."""
-        peak = torch.maximum(cube.amax(2).amax(0), -cube.amin(2).amin(0))
+        peak = _peak(cube)
         wide = cube.to(torch.float32 if cube.device.type == "mps" else torch.float64, copy=True)
         mean = wide.sum(2).sum(0) / count  # one axis at a time: two that do not touch are several times slower
         m2 = wide.sub_(mean[:, None]).square_().sum(2).sum(0)
         found = torch.stack((mean, m2, peak.to(mean.dtype))).cpu().to(torch.float64)  # waits for the device once
         return cls(count, *np.array(found.numpy()), eps)
+
+    @classmethod
+    def around(cls, pivot: Any, offset: Any, m2: Any, count: int, distances: Tensor) -> Moments:
+        """Of values of which the distances from a pivot per channel are known, (outer, channels, inner), and the means
+        and squares of these."""
+        eps = _eps(distances.dtype)
+        mean = pivot + offset
+        peak = _bound(count, mean, m2, eps)
+        if peak is None:
+            high, low = (f(f(distances, 2), 0).numpy() + pivot for f in (torch.amax, torch.amin))
+            peak = np.maximum(np.abs(high), np.abs(low))
+        return cls(count, mean, m2, peak, eps)
 
     @classmethod
     def merged(cls, parts: Iterable[Moments]) -> Moments:
@@ -155,16 +168,19 @@ def _cube(values: Tensor, axis: int, keep: Tensor | None) -> Tensor:
     return values.reshape(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
 
 
-def _bound(count: int, mean: Any, m2: Any, eps: float, cube: Tensor) -> Any:
-    """The largest absolute value per channel: only where some deviation is so small that it matters is it looked for.
+def _bound(count: int, mean: Any, m2: Any, eps: float) -> Any:
+    """A bound of the largest absolute value per channel; None where some deviation is so small that it takes the value.
 
     No value lies further from the mean than the root of m2, so that this much tells which channels vary.
     """
     root, size = np.sqrt(m2), np.abs(mean)
-    if (root * (1.0 / (_MARGIN * _ROUNDING * eps * math.sqrt(count)) - 1.0) > size).all():
-        return size + root
-    peak = torch.maximum(cube.amax(2).amax(0), -cube.amin(2).amin(0))
-    return peak.to(torch.float64).numpy()
+    clear = root * (1.0 / (_MARGIN * _ROUNDING * eps * math.sqrt(count)) - 1.0) > size
+    return size + root if clear.all() else None
+
+
+def _peak(cube: Tensor) -> Tensor:
+    """The largest absolute value per channel."""
+    return torch.maximum(cube.amax(2).amax(0), -cube.amin(2).amin(0))
 
 
 # In the CPU's memory -------------------------------------------------------------------------------------

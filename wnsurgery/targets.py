@@ -132,10 +132,10 @@ def _entangled(slot: Slot, beside: list[Slot], sharing: list[Slot]) -> str:
     `beside` are all tensors of its module, `sharing` all weights with the same g.
     """
     row = layer_of(slot.module)
-    weights = [s for s in beside if row is not None and row.axes(s.module, s.parameter)]
+    weights = [s for s in beside if row is not None and (s is slot or row.axes(s.module, s.parameter))]
     if len(weights) > 1:
         return f"{', '.join(s.parameter for s in weights)}: several weights make its output"
     if any(row is not None and s.parameter == row.bias and s.form != "plain" for s in beside):
         return "its bias is parametrized"
-    fixed = next((s.fqn for s in sharing if _how(s)[1] is None), None)
+    fixed = next((s.fqn for s in sharing if s is not slot and _how(s)[1] is None), None)
     return "" if fixed is None else f"shares its magnitude with {fixed}, which data cannot set"
