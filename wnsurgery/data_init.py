@@ -28,7 +28,7 @@ from wnsurgery.joint_norm import JointNorms
 from wnsurgery.lockstep import Guard, Lockstep, Paused, Replay
 from wnsurgery.masks import Mask, fitting, masks_of
 from wnsurgery.moments import Moments
-from wnsurgery.outputs import Centred, Fresh, scaled
+from wnsurgery.outputs import Fresh, scaled
 from wnsurgery.own_state import Attributes, Spill
 from wnsurgery.plan import Pattern, Skipped
 from wnsurgery.ranks import Ranks
@@ -49,18 +49,19 @@ class Channels:
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, mean: Any, std: Any, scale: Any, shift: Any) -> Channels:
-        """Of values with these moments, scaled and shifted; computed when somebody asks, for most reports go unread."""
+    def of(cls, mean: Any, std: Any, stored: Sequence[Tensor], log: bool) -> Channels:
+        """Of values with these moments at g = 1 and b = 0, with g and b as stored; computed when somebody asks."""
         found = cls.__new__(cls)
-        found.__dict__["_affine"] = (mean, std, scale, shift)
+        found.__dict__["_origin"] = (mean, std, stored, log)
         return found
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("mean", "std") or "_affine" not in self.__dict__:
+        if name not in ("mean", "std") or "_origin" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        mean, std, scale, shift = self.__dict__.pop("_affine")
+        mean, std, (g, *b), log = self.__dict__["_origin"]
         with np.errstate(all="ignore"):
-            self.__dict__["mean"] = tuple((mean * scale + shift).tolist())
+            scale = _scale(g, log)
+            self.__dict__["mean"] = tuple((mean * scale + (_values(b[0]) if b else 0.0)).tolist())
             self.__dict__["std"] = tuple((std * np.abs(scale)).tolist())
         return self.__dict__[name]
 
@@ -374,13 +375,6 @@ class _Run:
 
     # how batches meet: see `lockstep.Meeting`
 
-    def meet(self, layer: _Layer, moments: Moments) -> None:
-        """Called by a pass: wait until the layer is set from the moments of all."""
-        if self.alone:
-            layer.set(moments)
-        else:
-            self.passes.meet(("layer", layer.slot.fqn, 0), moments)
-
     def choose(self, waiting: Mapping[int, Any]) -> Any:
         return self.ranks.most_wanted(waiting)
 
@@ -392,7 +386,8 @@ class _Run:
         moments = Moments.merged(mine)
         kind, name, _ = point
         if kind == "layer":
-            self.layers[name].set(moments)
+            with np.errstate(all="ignore"):
+                self.layers[name].set(moments)
         else:
             self.norms.settle(point, moments)
         return [number for number, paused in waiting.items() if paused.point == point or self._is_settled(paused.point)]
@@ -511,63 +506,63 @@ class _Layer:
         norms: what the output is multiplied by per channel; None where it was made with g = 1. fresh: nobody else holds
         the output.
         """
-        masks = self.run.masks.get(number, ())
+        run = self.run
+        masks = run.masks.get(number, ())
         keep = fitting(masks, output, self.axis) if masks else None
-        self.masked = self.masked or keep is not None
+        if keep is not None:
+            self.masked = run.mask_fitted = True
+        moments = Moments.of(output, self.axis, keep)
         with np.errstate(all="ignore"):  # what is not finite
-            centred = Centred(output, self.axis) if fresh and keep is None and Centred.takes(output, self.axis) else None
-            moments = Moments.of(output, self.axis, keep) if centred is None else centred.moments
-            if norms is not None:
-                moments = moments.divided(norms)
-            if moments.count and not moments.finite:
+            if not moments.finite and moments.count:
                 raise _not_finite(self.slot.fqn)
-            self.run.mask_fitted = self.run.mask_fitted or keep is not None
-            self.run.meet(self, moments)
+            if run.alone:
+                self.set(moments, norms)
+            else:
+                run.passes.meet(("layer", self.slot.fqn, 0), moments if norms is None else moments.divided(norms))
             if not self.settled:  # a whole pass that goes on for the sake of others
                 return None
-            _, scale = self.run.set_by[id(self.g)]
+            _, scale = run.set_by[id(self.g)]
             shift = self.own_shift
             if shift is None and self.bias is not None:
                 shift = _values(self.old[1][1])
-            scale = scale if norms is None else scale / norms
-            if centred is not None:
-                return centred.scaled(scale, shift)
-            return scaled(output, self.axis, scale, shift, in_place=fresh)
+            return scaled(output, self.axis, scale if norms is None else scale / norms, shift, in_place=fresh)
 
-    def set(self, moments: Moments) -> None:
-        """Set g and b such that outputs with these moments (at g = 1, b = 0) get mean 0 and the target deviation."""
+    def set(self, moments: Moments, norms: Any = None) -> None:
+        """Set g and b such that outputs with these moments (at g = 1, b = 0) get mean 0 and the target deviation.
+
+        norms: what these outputs were multiplied by.
+        """
         if not moments.count:
             raise InputError(f"{self.slot.fqn}: no position of the data counts; the batches are empty or masked out")
         if not moments.finite:
             raise _not_finite(self.slot.fqn)
-        with np.errstate(all="ignore"):
-            self._set(moments, moments.std)
-
-    def _set(self, moments: Moments, std: Any) -> None:
+        if norms is not None:
+            moments = moments.divided(norms)
+        std = moments.std
         constant = moments.constant(std)
-        kept = bool(constant.any())
-        stored = _values(self.old[0][1])
-        old_scale = np.exp(stored) if self.log else stored
-        old_shift: Any = 0.0 if self.bias is None else _values(self.old[1][1])
         scale = self.target / std
-        scale = np.where(constant, old_scale, scale) if kept else scale
-        shift = old_shift
-        if self.settable:
-            shift = -moments.mean * scale
-            shift = np.where(constant, old_shift, shift) if kept else shift
+        shift = -moments.mean * scale if self.settable else None
+        if constant is not None:
+            scale = np.where(constant, _scale(self.old[0][1], self.log), scale)
+            shift = None if shift is None else np.where(constant, _values(self.old[1][1]), shift)
         held = np.log(scale) if self.log else scale
-        g = _assign(self.g, np.where(constant, stored, held) if kept else held)
-        b = 0.0 if self.bias is None else _assign(self.bias, shift)
+        if constant is not None and self.log:
+            held = np.where(constant, _values(self.old[0][1]), held)
+        stored = [_assign(self.g, held)]
+        if shift is not None:
+            stored.append(_assign(self.bias, shift))
+        elif self.bias is not None:
+            stored.append(_assign(self.bias, _values(self.old[1][1])))
         self.run.set_by[id(self.g)] = (self.slot.fqn, scale)
-        self.own_shift = None if self.bias is None else shift
+        self.own_shift = shift
         self.run.done.append(
             LayerInit(
                 self.slot.fqn,
                 self.channels,
-                tuple(np.flatnonzero(constant).tolist()) if kept else (),
+                () if constant is None else tuple(np.flatnonzero(constant).tolist()),
                 scale_only=not self.settable,
-                before=Channels.of(moments.mean, std, old_scale, old_shift),
-                after=Channels.of(moments.mean, std, np.exp(g) if self.log else g, b),
+                before=Channels.of(moments.mean, std, [old for _, old in self.old], self.log),
+                after=Channels.of(moments.mean, std, stored, self.log),
                 positions=moments.count,
                 masked=self.masked,
             )
@@ -586,22 +581,25 @@ def _values(tensor: Tensor) -> Any:
     return whole.detach().cpu().to(torch.float64, copy=True).reshape(-1).numpy()
 
 
-def _assign(tensor: Tensor, values: Any) -> Any:
-    """Write values into a parameter, or this rank's slice of them into its shard; returns them as they are stored."""
-    if tensor.dtype == torch.float32:
-        stored = values.astype(np.float32)
-        value = torch.from_numpy(stored)
+def _scale(g: Tensor, log: bool) -> Any:
+    """What a magnitude multiplies by, from how it is stored."""
+    return np.exp(_values(g)) if log else _values(g)
+
+
+def _assign(tensor: Any, values: Any) -> Tensor:
+    """Write values into a parameter, or this rank's slice of them into its shard; returns all as they are stored."""
+    if tensor.dtype is torch.float32:
+        value = torch.from_numpy(values.astype(np.float32))
     else:
         value = torch.from_numpy(values).to(tensor.dtype)
-        stored = value.to(torch.float64).numpy()
-    value = value.view(tensor.shape)
+    shaped = value.view(tensor.shape)
     if type(tensor) is not nn.Parameter and hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
-        mesh, places = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-        value = distribute_tensor(value.to(tensor.device), mesh, places, src_data_rank=None)
-    tensor.copy_(value)
-    return stored
+        mesh, places = tensor.device_mesh, tensor.placements
+        shaped = distribute_tensor(shaped.to(tensor.device), mesh, places, src_data_rank=None)
+    tensor.copy_(shaped)
+    return value
 
 
 def _is_sharded(everything: list[Slot]) -> bool:
@@ -618,10 +616,22 @@ def _device(model: nn.Module) -> torch.device | None:
 # Running the model without a trace -----------------------------------------------------------------------
 
 
+def _all_modules(model: nn.Module) -> list[nn.Module]:
+    """Each module once, in no order: many times quicker than `model.modules()` in deep trees."""
+    found: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            waiting += [child for child in module._modules.values() if child is not None]
+    return list(found.values())
+
+
 @contextmanager
 def _undisturbed(model: nn.Module, training: bool | None) -> Iterator[None]:
     """Run forward passes; leave modes, random state, buffers and gradients as they were."""
-    modules = list(model.modules())
+    modules = _all_modules(model)
     held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     if any(map(is_lazy, held)):
         lazy = next(n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wnsurgery.kept import Kept, probes_of
+from wnsurgery.kept import Kept
 from wnsurgery.mechanism import WeightNormList
 from wnsurgery.norms import norm, short_row_norms
 from wnsurgery.reparam import Axes
@@ -70,9 +70,25 @@ class Directions:
             low, high = np.minimum.reduce(self._norms), np.maximum.reduce(self._norms)
             if _RANGE[0] < low and high < _RANGE[1]:
                 w.requires_grad_(g.requires_grad or v.requires_grad)  # as for a kept weight
-                self._lent = Kept(w, g, v, probes=probes_of(entry, g, v))
+                self._lent = _Lent(w, g, v)
                 return
         self._entry = None
+
+
+class _Lent(Kept):
+    """v in place of a weight that is kept, for a pass that begins at once: versions tell all there is to tell."""
+
+    __slots__ = ()
+
+    def __init__(self, w: Tensor, g: Tensor, v: Tensor) -> None:
+        self.w, self._g, self._v, self.used = w, g, v, False
+        self._version, self._g_version, self._v_version = w._version, g._version, v._version
+
+    def is_written(self) -> bool:
+        return self.w._version != self._version
+
+    def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
+        return self.was_of(g, v) and not self.is_written()
 
 
 def _lengths(v: Tensor, axes: Axes) -> Any:

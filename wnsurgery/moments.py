@@ -27,6 +27,11 @@ _SHORT = 32  # values in a row below which a row's own sum costs more than its v
 _SAMPLE = 8  # one in so many values of the first block tells about where the mean is
 _ROUNDING = 8.0  # roundings by which the values of a channel may differ that does not vary
 _MARGIN = 2.0**10  # how far beyond that a deviation lies for which the largest value need not be known
+_NEAR = 4.0  # variances that the square of a mean may be for sums of float32
+_LINE = 1 << 13  # values of which BLAS sums the squares at once
+_FEW = 1 << 17  # values whose squares stay in the cache
+_CLEAR = 1 << 19  # values that cannot hide a channel's deviation behind their largest, if the mean is near zero
+_RANGE = 2.0**-80, 2.0**100  # mean square, and sum of squares, that float32 holds with all digits
 _NUMPYS = {torch.float32, torch.float64}  # numpy widens these faster than torch
 
 
@@ -38,7 +43,7 @@ class Moments:
         count: values per channel.
         mean: their mean, shape (channels,).
         m2: the sum of their squared distances from the mean, shape (channels,).
-        peak: the largest absolute value, shape (channels,); a bound of it where all channels clearly vary.
+        peak: the largest absolute value, shape (channels,); a bound of it, or None, where all channels clearly vary.
         eps: relative rounding error of the type the values were stored in.
 
     >>> halves = [Moments.of(torch.tensor([[1.0], [3.0]]), -1), Moments.of(torch.tensor([[8.0]]), -1)]
@@ -68,12 +73,44 @@ class Moments:
         with np.errstate(all="ignore"):  # what is not finite
             if type(cube) is not Tensor or not cube.is_cpu or cube.is_neg():
                 return cls._elsewhere(cube, count, eps)
-            pivot, first, second = _sums(cube)
-            offset = first / count
-            m2 = np.maximum(second - first * offset, 0.0)
-            mean = pivot + offset
-            bound = _bound(count, mean, m2, eps)
-            return cls(count, mean, m2, _peak(cube).to(torch.float64).numpy() if bound is None else bound, eps)
+            return cls._quickly(cube, count) or cls._exactly(cube, count, eps)
+
+    @classmethod
+    def _quickly(cls, cube: Tensor, count: int) -> Moments | None:
+        """By sums of float32, which lose next to nothing where no mean is far from zero in its deviations; else None.
+
+        torch sums in a tree, BLAS in many lanes, so that errors do not grow with the number of values.
+        """
+        if cube.dtype is not torch.float32 or not 1 < count <= _CLEAR:
+            return None
+        outer, channels, inner = cube.shape
+        if inner == 1 and cube.numel() <= _FEW:
+            rows = cube.view(outer, channels)
+            first, second = rows.sum(0).numpy(), (rows * rows).sum(0).numpy()
+        elif inner >= _SHORT and (piece := inner if inner <= _LINE else math.gcd(inner, _LINE)) >= _SHORT:
+            lines = np.from_dlpack(cube).reshape(outer, channels, inner // piece, piece)
+            first, second = cube.sum(2).numpy(), np.vecdot(lines, lines)
+            first = first[0] if outer == 1 else np.add.reduce(first, axis=0, dtype=np.float64)
+            second = second[0, :, 0] if outer == 1 and piece == inner else np.add.reduce(second, (0, 2), np.float64)
+        else:
+            return None
+        mean = first / np.float64(count)
+        far = mean * first
+        m2 = second - far
+        least, most = float(np.minimum.reduce(m2 - far / _NEAR)), float(np.add.reduce(second))
+        if least > count * _RANGE[0] and most < _RANGE[1]:  # not where anything is not finite
+            return cls(count, mean, m2, None, _eps(torch.float32))
+        return None
+
+    @classmethod
+    def _exactly(cls, cube: Tensor, count: int, eps: float) -> Moments:
+        """By sums of float64."""
+        pivot, first, second = _sums(cube)
+        offset = first / count
+        m2 = np.maximum(second - first * offset, 0.0)
+        mean = pivot + offset
+        bound = _bound(count, mean, m2, eps)
+        return cls(count, mean, m2, _peak(cube).to(torch.float64).numpy() if bound is None else bound, eps)
 
     @classmethod
     def _elsewhere(cls, cube: Tensor, count: int, eps: float) -> Moments:
@@ -84,18 +121,6 @@ class Moments:
         m2 = wide.sub_(mean[:, None]).square_().sum(2).sum(0)
         found = torch.stack((mean, m2, peak.to(mean.dtype))).cpu().to(torch.float64)  # waits for the device once
         return cls(count, *np.array(found.numpy()), eps)
-
-    @classmethod
-    def around(cls, pivot: Any, offset: Any, m2: Any, count: int, distances: Tensor) -> Moments:
-        """Of values of which the distances from a pivot per channel are known, (outer, channels, inner), and the means
-        and squares of these."""
-        eps = _eps(distances.dtype)
-        mean = pivot + offset
-        peak = _bound(count, mean, m2, eps)
-        if peak is None:
-            high, low = (f(f(distances, 2), 0).numpy() + pivot for f in (torch.amax, torch.amin))
-            peak = np.maximum(np.abs(high), np.abs(low))
-        return cls(count, mean, m2, peak, eps)
 
     @classmethod
     def merged(cls, parts: Iterable[Moments]) -> Moments:
@@ -118,13 +143,14 @@ class Moments:
                 count,
                 self.mean + step * share,
                 self.m2 + other.m2 + step * step * (self.count * share),
-                np.maximum(self.peak, other.peak),
+                np.maximum(self._peaks, other._peaks),
                 max(self.eps, other.eps),
             )
 
     def divided(self, by: Any) -> Moments:
         """Of the same values, each divided by a positive number, one per channel."""
-        return Moments(self.count, self.mean / by, self.m2 / (by * by), self.peak / by, self.eps)
+        peak = None if self.peak is None else self.peak / by
+        return Moments(self.count, self.mean / by, self.m2 / (by * by), peak, self.eps)
 
     @property
     def variance(self) -> Any:
@@ -136,14 +162,22 @@ class Moments:
         """Population standard deviation per channel, shape (channels,)."""
         return np.sqrt(self.variance)
 
+    @property
+    def _peaks(self) -> Any:
+        return np.abs(self.mean) + np.sqrt(self.m2) if self.peak is None else self.peak
+
     def constant(self, std: Any) -> Any:
-        """Channels whose values, of deviation `std`, differ by no more than their own rounding, bool, (channels,)."""
-        return std <= _ROUNDING * self.eps * self.peak
+        """Channels whose values, of deviation `std`, differ by no more than their own rounding, bool, (channels,); None
+        where there is none."""
+        if self.peak is None:
+            return None
+        found = std <= _ROUNDING * self.eps * self.peak
+        return found if found.any() else None
 
     @property
     def finite(self) -> bool:
         """Whether every value was, and none so large that its square is not."""
-        return bool(np.isfinite(self.m2).all())
+        return self.peak is None or bool(np.isfinite(self.m2).all())
 
 
 _epsilons: dict[torch.dtype, float] = {}

@@ -7,7 +7,6 @@ makes on the spot and forgets. Hooks that ran earlier, attributes, caches and ar
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any
 
@@ -16,15 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from wnsurgery.moments import Moments
 from wnsurgery.ownership import holders_of
 
-__all__ = ["Centred", "Fresh", "scaled"]
+__all__ = ["Fresh", "scaled"]
 
-_SAMPLE = 8  # one in so many values tells about where the mean is
-_NEAR = 16.0  # variances that the square of the distance to the mean may be
-_LONG_ENOUGH = 32  # values in a row from which its own sum costs less than its values
-_PIECE = 1 << 9  # values summed in float32
 _IN_PLACE = (torch.float32, torch.float64)  # others are computed in a wider type
 
 
@@ -92,7 +86,7 @@ def _is_watched() -> bool:
 
 def scaled(output: Tensor, axis: int, scale: Any, shift: Any | None, *, in_place: bool) -> Tensor:
     """output * scale + shift, one (float64) number of numpy for each index of `axis`; computed in float32 at least."""
-    work = torch.promote_types(output.dtype, torch.float32)
+    work = output.dtype if in_place else torch.promote_types(output.dtype, torch.float32)
     view = [1] * output.ndim
     view[axis] = len(scale)
     factor = _numbers(scale, work, output.device).view(view)
@@ -107,56 +101,3 @@ def _numbers(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         values = values.astype(np.float32)
     found = torch.from_numpy(values)
     return found if device.type == "cpu" else found.to(device)
-
-
-class Centred:
-    """An output that holds its distances from a number near each channel's mean, and its moments.
-
-    Written into the output's own memory, which is read three times while it is in the cache. Float32 is wide enough for
-    the distances: they are rounded relative to themselves, and summed in short pieces.
-    """
-
-    @staticmethod
-    def takes(output: Tensor, axis: int) -> bool:
-        """Whether channels lie in long pieces, one after the other; of an output that may be written to."""
-        axis %= output.ndim
-        return (
-            output.dtype is torch.float32
-            and output.is_contiguous()
-            and axis + 1 < output.ndim
-            and output.numel() > 0
-            and math.prod(output.shape[axis + 1 :]) >= _LONG_ENOUGH
-        )
-
-    def __init__(self, output: Tensor, axis: int) -> None:
-        axis %= output.ndim
-        channels, inner = output.shape[axis], math.prod(output.shape[axis + 1 :])
-        self.output, self._cube = output, output.view(-1, channels, inner)
-        pivot = self._cube[0, :, : -(-inner // _SAMPLE)].mean(1)
-        self._cube.sub_(pivot[:, None])
-        self._pivot = pivot.numpy().astype(np.float64)
-        offset, m2, count = self._measured()
-        if (offset * offset * (_NEAR * count) > m2).any():  # the sample was not like the rest
-            closer = torch.from_numpy(offset.astype(np.float32))
-            self._cube.sub_(closer[:, None])
-            self._pivot += closer.numpy()
-            offset, m2, count = self._measured()
-        self.moments = Moments.around(self._pivot, offset, m2, count, self._cube)
-
-    def _measured(self) -> tuple[Any, Any, int]:
-        outer, channels, inner = self._cube.shape
-        piece = math.gcd(inner, _PIECE)
-        lines = np.from_dlpack(self._cube.view(-1, piece if piece >= _LONG_ENOUGH else inner))
-        squares = np.vecdot(lines, lines).reshape(outer, channels, -1)
-        first = self._cube.sum(2).numpy()
-        count = outer * inner
-        second = np.add.reduce(squares.reshape(outer, channels, -1), axis=(0, 2), dtype=np.float64)
-        offset = np.add.reduce(first, axis=0, dtype=np.float64) / count
-        return offset, np.maximum(second - offset * offset * count, 0.0), count
-
-    def scaled(self, scale: Any, shift: Any | None) -> Tensor:
-        """`scaled` of the output as it was."""
-        whole = self._pivot * scale if shift is None else self._pivot * scale + shift
-        self._cube.mul_(_numbers(scale, torch.float32, self.output.device)[:, None])
-        self._cube.add_(_numbers(whole, torch.float32, self.output.device)[:, None])
-        return self.output
