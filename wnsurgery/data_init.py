@@ -480,8 +480,10 @@ class _Layer:
             return output
         if not (run.sharded or run.alone):  # alone, it is set before anybody sees it
             self.restore(only_bias=self.lent)
+        fresh = run.fresh is not None and run.fresh.taken(output, references)
+        if not torch.is_grad_enabled():
+            return self._meet(output, number, norms, fresh)
         with torch.no_grad():
-            fresh = run.fresh is not None and run.fresh.taken(output, references)
             return self._meet(output, number, norms, fresh)
 
     def _again(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -536,12 +538,11 @@ class _Layer:
             raise InputError(f"{self.slot.fqn}: no position of the data counts; the batches are empty or masked out")
         if not moments.finite:
             raise _not_finite(self.slot.fqn)
+        mean, std, constant = moments.mean, moments.std, moments.constant
         if norms is not None:
-            moments = moments.divided(norms)
-        std = moments.std
-        constant = moments.constant(std)
+            mean, std = mean / norms, std / norms
         scale = self.target / std
-        shift = -moments.mean * scale if self.settable else None
+        shift = -mean * scale if self.settable else None
         if constant is not None:
             scale = np.where(constant, _scale(self.old[0][1], self.log), scale)
             shift = None if shift is None else np.where(constant, _values(self.old[1][1]), shift)
@@ -555,14 +556,17 @@ class _Layer:
             stored.append(_assign(self.bias, _values(self.old[1][1])))
         self.run.set_by[id(self.g)] = (self.slot.fqn, scale)
         self.own_shift = shift
+        before = [old for _, old in self.old]
+        if self.run.sharded:  # while all ranks are here
+            before = [torch.from_numpy(_values(old)) for old in before]
         self.run.done.append(
             LayerInit(
                 self.slot.fqn,
                 self.channels,
                 () if constant is None else tuple(np.flatnonzero(constant).tolist()),
                 scale_only=not self.settable,
-                before=Channels.of(moments.mean, std, [old for _, old in self.old], self.log),
-                after=Channels.of(moments.mean, std, stored, self.log),
+                before=Channels.of(mean, std, before, self.log),
+                after=Channels.of(mean, std, stored, self.log),
                 positions=moments.count,
                 masked=self.masked,
             )
@@ -648,7 +652,8 @@ def _undisturbed(model: nn.Module, training: bool | None) -> Iterator[None]:
             yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training is not mode:
+                module.training = mode
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 buffer.copy_(value)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,8 +34,7 @@ _RANGE = 2.0**-80, 2.0**100  # mean square, and sum of squares, that float32 hol
 _NUMPYS = {torch.float32, torch.float64}  # numpy widens these faster than torch
 
 
-@dataclass(frozen=True)
-class Moments:
+class Moments(NamedTuple):
     """Moments of a set of values per channel, in numpy's float64: operations on so few cost a fraction of torch's.
 
     Attributes:
@@ -52,7 +50,7 @@ class Moments:
     (3, 4.0, 8.666667)
     """
 
-    count: int
+    count: int  # type: ignore[assignment] # instead of the method that tuples have
     mean: Any
     m2: Any
     peak: Any
@@ -166,12 +164,13 @@ class Moments:
     def _peaks(self) -> Any:
         return np.abs(self.mean) + np.sqrt(self.m2) if self.peak is None else self.peak
 
-    def constant(self, std: Any) -> Any:
-        """Channels whose values, of deviation `std`, differ by no more than their own rounding, bool, (channels,); None
-        where there is none."""
+    @property
+    def constant(self) -> Any:
+        """Channels whose values differ by no more than their own rounding, bool, shape (channels,); None where there is
+        none."""
         if self.peak is None:
             return None
-        found = std <= _ROUNDING * self.eps * self.peak
+        found = self.std <= _ROUNDING * self.eps * self.peak
         return found if found.any() else None
 
     @property

@@ -58,6 +58,8 @@ def scales_of(wish: Scale, everything: list[Slot]) -> dict[int, float]:
             raise SelectionError(f"init_scale must be positive{where}, not {scale!r}")
         if isinstance(wish, Mapping):
             _check("init_scale", pattern, found)
+    if not isinstance(wish, Mapping):
+        return {id(s): float(wish) for s in found}
     return {id(s): float(next((x for p, x in table.items() if matches(p, s)), 1.0)) for s in found}
 
 
