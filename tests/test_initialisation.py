@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -361,3 +362,117 @@ def test_half_precision_nets() -> None:
     x = torch.randn(32, 3, 8, 8).bfloat16()
     wn.data_dependent_init(model, x)
     assert all(deviation < 0.02 for _, deviation in first_call_statistics(model, x).values())
+
+
+def hand_made(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel of a Conv1d's output with unit directions and no bias, in float64 loops."""
+    v = layer.parametrizations.weight.original1.detach().double()
+    x = nn.functional.pad(x.double(), (layer.padding[0], layer.padding[0]))
+    means, stds = [], []
+    for row in v:
+        unit = row / row.square().sum().sqrt()
+        windows = x.unfold(2, unit.shape[1], 1)  # (batch, channels, positions, taps)
+        t = sum(windows[:, c, :, k] * unit[c, k] for c in range(unit.shape[0]) for k in range(unit.shape[1]))
+        mean = t.sum() / t.numel()
+        means.append(mean)
+        stds.append(((t - mean).square().sum() / t.numel()).sqrt())
+    return torch.stack(means), torch.stack(stds)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 500), (40, 3, 6), (50, 3, 1)])
+@pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (500.0, 1.0), (0.0, 1e-12), (3e10, 1e12)])
+def test_large_means_and_any_scale(mean: float, deviation: float, shape: Any, several: bool) -> None:
+    """g and b are those of float64 loops for activations far from zero, tiny and huge, long and of one position."""
+    torch.manual_seed(0)
+    model = wn.apply_weight_norm(nn.Sequential(nn.Conv1d(3, 5, 1)).double())
+    x = torch.randn(shape, dtype=torch.float64) * deviation + mean
+    wide_mean, wide_std = hand_made(model[0], x)
+    model, x = model.float(), x.float()
+    wn.data_dependent_init(model, list(x.split([1, len(x) - 1])) if several else x)
+    g = model[0].parametrizations.weight.original0.flatten().double()
+    rounding = 1e-6 * (1 + mean / deviation)  # of the activations themselves, to float32
+    assert torch.allclose(g, 1 / wide_std, rtol=1e-5 + rounding)
+    assert torch.allclose(model[0].bias.double(), -wide_mean / wide_std, rtol=1e-5 + rounding, atol=1e-5)
+
+
+def test_an_output_that_somebody_holds_is_not_written_to() -> None:
+    """What a layer puts on itself, or a hook on all modules sees, stays what the layer computed; the next layer gets
+    what the initialised layer gives."""
+
+    class Keeping(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = super().forward(x)
+            self.copy = self.kept.clone()
+            return self.kept
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Keeping(4, 5), nn.Linear(5, 3)), torch.randn(60, 4)
+    wn.apply_weight_norm(model)
+    twin = copy.deepcopy(model)
+    wn.data_dependent_init(model, x)
+    assert torch.equal(model[0].kept, model[0].copy)
+    seen, copies = [], []
+
+    def look(module: nn.Module, args: Any, output: Tensor) -> None:
+        seen.append(output)
+        copies.append(output.clone())
+
+    handle = nn.modules.module.register_module_forward_hook(look)
+    try:
+        wn.data_dependent_init(twin, x)
+    finally:
+        handle.remove()
+    assert all(torch.equal(output, before) for output, before in zip(seen, copies, strict=True))
+    for net_ in (model, twin):
+        assert (net_(x).std(0, unbiased=False) - 1).abs().max() < 1e-4
+
+
+def test_a_layer_that_wants_gradients_in_its_own_forward() -> None:
+    """It computes its weight then, whatever it was lent: g and b come out as ever."""
+
+    class Inside(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                return super().forward(x)
+
+    torch.manual_seed(0)
+    layer, x = Inside(6, 4), torch.randn(200, 6) * 3 + 2
+    model = wn.apply_weight_norm(nn.Sequential(layer))
+    for data in (x, list(x.split(70))):
+        wn.data_dependent_init(model, data)
+        mean, std = neutral_moments(layer, x)
+        assert torch.allclose(layer.parametrizations.weight.original0.flatten().double(), 1 / std, rtol=1e-5)
+        assert torch.allclose(layer.bias.double(), -mean / std, rtol=1e-4, atol=1e-5)
+        assert "_kept" not in layer.parametrizations.weight.__dict__ or layer.weight.shape == (4, 6)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_one_batch_in_inference_mode(inference: bool) -> None:
+    """The caller's inference mode changes nothing of what is set, nor of training afterwards."""
+    torch.manual_seed(0)
+    model, x = wn.apply_weight_norm(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))), torch.randn(90, 6)
+    with torch.inference_mode(inference):
+        wn.data_dependent_init(model, x)
+    assert (model(x).std(0, unbiased=False) - 1).abs().max() < 1e-4
+    model(x).sum().backward()
+
+
+def test_a_report_is_plain_data_whenever_it_is_read() -> None:
+    """Training after the call, copies and pickles change nothing of what the report says of before and after."""
+    torch.manual_seed(0)
+    model, x = wn.apply_weight_norm(nn.Sequential(nn.Linear(5, 3))), torch.randn(90, 5)
+    before = model(x).detach().double()
+    report = wn.data_dependent_init(model, x)
+    after = model(x).detach().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    layer = pickle.loads(pickle.dumps(copy.deepcopy(report))).initialised[0]
+    for said, seen in ((layer.before, before), (layer.after, after)):
+        assert said.mean == pytest.approx(seen.mean(0).tolist(), abs=1e-6)
+        assert said.std == pytest.approx(seen.std(0, unbiased=False).tolist(), rel=1e-6)
+    assert layer == report.initialised[0]
+    assert "mean=(" in repr(layer.before)
+    with pytest.raises(AttributeError, match="median"):
+        layer.before.median  # noqa: B018

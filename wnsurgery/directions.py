@@ -32,8 +32,9 @@ class Directions:
 
     def __init__(self, slot: Slot) -> None:
         table: Any = slot.module._modules.get("parametrizations")
-        entry = None if table is None else table._modules.get(slot.parameter)
+        entry: Any = None if table is None else table._modules.get(slot.parameter)
         ours = slot.form == "ours" and isinstance(entry, WeightNormList) and entry._deferred is None
+        ours = ours and len(entry._modules) == 1  # nothing is stacked on top
         self._entry: WeightNormList | None = entry if ours else None
         self._lent: Kept | None = None
         self._norms: Any = None

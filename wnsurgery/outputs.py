@@ -33,13 +33,14 @@ class _Makes(nn.Module):
 class Fresh:
     """Knows the outputs that nobody but the running pass holds, from a forward hook with keyword arguments.
 
-    `taken(output, sys.getrefcount(output))` is to be asked as the first thing in the hook. Where somebody watches all
+    `sys.getrefcount(output)` is to be taken as the first thing in the hook, by itself. Where somebody watches all
     modules or all operations, no output counts as fresh.
 
     >>> fresh, seen = Fresh(), []
     >>> layer = nn.Linear(2, 2).requires_grad_(False)
     >>> def hook(module, args, kwargs, output):
-    ...     seen.append(fresh.taken(output, sys.getrefcount(output)))
+    ...     references = sys.getrefcount(output)
+    ...     seen.append(fresh.taken(output, references))
     >>> handle = layer.register_forward_hook(hook, with_kwargs=True)
     >>> _ = layer(torch.ones(1, 2))
     >>> seen
@@ -76,7 +77,7 @@ class Fresh:
 
 
 def _is_channels_last(output: Tensor) -> bool:
-    return output.ndim == 4 and output.is_contiguous(memory_format=torch.channels_last)  # noqa: PLR2004
+    return output.ndim == 4 and output.is_contiguous(memory_format=torch.channels_last)
 
 
 def _is_watched() -> bool:
