@@ -124,7 +124,8 @@ class Moments:
         mean = wide.sum(2).sum(0) / count  # one axis at a time: two that do not touch are several times slower
         m2 = wide.sub_(mean[:, None]).square_().sum(2).sum(0)
         found = torch.stack((mean, m2, peak.to(mean.dtype))).cpu().to(torch.float64)  # waits for the device once
-        return cls(count, *np.array(found.numpy()), eps)
+        of_mean, of_m2, of_peak = np.array(found.numpy())
+        return cls(count, of_mean, of_m2, of_peak, eps)
 
     @classmethod
     def merged(cls, parts: Iterable[Moments]) -> Moments:
