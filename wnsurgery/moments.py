@@ -88,7 +88,7 @@ class Moments:
         if inner == 1 and cube.numel() <= _FEW:
             rows = cube.view(outer, channels)
             first, second = rows.sum(0).numpy(), (rows * rows).sum(0).numpy()
-        elif inner >= _SHORT and (piece := inner if inner <= _LINE else math.gcd(inner, _LINE)) >= _SHORT:
+        elif (inner >= _SHORT or cube.numel() <= _FEW) and (piece := _piece(inner)):
             lines = np.from_dlpack(cube).reshape(outer, channels, inner // piece, piece)
             first, second = cube.sum(2).numpy(), np.vecdot(lines, lines)
             first = first[0] if outer == 1 else np.add.reduce(first, axis=0, dtype=np.float64)
@@ -206,6 +206,12 @@ def _cube(values: Tensor, axis: int, keep: Tensor | None) -> Tensor:
             values, axis = last, last.ndim - 1
     shape = values.shape
     return values.reshape(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
+
+
+def _piece(inner: int) -> int:
+    """Into pieces of what length a row of values is cut for BLAS; 0 where it cannot be."""
+    piece = inner if inner <= _LINE else math.gcd(inner, _LINE)
+    return piece if piece == inner or piece >= _SHORT else 0
 
 
 def _bound(count: int, mean: Any, m2: Any, eps: float) -> Any:
