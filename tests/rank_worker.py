@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -146,3 +147,6 @@ if __name__ == "__main__":
     torch.save(result, directory / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # threads that gloo has not yet joined have ended an interpreter's exit in std::terminate

@@ -53,13 +53,13 @@ def test_rows_are_those_of_the_whole_weight(options: Any, magnitude: Any) -> Non
 def test_only_the_rows_asked_for_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small batch never computes the whole weight; a batch of most ids, and evaluation, do."""
     module, whole = table(), []
-    original = type(module.parametrizations.weight).forward  # type: ignore[union-attr, index]
+    original = type(module.parametrizations.weight)._computed  # type: ignore[union-attr, index]
 
-    def counted(self: Any) -> Tensor:
+    def counted(self: Any, private: bool = False) -> Tensor:
         whole.append(1)
-        return original(self)  # type: ignore[no-any-return]
+        return original(self, private)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(type(module.parametrizations.weight), "forward", counted)  # type: ignore[union-attr, index]
+    monkeypatch.setattr(type(module.parametrizations.weight), "_computed", counted)  # type: ignore[union-attr, index]
     module(IDS)
     assert not whole
     module(torch.arange(ROWS))

@@ -51,18 +51,19 @@ class DeferredParameter(nn.Parameter):
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        self._settle()
-        _GRAD.__set__(self, value)
+        self._pass_on()
+        _hold(self, value)
 
     @grad.deleter
     def grad(self) -> None:
-        self._settle()
+        self._pass_on()
         _GRAD.__delete__(self)
 
-    def _settle(self) -> None:
+    def _pass_on(self) -> None:
+        """Let what waits on the weight reach the other half, too, before this one is written over."""
         reference = self.__dict__.get(OWNER)
         weight = None if reference is None else reference()
-        if weight is not None:
+        if weight is not None and weight.leaf is not None and weight.leaf.grad is not None:
             weight.settle()
 
     def register_hook(self, hook: Any) -> Any:
@@ -198,11 +199,11 @@ class DeferredWeight:
     def add_grads(self, parts: tuple[Tensor, Tensor]) -> None:
         """Add dL/dg and dL/dv to what g and v hold."""
         for half, part in zip((self.g, self.v), parts, strict=True):
-            held = _GRAD.__get__(half)
+            held = _held_by(half)
             if not half.requires_grad:
                 continue
             if held is None:
-                _GRAD.__set__(half, part)
+                _hold(half, part)
             else:
                 held.add_(part)
 
