@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import logging
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -202,5 +202,5 @@ def many_backward(numbers: Sequence[int], elements: int) -> None:
     """`backward` of many weights of so many elements: of each the addresses of dL/dw, v, g, norms, dL/dg and dL/dv, the
     rows and the columns."""
     if numbers:
-        table = np.array(numbers, dtype=np.int64)
-        on_all_rows(_Kernels.module, elements, len(numbers) // 8, "many_backward", table.ctypes.data)
+        table = array("q", numbers)
+        on_all_rows(_Kernels.module, elements, len(numbers) // 8, "many_backward", table.buffer_info()[0])

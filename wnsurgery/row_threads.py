@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 __all__ = ["on_all_rows"]
@@ -41,13 +41,11 @@ def on_all_rows(kernels: Any, elements: int, rows: int, name: str, *numbers: int
     if parts < 2:
         return kernel(*numbers, 0, rows) is not False
     if library is not None:
-        worker = _worker(kernels)
-        job = np.zeros(_NUMBERS, dtype=np.int64)
-        job[2:6] = parts, 0, kernels.JOBS[name], rows
-        job[6 : 6 + len(numbers)] = numbers
-        at = job.ctypes.data
+        unused = [0] * (_NUMBERS - 6 - len(numbers))
+        job = array("q", [0, 0, parts, 0, kernels.JOBS[name], rows, *numbers, *unused])
+        at, _ = job.buffer_info()
         job[0] = at + 8
-        kernels.in_parallel(library, worker.address, at, threads)
+        kernels.in_parallel(library, _worker(kernels).address, at, threads)
         return not job[3]
     bounds = [rows * i // parts for i in range(parts + 1)]
     waiting = [_pool(os.getpid(), parts - 1).submit(kernel, *numbers, *pair) for pair in pairwise(bounds[1:])]
