@@ -34,7 +34,7 @@ from wnsurgery.plan import Pattern, Skipped
 from wnsurgery.ranks import Ranks
 from wnsurgery.targets import Scale, bias_of, is_log, scales_of, select, settable_bias, sort_out
 from wnsurgery.text import columns
-from wnsurgery.walk import Slot, slots
+from wnsurgery.walk import Slot, modules_of, slots
 
 __all__ = ["Channels", "InitReport", "LayerInit", "data_dependent_init"]
 
@@ -620,22 +620,10 @@ def _device(model: nn.Module) -> torch.device | None:
 # Running the model without a trace -----------------------------------------------------------------------
 
 
-def _all_modules(model: nn.Module) -> list[nn.Module]:
-    """Each module once, in no order: many times quicker than `model.modules()` in deep trees."""
-    found: dict[int, nn.Module] = {}
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            waiting += [child for child in module._modules.values() if child is not None]
-    return list(found.values())
-
-
 @contextmanager
 def _undisturbed(model: nn.Module, training: bool | None) -> Iterator[None]:
     """Run forward passes; leave modes, random state, buffers and gradients as they were."""
-    modules = _all_modules(model)
+    modules = modules_of(model, machinery=True)
     held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
     if any(map(is_lazy, held)):
         lazy = next(n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t))
