@@ -264,7 +264,13 @@ def test_other_program(line: str, folders: dict[str, Path], tmp_path: Path) -> N
         pytest.importorskip("transformers")
     words = [str(ROOT / word) if word.startswith("examples/") else word for word in words]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(words, cwd=here, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    for attempt in range(2):
+        done = subprocess.run(
+            words, cwd=here, env=environment, capture_output=True, text=True, check=False, timeout=200
+        )
+        # threads that gloo has not yet joined have ended an interpreter's exit, after all was done
+        if attempt or "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     assert ": False" not in done.stdout  # how the examples report a difference
     assert "-o" not in words or (here / words[words.index("-o") + 1]).exists()
