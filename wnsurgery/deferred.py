@@ -152,6 +152,13 @@ class DeferredWeight:
             leaf.requires_grad_(wanted)
         return leaf
 
+    def leaf_as_it_is(self, g: Any, v: Any) -> nn.Parameter | None:
+        """The leaf, where it holds the weight of this pair, tensors or None, and is to be used as it is."""
+        leaf, kept = self.leaf, self.kept
+        if leaf is None or kept is None or not kept.is_of(g, v):
+            return None
+        return leaf if leaf.requires_grad == (g.requires_grad or v.requires_grad) else None
+
     def settle(self) -> None:
         """Let gradients and writes that reached the leaf reach g and v."""
         leaf = self.leaf

@@ -399,7 +399,8 @@ def _map(self: nn.Linear, input: Tensor) -> Tensor:
     entry = _own_entry(self)
     if entry is not None and _grad_enabled():
         v, bias = entry._parameters.get("original1"), _bias(self)
-        y = entry.linear(input, bias) if v is not None and v.numel() > AHEAD else None
+        large = v is not None and v.numel() > AHEAD and entry._deferred is None
+        y = entry.linear(input, bias) if large else None
         return F.linear(input, entry.in_training(private=True), bias) if y is None else y
     w = None if entry is None else unchanged(entry)
     return nn.Linear.forward(self, input) if w is None else F.linear(input, w, _bias(self))

@@ -61,7 +61,9 @@ class WeightNormList(ParametrizationList):
     def in_training(self, *, private: bool = False) -> Tensor:
         """The weight with its graph, for one use, while nothing is compiled; `private` for the layer's own, which hands
         it to nobody who could write into it."""
-        made = None if self._again is None else self._use_again(private)
+        made = None if self._deferred is None else self.leaf_as_it_is()
+        if made is None and self._again is not None:
+            made = self._use_again(private)
         if made is None and self._made is not None:
             made = self._take_made(private)
         return self._computed(private) if made is None else made
@@ -285,6 +287,14 @@ class WeightNormList(ParametrizationList):
         net = self._preparation
         return large_linear(x, g, v, bias, rule.axes, self._rooms(), Rooms() if net is None else net.rooms)
 
+    def leaf_as_it_is(self) -> Tensor | None:
+        """The weight of deferred mode, where nothing is to be done before its use."""
+        weight = self._deferred
+        if weight is None or len(self._modules) != 1 or _is_tracing():
+            return None
+        halves = self._parameters
+        return weight.leaf_as_it_is(halves.get("original0"), halves.get("original1"))
+
     def _leaf(self, weight: DeferredWeight, g: Tensor, v: Tensor) -> Tensor | None:
         """The weight of deferred mode, None where whoever is watching must see it computed from g and v."""
         if _is_compiling():  # kept current by optimizer steps and loading
@@ -493,10 +503,12 @@ def _copies_as_it_is(held: Any, given: Any) -> bool:
 
 
 def unchanged(entry: WeightNormList) -> Tensor | None:
-    """The weight that was kept and used in evaluation, where its pair is as it was and nothing is on top; else None,
-    upon which the list is to be asked. For uses without gradients, while nothing is compiled."""
+    """The weight that was kept and used in evaluation, or deferred mode's, where its pair is as it was and nothing is
+    on top; else None, upon which the list is to be asked. For uses without gradients, while nothing is compiled."""
     kept = entry._kept
-    if kept is None or not kept.used or len(entry._modules) != 1 or _is_tracing():
+    if kept is None:
+        return None if entry._deferred is None else entry.leaf_as_it_is()
+    if not kept.used or len(entry._modules) != 1 or _is_tracing():
         return None
     halves = entry._parameters
     return kept.w if kept.is_of(halves.get("original0"), halves.get("original1")) else None
