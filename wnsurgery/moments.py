@@ -9,7 +9,6 @@ Source: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample varianc
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wnsurgery.norms import row_products
+from wnsurgery.norms import row_products, wide_scratch
 
 __all__ = ["Moments"]
 
@@ -232,23 +231,6 @@ def _peak(cube: Tensor) -> Tensor:
 # In the CPU's memory -------------------------------------------------------------------------------------
 
 
-class _Room(threading.local):
-    """One block of float64 for each thread, warm: allocating it anew costs more than the arithmetic."""
-
-    memory: Any = None
-
-
-_room = _Room()
-
-
-def _wide(size: int) -> Any:
-    if size > _BLOCK:
-        return np.empty(size)
-    if _room.memory is None:
-        _room.memory = np.empty(_BLOCK)
-    return _room.memory[:size]
-
-
 class _Sums(NamedTuple):
     """A number near the mean of each channel, and the sums of the distances from it and of their squares.
 
@@ -285,7 +267,7 @@ def _sums(cube: Tensor) -> _Sums:
 
 def _widened(values: Any, shape: tuple[int, ...]) -> Any:
     """A block of numpy's or torch's in float64, in memory that serves every block."""
-    wide = _wide(math.prod(shape)).reshape(shape)
+    wide = wide_scratch(math.prod(shape)).reshape(shape)
     if isinstance(values, Tensor):
         torch.from_numpy(wide).copy_(values)
     else:

@@ -40,6 +40,7 @@ __all__ = [
     "snapped_quotient",
     "stored_magnitude",
     "wide_dtype",
+    "wide_scratch",
 ]
 
 _BLOCK = 1 << 18  # elements widened at a time: 2 MiB of float64, which stay in a core's cache
@@ -138,7 +139,7 @@ def row_norms(rows: Tensor) -> Tensor:
         return total if length < _SHORT else total.sqrt_()
     squares = np.empty(count)
     most = min(step, count)
-    wide = _wide_scratch(most * length)[: most * length].reshape(most, length)
+    wide = wide_scratch(most * length).reshape(most, length)
     # numpy widens faster than torch; `.numpy()` would forbid the storage to be resized, for good
     narrow = np.from_dlpack(rows.detach()) if rows.dtype == torch.float32 else None
     for start in range(0, count, step):
@@ -190,14 +191,14 @@ class _Scratch(threading.local):
 _scratches = _Scratch()
 
 
-def _wide_scratch(size: int) -> Any:
-    """The same memory as an array."""
+def wide_scratch(size: int) -> Any:
+    """The thread's own memory as an array of so many float64, for what is done with before it is asked for again."""
     if size > _BLOCK:
         return np.empty(size)
     if _scratches.array is None:
         with torch.inference_mode(False):
-            _scratches.array = _scratch(torch.empty(_BLOCK, dtype=torch.float64)).numpy()
-    return _scratches.array
+            _scratches.array = _scratch(torch.empty(_BLOCK, dtype=torch.float64, device="cpu")).numpy()
+    return _scratches.array[:size]
 
 
 def _scratch(like: Tensor) -> Tensor:

@@ -625,16 +625,13 @@ class WeightNorm(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], *rest: Any) -> None:
         """As any module's, which for one without entries, tensors and hooks does nothing, in many steps."""
-        if state_dict or self._parameters or self._buffers or self._load_state_dict_pre_hooks or _is_derived(self):
+        tensors, derived = self._parameters or self._buffers, type(self) is not WeightNorm
+        if state_dict or tensors or self._load_state_dict_pre_hooks or derived:
             super()._load_from_state_dict(state_dict, *rest)
 
     def extra_repr(self) -> str:
         groups = f", groups={self.axes.groups}" if self.axes.groups > 1 else ""
         return f"kept={self.axes.kept}{groups}, magnitude={self.magnitude!r}"
-
-
-def _is_derived(rule: WeightNorm) -> bool:
-    return type(rule) is not WeightNorm
 
 
 @cache
