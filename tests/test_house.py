@@ -19,7 +19,7 @@ PACKAGE = ROOT / "wnsurgery"
 LAYERS = [
     {"fused_kernels", "norms", "row_threads"},
     {"errors", "fused", "kept", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"}
-    | {"csv_text", "ownership", "dtensors", "compiled", "loaded_keys"},
+    | {"csv_text", "ownership", "dtensors", "compiled", "loaded_keys", "placed"},
     {"keys", "loans", "reparam", "stores", "differences", "onnx_values", "optimizer_state", "blocked_linear"}
     | {"charts", "page"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm", "outputs"},

@@ -43,15 +43,16 @@ class DeferredParameter(nn.Parameter):
     def grad(self) -> Tensor | None:
         reference = self.__dict__.get(OWNER)  # in one frame: an optimizer's step asks several times
         weight = None if reference is None else reference()
-        if weight is not None:
-            leaf, kept = weight.leaf, weight.kept
-            if leaf is not None and (leaf.grad is not None or (kept is not None and kept.is_written())):
-                weight.settle()
+        if weight is not None and (leaf := weight.leaf) is not None and leaf.grad is not None:
+            weight.settle()
         return _held_by(self)  # type: ignore[no-any-return]
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        self._pass_on()
+        reference = self.__dict__.get(OWNER)  # as `_pass_on`
+        weight = None if reference is None else reference()
+        if weight is not None and (leaf := weight.leaf) is not None and leaf.grad is not None:
+            weight.settle()
         _hold(self, value)
 
     @grad.deleter
@@ -152,13 +153,6 @@ class DeferredWeight:
             leaf.requires_grad_(wanted)
         return leaf
 
-    def leaf_as_it_is(self, g: Any, v: Any) -> nn.Parameter | None:
-        """The leaf, where it holds the weight of this pair, tensors or None, and is to be used as it is."""
-        leaf, kept = self.leaf, self.kept
-        if leaf is None or kept is None or not kept.is_of(g, v):
-            return None
-        return leaf if leaf.requires_grad == (g.requires_grad or v.requires_grad) else None
-
     def settle(self) -> None:
         """Let gradients and writes that reached the leaf reach g and v."""
         leaf = self.leaf
@@ -203,12 +197,12 @@ class DeferredWeight:
         """||v|| per row as the weight was computed, None where g or v changed since."""
         return self.norms if self.kept is not None and self.kept.was_of(self.g, self.v) else None
 
-    def add_grads(self, parts: tuple[Tensor, Tensor]) -> None:
+    def add_grads(self, part_g: Tensor, part_v: Tensor) -> None:
         """Add dL/dg and dL/dv to what g and v hold."""
-        for half, part in zip((self.g, self.v), parts, strict=True):
-            held = _held_by(half)
+        for half, part in ((self.g, part_g), (self.v, part_v)):
             if not half.requires_grad:
                 continue
+            held = _held_by(half)
             if held is None:
                 _hold(half, part)
             else:
@@ -252,10 +246,14 @@ class DeferredGroup:
         _watch_steps(self)
 
     def add(self, weight: DeferredWeight) -> None:
-        self._weights.append(weakref.ref(weight, self._weights.remove))
+        self._weights.append(weakref.ref(weight, self._lose))
+
+    def _lose(self, gone: weakref.ref[DeferredWeight]) -> None:
+        self._weights.remove(gone)
+        self.forget()
 
     def forget(self) -> None:
-        """Some pair became another, or of another type."""
+        """Some pair became another, or of another type, or is gone."""
         self._many.clear()
 
     @property
@@ -273,12 +271,13 @@ class DeferredGroup:
 
     def _together(self, weights: Sequence[DeferredWeight]) -> ManyWeights:
         """The same weights as one, remembered: a net's come again and again."""
-        key = tuple(id(part) for w in weights for part in (w.leaf, w.g, w.v))
-        if key not in self._many:
+        key = tuple(map(id, weights))
+        many = self._many.get(key)
+        if many is None:
             if len(self._many) >= _SETS:
                 self._many.clear()
-            self._many[key] = ManyWeights([weight.item() for weight in weights])  # which holds what the key names
-        return self._many[key]
+            many = self._many[key] = ManyWeights([weight.item() for weight in weights])
+        return many
 
     def project(self) -> None:
         """Pass on what has gathered on all weights."""
@@ -296,12 +295,23 @@ class DeferredGroup:
             grads, private = zip(*[weight.take_grad() for weight in waiting], strict=True)
             norms = [weight.valid_norms() for weight in waiting]
             for weight, parts in zip(waiting, self._together(waiting).gradients(grads, norms, private), strict=True):
-                weight.add_grads(parts)
+                weight.add_grads(*parts)
+
+    def before_step(self, optimizer: optimizers.Optimizer) -> None:
+        """An optimizer is about to move its parameters: let writes that reached a leaf reach its pair. Gradients follow
+        when it asks for them."""
+        for weight in self.weights:
+            kept = weight.kept
+            if kept is not None and kept.is_written() and weight in self._moved_by(optimizer):
+                weight.settle()
 
     def after_step(self, optimizer: optimizers.Optimizer) -> None:
         """An optimizer has moved its parameters: also one whose kernels leave tensor versions as they are."""
+        self.renew(self._moved_by(optimizer))
+
+    def _moved_by(self, optimizer: optimizers.Optimizer) -> list[DeferredWeight]:
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.renew(w for w in self.weights if id(w.g) in moved or id(w.v) in moved)
+        return [w for w in self.weights if id(w.g) in moved or id(w.v) in moved]
 
 
 _groups: weakref.WeakSet[DeferredGroup] = weakref.WeakSet()
@@ -311,8 +321,14 @@ def _watch_steps(group: DeferredGroup) -> None:
     """Tell a group of every optimizer step of this process; and torch that our Parameters are ordinary ones."""
     if DeferredParameter not in optimizers._foreach_supported_types:
         optimizers._foreach_supported_types.append(DeferredParameter)
+        optimizers.register_optimizer_step_pre_hook(_before_step)
         optimizers.register_optimizer_step_post_hook(_after_step)
     _groups.add(group)
+
+
+def _before_step(optimizer: Any, *_: Any) -> None:
+    for group in list(_groups):
+        group.before_step(optimizer)
 
 
 def _after_step(optimizer: Any, *_: Any) -> None:

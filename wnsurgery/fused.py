@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,12 +28,12 @@ __all__ = [
     "backward_of_rows",
     "forward",
     "forward_of_rows",
-    "lines_of",
     "many_backward",
     "many_forward",
     "plan",
     "start",
     "started",
+    "table_of",
 ]
 
 _log = logging.getLogger("wnsurgery")
@@ -179,28 +179,31 @@ def backward_of_rows(
     return write
 
 
-def lines_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[int, ...]]:
-    """What `many_forward` needs to know of pairs with kept axis 0 or none that the kernels take: the addresses of v and
-    g, room for that of w, the place of the norms, rows, columns, and room for the answer."""
-    lines, rows = list[tuple[int, ...]](), 0
+def table_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> array[int]:
+    """What the kernels need to know of pairs with kept axis 0 or none that they take, a line for each: the addresses of
+    v and g, the place of the norms in one block for all, rows and columns."""
+    table, rows = array("q"), 0
     for g, v in pairs:
-        lines.append((v.data_ptr(), g.data_ptr(), 0, 4 * rows, g.numel(), v.numel() // g.numel(), 0))
+        table.extend((v.data_ptr(), g.data_ptr(), 4 * rows, g.numel(), v.numel() // g.numel()))
         rows += g.numel()
-    return lines
+    return table
 
 
-def many_forward(table: Any, weights: Sequence[Tensor], norms: Tensor, elements: int) -> list[bool]:
-    """`forward` of many weights of so many elements, with ||v|| of all in one block; whether each consists of ordinary
-    rows."""
-    table = table.copy()  # another thread may be at it
-    table[:, 2] = [w.data_ptr() for w in weights]
-    on_all_rows(_Kernels.module, elements, len(table), "many_forward", table.ctypes.data, norms.data_ptr())
-    return table[:, 6].tolist()  # type: ignore[no-any-return]
+def many_forward(table: array[int], weights: Iterable[int], norms: Tensor, elements: int) -> array[int]:
+    """`forward` of the weights of a table, of so many elements, to these addresses, with ||v|| of all in one block.
+
+    Returns the addresses, 0 for a weight with a row that is not an ordinary one.
+    """
+    written = array("q", weights)
+    places = table.buffer_info()[0], written.buffer_info()[0], norms.data_ptr()
+    on_all_rows(_Kernels.module, elements, len(written), "many_forward", *places)
+    return written
 
 
-def many_backward(numbers: Sequence[int], elements: int) -> None:
-    """`backward` of many weights of so many elements: of each the addresses of dL/dw, v, g, norms, dL/dg and dL/dv, the
-    rows and the columns."""
-    if numbers:
-        table = array("q", numbers)
-        on_all_rows(_Kernels.module, elements, len(numbers) // 8, "many_backward", table.buffer_info()[0])
+def many_backward(table: array[int], places: Iterable[int], elements: int) -> None:
+    """`backward` of the weights of a table, of so many elements: the addresses of dL/dw of each, 0 for none, then those
+    of the norms of each, of dL/dg and of dL/dv."""
+    listed = array("q", places)
+    count = len(listed) // 4
+    at = table.buffer_info()[0], listed.buffer_info()[0]
+    on_all_rows(_Kernels.module, elements, count, "many_backward", *at, count)

@@ -39,7 +39,7 @@ _NEAR = 2.0**-20  # a factor closer to a power of two may stand for it
 _CHUNK = 1 << 13  # elements summed at a stretch
 _SHORT_CHUNK = 1 << 9  # the same in float32
 _SHORT_PIECE = 1 << 6  # elements looked at to see whether all are zero
-_FORWARD_LINE, _BACKWARD_LINE = 7, 8  # numbers to a line of the tables of many weights
+_LINE = 5  # numbers to a line of the table of many weights
 _ROWS_FORWARD, _ROWS_BACKWARD, _COLUMNS_FORWARD, _COLUMNS_BACKWARD, _MANY_FORWARD, _MANY_BACKWARD = range(6)
 JOBS = {  # how a job names its kernel
     "rows_forward": _ROWS_FORWARD,
@@ -337,21 +337,27 @@ def rows_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, columns, fa
 
 
 @_kernel
-def many_forward(table_at, norms_at, first, last):
+def many_forward(table_at, weights_at, norms_at, first, last):
     """`rows_forward` of many weights, from the line `first` of a table to before `last`: a line holds the addresses of
-    v, g and w, the place of the norms in their block, rows and columns; its last column takes the answer."""
-    t = _numbers_at(table_at)
-    for k in range(first * _FORWARD_LINE, last * _FORWARD_LINE, _FORWARD_LINE):
-        t[k + 6] = rows_forward(t[k], t[k + 1], t[k + 2], norms_at + t[k + 3], t[k + 5], 0, 0, t[k + 4])
+    v and g, the place of the norms in their block, rows and columns. The address of w is taken from a list, where the
+    answer takes its place: 0 for a weight with a row that is not an ordinary one."""
+    t, w = _numbers_at(table_at), _numbers_at(weights_at)
+    for i in range(first, last):
+        k = i * _LINE
+        if not rows_forward(t[k], t[k + 1], w[i], norms_at + t[k + 2], t[k + 4], 0, 0, t[k + 3]):
+            w[i] = 0
 
 
 @_kernel
-def many_backward(table_at, first, last):
-    """`rows_backward` of many weights: a line of the table holds the addresses of dL/dw, v, g, norms, dL/dg and dL/dv,
-    rows and columns."""
-    t = _numbers_at(table_at)
-    for k in range(first * _BACKWARD_LINE, last * _BACKWARD_LINE, _BACKWARD_LINE):
-        rows_backward(t[k], t[k + 1], t[k + 2], t[k + 3], t[k + 4], t[k + 5], t[k + 7], 0, 0, t[k + 6])
+def many_backward(table_at, places_at, count, first, last):
+    """`rows_backward` of many weights, by the same table of `count` lines; the addresses of dL/dw, norms, dL/dg and
+    dL/dv are taken from four lists, one after the other. No dL/dw, no gradients."""
+    t, p = _numbers_at(table_at), _numbers_at(places_at)
+    for i in range(first, last):
+        if p[i]:
+            k = i * _LINE
+            places = (p[i], t[k], t[k + 1], p[i + count], p[i + 2 * count], p[i + 3 * count])
+            rows_backward(*places, t[k + 4], 0, 0, t[k + 3])
 
 
 @_kernel
@@ -435,9 +441,9 @@ def _work(job):
         elif kernel == _COLUMNS_BACKWARD:
             columns_backward(a, b, c, d, e, f, job[12], job[13], job[14], first, last)
         elif kernel == _MANY_FORWARD:
-            many_forward(a, b, first, last)
+            many_forward(a, b, c, first, last)
         else:
-            many_backward(a, first, last)
+            many_backward(a, b, c, first, last)
         if not fine:
             job[3] = 1
 

@@ -367,7 +367,7 @@ def _computed(name: str) -> property:
             if _frame(1).f_code.co_name == "forward":
                 return w
             again = entry._again
-            return w if again is not None and again.own else entry.outside(w)
+            return w if again is not None and again.own is not None else entry.outside(w)
         if entry is None:
             if name in self.__dict__:
                 return self.__dict__[name]  # type: ignore[no-any-return]
@@ -419,14 +419,17 @@ def _convolve(self: Any, input: Tensor) -> Tensor:
 def _own_entry(module: nn.Module) -> WeightNormList | None:
     """What holds the weight of a layer, for the layer's own use; None where somebody watches what is done with the
     weight, or wants it in another way."""
-    if _is_compiling():
+    if (
+        _is_compiling()
+        or parametrize._cache_enabled
+        or (_grad_enabled() and (_is_tracing() or _in_function_mode() or _dispatch_modes()))
+    ):
         return None
-    if _grad_enabled() and (_is_tracing() or _in_function_mode() or _dispatch_modes()):
-        return None
-    entry = _entry(module)
+    table = module._modules.get("parametrizations")
+    entry: Any = None if table is None else table._modules.get("weight")
     if type(entry) is not WeightNormList or entry._forward_hooks or entry._forward_pre_hooks:
         return None
-    return None if parametrize._cache_enabled else entry
+    return entry
 
 
 def _bias(module: nn.Module) -> Any:

@@ -11,18 +11,31 @@ without a gradient passes none on. What differs is the time: gradients come when
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wnsurgery.reparam import Axes, first_order_gradients, is_plain
-from wnsurgery.small_weights import Gradients, Made, SmallWeights
+from wnsurgery.placed import versions
+from wnsurgery.reparam import Axes, first_order_gradients
+from wnsurgery.small_weights import Made, SmallWeights
 
-__all__ = ["has_hooks", "is_in_backward", "is_joint", "may_share", "with_joint_graph"]
+__all__ = [
+    "all_may_share",
+    "has_hooks",
+    "is_in_backward",
+    "is_joint",
+    "may_share",
+    "wants_own_node",
+    "with_joint_graph",
+]
 
 
 _task: Any = torch._C._current_graph_task_id
+_wants, _hooks, _later_hooks = (
+    attrgetter(name) for name in ("requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+)
 
 
 def is_in_backward() -> bool:
@@ -36,6 +49,24 @@ def may_share(g: Tensor, v: Tensor) -> bool:
     A hook would also be called without a gradient, where the pair has no part in a backward pass.
     """
     return not (has_hooks(g) or has_hooks(v)) and (g.requires_grad or v.requires_grad)
+
+
+def all_may_share(small: SmallWeights) -> bool:
+    """`may_share` of all pairs, in loops outside of Python; False also where one half of a pair wants no gradient."""
+    halves = small.halves
+    return all(map(_wants, halves)) and not (any(map(_hooks, halves)) or any(map(_later_hooks, halves)))
+
+
+def wants_own_node(g: Tensor, v: Tensor) -> bool:
+    """Whether a use of a weight now must not have its node in common with others: within a backward pass, and with
+    hooks on the pair. `is_in_backward` and `has_hooks` in one frame, for small layers ask at every use."""
+    return bool(
+        _task() != -1
+        or g._backward_hooks
+        or v._backward_hooks
+        or g._post_accumulate_grad_hooks
+        or v._post_accumulate_grad_hooks
+    )
 
 
 def has_hooks(half: Tensor) -> bool:
@@ -60,9 +91,8 @@ def with_joint_graph(small: SmallWeights, chosen: Sequence[int], made: Made) -> 
     >>> g.grad, v.grad
     (tensor([[0.6000]]), tensor([[ 1.2800, -0.9600]]))
     """
-    halves = [half for i in chosen for half in (small.g[i], small.v[i])]
-    weights = tuple([made.weights[i] for i in chosen])
-    return _apply(_Many(small, chosen, made.norms), weights, *halves)  # type: ignore[no-any-return]
+    many = _Many(small, chosen, made.norms)
+    return _apply(many, many.chosen(made.weights), *many.chosen(small.g), *many.chosen(small.v))  # type: ignore[no-any-return]
 
 
 def is_joint(w: Tensor) -> bool:
@@ -75,33 +105,48 @@ class _Many:
     """What the backward pass needs: the pairs as they were, and ||v|| of each row."""
 
     def __init__(self, small: SmallWeights, chosen: Sequence[int], norms: Tensor) -> None:
-        self._small, self._chosen, self._norms = small, chosen, norms
-        self._versions = [(small.g[i]._version, small.v[i]._version) for i in chosen]
+        self._small, self._norms, self._versions = small, norms, versions(small.halves)
+        self._chosen = chosen if len(chosen) < len(small.v) else None  # None: all
 
-    def gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """dL/dg and dL/dv of each pair in turn, None where no gradient has come."""
-        small, found = self._small, list[Tensor | None]()
-        together, norms_at = Gradients(small), self._norms.data_ptr()
+    def chosen(self, each: Sequence[Any]) -> Sequence[Any]:
+        """Of something for each weight, that of those that take part."""
+        return each if self._chosen is None else [each[i] for i in self._chosen]
+
+    def gradients(self, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """dL/dg of each pair, then dL/dv of each, None where no gradient has come."""
+        small = self._small
+        if self._chosen is not None:
+            there = dict(zip(self._chosen, grads, strict=True))
+            grads = [there.get(i) for i in range(len(small.v))]
+        if versions(small.halves) != self._versions:
+            self._refuse_changed(grads)
+        to_g: list[Tensor | None] = [None] * len(grads)
+        to_v: list[Tensor | None] = to_g.copy()
         differentiable = torch.is_grad_enabled()
-        for i, grad, versions in zip(self._chosen, grads, self._versions, strict=True):
-            g, v = small.g[i], small.v[i]
-            if grad is None:
-                found += (_no_part(g), _no_part(v))
-                continue
-            if (g._version, v._version) != versions:
+        if not differentiable:
+            to_g, to_v = small.pass_on(grads, small.norms_at(self._norms.data_ptr()))
+        for i, part in enumerate(to_g):
+            if part is None:
+                to_g[i], to_v[i] = self._one(i, grads[i], differentiable=differentiable)
+        return *self.chosen(to_g), *self.chosen(to_v)
+
+    def _one(self, i: int, grad: Tensor | None, *, differentiable: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients that the kernels do not take, of one pair."""
+        g, v = self._small.g[i], self._small.v[i]
+        if grad is None:
+            return _no_part(g), _no_part(v)
+        norms = None if differentiable else self._small.norms_of(i, self._norms)
+        return first_order_gradients(grad, g, v, norms, Axes.of_pair(g.shape, v.shape), "linear")
+
+    def _refuse_changed(self, grads: Sequence[Tensor | None]) -> None:
+        """Raise where a pair was written to that a gradient has come for."""
+        count, now = len(grads), versions(self._small.halves)
+        for i, grad in enumerate(grads):
+            if grad is not None and (now[i], now[count + i]) != (self._versions[i], self._versions[count + i]):
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"g or v of a weight of shape {list(v.shape)}"
+                    f"g or v of a weight of shape {list(self._small.v[i].shape)}"
                 )
-            place = small.lines[i][3]
-            ours = not differentiable and is_plain(grad)
-            both = together.take(i, grad, norms_at + place) if ours else None
-            if both is None:
-                norms = None if differentiable else self._norms[place // 4 :][: g.numel()]
-                both = first_order_gradients(grad, g, v, norms, Axes.of_pair(g.shape, v.shape), "linear")
-            found += both
-        together.finish()
-        return found
 
 
 class _ComposeTogether(torch.autograd.Function):

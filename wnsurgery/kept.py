@@ -25,7 +25,6 @@ __all__ = [
     "Kept",
     "Probes",
     "Rooms",
-    "differ",
     "holders",
     "looked_at",
     "places_in",
@@ -109,9 +108,10 @@ class Kept:
         "_g",
         "_g_at",
         "_g_version",
-        "_own_probes",
+        "_own",
+        "_own_places",
         "_places",
-        "_probes",
+        "_seen",
         "_step",
         "_v",
         "_v_at",
@@ -129,21 +129,22 @@ class Kept:
         self.w, self._g, self._v = w, g, v
         self.used = False  # for whoever keeps weights ahead of their use
         self._counted = steps if count_steps else _no_steps
-        self._places = places_in(w), (Probes(g, v) if probes is None else probes).places
+        self._own_places = places_in(w)
+        self._places = self._own_places + (Probes(g, v) if probes is None else probes).places
         self._g_at, self._v_at, self._w_at = g.data_ptr(), v.data_ptr(), w.data_ptr()
         self.renew()
 
     def renew(self) -> None:
         """The weight was computed anew from the same g and v, in the same memory."""
         self._version, self._g_version, self._v_version = self.w._version, self._g._version, self._v._version
-        self._own_probes, others = map(looked_at, self._places)
-        self._probes = (*self._own_probes, *others)
+        self._seen = looked_at(self._places)
+        self._own = self._seen[: len(self._own_places)]
         self._step = self._counted.count
 
     def is_written(self) -> bool:
         """Whether somebody wrote into the weight itself, or put other memory under it."""
         w = self.w
-        return w._version != self._version or w.data_ptr() != self._w_at or differ(self._own_probes)
+        return w._version != self._version or w.data_ptr() != self._w_at or self._own != self._own_places
 
     def was_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether this pair has not been written to since, so that a write into the weight is the latest word."""
@@ -153,22 +154,18 @@ class Kept:
 
     def is_of(self, g: Any, v: Any) -> bool:
         """Whether it is still the weight of this pair, tensors or None."""
-        if (  # `was_of` and `differ` are here too, for this is asked at every use of a weight in evaluation
-            g is not self._g
-            or v is not self._v
-            or g._version != self._g_version
-            or v._version != self._v_version
-            or self.w._version != self._version
-            or self._step != self._counted.count
-            or g.data_ptr() != self._g_at  # before the bytes, which are read where the pair was
-            or v.data_ptr() != self._v_at
-            or self.w.data_ptr() != self._w_at
-        ):
-            return False
-        for before, place in self._probes:  # noqa: SIM110 - a generator takes twice the time
-            if before != place:
-                return False
-        return True
+        return (  # `was_of` is here, too, for this is asked at every use of a weight in evaluation
+            g is self._g
+            and v is self._v
+            and g._version == self._g_version
+            and v._version == self._v_version
+            and self.w._version == self._version
+            and self._step == self._counted.count
+            and g.data_ptr() == self._g_at  # before the bytes, which are read where the pair was
+            and v.data_ptr() == self._v_at
+            and self.w.data_ptr() == self._w_at
+            and self._seen == self._places
+        )
 
     @staticmethod
     def can_hold(g: Tensor, v: Tensor) -> bool:
@@ -176,17 +173,9 @@ class Kept:
         return v.device.type == "cpu" and g.device.type == "cpu" and not (v.is_inference() or g.is_inference())
 
 
-def looked_at(places: Iterable[Any]) -> list[tuple[bytearray, Any]]:
-    """What is at places in memory now, with the places: a bytearray is compared with memory where that lies."""
-    return [(bytearray(place), place) for place in places]
-
-
-def differ(seen: Iterable[tuple[bytearray, Any]]) -> bool:
-    """Whether some place does not hold what it held when it was looked at."""
-    for before, place in seen:  # noqa: SIM110 - a generator takes twice the time
-        if before != place:
-            return True
-    return False
+def looked_at(places: Iterable[Any]) -> list[bytearray]:
+    """What is at places in memory now: a list that equals that of the places for as long as they hold it."""
+    return list(map(bytearray, places))
 
 
 def places_in(w: Tensor) -> list[Any]:
@@ -201,15 +190,15 @@ class Probes:
     >>> probes = Probes(g, v)
     >>> before = looked_at(probes.places)
     >>> _ = v.data.mul_(2.0)
-    >>> differ(before), probes.see_all
-    (True, True)
+    >>> before == probes.places, probes.see_all
+    (False, True)
     """
 
     __slots__ = ("at", "places", "see_all")
 
     def __init__(self, g: Tensor, v: Tensor, whole: int = _WHOLE) -> None:
         self.at = g.data_ptr(), v.data_ptr()
-        self.places = (*_places(g, (2,), whole), *_places(v, (1, 3), whole))
+        self.places = [*_places(g, (2,), whole), *_places(v, (1, 3), whole)]
         self.see_all = max(map(_extent, (g, v))) <= whole
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wnsurgery.errors import WnsurgeryError
-from wnsurgery.kept import differ, holders, looked_at, places_in, probes_of, steps
+from wnsurgery.kept import Probes, holders, looked_at, places_in, steps
 
 __all__ = ["LASTING", "Ahead", "Loan", "lend_out", "made_ahead"]
 
@@ -29,31 +29,17 @@ class Ahead:
     """
 
     # a class with an __init__ of its own, or with properties, would cost a small layer a tenth of its weight norm
-    __slots__ = (
-        "_flags",
-        "_g",
-        "_g_at",
-        "_g_version",
-        "_seen",
-        "_steps",
-        "_v",
-        "_v_at",
-        "_v_version",
-        "lasting",
-        "shared",
-        "w",
-    )
+    __slots__ = ("_flags", "_g", "_g_version", "_of", "_seen", "_steps", "_v", "_v_version", "lasting", "shared", "w")
 
     w: Tensor
     shared: bool
     lasting: bool
-    _seen: list[tuple[bytearray, Any]]
+    _of: Probes
+    _seen: list[bytearray]
     _g: Tensor
     _v: Tensor
     _g_version: int
     _v_version: int
-    _g_at: int
-    _v_at: int
     _flags: int
     _steps: int
 
@@ -64,11 +50,10 @@ class Ahead:
             and v is self._v
             and self._g._version == self._g_version
             and self._v._version == self._v_version
-            and self._g.data_ptr() == self._g_at
-            and self._v.data_ptr() == self._v_at
+            and (self._g.data_ptr(), self._v.data_ptr()) == self._of.at
             and self._g.requires_grad << 1 | self._v.requires_grad == self._flags
             and steps.count == self._steps
-            and not differ(self._seen)
+            and self._seen == self._of.places
         )
 
     def use(self) -> Tensor:
@@ -81,23 +66,19 @@ class Ahead:
 
 
 def made_ahead(
-    w: Tensor, owner: Any, g: Tensor, v: Tensor, *, shared: bool = False, lasting: bool = False
-) -> Ahead | None:
-    """A record of a weight computed from a pair for uses to come; None for tensors of inference mode, whose writes
+    w: Tensor, pair: tuple[Tensor, Tensor], probes: Probes, *, shared: bool = False, lasting: bool = False
+) -> Ahead:
+    """A record of a weight computed from a pair for uses to come; none of them tensors of inference mode, whose writes
     nobody counts.
 
-    `lasting` asks for several, which is granted to pairs small enough that all their bytes are looked at.
+    `lasting` is for several uses; only where the probes of the pair see all its bytes.
     """
-    if w.is_inference() or g.is_inference() or v.is_inference():
-        return None
-    probes = probes_of(owner, g, v, LASTING) if lasting else probes_of(owner, g, v)
+    g, v = pair
     ahead = Ahead()
-    ahead.w, ahead.shared, ahead.lasting = w, shared, lasting and probes.see_all
+    ahead.w, ahead.shared, ahead.lasting = w, shared, lasting
+    ahead._of, ahead._seen = probes, looked_at(probes.places)
     ahead._g, ahead._v, ahead._g_version, ahead._v_version = g, v, g._version, v._version
-    ahead._g_at, ahead._v_at = g.data_ptr(), v.data_ptr()
-    ahead._seen = looked_at(probes.places)
     ahead._flags = g.requires_grad << 1 | v.requires_grad
-    steps.start()
     ahead._steps = steps.count
     return ahead
 
@@ -125,7 +106,7 @@ class Loan(weakref.ref[Tensor]):
 
     ahead: Ahead
     views: dict[int, _View]
-    own: list[tuple[bytearray, Any]]
+    own: tuple[list[bytearray], list[Any]] | None  # some of its bytes, and where they are, once they were looked at
     _alias: Tensor
     _owner: weakref.ref[Any]
     _g: Tensor
@@ -143,18 +124,20 @@ class Loan(weakref.ref[Tensor]):
 
     def is_written(self) -> bool:
         """Whether somebody wrote into the weight itself."""
-        return self._alias._version != self._version or differ(self.own)
+        own = self.own
+        return self._alias._version != self._version or (own is not None and own[0] != own[1])
 
     def look(self) -> None:
         """From now on look at some of its bytes, too: a write through `.data` leaves no count, and may come when the
         weight itself is gone."""
-        if not self.own:
-            self.own = looked_at(places_in(self._alias))
+        if self.own is None:
+            places = places_in(self._alias)
+            self.own = looked_at(places), places
             self._without = holders(self._alias) - 1
 
     def is_out(self) -> bool:
         """Whether somebody can still write into the weight."""
-        return self() is not None or (self.own != [] and holders(self._alias) > self._without)
+        return self() is not None or (self.own is not None and holders(self._alias) > self._without)
 
     def written(self) -> Tensor:
         """The weight's values, also when nobody holds it any more."""
@@ -186,7 +169,7 @@ def lend_out(w: Tensor, owner: Any, g: Tensor, v: Tensor, ahead: Ahead | None = 
     loan._alias = alias = w.detach()
     loan._owner, loan._g, loan._v = weakref.ref(owner), g, v
     loan._version, loan._g_version, loan._v_version = alias._version, g._version, v._version
-    loan.own = []
+    loan.own = None
     if ahead is not None:
         loan.ahead, loan.views = ahead, {}
     return loan
@@ -200,7 +183,7 @@ def _let_go(loan: Loan) -> None:
     if not watched:
         return
     if loan._alias._version == loan._version:
-        if not loan.own:
+        if loan.own is None:
             owner.unwatch(loan)
         return
     _take_over(owner, "_handed_out", watched)

@@ -19,8 +19,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from wnsurgery import fused
 from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import PairError
-from wnsurgery.joint_graph import is_in_backward, is_joint, may_share
-from wnsurgery.kept import AHEAD, Kept, Rooms, probes_of
+from wnsurgery.joint_graph import is_in_backward, is_joint, wants_own_node
+from wnsurgery.kept import AHEAD, Kept, Rooms, probes_of, steps
 from wnsurgery.large_linear import large_linear, serves_linear
 from wnsurgery.loans import Ahead, Loan, lend_out, made_ahead
 from wnsurgery.looked_up import look_up, serves
@@ -155,18 +155,19 @@ class WeightNormList(ParametrizationList):
 
     def _may_use(self, made: Ahead) -> bool:
         """Whether a weight that is there is what a use in training would compute, with a graph that serves it."""
-        state, halves, modules = self.__dict__, self._parameters, self._modules
-        g: Any = halves.get("original0")
-        v: Any = halves.get("original1")
+        state = self.__dict__
+        modules, halves = state["_modules"], state["_parameters"]
+        rule, g, v = modules["0"].__dict__, halves.get("original0"), halves.get("original1")
         return (
             len(modules) == 1
             and "_kept" not in state
             and "_deferred" not in state
-            and not _hooked(modules["0"])
+            and not rule["_forward_hooks"]
+            and not rule["_forward_pre_hooks"]
             and not _is_tracing()
             and may_make()
             and made.serves(g, v)
-            and not (made.shared and (is_in_backward() or not may_share(g, v)))
+            and not (made.shared and wants_own_node(g, v))
         )
 
     def outside(self, w: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ class WeightNormList(ParametrizationList):
         net = self._preparation
         if net is not None:
             net.use(self)
-        w = made.use()
+        w = made.w if made.shared else made.use()
         if made.lasting:
             again = lend_out(w, self, *self.pair(), made)
             if again is not None:
@@ -243,7 +244,10 @@ class WeightNormList(ParametrizationList):
         if ready is None or ready.w is None:
             return None
         w = compose_eagerly(g, v, rule.axes, rule.magnitude, self._rooms(), ready)
-        return made_ahead(w, self, g, v)
+        if w.is_inference() or g.is_inference() or v.is_inference():
+            return None
+        steps.start()
+        return made_ahead(w, (g, v), probes_of(self, g, v))
 
     def item(self) -> Item | None:
         """Its pair and rule, None where the factor cannot be told from the row norms in passing."""
@@ -289,11 +293,13 @@ class WeightNormList(ParametrizationList):
 
     def leaf_as_it_is(self) -> Tensor | None:
         """The weight of deferred mode, where nothing is to be done before its use."""
-        weight = self._deferred
+        weight, halves = self._deferred, self._parameters
         if weight is None or len(self._modules) != 1 or _is_tracing():
             return None
-        halves = self._parameters
-        return weight.leaf_as_it_is(halves.get("original0"), halves.get("original1"))
+        leaf, kept, g, v = weight.leaf, weight.kept, halves.get("original0"), halves.get("original1")
+        if leaf is None or kept is None or not kept.is_of(g, v):
+            return None
+        return leaf if leaf.requires_grad == (g.requires_grad or v.requires_grad) else None  # type: ignore[union-attr]
 
     def _leaf(self, weight: DeferredWeight, g: Tensor, v: Tensor) -> Tensor | None:
         """The weight of deferred mode, None where whoever is watching must see it computed from g and v."""

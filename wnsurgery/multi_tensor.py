@@ -17,8 +17,8 @@ from torch import Tensor
 from wnsurgery import fused
 from wnsurgery.kept import LARGE
 from wnsurgery.norms import norm, plain_scale, snapped_quotient, wide_dtype
-from wnsurgery.reparam import Axes, Magnitude, Ready, compose_eagerly, first_order_gradients, is_plain
-from wnsurgery.small_weights import Gradients, SmallWeights, is_small
+from wnsurgery.reparam import Axes, Magnitude, Ready, compose_eagerly, first_order_gradients
+from wnsurgery.small_weights import SmallWeights, is_small
 
 __all__ = ["Item", "ManyWeights", "row_factors"]
 
@@ -103,7 +103,7 @@ class ManyWeights:
         found: list[Tensor | None] = [None] * len(self._items)
         at, table = self._for_one_call
         items = [self._items[i] for i in at]
-        if table is not None and table.are_where_they_were() and all(map(_fits, items)):
+        if table is not None and table.placed.are_as_they_were() and all(map(_fits, items)):
             made = table.make([item.w for item in items])
             norms = torch.unsafe_split_with_sizes(made.norms, table.rows)
             for i, rows, fine in zip(at, norms, made.fine, strict=True):
@@ -136,14 +136,11 @@ class ManyWeights:
             done.update(zip(self._small, found, strict=True))
         at, table = self._for_one_call if fused.started() else ([], None)
         if table is not None:
-            together = Gradients(table)
-            for line, i in enumerate(at):
-                rows, grad = norms[i], grads[i]
-                ours = rows is not None and is_plain(grad)
-                both = together.take(line, grad, rows.data_ptr(), private=private[i]) if ours else None  # type: ignore[union-attr]
-                if both is not None:
-                    done[i] = both
-            together.finish()
+            norms_at = [0 if (rows := norms[i]) is None else rows.data_ptr() for i in at]
+            known = [grads[i] if there else None for i, there in zip(at, norms_at, strict=True)]
+            for i, part_g, part_v in zip(at, *table.pass_on(known, norms_at, [private[i] for i in at]), strict=True):
+                if part_g is not None and part_v is not None:
+                    done[i] = part_g, part_v
         for i, (item, grad) in enumerate(zip(self._items, grads, strict=True)):
             if i not in done:
                 done[i] = first_order_gradients(

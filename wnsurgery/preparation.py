@@ -9,7 +9,10 @@ or several of a small one in a net that asks again, and only while its g and v a
 from __future__ import annotations
 
 import weakref
-from functools import partial
+from collections.abc import Sequence
+from functools import cached_property, partial
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -18,11 +21,12 @@ from torch import distributed as dist
 from torch.autograd import forward_ad
 
 from wnsurgery import fused
-from wnsurgery.joint_graph import is_in_backward, may_share, with_joint_graph
-from wnsurgery.kept import LARGE, Rooms, steps
+from wnsurgery.joint_graph import all_may_share, is_in_backward, may_share, with_joint_graph
+from wnsurgery.kept import LARGE, Probes, Rooms, steps
 from wnsurgery.loans import LASTING, Ahead, made_ahead
 from wnsurgery.multi_tensor import row_factors
 from wnsurgery.norms import SMALL
+from wnsurgery.placed import Placed
 from wnsurgery.reparam import Ready
 from wnsurgery.small_weights import SmallWeights, is_small
 
@@ -113,11 +117,10 @@ class Preparation:
             state = one.__dict__
             if "_handed_out" in state or "_kept" in state:
                 one.settle()
-            if one is entry or not _has_made(one):
+            if "_made" not in state or one is entry or not _has_made(one):
                 needed.append(one)
         plan = self._plan(needed)
-        alone = needed if plan.small is None else _make_small(needed, plan, plan.small, lasting=self.lasting)
-        for one in alone:
+        for one in _make_small(needed, plan, lasting=self.lasting):
             one.__dict__["_made"] = one.make()
         made: Ahead | None = entry.__dict__.pop("_made", None)  # None where another thread was quicker
         return made
@@ -139,61 +142,69 @@ class Preparation:
         self._evaluation.use(entry)
 
     def _plan(self, entries: list[Any]) -> _Plan:
+        pairs = [entry.pair() for entry in entries]
         for plan in list(self._plans):
-            if plan.is_of(entries):
+            if plan.is_of(entries, pairs):
                 if plan is not self._plans[0]:
                     self._plans = [plan, *(one for one in self._plans if one is not plan)]
                 return plan
-        plan = _Plan(entries)
+        plan = _Plan(entries, pairs)
         self._plans = [plan, *self._plans[: _PLANS - 1]]
         return plan
 
     def _prepare(self, entries: list[Any]) -> None:
         plan = self._plan(entries)
         with torch.no_grad():
-            found = [*(plan.small.compute() if plan.small else ()), *row_factors(plan.others)]
-        for i, ready in zip((*plan.small_at, *plan.others_at), found, strict=True):
-            if ready is not None:
-                entries[i].__dict__["_ready"] = (_moment(*entries[i].pair()), ready)
+            found = [(few.at, few.small.compute()) for few in plan.small]
+            found.append((plan.others_at, row_factors(plan.others)))
+        for places, computed in found:
+            for i, ready in zip(places, computed, strict=True):
+                if ready is not None:
+                    entries[i].__dict__["_ready"] = (_moment(*entries[i].pair()), ready)
 
 
-def _make_small(entries: list[Any], plan: _Plan, small: SmallWeights, *, lasting: bool) -> list[Any]:
+def _make_small(entries: list[Any], plan: _Plan, *, lasting: bool) -> list[Any]:
     """Make the small weights of a plan, with nodes of the graph in common where they may; returns the other entries.
 
     They may not in a backward pass, which ends before others that would share a node, nor where processes exchange
     gradients, which count every call.
     """
-    made = small.make()
-    others = [entries[i] for i in plan.not_small_at]
-    sharing: list[int] = []
+    steps.start()
     apart = is_in_backward() or (dist.is_available() and dist.is_initialized())
-    for k, (i, g, v, fine) in enumerate(zip(plan.small_at, small.g, small.v, made.fine, strict=True)):
-        if not fine:
-            others.append(entries[i])
-        elif not apart and may_share(g, v) and "_nested" not in entries[i].__dict__:
-            sharing.append(k)
-        else:
-            entries[i].__dict__["_made"] = entries[i].make(made.ready(k, g.numel()))
-    for first in range(0, len(sharing), _SHARING):
-        chosen = sharing[first : first + _SHARING]
-        for k, w in zip(chosen, with_joint_graph(small, chosen, made), strict=True):
-            one = entries[plan.small_at[k]]
-            one.__dict__["_made"] = made_ahead(w, one, small.g[k], small.v[k], shared=True, lasting=lasting)
+    others = [entries[i] for i in plan.not_small_at]
+    for few in plan.small:
+        small, made, states = few.small, few.small.make(), [entries[i].__dict__ for i in few.at]
+        sharing: Sequence[int] = () if apart else few.all
+        if not (all(made.fine) and all_may_share(small)):
+            sharing = [k for k in sharing if made.fine[k] and may_share(small.g[k], small.v[k])]
+        if any("_nested" in state for state in states):
+            sharing = [k for k in sharing if "_nested" not in states[k]]
+        if sharing:
+            pairs = few.lasting if lasting else few.pairs
+            for k, w in zip(sharing, with_joint_graph(small, sharing, made), strict=True):
+                pair, probes = pairs[k]
+                states[k]["_made"] = made_ahead(w, pair, probes, shared=True, lasting=lasting and probes.see_all)
+        if len(sharing) < len(states):
+            for k in set(few.all).difference(sharing):
+                one = entries[few.at[k]]
+                if made.fine[k]:
+                    states[k]["_made"] = one.make(small.ready(k, made))
+                else:
+                    others.append(one)
     return others
 
 
 def _keep_small(entries: list[Any], plan: _Plan) -> list[Any]:
     """Keep the small weights of a plan; returns the other entries."""
-    if plan.small is None:
-        return entries
-    with torch.inference_mode(False), torch.no_grad():
-        made = plan.small.make()
     others = [entries[i] for i in plan.not_small_at]
-    for i, w, fine in zip(plan.small_at, made.weights, made.fine, strict=True):
-        if fine:
-            entries[i].keep(w)
-        else:
-            others.append(entries[i])
+    for few in plan.small:
+        with torch.inference_mode(False), torch.no_grad():
+            made = few.small.make()
+        for i, w, fine in zip(few.at, made.weights, made.fine, strict=True):
+            if fine:
+                entries[i].keep(w)
+            else:
+                others.append(entries[i])
     return others
 
 
@@ -202,47 +213,43 @@ def _has_made(entry: Any) -> bool:
     return made is not None and made.serves(*entry.pair())
 
 
+class _Few:
+    """Small weights with one node of the graph in common, those of the entries `at` these places of a plan."""
+
+    def __init__(self, at: list[int], pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.at, self.all, self.small = at, range(len(at)), SmallWeights(pairs)
+        self.pairs = [(pair, Probes(*pair)) for pair in pairs]
+
+    @cached_property
+    def lasting(self) -> list[tuple[tuple[Tensor, Tensor], Probes]]:
+        """The pairs with the probes for weights of several uses."""
+        return [(pair, Probes(*pair, LASTING)) for pair, _ in self.pairs]
+
+
 class _Plan:
     """How the weights of some entries are computed; holds their pairs, so that no other tensor takes their identity."""
 
-    def __init__(self, entries: list[Any]) -> None:
-        pairs = [entry.pair() for entry in entries]
-        self._lines = [
-            (weakref.ref(one), g, v, g.data_ptr(), v.data_ptr(), g.dtype, v.dtype, v.numel(), v.is_contiguous())
-            for one, (g, v) in zip(entries, pairs, strict=True)
-        ]
+    def __init__(self, entries: list[Any], pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self._entries = [weakref.ref(one) for one in entries]
+        self._placed = Placed(half for pair in pairs for half in pair)
         known = {i: item for i, entry in enumerate(entries) if (item := entry.item()) is not None}
         few = LARGE if fused.started() else SMALL
-        self.small_at = [
+        chosen = [
             i
             for i, it in known.items()
             if is_small(it.g, it.v, it.axes, it.magnitude, few) and not (it.g.is_inference() or it.v.is_inference())
         ]
-        chosen = set(self.small_at)
-        self.others_at = [i for i in known if i not in chosen]
-        self.not_small_at = [i for i in range(len(entries)) if i not in chosen]
-        self.small = SmallWeights([pairs[i] for i in self.small_at]) if chosen else None
+        several = [chosen[first : first + _SHARING] for first in range(0, len(chosen), _SHARING)]
+        self.small = [_Few(at, [pairs[i] for i in at]) for at in several]
+        self.others_at = [i for i in known if i not in set(chosen)]
+        self.not_small_at = [i for i in range(len(entries)) if i not in set(chosen)]
         self.others = [known[i] for i in self.others_at]
 
-    def is_of(self, entries: list[Any]) -> bool:
+    def is_of(self, entries: list[Any], pairs: list[tuple[Tensor, Tensor]]) -> bool:
         """Whether these are its entries, with the same pairs in the same memory."""
-        if len(entries) != len(self._lines):
+        if len(entries) != len(self._entries) or not all(map(is_, entries, [one() for one in self._entries])):
             return False
-        for one, (reference, g, v, g_at, v_at, g_type, v_type, size, dense) in zip(entries, self._lines, strict=True):
-            pair = one.pair()
-            if (
-                reference() is not one
-                or pair[0] is not g
-                or pair[1] is not v
-                or g.data_ptr() != g_at
-                or v.data_ptr() != v_at
-                or g.dtype is not g_type
-                or v.dtype is not v_type
-                or v.numel() != size
-                or v.is_contiguous() != dense
-            ):
-                return False
-        return True
+        return all(map(is_, chain(*pairs), self._placed.tensors)) and self._placed.are_as_they_were()
 
 
 def _moment(g: Tensor, v: Tensor) -> tuple[Any, ...]:

@@ -18,13 +18,14 @@ from torch._utils import _flatten_dense_tensors
 
 from wnsurgery import fused
 from wnsurgery.norms import SMALL, ordinary_factors
-from wnsurgery.reparam import Axes, Ready
+from wnsurgery.placed import Placed, addresses
+from wnsurgery.reparam import Axes, Ready, is_plain
 
-__all__ = ["Gradients", "Made", "SmallWeights", "is_small", "small_magnitudes"]
+__all__ = ["Made", "SmallWeights", "is_small", "small_magnitudes"]
 
 
-_address, _count, _is_dense, _is_negated = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous, Tensor.is_neg
-_type: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_is_dense, _is_negated, _type = Tensor.is_contiguous, Tensor.is_neg, Tensor.dtype.__get__  # type: ignore[attr-defined]
+_has_storage = torch._C._has_storage
 _FLOAT32 = {torch.float32}
 
 
@@ -82,26 +83,28 @@ def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
     return flat if len(tensors) > 1 else flat.clone()  # one alone comes back as it is
 
 
-def _floats(count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.float32, device="cpu")
-
-
 def _starts(lengths: Any) -> Any:
     return np.concatenate(([0], np.cumsum(lengths)[:-1]))
 
 
+def _are_all_plain(grads: Sequence[Any]) -> bool:
+    """Whether the kernels can read all of these where they lie."""
+    return (
+        set(map(type, grads)) == {Tensor}
+        and all(map(_has_storage, grads))
+        and set(map(_type, grads)) == _FLOAT32
+        and all(map(_is_dense, grads))
+        and not any(map(_is_negated, grads))
+    )
+
+
 class Made(NamedTuple):
-    """What `SmallWeights.make` has made: weights, ||v|| of all their rows in one block, where in it each weight's norms
-    begin, and of which weights that is true: others have a row that is not an ordinary one."""
+    """What `SmallWeights.make` has made: weights, ||v|| of all their rows in one block, and for each weight 0 where it
+    was not made, since it has a row that is not an ordinary one."""
 
     weights: list[Tensor]
     norms: Tensor
-    starts: list[int]
-    fine: list[bool]
-
-    def ready(self, i: int, rows: int) -> Ready:
-        """One weight that is fine, by itself."""
-        return Ready(self.norms[self.starts[i] :][:rows], None, self.weights[i])
+    fine: Sequence[int]
 
 
 class SmallWeights:
@@ -123,7 +126,7 @@ class SmallWeights:
         self._lengths = np.repeat(lengths, counts)  # of each row
         self._starts = _starts(self._lengths)
         self._firsts: list[int] = _starts(counts).tolist()  # each weight's first row
-        self._table: Any = None
+        self.halves = (*self.g, *self.v)
 
     def _like_v(self, flat: Tensor) -> list[Tensor]:
         chunks = torch.unsafe_split_with_sizes(flat, self._sizes)  # each with a version of its own
@@ -142,7 +145,7 @@ class SmallWeights:
         if fused.started():
             with torch.inference_mode(False), torch.no_grad():
                 made = self.make()
-            return [made.ready(i, rows) if made.fine[i] else None for i, rows in enumerate(self.rows)]
+            return [self.ready(i, made) if fine else None for i, fine in enumerate(made.fine)]
         weights, norms = self._by_torch()
         parts = norms.split_with_sizes(self.rows)
         return [None if w is None else Ready(n, None, w) for n, w in zip(parts, weights, strict=True)]
@@ -174,45 +177,87 @@ class SmallWeights:
 
         Not for inference mode, in which new tensors are of its kind.
         """
-        if self._table is None:
-            self._table = np.array(self.lines, dtype=np.int64)
-        weights = [torch.empty_like(v) for v in self.v] if weights is None else weights
-        norms = _floats(self._all_rows)
-        return Made(weights, norms, self._firsts, fused.many_forward(self._table, weights, norms, self._elements))
+        weights = list(map(torch.empty_like, self.v)) if weights is None else weights
+        norms = torch.empty_like(self._norms)
+        fine = fused.many_forward(self._told[0], addresses(weights), norms, self._elements)
+        return Made(weights, norms, fine)
 
     @cached_property
-    def _addresses(self) -> list[int]:
-        return [*(line[1] for line in self.lines), *(line[0] for line in self.lines)]
+    def _told(self) -> tuple[Any, Placed]:
+        """What the kernels are told of the pairs, and how these lay then."""
+        return fused.table_of(list(zip(self.g, self.v, strict=True))), Placed(self.halves)
+
+    @property
+    def placed(self) -> Placed:
+        """All g, then all v, as they lay when the kernels were first told of them."""
+        return self._told[1]
 
     @cached_property
-    def lines(self) -> list[tuple[int, ...]]:
-        """What the kernels know of each weight: see `fused.lines_of`."""
-        return fused.lines_of(list(zip(self.g, self.v, strict=True)))
+    def _norms(self) -> Tensor:
+        """Like the block of norms."""
+        return torch.empty(self._all_rows, dtype=torch.float32, device="cpu")
 
-    def is_where_it_was(self, i: int) -> bool:
-        """Whether the kernels may read a weight's pair where they read it before."""
-        g, v, (v_at, g_at, _, _, rows, columns, _) = self.g[i], self.v[i], self.lines[i]
-        return (
-            v.data_ptr() == v_at
-            and g.data_ptr() == g_at
-            and v.numel() == rows * columns
-            and g.numel() == rows
-            and v.dtype is torch.float32 is g.dtype
-            and v.is_contiguous()
-            and g.is_contiguous()
-            and not (v.is_neg() or g.is_neg())
-        )
+    def norms_of(self, i: int, block: Tensor) -> Tensor:
+        """The norms of one weight, from the block of `make`."""
+        return block[self._firsts[i] :][: self.rows[i]]
 
-    def are_where_they_were(self) -> bool:
-        """`is_where_it_was` of all, in a few loops outside of Python."""
-        halves = (*self.g, *self.v)
-        return (
-            list(map(_address, halves)) == self._addresses
-            and list(map(_count, halves)) == [*self.rows, *self._sizes]
-            and all(map(_is_dense, halves))
-            and not any(map(_is_negated, halves))
-            and set(map(_type, halves)) == _FLOAT32
-        )
+    def ready(self, i: int, made: Made) -> Ready:
+        """One weight of those that were made, by itself."""
+        return Ready(self.norms_of(i, made.norms), None, made.weights[i])
+
+    def norms_at(self, block: int) -> list[int]:
+        """Where the norms of each weight lie whose block, that of `make`, has this address."""
+        return [block + 4 * first for first in self._firsts]
+
+    def pass_on(
+        self, grads: Sequence[Tensor | None], norms_at: Sequence[int], private: Sequence[bool] = ()
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """dL/dg of all weights and dL/dv of all weights, by one call of the compiled kernels; None for those that they
+        do not take, or whose dL/dw is None.
+
+        `grads` are dL/dw, in ordinary memory; dL/dv may be written over one that is `private`.
+
+        >>> small = SmallWeights([(torch.tensor([[10.0]]), torch.tensor([[3.0, 4.0]]))])
+        >>> made = small.make() if fused.start() else None
+        >>> small.pass_on([torch.tensor([[1.0, 0.0]])], small.norms_at(made.norms.data_ptr()))
+        ([tensor([[0.6000]])], [tensor([[ 1.2800, -0.9600]])])
+        """
+        if not (_are_all_plain(grads) and self.placed.are_as_they_were()):
+            return self._pass_on_some(grads, norms_at, private)
+        to_g: list[Any] = list(map(torch.empty_like, self.g))
+        to_v: list[Any] = self._room_for_v(grads, private)
+        at = (*addresses(grads), *norms_at, *addresses(to_g), *addresses(to_v))  # type: ignore[arg-type]
+        fused.many_backward(self._told[0], at, self._elements)
+        return to_g, to_v
+
+    def _room_for_v(self, grads: Sequence[Any], private: Sequence[bool]) -> list[Tensor]:
+        if not private:
+            return list(map(torch.empty_like, self.v))
+        return [
+            grad if own and grad.stride() == v.stride() else torch.empty_like(v)
+            for grad, v, own in zip(grads, self.v, private, strict=True)
+        ]
+
+    def _pass_on_some(
+        self, grads: Sequence[Tensor | None], norms_at: Sequence[int], private: Sequence[bool]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        count = len(self.v)
+        to_g, to_v, held = list[Tensor | None]([None] * count), list[Tensor | None]([None] * count), list[Tensor]()
+        at, elements = [0] * (4 * count), 0
+        for i, (grad, g, v) in enumerate(zip(grads, self.g, self.v, strict=True)):
+            there = self.placed.is_as_it_was(i) and self.placed.is_as_it_was(count + i)
+            if grad is None or not is_plain(grad) or grad.dtype is not torch.float32 or not there:
+                continue
+            read = grad.resolve_neg().contiguous()
+            own = read is grad and bool(private) and private[i] and grad.stride() == v.stride()
+            held.append(read)  # until the kernels have read it
+            to_g[i] = part_g = torch.empty_like(g)
+            to_v[i] = part_v = grad if own else torch.empty_like(v)
+            at[i::count] = read.data_ptr(), norms_at[i], part_g.data_ptr(), part_v.data_ptr()
+            elements += v.numel()
+        if held:
+            fused.many_backward(self._told[0], at, elements)
+        return to_g, to_v
 
     def _spread(self, per_row: Any) -> Tensor:
         return torch.from_numpy(np.repeat(per_row, self._lengths))
@@ -229,42 +274,3 @@ class SmallWeights:
             upstream.mul_(self._spread(ratio))
             upstream.addcmul_(flat_v, self._spread(ratio * radial / lengths), value=-1)
             return list(zip(self._like_g(torch.from_numpy(radial)), self._like_v(upstream), strict=True))
-
-
-class Gradients:
-    """dL/dg and dL/dv of some of these weights, which one call of the compiled kernels works out.
-
-    >>> small = SmallWeights([(torch.tensor([[10.0]]), torch.tensor([[3.0, 4.0]]))])
-    >>> made, gradients = small.make() if fused.start() else None, Gradients(small)
-    >>> found = gradients.take(0, torch.tensor([[1.0, 0.0]]), made.norms.data_ptr())
-    >>> gradients.finish()
-    >>> found
-    (tensor([[0.6000]]), tensor([[ 1.2800, -0.9600]]))
-    """
-
-    def __init__(self, small: SmallWeights) -> None:
-        self._small, self._all_there = small, small.are_where_they_were()
-        self._numbers, self._elements = list[int](), 0
-        self._held = list[Tensor]()  # until the kernels have read them
-
-    def take(self, i: int, grad: Tensor, norms_at: int, *, private: bool = False) -> tuple[Tensor, Tensor] | None:
-        """Where the gradients of a weight will be once `finish` has run; None where the kernels do not take it.
-
-        `grad` is dL/dw, in ordinary memory; if it is `private`, dL/dv may be written over it. ||v|| lies at `norms_at`.
-        """
-        small = self._small
-        if grad.dtype is not torch.float32 or not (self._all_there or small.is_where_it_was(i)):
-            return None
-        g, v, (v_at, g_at, _, _, rows, columns, _) = small.g[i], small.v[i], small.lines[i]
-        if grad.is_neg() or not grad.is_contiguous():
-            grad, private = grad.resolve_neg().contiguous(), False
-        self._held.append(grad)
-        grad_g, grad_v = torch.empty_like(g), grad if private and grad.stride() == v.stride() else torch.empty_like(v)
-        self._numbers += (grad.data_ptr(), v_at, g_at, norms_at, grad_g.data_ptr(), grad_v.data_ptr(), rows, columns)
-        self._elements += rows * columns
-        return grad_g, grad_v
-
-    def finish(self) -> None:
-        """Work them out."""
-        fused.many_backward(self._numbers, self._elements)
-        self._held.clear()
