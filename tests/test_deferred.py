@@ -421,6 +421,31 @@ def test_writes_into_the_weight_reach_the_pair() -> None:
     assert torch.isfinite(model.weight).all()
 
 
+def test_a_step_of_another_optimizer_leaves_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two nets in deferred mode, as in a GAN, a step on one neither passes gradients of the other on nor writes its
+    weights."""
+    first, second = (wn.apply_weight_norm(nn.Linear(6, 5), mode="deferred") for _ in range(2))
+    calls: list[int] = []
+    original = wn.multi_tensor.ManyWeights.gradients  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        wn.multi_tensor.ManyWeights,  # type: ignore[attr-defined]
+        "gradients",
+        lambda many, grads, *rest: calls.append(len(grads)) or original(many, grads, *rest),
+    )
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (first, second)]
+    (first(torch.ones(1, 6)).sum() + second(torch.ones(1, 6)).sum()).backward()
+    nn.init.constant_(first.weight, 0.5)
+    optimizers[1].step()
+    assert calls == [1]
+    assert first.weight.grad is not None
+    assert first.weight.eq(0.5).all()
+    nn.init.constant_(first.weight, 0.25)
+    optimizers[0].param_groups[0]["lr"] = 0.0
+    optimizers[0].step()
+    assert calls == [1, 1]
+    assert first.weight.eq(0.25).all()
+
+
 @pytest.mark.parametrize("size", [6, 1200])  # the memory of the larger goes back to the system
 def test_other_memory_put_under_the_weight_reaches_the_pair(size: int) -> None:
     """`module.weight.data = tensor` is the weight from then on, whatever its memory looks like; its shape must fit."""

@@ -246,14 +246,10 @@ class DeferredGroup:
         _watch_steps(self)
 
     def add(self, weight: DeferredWeight) -> None:
-        self._weights.append(weakref.ref(weight, self._lose))
-
-    def _lose(self, gone: weakref.ref[DeferredWeight]) -> None:
-        self._weights.remove(gone)
-        self.forget()
+        self._weights.append(weakref.ref(weight, self._weights.remove))
 
     def forget(self) -> None:
-        """Some pair became another, or of another type, or is gone."""
+        """Some pair became another, or of another type, or another weight's: a new one may have a lost one's `id`."""
         self._many.clear()
 
     @property
@@ -300,9 +296,9 @@ class DeferredGroup:
     def before_step(self, optimizer: optimizers.Optimizer) -> None:
         """An optimizer is about to move its parameters: let writes that reached a leaf reach its pair. Gradients follow
         when it asks for them."""
-        for weight in self.weights:
-            kept = weight.kept
-            if kept is not None and kept.is_written() and weight in self._moved_by(optimizer):
+        written = {id(w) for w in self.weights if w.kept is not None and w.kept.is_written()}
+        for weight in self._moved_by(optimizer) if written else ():
+            if id(weight) in written:
                 weight.settle()
 
     def after_step(self, optimizer: optimizers.Optimizer) -> None:
