@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
-from wnsurgery.kept import AHEAD
 from wnsurgery.loaded_keys import take_out
 from wnsurgery.mechanism import WeightNormList, unchanged
+from wnsurgery.own_passes import forward_of, read_before
 from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, WeightNorm, blank_module, copied_module
 
@@ -37,8 +36,7 @@ __all__ = [
 ]
 
 _ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
-_is_compiling, _is_tracing, _grad_enabled = torch.compiler.is_compiling, torch._C._is_tracing, torch.is_grad_enabled
-_in_function_mode, _dispatch_modes = torch._C._is_torch_function_mode_enabled, torch._C._len_torch_dispatch_stack
+_is_compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 _frame = sys._getframe
 
 
@@ -307,24 +305,9 @@ def _members(base: Any, names: tuple[str, ...]) -> dict[str, Any]:
         if callable(getattr(base, name, None)):
             members[name] = _plain_method(name)
     members |= {name: _computed(name) for name in names}
-    if "weight" in names and (forward := _forward_of(base)) is not None:
+    if (forward := forward_of(base, names)) is not None:
         members["forward"] = forward
     return members
-
-
-def _forward_of(base: Any) -> Any:
-    """A forward pass that does what the class' own does, where that is torch's; None for others, and for those that
-    have a say in what `self.bias` is."""
-    if hasattr(base, "bias") or base.__getattr__ is not nn.Module.__getattr__:
-        return None
-    if base.forward is nn.Embedding.forward:
-        return _look_up
-    if base.forward is nn.Linear.forward:
-        return _map
-    for theirs in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        if base.forward is theirs.forward and base._conv_forward is theirs._conv_forward:
-            return _convolve
-    return None
 
 
 def _is_copied_plainly(base: Any) -> bool:
@@ -363,6 +346,8 @@ def _computed(name: str) -> property:
             if not _grad_enabled():
                 w = unchanged(entry)
                 return entry.forward() if w is None else w
+            if (w := read_before(self, name, entry)) is not None:
+                return w
             w = entry.in_training()
             if _frame(1).f_code.co_name == "forward":
                 return w
@@ -384,66 +369,6 @@ def _computed(name: str) -> property:
             table._modules[name].right_inverse(value)  # type: ignore[union-attr,operator]
 
     return property(weight, assign)
-
-
-def _look_up(self: nn.Embedding, input: Tensor) -> Tensor:
-    """An embedding's forward pass; in training, where few rows are asked for, from those rows of g and v alone."""
-    entry, found = _entry(self), None
-    if torch.is_grad_enabled() and type(entry) is WeightNormList and self.max_norm is None:
-        found = None if self.sparse or self.scale_grad_by_freq else entry.rows(input, self.padding_idx)
-    return nn.Embedding.forward(self, input) if found is None else found
-
-
-def _map(self: nn.Linear, input: Tensor) -> Tensor:
-    """A linear layer's forward pass; in training, a large weight is computed with the layer's output."""
-    entry = _own_entry(self)
-    if entry is not None and _grad_enabled():
-        v, bias = entry._parameters.get("original1"), _bias(self)
-        large = v is not None and v.numel() > AHEAD and entry._deferred is None
-        y = entry.linear(input, bias) if large else None
-        return F.linear(input, entry.in_training(private=True), bias) if y is None else y
-    w = None if entry is None else unchanged(entry)
-    return nn.Linear.forward(self, input) if w is None else F.linear(input, w, _bias(self))
-
-
-def _convolve(self: Any, input: Tensor) -> Tensor:
-    """A convolution's forward pass."""
-    entry = _own_entry(self)
-    if entry is not None:
-        w = entry.in_training(private=True) if _grad_enabled() else unchanged(entry)
-        if w is not None:
-            return self._conv_forward(input, w, _bias(self))  # type: ignore[no-any-return]
-    return self._conv_forward(input, self.weight, self.bias)  # type: ignore[no-any-return]
-
-
-def _own_entry(module: nn.Module) -> WeightNormList | None:
-    """What holds the weight of a layer, for the layer's own use; None where somebody watches what is done with the
-    weight, or wants it in another way."""
-    if (
-        _is_compiling()
-        or parametrize._cache_enabled
-        or (_grad_enabled() and (_is_tracing() or _in_function_mode() or _dispatch_modes()))
-    ):
-        return None
-    table = module._modules.get("parametrizations")
-    entry: Any = None if table is None else table._modules.get("weight")
-    if type(entry) is not WeightNormList or entry._forward_hooks or entry._forward_pre_hooks:
-        return None
-    return entry
-
-
-def _bias(module: nn.Module) -> Any:
-    """`module.bias`, past the search that `nn.Module` begins once Python's own has failed."""
-    state = module.__dict__
-    held = state["_parameters"]
-    return held["bias"] if "bias" in held and "bias" not in state else module.bias
-
-
-def _entry(module: nn.Module) -> Any:
-    """What holds the weight of a layer; None for one that was taken out of weight norm through a copy, or whose bound
-    method somebody kept."""
-    table = module._modules.get("parametrizations")
-    return None if table is None else table._modules.get("weight")
 
 
 def _as_torch_does(module: nn.Module, name: str) -> Tensor:
