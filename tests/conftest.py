@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 from wnsurgery import layers
+from wnsurgery.mechanism import WeightNormList
 
 settings.register_profile("fixed", derandomize=True)  # a run that passes here passes elsewhere
 settings.register_profile("explore", max_examples=1000)
@@ -23,3 +24,10 @@ def registry() -> Iterator[None]:
     for table, before in zip((layers._by_type, layers._by_name), kept, strict=True):
         table.clear()  # type: ignore[attr-defined]
         table.update(before)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers make their weights as for a forward pass of the user's own, which reads `module.weight`."""
+    monkeypatch.setattr(WeightNormList, "_go_straight", lambda self, way: None)
+    monkeypatch.setattr(WeightNormList, "goes_straight", lambda self: False)

@@ -271,6 +271,7 @@ def _begin_pass(net: nn.Sequential) -> Tensor:
     return x
 
 
+@pytest.mark.usefixtures("long_way")
 def test_weights_made_ahead_come_in_their_turn_in_the_backward_pass() -> None:
     """Gradients are ready layer by layer from the last to the first, which DistributedDataParallel counts on."""
     net = _layers()
@@ -288,6 +289,7 @@ def test_weights_made_ahead_come_in_their_turn_in_the_backward_pass() -> None:
     assert marks == ["3:0", "2:1", "1:2", "0:3"]
 
 
+@pytest.mark.usefixtures("long_way")
 @pytest.mark.parametrize(
     "change",
     [
@@ -309,6 +311,7 @@ def test_a_weight_made_ahead_does_not_outlive_its_pair(change: Any) -> None:
     assert torch.equal(net[2].weight, compose(entry.original0, entry.original1, Axes((0,))))  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("long_way")
 def test_a_pair_frozen_in_between_gets_no_gradient() -> None:
     net = _layers()
     x = _begin_pass(net)
@@ -319,6 +322,7 @@ def test_a_pair_frozen_in_between_gets_no_gradient() -> None:
     assert entry.original1.grad is not None
 
 
+@pytest.mark.usefixtures("long_way")
 def test_a_write_into_a_weight_made_ahead_reaches_its_pair() -> None:
     net = _layers()
     _begin_pass(net)

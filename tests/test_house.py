@@ -32,6 +32,7 @@ LAYERS = [
         "chain_rule",
         "after_step",
         "small_weights",
+        "straight",
         "looked_up",
         "large_linear",
         "spread",

@@ -31,17 +31,20 @@ class Branches(nn.Module):
         return self.d(self.c(self.b(self.a(x).tanh()).tanh()).tanh())  # type: ignore[no-any-return]
 
 
-@pytest.fixture(params=["for one use", "for several"])
+@pytest.fixture(params=["for one use", "for several", "straight"])
 def net(request: pytest.FixtureRequest) -> Branches:
-    """A net whose next pass makes all its weights when it comes to the first."""
+    """A net whose next pass makes all its weights when it comes to the first; or each at its use."""
     made = wn.apply_weight_norm(Branches())
+    if request.param == "for one use":
+        request.getfixturevalue("long_way")
     for last in (False, False, True):
         made(torch.ones(2, 6)).sum().backward()
-        if last or request.param == "for one use":  # as after every step
+        if last or request.param != "for several":  # as after every step
             with torch.no_grad():
                 for half in (half for layer in made.children() for half in halves(layer)):
                     half.mul_(1.0)
     made.zero_grad()
+    made.each_by_itself = request.param == "straight"  # type: ignore[assignment]
     return made
 
 
@@ -66,8 +69,11 @@ def by_itself(layer: nn.Module) -> Tensor:
 
 
 def share(net: Branches, x: Tensor) -> Tensor:
-    """The first layer's output; all layers' weights are made then, with one node."""
+    """The first layer's output; all layers' weights are made then, with one node, or each by itself."""
     found: Tensor = net.a(x).tanh()
+    if net.each_by_itself:
+        assert not any("_made" in entry(layer).__dict__ for layer in (net.b, net.c, net.d))
+        return found
     others = [loan(layer) for layer in (net.b, net.c, net.d)]
     assert all(one.shared for one in others)
     assert len({id(one.w.grad_fn) for one in others}) == 1
@@ -211,6 +217,7 @@ def test_a_hook_that_comes_between(net: Branches) -> None:
     assert isinstance(seen[0], Tensor)
 
 
+@pytest.mark.parametrize("net", ["for one use", "for several"], indirect=True)
 def test_a_hook_that_comes_while_a_weight_waits_for_a_later_pass(net: Branches) -> None:
     """The node of weights that were left out lives on with those that were not; no hook is called with None."""
     share(net, X).sum().backward()
@@ -250,7 +257,9 @@ def test_where_processes_exchange_gradients_each_weight_has_a_node_of_its_own(
     """Exchanges start as gradients come, and count every one of them."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     net.a(X)
-    assert not any(entry(layer).__dict__["_made"].shared for layer in (net.b, net.c, net.d))
+    waiting = [entry(layer).__dict__.get("_made") for layer in (net.b, net.c, net.d)]
+    assert net.each_by_itself or None not in waiting
+    assert not any(one is not None and one.shared for one in waiting)
 
 
 def test_one_half_frozen(net: Branches) -> None:
@@ -341,7 +350,7 @@ def test_defaults_of_the_process_do_not_change_what_is_made(net: Branches, setti
         torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("net", ["for one use"], indirect=True)
+@pytest.mark.parametrize("net", ["for one use", "straight"], indirect=True)
 def test_memory_is_let_go(net: Branches) -> None:
     """The graph of a pass is gone with what it computed: no cycle is left for the collector."""
     import gc
@@ -351,7 +360,7 @@ def test_memory_is_let_go(net: Branches) -> None:
     gc.disable()
     try:
         h = share(net, X)
-        made = weakref.ref(entry(net.b).__dict__["_made"].w)
+        made = weakref.ref(net.d.weight if net.each_by_itself else entry(net.b).__dict__["_made"].w)
         y = net.d(net.c(net.b(h)))
         y.sum().backward()
         del y, h
@@ -371,6 +380,7 @@ def test_a_direction_replaced_through_data_in_between(net: Branches) -> None:
     check(net, lambda w: run(w, X.double(), "ab").square().sum(), "ab")
 
 
+@pytest.mark.parametrize("net", ["for one use", "for several"], indirect=True)
 def test_evaluation_in_between_leaves_the_weights_together(net: Branches) -> None:
     """As in a loop that looks at a validation loss after every step."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

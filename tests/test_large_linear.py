@@ -23,8 +23,9 @@ SIZES = [(300, 520), (1100, 1000), (7, 40000)]  # outputs and inputs
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """With which the gradient is made in parts."""
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With which the gradient is made in parts; for smaller layers than otherwise, too."""
+    monkeypatch.setattr(subject, "LARGE_WEIGHT", 1 << 17)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -305,7 +306,7 @@ def test_training_takes_the_steps_of_the_common_way(optimizer: Any, monkeypatch:
     for i in range(20):
         x = torch.randn(8, 400)
         for k, (net, step) in enumerate(zip(nets, steps, strict=True)):
-            monkeypatch.setattr(subject, "_LARGE", (1 << 17) if k == 0 else (1 << 60))
+            monkeypatch.setattr(subject, "LARGE_WEIGHT", (1 << 17) if k == 0 else (1 << 60))
             step.zero_grad(set_to_none=i % 2 == 0)
             (net(x) - x).square().mean().backward()
             step.step()

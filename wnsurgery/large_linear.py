@@ -16,19 +16,19 @@ from torch.nn import functional as F
 
 from wnsurgery import blocked_linear, fused
 from wnsurgery.blocked_linear import rows_for_gradients, rows_for_output, scale
-from wnsurgery.kept import AHEAD, Rooms
+from wnsurgery.kept import Rooms
 from wnsurgery.reparam import Axes, compose, compose_in_one_pass, first_order_gradients, is_plain
 
-__all__ = ["large_linear", "serves_linear"]
+__all__ = ["LARGE_WEIGHT", "large_linear", "serves_linear"]
 
-_LARGE = AHEAD  # elements above which w is made at its use
+LARGE_WEIGHT = 1 << 18  # elements above which memory is what a layer waits for
 _FRESH = 1 << 20  # elements from which blocks are at times given back to the system
 
 
 def serves_linear(x: Tensor, g: Tensor, v: Tensor, bias: Tensor | None) -> bool:
     """Whether a layer's weight is large, and its input and setting plain enough for `large_linear`."""
     return (
-        v.numel() > _LARGE
+        v.numel() > LARGE_WEIGHT
         and v.ndim == 2
         and type(x) is Tensor
         and x.dtype is torch.float32

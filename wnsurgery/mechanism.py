@@ -27,6 +27,7 @@ from wnsurgery.looked_up import look_up, serves
 from wnsurgery.multi_tensor import Item
 from wnsurgery.preparation import Preparation, may_make
 from wnsurgery.reparam import Ready, compose_eagerly, compose_in_one_pass, copied_module
+from wnsurgery.straight import Straight
 
 __all__ = ["PASSING", "WeightNormList", "unchanged"]
 
@@ -34,7 +35,7 @@ _MAX_HANDLES = 63  # weights handed out and still alive that are watched for wri
 PASSING = frozenset(
     {
         *("_again", "_deferred", "_evaluation", "_handed_out", "_kept", "_lent"),
-        *("_made", "_nested", "_probes", "_ready", "_round"),
+        *("_made", "_nested", "_probes", "_ready", "_round", "_way"),
     }
 )  # attributes that belong to this process and this moment
 _is_compiling, _is_tracing, _grad_enabled = torch.compiler.is_compiling, torch._C._is_tracing, torch.is_grad_enabled
@@ -48,6 +49,7 @@ class WeightNormList(ParametrizationList):
     _kept: Kept | None = None
     _made: Ahead | None = None  # for the next use in training
     _preparation: Preparation | None = None  # with the other weights of its net
+    _way: Straight | None = None  # for its layer's own use in training
 
     def forward(self) -> Tensor:
         """The weight for one use."""
@@ -62,11 +64,40 @@ class WeightNormList(ParametrizationList):
         """The weight with its graph, for one use, while nothing is compiled; `private` for the layer's own, which hands
         it to nobody who could write into it."""
         made = None if self._deferred is None else self.leaf_as_it_is()
+        if private and made is None and self._way is not None:
+            made = self._go_straight(self._way)
         if made is None and self._again is not None:
             made = self._use_again(private)
         if made is None and self._made is not None:
             made = self._take_made(private)
         return self._computed(private) if made is None else made
+
+    def _go_straight(self, way: Straight) -> Tensor | None:
+        """The weight by the way that was found for it; None where something else is to be seen to, and where a small
+        weight is used again as it is: that is computed once for all its uses."""
+        state = self.__dict__
+        modules, halves = state["_modules"], state["_parameters"]
+        rule = modules["0"].__dict__
+        if (
+            len(modules) != 1
+            or "_made" in state
+            or "_again" in state
+            or "_kept" in state
+            or "_handed_out" in state
+            or "_deferred" in state
+            or rule["_forward_hooks"]
+            or rule["_forward_pre_hooks"]
+        ):
+            return None
+        net = self._preparation
+        if net is not None and way.small and (net.lasting or way.is_used_again()) and net.last():
+            return None
+        return way.weight(halves.get("original0"), halves.get("original1"))
+
+    def goes_straight(self) -> bool:
+        """Whether its layer makes it at its use, for that use alone."""
+        way, net = self._way, self._preparation
+        return way is not None and not (way.small and net is not None and net.lasting)
 
     def _computed(self, private: bool = False) -> Tensor:
         rule: Any = self._modules["0"]
@@ -80,7 +111,7 @@ class WeightNormList(ParametrizationList):
         if _is_watched(g, v):
             return rule(g, v)  # type: ignore[no-any-return]
         kept = self.__dict__.get("_kept")
-        training = torch.is_grad_enabled()
+        training = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()  # which has no graphs
         if kept is not None and not training and kept.is_of(g, v):
             self._evaluated(kept)
             return kept.w  # type: ignore[no-any-return]
@@ -149,6 +180,7 @@ class WeightNormList(ParametrizationList):
             again = self._again
         net = self._preparation
         if again is not None and net is not None and net.lasting and self._may_use(again.ahead):
+            net.reused = True
             return again.ahead.w if private else again.view()
         state.pop("_again", None)
         return None
@@ -214,13 +246,16 @@ class WeightNormList(ParametrizationList):
             self.__dict__["_nested"] = True
             if net is not None:
                 net.nest()
-        sizes = fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
+        hooked = _hooked(rule)  # whoever looks on sees its forward pass
+        sizes = None if hooked else fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
+        if private and sizes is not None and (self._way is None or not self._way.is_of(g, v)):
+            self.__dict__["_way"] = Straight(g, v, sizes, rule.axes, self._rooms())
         if sizes is not None:
             made = net.make(self) if net is not None and v.numel() <= AHEAD and may_make() else None
             if made is not None:
                 return self._hand_over(made, private)
             ready = compose_in_one_pass(g, v, sizes, self._rooms())
-        elif net is not None:
+        elif net is not None and not hooked:
             ready = net.take(self, g, v)
         w: Tensor = rule.compose(g, v, self._rooms(), ready)
         if not private:

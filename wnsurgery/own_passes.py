@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from wnsurgery.kept import AHEAD
+from wnsurgery import large_linear
 from wnsurgery.mechanism import WeightNormList, unchanged
 
 __all__ = ["forward_of", "read_before"]
@@ -106,7 +106,7 @@ def _map(self: nn.Linear, input: Tensor) -> Tensor:
     entry = _own_entry(self)
     if entry is not None and _grad_enabled():
         v, bias = entry._parameters.get("original1"), _bias(self)
-        large = v is not None and v.numel() > AHEAD and entry._deferred is None
+        large = v is not None and v.numel() > large_linear.LARGE_WEIGHT and entry._deferred is None
         y = entry.linear(input, bias) if large else None
         return F.linear(input, entry.in_training(private=True), bias) if y is None else y
     w = None if entry is None else unchanged(entry)

@@ -76,8 +76,9 @@ class Preparation:
 
     An *entry* is whoever owns a pair: an object with attributes `_made`, `_ready`, `_round` and `_evaluation` to spare,
     with `pair()`, `item()`, its pair and rule, `settle()`, before its weight is made anew, `make()`, its weight as
-    a record that is `Ahead` or None, `is_to_keep()`, whether its weight is to be kept for evaluation and is not,
-    and `keep()`, which does that. One that was used in a backward pass has `_nested`.
+    a record that is `Ahead` or None, `goes_straight()`, whether it is better made at its use, `is_to_keep()`, whether
+    its weight is to be kept for evaluation and is not, and `keep()`, which does that. One that was used in a backward
+    pass has `_nested`.
     """
 
     def __init__(self) -> None:
@@ -85,7 +86,8 @@ class Preparation:
         self.use = self._training.use  # a training pass uses a weight
         self._plans: list[_Plan] = []  # the last one used is the first
         self._began: tuple[int, int, int] | None = None  # the last entry that was made at its use, and its versions
-        self.lasting = False  # whether weights are used again while their pairs stay as they are
+        self.lasting = False  # whether small weights are used again while their pairs stay as they are
+        self.reused = False  # whether one has been since the last were made
         self._nested = False
         self.rooms = Rooms()  # for what is needed by one layer after the other
 
@@ -107,9 +109,7 @@ class Preparation:
         together = self._training.together(entry)
         self.use(entry)
         g, v = entry.pair()
-        began = id(entry), g._version, v._version
-        self.lasting = (self.lasting or began == self._began) and not self._nested
-        self._began = began
+        self._begin((id(entry), g._version, v._version))
         if len(together) == 1 and not (self.lasting and v.nbytes <= LASTING):
             return None
         needed = []
@@ -117,13 +117,29 @@ class Preparation:
             state = one.__dict__
             if "_handed_out" in state or "_kept" in state:
                 one.settle()
-            if "_made" not in state or one is entry or not _has_made(one):
+            if one is entry or not (_has_made(one) or one.goes_straight()):
                 needed.append(one)
         plan = self._plan(needed)
         for one in _make_small(needed, plan, lasting=self.lasting):
             one.__dict__["_made"] = one.make()
         made: Ahead | None = entry.__dict__.pop("_made", None)  # None where another thread was quicker
         return made
+
+    def _begin(self, began: tuple[int, int, int]) -> None:
+        """An entry is made at its use, with its pair in these versions."""
+        if began == self._began:
+            self.last()
+        elif self._began is not None and began[0] == self._began[0]:  # and new versions
+            self.lasting, self.reused = self.lasting and self.reused, False
+        elif self.lasting and self._began is not None:
+            return
+        self._began = began
+
+    def last(self) -> bool:
+        """A weight is used again with its pair as it was: from now on small ones are made for all their uses, where
+        that may be; whether it may."""
+        self.lasting = self.reused = not self._nested
+        return self.lasting
 
     def nest(self) -> None:
         """A weight of the net is used in a backward pass: each pass from now on is to have its own."""

@@ -241,7 +241,7 @@ def compose_eagerly(
     if ready is None:
         sizes = fused.plan(g, v, axes.kept, axes.groups, magnitude)
         ready = None if sizes is None else compose_in_one_pass(g, v, sizes, rooms)
-    return _apply(g, v, (axes, magnitude, rooms), ready)  # type: ignore[no-any-return]
+    return with_graph(g, v, (axes, magnitude, rooms), ready)  # type: ignore[no-any-return]
 
 
 def compose_in_one_pass(g: Tensor, v: Tensor, sizes: fused.Sizes, rooms: Rooms | None = None) -> Ready:
@@ -405,7 +405,7 @@ def _fills_its_memory(grad: Tensor) -> bool:
 
 
 # past the Python half of `Function.apply`, which unwraps what function transforms left: none is on
-_apply: Any = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Compose)
+with_graph: Any = torch._C._FunctionBase.__dict__["apply"].__get__(None, _Compose)  # of g, v, `_How`, Ready or None
 _fused_backward: Any = torch.ops.aten._weight_norm_interface_backward.default
 
 

@@ -1,0 +1,106 @@
+"""One weight with its graph in as few steps as can be: for a layer's own use in training, where nothing else goes on.
+
+Between two layers the processor forgets most of what it ran, so that every step of a small layer costs several times
+what it would in a loop. What decides how a pair is computed is therefore found out once, and from then on only whether
+it still holds is asked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from wnsurgery import fused
+from wnsurgery.kept import Rooms, steps
+from wnsurgery.loans import LASTING
+from wnsurgery.reparam import Axes, compose_in_one_pass, first_order_gradients, is_plain, with_graph
+
+__all__ = ["Straight"]
+
+_ROOMY = 1 << 19  # elements from which memory of its own, though out of the cache, is better than the allocator's
+_inference_mode, _transforms = torch.is_inference_mode_enabled, torch._C._functorch.peek_interpreter_stack
+
+
+class Straight:
+    """A pair of Parameters that the compiled kernels take, with sizes as `fused.plan` gave them.
+
+    >>> from wnsurgery import fused
+    >>> g, v = nn.Parameter(torch.tensor([[10.0]])), nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    >>> straight = Straight(g, v, fused.plan(g, v, (0,), 1, "linear"), Axes((0,)), Rooms()) if fused.start() else None
+    >>> w = straight.weight(g, v)
+    >>> w.tolist(), w.requires_grad
+    ([[6.0, 8.0]], True)
+    """
+
+    __slots__ = ("_at", "_count", "_g", "_rooms", "_used", "_v", "axes", "sizes", "small")
+
+    def __init__(self, g: Tensor, v: Tensor, sizes: fused.Sizes, axes: Axes, rooms: Rooms) -> None:
+        steps.start()
+        self._g, self._v, self.sizes, self.axes, self._rooms = g, v, sizes, axes, rooms
+        self._at, self._count = (g.data_ptr(), v.data_ptr()), v.numel()
+        self._used = (-1, -1, -1)
+        self.small = max(g.nbytes, v.nbytes) <= LASTING  # may be computed once for several uses
+
+    def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
+        """Whether this is its pair, in the same memory, in the same order."""
+        return (
+            g is self._g
+            and v is self._v
+            and (self._g.data_ptr(), self._v.data_ptr()) == self._at
+            and self._v.numel() == self._count
+            and self._v.is_contiguous()
+            and self._v.dtype is torch.float32 is self._g.dtype
+        )
+
+    def is_used_again(self) -> bool:
+        """Whether its weight has been made before from the pair as it is, as far as versions and steps tell; from now
+        on it has."""
+        before = self._used
+        self._used = now = self._g._version, self._v._version, steps.count
+        return now == before
+
+    def weight(self, g: Tensor | None, v: Tensor | None) -> Tensor | None:
+        """The weight of this pair with its graph, None where it must go the long way: another pair, a row that is not
+        an ordinary one, forward or inference mode, a function transform."""
+        if not self.is_of(g, v) or forward_ad._current_level >= 0 or _inference_mode() or _transforms() is not None:
+            return None
+        if self._count >= _ROOMY:
+            ready = compose_in_one_pass(self._g, self._v, self.sizes, self._rooms)
+            how = self.axes, "linear", self._rooms
+            return None if ready.w is None else with_graph(self._g, self._v, how, ready)
+        w = torch.empty_like(self._v)
+        norms = fused.forward(self._g, self._v, self.sizes, w)
+        return None if norms is None else _apply(self._g, self._v, self, (w, norms))
+
+
+class _ComposeStraight(torch.autograd.Function):
+    """What `compose` comes to for a weight that the kernels have made, and whose gradients they take."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, v: Tensor, straight: Straight, made: tuple[Tensor, Tensor]) -> Tensor:
+        ctx.straight = straight
+        ctx.save_for_backward(g, v, made[1])
+        return made[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        straight: Straight = ctx.straight
+        g, v, norms = ctx.saved_tensors
+        differentiable = torch.is_grad_enabled()
+        if differentiable or not (_is_ordinary(grad) and straight.is_of(g, v)):
+            norms = None if differentiable else norms
+            return *first_order_gradients(grad, g, v, norms, straight.axes, "linear"), None, None
+        grad_v = torch.empty_like(v)
+        return fused.backward(grad, g, v, norms, straight.sizes, grad_v), grad_v, None, None
+
+
+def _is_ordinary(grad: Tensor) -> bool:
+    """Whether the kernels can read it where it lies."""
+    return is_plain(grad) and grad.dtype is torch.float32 and grad.is_contiguous() and not grad.is_neg()
+
+
+# past the Python half of `Function.apply`, which unwraps what function transforms left: none is on
+_apply: Any = torch._C._FunctionBase.__dict__["apply"].__get__(None, _ComposeStraight)
