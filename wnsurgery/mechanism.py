@@ -90,7 +90,7 @@ class WeightNormList(ParametrizationList):
         ):
             return None
         net = self._preparation
-        if net is not None and way.small and (net.lasting or way.is_used_again()) and net.last():
+        if net is not None and way.small and ((way.is_used_again() and net.last()) or net.lasting):
             return None
         return way.weight(halves.get("original0"), halves.get("original1"))
 
@@ -182,6 +182,8 @@ class WeightNormList(ParametrizationList):
         if again is not None and net is not None and net.lasting and self._may_use(again.ahead):
             net.reused = True
             return again.ahead.w if private else again.view()
+        if net is not None:
+            net.expire()
         state.pop("_again", None)
         return None
 
@@ -500,6 +502,7 @@ class WeightNormList(ParametrizationList):
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self.absorb()
         if not self._load_pair(*arguments[:3]):
+            self.__dict__.pop("_way", None)  # which would keep a pair in memory that another takes the place of
             super()._load_from_state_dict(*arguments)
         self._refresh()
 

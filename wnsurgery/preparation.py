@@ -87,7 +87,7 @@ class Preparation:
         self._plans: list[_Plan] = []  # the last one used is the first
         self._began: tuple[int, int, int] | None = None  # the last entry that was made at its use, and its versions
         self.lasting = False  # whether small weights are used again while their pairs stay as they are
-        self.reused = False  # whether one has been since the last were made
+        self.reused, self._period = False, -1  # whether one has been, and the optimizer steps there were by then
         self._nested = False
         self.rooms = Rooms()  # for what is needed by one layer after the other
 
@@ -109,7 +109,10 @@ class Preparation:
         together = self._training.together(entry)
         self.use(entry)
         g, v = entry.pair()
-        self._begin((id(entry), g._version, v._version))
+        began = id(entry), g._version, v._version
+        if began == self._began:
+            self.last()
+        self._began = began
         if len(together) == 1 and not (self.lasting and v.nbytes <= LASTING):
             return None
         needed = []
@@ -125,21 +128,18 @@ class Preparation:
         made: Ahead | None = entry.__dict__.pop("_made", None)  # None where another thread was quicker
         return made
 
-    def _begin(self, began: tuple[int, int, int]) -> None:
-        """An entry is made at its use, with its pair in these versions."""
-        if began == self._began:
-            self.last()
-        elif self._began is not None and began[0] == self._began[0]:  # and new versions
-            self.lasting, self.reused = self.lasting and self.reused, False
-        elif self.lasting and self._began is not None:
-            return
-        self._began = began
-
     def last(self) -> bool:
         """A weight is used again with its pair as it was: from now on small ones are made for all their uses, where
         that may be; whether it may."""
         self.lasting = self.reused = not self._nested
         return self.lasting
+
+    def expire(self) -> None:
+        """A weight that was made for several uses serves no more: if none of the net's had a second use since the
+        optimizer's step before the last, weights are made for one use again."""
+        if self._period != steps.count:
+            self._period = steps.count
+            self.lasting, self.reused = self.lasting and self.reused, False
 
     def nest(self) -> None:
         """A weight of the net is used in a backward pass: each pass from now on is to have its own."""
