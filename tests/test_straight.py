@@ -93,6 +93,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "a single element through data": lambda one: one.original1.data[2, 3:4].mul_(5),
     "other memory": lambda one: setattr(one.original1, "data", one.original1.data * torch.linspace(1, 2, 6)),
     "other order": lambda one: setattr(one.original1, "data", torch.randn(6, 5).t()),
+    "one magnitude for all": lambda one: setattr(one.original0, "data", one.original0.data[:1].expand(5, 1)),
     "an assignment": lambda one: one.right_inverse(torch.randn(5, 6)),
     "a row of zeros": lambda one: (one.original1[1].zero_(), one.original0[1].zero_())[0],
     "a huge row": lambda one: one.original1[1].mul_(1e30),

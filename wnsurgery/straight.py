@@ -35,22 +35,23 @@ class Straight:
     ([[6.0, 8.0]], True)
     """
 
-    __slots__ = ("_at", "_count", "_g", "_rooms", "_used", "_v", "axes", "sizes", "small")
+    __slots__ = ("_at", "_count", "_g", "_rooms", "_shapes", "_used", "_v", "axes", "sizes", "small")
 
     def __init__(self, g: Tensor, v: Tensor, sizes: fused.Sizes, axes: Axes, rooms: Rooms) -> None:
         steps.start()
         self._g, self._v, self.sizes, self.axes, self._rooms = g, v, sizes, axes, rooms
-        self._at, self._count = (g.data_ptr(), v.data_ptr()), v.numel()
+        self._at, self._shapes, self._count = (g.data_ptr(), v.data_ptr()), (g.shape, v.shape), v.numel()
         self._used = (-1, -1, -1)
         self.small = max(g.nbytes, v.nbytes) <= LASTING  # may be computed once for several uses
 
     def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
-        """Whether this is its pair, in the same memory, in the same order."""
+        """Whether this is its pair, in the same memory, with the same shapes, in the same order."""
         return (
             g is self._g
             and v is self._v
             and (self._g.data_ptr(), self._v.data_ptr()) == self._at
-            and self._v.numel() == self._count
+            and (self._g.shape, self._v.shape) == self._shapes
+            and self._g.is_contiguous()
             and self._v.is_contiguous()
             and self._v.dtype is torch.float32 is self._g.dtype
         )
