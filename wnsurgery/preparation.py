@@ -258,8 +258,9 @@ class _Plan:
         ]
         several = [chosen[first : first + _SHARING] for first in range(0, len(chosen), _SHARING)]
         self.small = [_Few(at, [pairs[i] for i in at]) for at in several]
-        self.others_at = [i for i in known if i not in set(chosen)]
-        self.not_small_at = [i for i in range(len(entries)) if i not in set(chosen)]
+        small = set(chosen)
+        self.others_at = [i for i in known if i not in small]
+        self.not_small_at = [i for i in range(len(entries)) if i not in small]
         self.others = [known[i] for i in self.others_at]
 
     def is_of(self, entries: list[Any], pairs: list[tuple[Tensor, Tensor]]) -> bool:
