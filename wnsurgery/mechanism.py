@@ -74,7 +74,7 @@ class WeightNormList(ParametrizationList):
 
     def _go_straight(self, way: Straight) -> Tensor | None:
         """The weight by the way that was found for it; None where something else is to be seen to, and where a small
-        weight is used again as it is: that is computed once for all its uses."""
+        weight is used again and again as it is: that is computed once for all its uses."""
         state = self.__dict__
         modules, halves = state["_modules"], state["_parameters"]
         rule = modules["0"].__dict__

@@ -4,7 +4,7 @@ By the time a pass comes to the next layer, the processor has forgotten the code
 again costs a small layer many times the arithmetic. A `Preparation` makes at one go what the last pass used: whole
 weights where the compiled kernels take them, else the factors g / ||v||. What it makes serves one use of each weight,
 or several of a small one in a net that asks again, and only while its g and v are what they were. Layers that make
-their weight at its use, by a shorter way of their own (`straight`), come here with those that are used again.
+their weight at its use, by a shorter way of their own (`straight`), come here with those that are used again and again.
 """
 
 from __future__ import annotations

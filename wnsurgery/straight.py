@@ -21,6 +21,7 @@ from wnsurgery.reparam import Axes, compose_in_one_pass, first_order_gradients, 
 __all__ = ["Straight"]
 
 _ROOMY = 1 << 19  # elements from which memory of its own, though out of the cache, is better than the allocator's
+_TWICE = 2  # uses up to which making a weight anew costs less than keeping it
 _inference_mode, _transforms = torch.is_inference_mode_enabled, torch._C._functorch.peek_interpreter_stack
 
 
@@ -35,13 +36,13 @@ class Straight:
     ([[6.0, 8.0]], True)
     """
 
-    __slots__ = ("_at", "_count", "_g", "_rooms", "_shapes", "_used", "_v", "axes", "sizes", "small")
+    __slots__ = ("_at", "_count", "_g", "_rooms", "_shapes", "_used", "_uses", "_v", "axes", "sizes", "small")
 
     def __init__(self, g: Tensor, v: Tensor, sizes: fused.Sizes, axes: Axes, rooms: Rooms) -> None:
         steps.start()
         self._g, self._v, self.sizes, self.axes, self._rooms = g, v, sizes, axes, rooms
         self._at, self._shapes, self._count = (g.data_ptr(), v.data_ptr()), (g.shape, v.shape), v.numel()
-        self._used = (-1, -1, -1)
+        self._used, self._uses = (-1, -1, -1), 0
         self.small = max(g.nbytes, v.nbytes) <= LASTING  # may be computed once for several uses
 
     def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
@@ -57,11 +58,12 @@ class Straight:
         )
 
     def is_used_again(self) -> bool:
-        """Whether its weight has been made before from the pair as it is, as far as versions and steps tell; from now
-        on it has."""
-        before = self._used
-        self._used = now = self._g._version, self._v._version, steps.count
-        return now == before
+        """Whether its weight has been made `_TWICE` before from the pair as it is, as far as versions and steps tell;
+        this use counts."""
+        now = self._g._version, self._v._version, steps.count
+        self._uses = self._uses + 1 if now == self._used else 0
+        self._used = now
+        return self._uses >= _TWICE
 
     def weight(self, g: Tensor | None, v: Tensor | None) -> Tensor | None:
         """The weight of this pair with its graph, None where it must go the long way: another pair, a row that is not
