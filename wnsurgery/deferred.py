@@ -49,10 +49,7 @@ class DeferredParameter(nn.Parameter):
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        reference = self.__dict__.get(OWNER)  # as `_pass_on`
-        weight = None if reference is None else reference()
-        if weight is not None and (leaf := weight.leaf) is not None and leaf.grad is not None:
-            weight.settle()
+        self._pass_on()
         _hold(self, value)
 
     @grad.deleter

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wnsurgery.row_threads import TWICE, on_all_rows
+from wnsurgery.row_threads import on_all_rows
 
 __all__ = [
     "Sizes",
@@ -130,8 +130,6 @@ def forward(g: Tensor, v: Tensor, sizes: Sizes, w: Tensor) -> Tensor | None:
     far = int(size >= _far())
     if inputs:
         fine = on_all_rows(_Kernels.module, size, rows, "columns_forward", *places, inputs, rows, columns, far)
-    elif size < TWICE:
-        fine = _Kernels.module.rows_forward(*places, columns, far, 0, rows)
     else:
         fine = on_all_rows(_Kernels.module, size, rows, "rows_forward", *places, columns, far)
     return norms if fine else None
@@ -144,8 +142,6 @@ def backward(up: Tensor, g: Tensor, v: Tensor, norms: Tensor, sizes: Sizes, grad
     inputs, rows, columns = sizes
     if inputs:
         on_all_rows(_Kernels.module, size, rows, "columns_backward", *places, inputs, rows, columns)
-    elif size < TWICE:
-        _Kernels.module.rows_backward(*places, columns, 0, 0, rows)
     else:
         on_all_rows(_Kernels.module, size, rows, "rows_backward", *places, columns, int(size >= _FAR))
     return grad_g

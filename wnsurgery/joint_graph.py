@@ -59,14 +59,8 @@ def all_may_share(small: SmallWeights) -> bool:
 
 def wants_own_node(g: Tensor, v: Tensor) -> bool:
     """Whether a use of a weight now must not have its node in common with others: within a backward pass, and with
-    hooks on the pair. `is_in_backward` and `has_hooks` in one frame, for small layers ask at every use."""
-    return bool(
-        _task() != -1
-        or g._backward_hooks
-        or v._backward_hooks
-        or g._post_accumulate_grad_hooks
-        or v._post_accumulate_grad_hooks
-    )
+    hooks on the pair."""
+    return is_in_backward() or has_hooks(g) or has_hooks(v)
 
 
 def has_hooks(half: Tensor) -> bool:

@@ -77,7 +77,6 @@ class WeightNormList(ParametrizationList):
         weight is used again and again as it is: that is computed once for all its uses."""
         state = self.__dict__
         modules, halves = state["_modules"], state["_parameters"]
-        rule = modules["0"].__dict__
         if (
             len(modules) != 1
             or "_made" in state
@@ -85,8 +84,7 @@ class WeightNormList(ParametrizationList):
             or "_kept" in state
             or "_handed_out" in state
             or "_deferred" in state
-            or rule["_forward_hooks"]
-            or rule["_forward_pre_hooks"]
+            or _hooked(modules["0"])
         ):
             return None
         net = self._preparation
@@ -191,13 +189,13 @@ class WeightNormList(ParametrizationList):
         """Whether a weight that is there is what a use in training would compute, with a graph that serves it."""
         state = self.__dict__
         modules, halves = state["_modules"], state["_parameters"]
-        rule, g, v = modules["0"].__dict__, halves.get("original0"), halves.get("original1")
+        g: Any = halves.get("original0")
+        v: Any = halves.get("original1")
         return (
             len(modules) == 1
             and "_kept" not in state
             and "_deferred" not in state
-            and not rule["_forward_hooks"]
-            and not rule["_forward_pre_hooks"]
+            and not _hooked(modules["0"])
             and not _is_tracing()
             and may_make()
             and made.serves(g, v)

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["TWICE", "on_all_rows"]
+__all__ = ["on_all_rows"]
 
 _SPREAD = 1 << 15  # elements for which another of torch's threads is worth its call
-TWICE = 2 * _SPREAD  # below which one thread does it all
 _PYTHONS = 1 << 17  # the same of Python's threads
 _NUMBERS = 16  # to a job
 _PARTS = 4  # parts of the work for each thread, so that one that is held up does less
@@ -33,8 +32,8 @@ def on_all_rows(kernels: Any, elements: int, rows: int, name: str, *numbers: int
     """Run a kernel of `fused_kernels` on all rows of a weight, or all lines of a table of weights, in as many threads
     as torch has where it pays; whether no part says False. `numbers` are what it takes before the two rows.
     """
-    kernel, threads = getattr(kernels, name), torch.get_num_threads()
-    if threads == 1 or elements < TWICE:
+    kernel = getattr(kernels, name)
+    if elements < 2 * _SPREAD or (threads := torch.get_num_threads()) == 1:
         return kernel(*numbers, 0, rows) is not False
     library = _openmp(os.getpid())
     pieces = 1 if library is None or name.startswith("columns") else _PARTS  # strips of columns are narrow enough
