@@ -17,7 +17,7 @@ from wnsurgery.reparam import Axes, compose
 from nets import halves
 from nets import large_layer as layer
 
-SIZES = [(700, 600), (1152, 384), (4096, 512), (131, 4001), (3, 150000), (150001, 3), (513, 1024)]  # outputs, inputs
+SIZES = [(1100, 600), (1152, 512), (4096, 512), (131, 8001), (3, 300000), (300001, 3), (1026, 1024)]  # outputs, inputs
 
 
 @pytest.fixture(autouse=True)
@@ -80,14 +80,14 @@ def test_a_size_whose_bits_would_differ_is_done_in_one_piece(
         return y
 
     monkeypatch.setattr(subject, "_product", off_by_a_bit)
-    module, x = layer(700, 600), torch.randn(4, 600)
+    module, x = layer(1100, 600), torch.randn(4, 600)
     w = compose(*halves(module), Axes((0,))).detach().requires_grad_()
     assert torch.equal(module(x), F.linear(x, w, module.bias))
     assert blocks == []
 
 
 def test_what_is_taken_in_one_piece(blocks: list[tuple[int, int]]) -> None:
-    module = layer(700, 600)
+    module = layer(1100, 600)
     memory = torch.randn(4 * 600 + 1)
     for x in (
         memory[1:].view(4, 600),  # begins where a product may be summed in another order
@@ -102,11 +102,11 @@ def test_what_is_taken_in_one_piece(blocks: list[tuple[int, int]]) -> None:
     assert blocks == []
     torch.set_num_threads(1)
     module(torch.randn(4, 600))
-    assert blocks == [(700, 352)]
+    assert blocks == [(1100, 560)]
 
 
 def test_a_size_is_tried_out_once_and_without_a_draw_from_the_users_random_numbers() -> None:
-    module, x = layer(700, 600), torch.randn(4, 600)
+    module, x = layer(1100, 600), torch.randn(4, 600)
     before = torch.get_rng_state()
     for _ in range(3):
         module(x)
@@ -149,9 +149,9 @@ def test_neither_the_weight_nor_its_gradient_is_kept() -> None:
     assert set(rooms) == {"grad"}
 
 
-@pytest.mark.parametrize("row", [0, 500, 699])
+@pytest.mark.parametrize("row", [0, 500, 1099])
 def test_one_extreme_row_sends_the_weight_the_long_way(row: int, blocks: list[tuple[int, int]]) -> None:
-    module, x = layer(700, 600), torch.randn(4, 600)
+    module, x = layer(1100, 600), torch.randn(4, 600)
     with torch.no_grad():
         halves(module)[1][row].mul_(1e-20)
     w = compose(*halves(module), Axes((0,))).detach().requires_grad_()
@@ -163,7 +163,7 @@ def test_one_extreme_row_sends_the_weight_the_long_way(row: int, blocks: list[tu
 
 
 def test_a_weight_written_to_before_its_gradient_is_asked_for() -> None:
-    module = layer(700, 600)
+    module = layer(1100, 600)
     y = module(torch.randn(4, 600)).sum()
     with torch.no_grad():
         halves(module)[1].mul_(2)
@@ -172,7 +172,7 @@ def test_a_weight_written_to_before_its_gradient_is_asked_for() -> None:
 
 
 def test_threads_may_change_between_the_passes() -> None:
-    module, x = layer(700, 600), torch.randn(4, 600, requires_grad=True)
+    module, x = layer(1100, 600), torch.randn(4, 600, requires_grad=True)
     wanted = torch.autograd.grad(module(x).square().sum(), [x, *halves(module)])
     for there, back in ((1, 2), (2, 1), (2, 2)):
         torch.set_num_threads(there)
@@ -183,6 +183,25 @@ def test_threads_may_change_between_the_passes() -> None:
 
 
 def test_the_output_may_be_written_to() -> None:
-    module, x = layer(700, 600), torch.randn(4, 600)
+    module, x = layer(1100, 600), torch.randn(4, 600)
     F.relu(module(x), inplace=True).sum().backward()
     assert halves(module)[1].grad is not None
+
+
+@pytest.mark.parametrize("inputs", [1, 8, 32])
+def test_what_the_size_of_the_net_decides_is_no_bit(inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients go past the cache in a net whose gradients would not stay there."""
+    module, x, found = layer(1100, 1030), torch.randn(inputs, 1030, requires_grad=True), []
+    past: list[bool] = []
+    real = fused.backward_of_rows
+
+    def noted(*tensors: Tensor, past_cache: bool) -> Any:
+        past.append(past_cache)
+        return real(*tensors, past_cache=past_cache)
+
+    monkeypatch.setattr(fused, "backward_of_rows", noted)
+    for size in (1, 1 << 40):
+        monkeypatch.setattr(fused, "far", lambda size=size: size)
+        found.append(torch.autograd.grad(module(x).square().sum(), [x, *halves(module)]))
+    assert past == [True, False]
+    assert all(map(torch.equal, *found))

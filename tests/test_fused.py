@@ -100,7 +100,7 @@ def test_what_is_written_past_the_cache_is_the_same_to_the_bit_and_stays_in_its_
     near, norms = by_kernels(g, v, axes)
     sizes = fused.plan(g, v, axes.kept, axes.groups, "linear")
     assert sizes is not None
-    monkeypatch.setattr(fused, "_far", lambda: 1)
+    monkeypatch.setattr(fused, "far", lambda: 1)
     monkeypatch.setattr(row_threads, "_SPREAD", 1 << 9)
     for threads in one_and_two_threads:
         torch.set_num_threads(threads)

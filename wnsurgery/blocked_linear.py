@@ -24,8 +24,10 @@ __all__ = ["backward", "forward", "rows_for_gradients", "rows_for_output", "scal
 
 _FEW = 128  # inputs up to which the output takes less time this way
 _FEWER = 64  # the same of the gradients
-_FEWEST = 0.25  # inputs to a row of a block up to which it is worth adding up dL/dx block by block
-_CACHED = 1 << 18  # elements of a weight that a core's cache keeps
+_FEWEST = 0.5  # inputs to a row of a block up to which it is worth adding up dL/dx block by block
+_BLOCK = 1 << 19  # elements to a block: enough for what its calls cost, and still near when it is read
+_SLIM_BLOCK = 1 << 15  # the same where the gradient is a sum of few products, which wide rows take longer for
+_SLIM_INPUTS, _SLIM_COLUMNS = range(2, 15), 1024
 _LINE = 64  # bytes; blocks and inputs that begin at a multiple are multiplied in the same order
 _NUMBERS = 65537  # random ones; a prime, so that no two rows of a weight are alike
 
@@ -38,7 +40,7 @@ def rows_for_output(x: Tensor, v: Tensor, bias: Tensor | None) -> int | None:
     """
     if x.numel() > _FEW * v.shape[1] or torch.get_num_threads() > 1:
         return None
-    if v.numel() <= _CACHED:
+    if v.numel() <= _BLOCK:
         return len(v)
     if x.ndim == 1 or not x.is_contiguous() or x.data_ptr() % _LINE:
         return None
@@ -48,7 +50,9 @@ def rows_for_output(x: Tensor, v: Tensor, bias: Tensor | None) -> int | None:
 
 def rows_for_gradients(x: Tensor, v: Tensor) -> int | None:
     """How many rows of dL/dw to make at a time for an input that is a matrix; None where it is to be made whole."""
-    return None if len(x) > _FEWER or torch.get_num_threads() > 1 else _rows(v.shape)
+    if v.numel() <= _BLOCK or len(x) > _FEWER or torch.get_num_threads() > 1:
+        return None
+    return _rows(v.shape, _SLIM_BLOCK if len(x) in _SLIM_INPUTS and v.shape[1] >= _SLIM_COLUMNS else _BLOCK)
 
 
 def forward(x: Tensor, g: Tensor, v: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor] | None:
@@ -67,13 +71,25 @@ def forward(x: Tensor, g: Tensor, v: Tensor, bias: Tensor | None, rows: int) -> 
 
 
 def backward(
-    grad: Tensor, x: Tensor, g: Tensor, v: Tensor, norms: Tensor, rows: int, grad_v: Tensor, *, wants_x: bool
+    grad: Tensor,
+    x: Tensor,
+    g: Tensor,
+    v: Tensor,
+    norms: Tensor,
+    rows: int,
+    grad_v: Tensor,
+    *,
+    wants_x: bool,
+    is_far: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """dL/dx, where it is wanted, and dL/dg from `grad` = dL/dy, a matrix as `x`; dL/dv is written to `grad_v`."""
+    """dL/dx, where it is wanted, and dL/dg from `grad` = dL/dy, a matrix as `x`; dL/dv is written to `grad_v`.
+
+    `is_far` says that the net is too large for its gradients to be in the cache when the optimizer comes to them.
+    """
     outputs, up = len(v), grad.t()
     grad_g, room = torch.empty_like(g), v.new_empty(rows, v.shape[1])
-    soon = v.is_leaf and v.grad is not None  # to which it is added
-    write = fused.backward_of_rows(room, g, v, norms, grad_g, grad_v, soon=soon)
+    is_added = v.is_leaf and v.grad is not None  # at once, to the one held
+    write = fused.backward_of_rows(room, g, v, norms, grad_g, grad_v, past_cache=is_far and not is_added)
     by_blocks = wants_x and rows < outputs and len(x) <= _FEWEST * rows
     scaled = scale(grad, g, norms) if wants_x else grad
     grad_x = torch.empty_like(x) if by_blocks else torch.mm(scaled, v) if wants_x else None
@@ -111,9 +127,10 @@ def _product(
 
 
 @lru_cache(maxsize=4096)
-def _rows(weight: torch.Size) -> int:
-    """Rows of a weight to a block, such that blocks of the output begin at multiples of `_LINE` bytes."""
-    blocks = -(-weight.numel() // _CACHED)
+def _rows(weight: torch.Size, elements: int) -> int:
+    """Rows of a weight to a block of about so many elements, such that blocks of the output begin at multiples of
+    `_LINE` bytes."""
+    blocks = -(-weight.numel() // elements)
     multiple = _LINE // 4
     return min(weight[0], -(-weight[0] // (blocks * multiple)) * multiple)
 
@@ -128,7 +145,7 @@ def _tried_out(shape: torch.Size, weight: torch.Size, biased: bool, wanted: bool
         return numbers.repeat(-(-count // _NUMBERS))[:count].view(size)
 
     with torch.no_grad():
-        x, w, bias, rows = some(*shape), some(*weight), some(weight[0]) if biased else None, _rows(weight)
+        x, w, bias, rows = some(*shape), some(*weight), some(weight[0]) if biased else None, _rows(weight, _BLOCK)
         room = w.new_empty(rows, weight[1])
         found = _product(x, lambda at, n: room.narrow(0, 0, n).copy_(w.narrow(0, at, n)).t(), bias, weight[0], rows)
         whole = F.linear(x.requires_grad_(wanted), w.requires_grad_(), bias)

@@ -26,6 +26,7 @@ __all__ = [
     "Sizes",
     "backward",
     "backward_of_rows",
+    "far",
     "forward",
     "forward_of_rows",
     "many_backward",
@@ -40,7 +41,6 @@ _log = logging.getLogger("wnsurgery")
 _FAR = 1 << 21  # elements of a gradient that is written past the cache, in a piece of its own
 _LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _CACHES = 1 << 24, 1 << 26  # bytes it is taken to have at least, and at most: it may be others', too
-_GONE = 1 << 18  # elements of a gradient that is out of the cache by the time the optimizer reads it
 
 
 class Sizes(NamedTuple):
@@ -53,8 +53,8 @@ class Sizes(NamedTuple):
 
 
 @cache
-def _far() -> int:
-    """Elements of a weight that is out of the cache by the time its layer reads it: half of the last level."""
+def far() -> int:
+    """Elements that are out of the cache by the time somebody reads them again: half of the last level."""
     try:
         size = int(_LAST_CACHE.read_text(encoding="ascii").strip().removesuffix("K")) << 10
     except (OSError, ValueError):  # not Linux, or no third level
@@ -127,11 +127,11 @@ def forward(g: Tensor, v: Tensor, sizes: Sizes, w: Tensor) -> Tensor | None:
     norms = torch.empty_like(g)
     places, size = (v.data_ptr(), g.data_ptr(), w.data_ptr(), norms.data_ptr()), v.numel()
     inputs, rows, columns = sizes
-    far = int(size >= _far())
+    past = int(size >= far())
     if inputs:
-        fine = on_all_rows(_Kernels.module, size, rows, "columns_forward", *places, inputs, rows, columns, far)
+        fine = on_all_rows(_Kernels.module, size, rows, "columns_forward", *places, inputs, rows, columns, past)
     else:
-        fine = on_all_rows(_Kernels.module, size, rows, "rows_forward", *places, columns, far)
+        fine = on_all_rows(_Kernels.module, size, rows, "rows_forward", *places, columns, past)
     return norms if fine else None
 
 
@@ -162,12 +162,11 @@ def forward_of_rows(g: Tensor, v: Tensor, norms: Tensor, w: Tensor) -> Callable[
 
 
 def backward_of_rows(
-    up: Tensor, g: Tensor, v: Tensor, norms: Tensor, grad_g: Tensor, grad_v: Tensor, *, soon: bool
+    up: Tensor, g: Tensor, v: Tensor, norms: Tensor, grad_g: Tensor, grad_v: Tensor, *, past_cache: bool
 ) -> Callable[[int, int], None]:
     """A function of first row and number of rows that takes their dL/dw from the beginning of `up` and writes them into
-    `grad_g` and `grad_v`; for rows as in `forward_of_rows`. `soon`: the next reader of dL/dv comes before other
-    layers do."""
-    columns, past = v.numel() // g.numel(), int(v.numel() >= _GONE and not soon)
+    `grad_g` and `grad_v`; for rows as in `forward_of_rows`. `past_cache`: nobody reads dL/dv for some time."""
+    columns, past = v.numel() // g.numel(), int(past_cache)
     up_at, v_at, grad_v_at, width = up.data_ptr(), v.data_ptr(), grad_v.data_ptr(), 4 * columns
     g_at, norms_at, grad_g_at = g.data_ptr(), norms.data_ptr(), grad_g.data_ptr()
 

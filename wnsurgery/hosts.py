@@ -61,6 +61,7 @@ def install(
     entry = _new_list(rule, pair, old)
     if net is not None:
         entry.__dict__["_preparation"] = net
+        net.elements += old.numel()
     del module._parameters[name]
     table: Any = module._modules.get("parametrizations")
     if not isinstance(table, nn.ModuleDict) or not table._modules:

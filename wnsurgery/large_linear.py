@@ -8,7 +8,7 @@ of `torch.nn.functional.linear` with the composed weight, bit for bit.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from wnsurgery.reparam import Axes, compose, compose_in_one_pass, first_order_gr
 
 __all__ = ["LARGE_WEIGHT", "large_linear", "serves_linear"]
 
-LARGE_WEIGHT = 1 << 18  # elements above which memory is what a layer waits for
+LARGE_WEIGHT = 3 << 16  # elements above which memory is what a layer waits for
 _FRESH = 1 << 20  # elements from which blocks are at times given back to the system
 
 
@@ -46,13 +46,22 @@ def serves_linear(x: Tensor, g: Tensor, v: Tensor, bias: Tensor | None) -> bool:
 
 
 def large_linear(
-    x: Tensor, g: Tensor, v: Tensor, bias: Tensor | None, axes: Axes, rooms: Rooms, shared: Rooms
+    x: Tensor,
+    g: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    axes: Axes,
+    rooms: Rooms,
+    shared: Rooms,
+    *,
+    is_far: bool = True,
 ) -> Tensor | None:
     """x w^T + bias for w = g v / ||v||, shapes as in `torch.nn.functional.linear`, for what `serves_linear`; None where
     the compiled kernels do not take the pair.
 
     `rooms` are the layer's own. A gradient that is only added to another, held since the micro-batch before, is made in
-    `shared`, one room for all layers of a shape.
+    `shared`, one room for all layers of a shape. `is_far` says that the net is too large for its gradients to be in the
+    cache when the optimizer comes to them.
 
     >>> fused.start()
     True
@@ -65,13 +74,23 @@ def large_linear(
         return None
     rows = rows_for_output(x, v, bias) if axes.kept == (0,) else None
     try:
-        return _apply(x, g, v, bias, axes, sizes, rows, (rooms, shared))  # type: ignore[no-any-return]
+        return _apply(x, g, v, bias, rows, _How(axes, sizes, rooms, shared, is_far))  # type: ignore[no-any-return]
     except _ExtremeRowError:
         return None
 
 
 class _ExtremeRowError(Exception):
     """A row of v is not an ordinary one: the weight is to be computed the long way."""
+
+
+class _How(NamedTuple):
+    """How a layer's weight is computed, and where."""
+
+    axes: Axes
+    sizes: fused.Sizes
+    rooms: Rooms
+    shared: Rooms
+    is_far: bool
 
 
 class _LargeLinear(torch.autograd.Function):
@@ -82,12 +101,10 @@ class _LargeLinear(torch.autograd.Function):
         g: Tensor,
         v: Tensor,
         bias: Tensor | None,
-        axes: Axes,
-        sizes: fused.Sizes,
         rows: int | None,
-        rooms: tuple[Rooms, Rooms],
+        how: _How,
     ) -> Tensor:
-        ctx.how = axes, sizes, rooms
+        ctx.how = how
         if rows is not None:
             found = blocked_linear.forward(x, g, v, bias, rows)
             if found is None:
@@ -95,7 +112,7 @@ class _LargeLinear(torch.autograd.Function):
             y, norms = found
             ctx.save_for_backward(x, g, v, norms)
             return y
-        ready = compose_in_one_pass(g, v, sizes, rooms[0])
+        ready = compose_in_one_pass(g, v, how.sizes, how.rooms)
         if ready.w is None:
             raise _ExtremeRowError
         w = ready.w.requires_grad_()  # by this flag matmul chooses its kernel, and so the last bit
@@ -107,14 +124,14 @@ class _LargeLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):  # as in the forward pass
-                return (*_gradients(ctx, grad), None, None, None, None)
-        return (*_gradients(ctx, grad), None, None, None, None)
+                return (*_gradients(ctx, grad), None, None)
+        return (*_gradients(ctx, grad), None, None)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """dL/dx, dL/dg, dL/dv and that of the bias from dL/dy."""
     x, g, v, norms, *made = ctx.saved_tensors
-    axes, sizes, rooms = ctx.how
+    axes, sizes, rooms, shared, is_far = ctx.how
     wants_x, wants_g, wants_v, wants_bias, *_ = ctx.needs_input_grad
     up, inputs = _matrix(grad), _matrix(x)
     grad_bias = up.sum(0) if wants_bias else None
@@ -126,10 +143,11 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if wants_weight:
             grad_g, grad_v = first_order_gradients(up.t() @ inputs, g, v, None, axes, "linear")
         return grad_x, grad_g, grad_v, grad_bias
-    grad_v = _room(v, *rooms) if wants_weight else None
+    grad_v = _room(v, rooms, shared) if wants_weight else None
     rows = rows_for_gradients(inputs, v) if axes.kept == (0,) else None
     if grad_v is not None and rows is not None:
-        grad_x, grad_g = blocked_linear.backward(up, inputs, g, v, norms, rows, grad_v, wants_x=wants_x)
+        wanted = {"wants_x": wants_x, "is_far": is_far}
+        grad_x, grad_g = blocked_linear.backward(up, inputs, g, v, norms, rows, grad_v, **wanted)
     else:
         if wants_x:
             grad_x = torch.mm(up, made[0]) if made else torch.mm(scale(up, g, norms), v)

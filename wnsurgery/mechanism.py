@@ -323,8 +323,10 @@ class WeightNormList(ParametrizationList):
             return None
         fused.start()
         self.settle()
-        net = self._preparation
-        return large_linear(x, g, v, bias, rule.axes, self._rooms(), Rooms() if net is None else net.rooms)
+        net, own = self._preparation, self._rooms()
+        if net is None:
+            return large_linear(x, g, v, bias, rule.axes, own, Rooms())
+        return large_linear(x, g, v, bias, rule.axes, own, net.rooms, is_far=net.elements >= fused.far())
 
     def leaf_as_it_is(self) -> Tensor | None:
         """The weight of deferred mode, where nothing is to be done before its use."""

@@ -91,9 +91,11 @@ class Preparation:
         self.reused, self._period = False, -1  # whether one has been, and the optimizer steps there were by then
         self._nested = False
         self.rooms = Rooms()  # for what is needed by one layer after the other
+        self.elements = 0  # of all weights, as they were when the net was put under weight norm
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Preparation:
         twin = memo[id(self)] = Preparation()
+        twin.elements = self.elements
         return twin
 
     def take(self, entry: Any, g: Tensor, v: Tensor) -> Ready | None:
