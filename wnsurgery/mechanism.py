@@ -29,7 +29,7 @@ from wnsurgery.preparation import Preparation, may_make
 from wnsurgery.reparam import Ready, compose_eagerly, compose_in_one_pass, copied_module
 from wnsurgery.straight import Straight
 
-__all__ = ["PASSING", "WeightNormList", "unchanged"]
+__all__ = ["PASSING", "WeightNormList", "at_hand", "unchanged"]
 
 _MAX_HANDLES = 63  # weights handed out and still alive that are watched for writes
 PASSING = frozenset(
@@ -544,6 +544,28 @@ def _copies_as_it_is(held: Any, given: Any) -> bool:
     """Whether loading a parameter is copying a plain tensor of its shape into it."""
     plain = type(held) is nn.Parameter and type(given) in (Tensor, nn.Parameter)
     return plain and held.shape == given.shape and not held.is_meta
+
+
+def at_hand(module: nn.Module, name: str) -> Tensor | None:
+    """`unchanged` of a module's weight for the module's own use in evaluation, in as few steps as can be: what a pass
+    runs between two layers the processor has to find anew each time. None where the long way is to be gone."""
+    table = module._modules.get("parametrizations")
+    entry: Any = None if table is None else table._modules.get(name)
+    if type(entry) is not WeightNormList:
+        return None
+    state = entry.__dict__
+    kept, halves = state.get("_kept"), state["_parameters"]
+    if (
+        kept is None
+        or not kept.used
+        or len(state["_modules"]) != 1
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or parametrize._cache_enabled
+        or _is_tracing()
+    ):
+        return None
+    return kept.w if kept.is_of(halves.get("original0"), halves.get("original1")) else None
 
 
 def unchanged(entry: WeightNormList) -> Tensor | None:

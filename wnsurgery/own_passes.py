@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from wnsurgery import large_linear
-from wnsurgery.mechanism import WeightNormList, unchanged
+from wnsurgery.mechanism import WeightNormList, at_hand, unchanged
 
 __all__ = ["forward_of", "read_before"]
 
@@ -103,6 +103,8 @@ def _look_up(self: nn.Embedding, input: Tensor) -> Tensor:
 
 def _map(self: nn.Linear, input: Tensor) -> Tensor:
     """A linear layer's forward pass; in training, a large weight is computed with the layer's output."""
+    if not _grad_enabled() and not _is_compiling() and (w := at_hand(self, "weight")) is not None:
+        return F.linear(input, w, _bias(self))
     entry = _own_entry(self)
     if entry is not None and _grad_enabled():
         v, bias = entry._parameters.get("original1"), _bias(self)
@@ -115,6 +117,8 @@ def _map(self: nn.Linear, input: Tensor) -> Tensor:
 
 def _convolve(self: Any, input: Tensor) -> Tensor:
     """A convolution's forward pass."""
+    if not _grad_enabled() and not _is_compiling() and (w := at_hand(self, "weight")) is not None:
+        return self._conv_forward(input, w, _bias(self))  # type: ignore[no-any-return]
     entry = _own_entry(self)
     if entry is not None:
         w = entry.in_training(private=True) if _grad_enabled() else unchanged(entry)
