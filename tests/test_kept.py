@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import wnsurgery as wn
 from wnsurgery.kept import Rooms
+from wnsurgery.reparam import WeightNorm
 
 from nets import same_bits
 
@@ -317,3 +319,86 @@ def test_other_memory_put_under_a_kept_weight_reaches_the_pair(size: int) -> Non
         with pytest.raises(wn.PairError, match="does not fit"):
             layer(torch.ones(1, size))
         assert torch.equal(layer.weight, new)
+
+
+@pytest.fixture
+def composed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of elements of each weight that is computed for evaluation."""
+    found: list[int] = []
+    real = WeightNorm.compose
+
+    def compose(self: WeightNorm, g: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        found.append(v.numel())
+        return real(self, g, v, *rest)
+
+    monkeypatch.setattr(WeightNorm, "compose", compose)
+    return found
+
+
+def test_a_large_weight_that_evaluation_uses_once_a_step_is_not_kept(composed: list[int]) -> None:
+    """Memory that nobody reads again is not written anew at each step; a second use finds the weight kept."""
+    large, small = 512, 16
+    net = wn.apply_weight_norm(nn.Sequential(nn.Linear(small, small), nn.Linear(small, large), nn.Linear(large, large)))
+    optimizer, x = torch.optim.SGD(net.parameters(), lr=0.1), torch.randn(2, small)
+
+    def step(uses: int) -> list[bool]:
+        net(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        composed.clear()
+        with torch.no_grad():
+            wanted = x
+            for layer in net:
+                wanted = nn.functional.linear(wanted, now(layer), layer.bias)
+            for _ in range(uses):
+                assert same_bits(net(x), wanted)
+        return [layer.parametrizations.weight._kept is not None for layer in net]  # type: ignore[union-attr,index]
+
+    assert step(1) == [True, True, True]
+    for _ in range(2):
+        assert step(1) == [True, True, False]
+        assert composed.count(large * large) == 1
+    assert step(3) == [True, True, True]
+    assert composed.count(large * large) == 2
+    for _ in range(2):
+        assert step(3) == [True, True, True]
+        assert composed.count(large * large) == 1
+    with torch.inference_mode():
+        assert same_bits(net[2].weight, now(net[2]))
+
+
+def test_a_weight_that_is_not_kept_is_when_somebody_else_asks_for_it() -> None:
+    """Whoever reads `module.weight` may write into it in ways that only a kept one tells of."""
+    net = wn.apply_weight_norm(nn.Sequential(nn.Linear(512, 512)))
+    layer, x = net[0], torch.randn(2, 512)
+    for _ in range(3):
+        net(x).sum().backward()
+        with torch.no_grad():
+            net(x)
+            layer.parametrizations.weight.original0.mul_(2)  # type: ignore[union-attr,index,operator]
+    with torch.no_grad():
+        layer.weight.data.fill_(0.5)
+        assert torch.equal(layer.weight, torch.full((512, 512), 0.5))
+        assert torch.equal(layer.parametrizations.weight.original1, layer.weight)  # type: ignore[union-attr,index]
+
+
+def test_layers_that_pass_their_memory_on_do_not_meet() -> None:
+    """One layer's weight is gone by the time another's takes its place, also where threads run the same net."""
+    net = wn.apply_weight_norm(nn.Sequential(*(nn.Linear(400, 400) for _ in range(3))))
+    x = torch.randn(2, 400)
+    for _ in range(2):
+        net(x).sum().backward()
+        with torch.no_grad():
+            net(x)
+            for p in net.parameters():
+                p.mul_(1.5)
+
+    def run(_: int) -> Tensor:
+        with torch.no_grad():
+            return net(x)
+
+    wanted = x
+    for layer in net:
+        wanted = nn.functional.linear(wanted, now(layer), layer.bias).detach()
+    with ThreadPoolExecutor(8) as pool:
+        assert all(same_bits(found, wanted) for found in pool.map(run, range(24)))

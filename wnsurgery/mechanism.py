@@ -35,7 +35,7 @@ _MAX_HANDLES = 63  # weights handed out and still alive that are watched for wri
 PASSING = frozenset(
     {
         *("_again", "_deferred", "_evaluation", "_handed_out", "_kept", "_lent"),
-        *("_made", "_nested", "_probes", "_ready", "_round", "_way"),
+        *("_made", "_nested", "_once", "_probes", "_ready", "_round", "_way"),
     }
 )  # attributes that belong to this process and this moment
 _is_compiling, _is_tracing, _grad_enabled = torch.compiler.is_compiling, torch._C._is_tracing, torch.is_grad_enabled
@@ -59,6 +59,11 @@ class WeightNormList(ParametrizationList):
             return self.in_training()
         w = unchanged(self)
         return self._computed() if w is None else w
+
+    def in_evaluation(self) -> Tensor:
+        """The weight without a graph for its layer's own use, while nothing is compiled."""
+        w = unchanged(self)
+        return self._computed(private=True) if w is None else w
 
     def in_training(self, *, private: bool = False) -> Tensor:
         """The weight with its graph, for one use, while nothing is compiled; `private` for the layer's own, which hands
@@ -114,18 +119,27 @@ class WeightNormList(ParametrizationList):
             self._evaluated(kept)
             return kept.w  # type: ignore[no-any-return]
         self.settle()
-        return self._for_training(rule, g, v, private) if training else self._for_evaluation(rule, g, v)
+        return self._for_training(rule, g, v, private) if training else self._for_evaluation(rule, g, v, private)
 
-    def _for_evaluation(self, rule: Any, g: Tensor, v: Tensor) -> Tensor:
-        """The weight without a graph, kept until its pair changes."""
+    def _for_evaluation(self, rule: Any, g: Tensor, v: Tensor, private: bool) -> Tensor:
+        """The weight without a graph, kept until its pair changes; a large one for its layer's own use not where the
+        last that was kept had no second use, as in a discriminator that sees one fake batch a step."""
         net = self._preparation
         if net is None or not Kept.can_hold(g, v):
             return self._without_graph(rule, g, v)
+        state, now = self.__dict__, (g._version, v._version, steps.count)
+        is_large, is_second = v.numel() > AHEAD, state.get("_once") == now
+        if private and is_large and "_once" in state and not is_second:
+            state["_once"] = now
+            with torch.inference_mode(False), torch.no_grad():
+                return _as_parameter(rule.compose(g, v, net.passing(v)), g, v)
+        state.pop("_once", None)
         net.keep(self)
         kept = self._kept
         if kept is None:
             return self._without_graph(rule, g, v)
         self._evaluated(kept)
+        kept.used = not is_large or is_second
         return kept.w
 
     def _evaluated(self, kept: Kept) -> None:
@@ -156,9 +170,7 @@ class WeightNormList(ParametrizationList):
             self._keep(w, g, v)
 
     def _keep(self, w: Tensor, g: Tensor, v: Tensor) -> None:
-        if g.requires_grad or v.requires_grad:
-            # as a Parameter would under no_grad: matmul chooses its kernel, and so the last bit, by this flag
-            w.requires_grad_()
+        w = _as_parameter(w, g, v)
         if Kept.can_hold(g, v):
             self.__dict__["_kept"] = Kept(w, g, v, probes=probes_of(self, g, v))
         else:
@@ -411,6 +423,8 @@ class WeightNormList(ParametrizationList):
         kept = self.__dict__.get("_kept")
         if kept is not None and not kept.is_written():
             self.__dict__.pop("_kept", None)
+            if not kept.used:
+                self.__dict__["_once"] = None
         self.absorb()
 
     def absorb(self) -> None:
@@ -578,6 +592,12 @@ def unchanged(entry: WeightNormList) -> Tensor | None:
         return None
     halves = entry._parameters
     return kept.w if kept.is_of(halves.get("original0"), halves.get("original1")) else None
+
+
+def _as_parameter(w: Tensor, g: Tensor, v: Tensor) -> Tensor:
+    """A weight without a graph with the flag that a Parameter has under no_grad: by it matmul chooses its kernel, and
+    so the last bit."""
+    return w.requires_grad_() if g.requires_grad or v.requires_grad else w
 
 
 def _hooked(module: nn.Module) -> bool:

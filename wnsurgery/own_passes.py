@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from wnsurgery import large_linear
-from wnsurgery.mechanism import WeightNormList, at_hand, unchanged
+from wnsurgery.mechanism import WeightNormList, at_hand
 
 __all__ = ["forward_of", "read_before"]
 
@@ -111,8 +111,7 @@ def _map(self: nn.Linear, input: Tensor) -> Tensor:
         large = v is not None and v.numel() > large_linear.LARGE_WEIGHT and entry._deferred is None
         y = entry.linear(input, bias) if large else None
         return F.linear(input, entry.in_training(private=True), bias) if y is None else y
-    w = None if entry is None else unchanged(entry)
-    return nn.Linear.forward(self, input) if w is None else F.linear(input, w, _bias(self))
+    return nn.Linear.forward(self, input) if entry is None else F.linear(input, entry.in_evaluation(), _bias(self))
 
 
 def _convolve(self: Any, input: Tensor) -> Tensor:
@@ -121,9 +120,8 @@ def _convolve(self: Any, input: Tensor) -> Tensor:
         return self._conv_forward(input, w, _bias(self))  # type: ignore[no-any-return]
     entry = _own_entry(self)
     if entry is not None:
-        w = entry.in_training(private=True) if _grad_enabled() else unchanged(entry)
-        if w is not None:
-            return self._conv_forward(input, w, _bias(self))  # type: ignore[no-any-return]
+        w = entry.in_training(private=True) if _grad_enabled() else entry.in_evaluation()
+        return self._conv_forward(input, w, _bias(self))  # type: ignore[no-any-return]
     return self._conv_forward(input, self.weight, self.bias)  # type: ignore[no-any-return]
 
 

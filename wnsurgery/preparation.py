@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from wnsurgery import fused
 from wnsurgery.joint_graph import all_may_share, is_in_backward, may_share, with_joint_graph
-from wnsurgery.kept import LARGE, Probes, Rooms, steps
+from wnsurgery.kept import AHEAD, LARGE, Probes, Rooms, steps
 from wnsurgery.loans import LASTING, Ahead, made_ahead
 from wnsurgery.multi_tensor import row_factors
 from wnsurgery.norms import SMALL
@@ -91,6 +91,7 @@ class Preparation:
         self.reused, self._period = False, -1  # whether one has been, and the optimizer steps there were by then
         self._nested = False
         self.rooms = Rooms()  # for what is needed by one layer after the other
+        self._passing: dict[torch.Size, Rooms] = {}
         self.elements = 0  # of all weights, as they were when the net was put under weight norm
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Preparation:
@@ -144,13 +145,20 @@ class Preparation:
             self._period = steps.count
             self.lasting, self.reused = self.lasting and self.reused, False
 
+    def passing(self, like: Tensor) -> Rooms:
+        """Memory for a weight that its layer uses and forgets, in common with all layers of that shape."""
+        return self._passing.setdefault(like.shape, Rooms())
+
     def nest(self) -> None:
         """A weight of the net is used in a backward pass: each pass from now on is to have its own."""
         self._nested, self.lasting = True, False
 
     def keep(self, entry: Any) -> None:
-        """An evaluation pass needs a weight that is not kept: keep it, and those that the last pass used with it."""
-        needed = [one for one in self._evaluation.together(entry) if one.is_to_keep()]
+        """An evaluation pass needs a weight that is not kept: keep it, and those that the last pass used with it and
+        that will still be in the cache."""
+        together = self._evaluation.together(entry)
+        near = [one for one in together if one is entry or one.pair()[1].numel() <= AHEAD]
+        needed = [one for one in near if one.is_to_keep()]
         if len(needed) > 1 and fused.started() and forward_ad._current_level < 0:
             needed = _keep_small(needed, self._plan(needed))
         for one in needed:
