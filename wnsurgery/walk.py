@@ -65,7 +65,7 @@ def slots(model: nn.Module, *, plain: bool = True) -> list[Slot]:
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     found: list[Slot] = []
     for module, names, ancestors in _modules(model):
-        for parameter, form, tensor, magnitude in _tensors(module, plain):
+        for parameter, form, tensor, magnitude in _tensors(module) if plain else _under_parametrization(module):
             fqns = tuple([f"{n}.{parameter}" if n else parameter for n in names])
             found.append(Slot(module, parameter, fqns, form, tensor, magnitude, ancestors))
     return found
@@ -121,27 +121,38 @@ def _is_parametrized(module: nn.Module) -> bool:
     return isinstance(module._modules["parametrizations"], nn.ModuleDict)
 
 
-def _tensors(module: nn.Module, plain: bool) -> Iterator[tuple[str, str, Tensor | None, Tensor | None]]:
-    """(parameter, form, tensor, magnitude) of everything a module holds itself, or of what is parametrized."""
-    if isinstance(module, torch.jit.ScriptModule):
-        if not plain:
-            return
-        yield from ((name, "plain", parameter, None) for name, parameter in module.named_parameters(recurse=False))
-        yield from ((name, "buffer", buffer, None) for name, buffer in module.named_buffers(recurse=False))
-        return
-    legacy = sorted({hook.name for hook in legacy_hooks(module)}) if module._forward_pre_hooks else ()
-    parts = {f"{name}{end}" for name in legacy for end in ("_g", "_v")} if legacy else ()
-    for name, parameter in module._parameters.items() if plain else ():
-        if parameter is not None and name not in parts:
-            yield name, "plain", parameter, None
-    for name in legacy:
-        yield name, "legacy", module._parameters[f"{name}_v"], module._parameters[f"{name}_g"]
+_Tensor = tuple[str, str, Tensor | None, Tensor | None]  # parameter, form, tensor, magnitude
+
+
+def _under_parametrization(module: nn.Module) -> list[_Tensor]:
+    """The parametrized tensors that a module holds itself."""
+    names = _legacy_names(module) if module._forward_pre_hooks else []
+    found: list[_Tensor] = [
+        (name, "legacy", module._parameters[f"{name}_v"], module._parameters[f"{name}_g"]) for name in names
+    ]
     if _is_parametrized(module):
         for name, entry in module._modules["parametrizations"]._modules.items():  # type: ignore[union-attr]
             if isinstance(entry, ParametrizationList):
-                yield name, *_parametrized(entry)
-    if not plain:
+                found.append((name, *_parametrized(entry)))
+    return found
+
+
+def _legacy_names(module: nn.Module) -> list[str]:
+    return sorted({hook.name for hook in legacy_hooks(module)}) if not isinstance(module, torch.jit.ScriptModule) else []
+
+
+def _tensors(module: nn.Module) -> Iterator[_Tensor]:
+    """Everything a module holds itself."""
+    if isinstance(module, torch.jit.ScriptModule):
+        yield from ((name, "plain", parameter, None) for name, parameter in module.named_parameters(recurse=False))
+        yield from ((name, "buffer", buffer, None) for name, buffer in module.named_buffers(recurse=False))
         return
+    legacy = _legacy_names(module) if module._forward_pre_hooks else ()
+    parts = {f"{name}{end}" for name in legacy for end in ("_g", "_v")} if legacy else ()
+    for name, parameter in module._parameters.items():
+        if parameter is not None and name not in parts:
+            yield name, "plain", parameter, None
+    yield from _under_parametrization(module)
     for name, buffer in module._buffers.items():
         if buffer is not None:
             yield name, "buffer", buffer, None
