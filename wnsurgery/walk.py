@@ -138,7 +138,9 @@ def _under_parametrization(module: nn.Module) -> list[_Tensor]:
 
 
 def _legacy_names(module: nn.Module) -> list[str]:
-    return sorted({hook.name for hook in legacy_hooks(module)}) if not isinstance(module, torch.jit.ScriptModule) else []
+    if isinstance(module, torch.jit.ScriptModule):
+        return []
+    return sorted({hook.name for hook in legacy_hooks(module)})
 
 
 def _tensors(module: nn.Module) -> Iterator[_Tensor]:
