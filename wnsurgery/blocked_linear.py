@@ -22,11 +22,11 @@ from wnsurgery import fused
 
 __all__ = ["backward", "forward", "rows_for_gradients", "rows_for_output", "scale"]
 
-_FEW = 128  # inputs up to which the output takes less time this way
-_FEWER = 64  # the same of the gradients
+_FEW = 256  # inputs up to which this way takes less time
 _FEWEST = 0.5  # inputs to a row of a block up to which it is worth adding up dL/dx block by block
-_BLOCK = 1 << 19  # elements to a block: enough for what its calls cost, and still near when it is read
-_SLIM_BLOCK = 1 << 15  # the same where the gradient is a sum of few products, which wide rows take longer for
+_BLOCK = 5 << 17  # elements of w to a block: enough for what its calls cost, and still near when it is read
+_GRADIENTS = 1 << 19  # the same of dL/dw
+_SLIM = 1 << 15  # the same where that is a sum of few products, which wide rows take longer for
 _SLIM_INPUTS, _SLIM_COLUMNS = range(2, 15), 1024
 _LINE = 64  # bytes; blocks and inputs that begin at a multiple are multiplied in the same order
 _NUMBERS = 65537  # random ones; a prime, so that no two rows of a weight are alike
@@ -35,7 +35,7 @@ _NUMBERS = 65537  # random ones; a prime, so that no two rows of a weight are al
 def rows_for_output(x: Tensor, v: Tensor, bias: Tensor | None) -> int | None:
     """How many rows of w to make at a time for x w^T + bias; None where it is to be taken in one piece.
 
-    >>> rows_for_output(torch.ones(200, 1024), torch.ones(1024, 1024), None) is None
+    >>> rows_for_output(torch.ones(300, 1024), torch.ones(1024, 1024), None) is None
     True
     """
     if x.numel() > _FEW * v.shape[1] or torch.get_num_threads() > 1:
@@ -50,9 +50,9 @@ def rows_for_output(x: Tensor, v: Tensor, bias: Tensor | None) -> int | None:
 
 def rows_for_gradients(x: Tensor, v: Tensor) -> int | None:
     """How many rows of dL/dw to make at a time for an input that is a matrix; None where it is to be made whole."""
-    if v.numel() <= _BLOCK or len(x) > _FEWER or torch.get_num_threads() > 1:
+    if v.numel() <= _GRADIENTS or len(x) > _FEW or torch.get_num_threads() > 1:
         return None
-    return _rows(v.shape, _SLIM_BLOCK if len(x) in _SLIM_INPUTS and v.shape[1] >= _SLIM_COLUMNS else _BLOCK)
+    return _rows(v.shape, _SLIM if len(x) in _SLIM_INPUTS and v.shape[1] >= _SLIM_COLUMNS else _GRADIENTS)
 
 
 def forward(x: Tensor, g: Tensor, v: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor] | None:
