@@ -26,7 +26,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 INPUTS: dict[str, tuple[int, ...]] = {
     "linear": (2, 6),
-    "medium": (2, 500),
+    "medium": (2, 400),
     "convolution": (2, 3, 5, 5),
     "large convolution": (1, 500, 4),
     "transposed": (2, 3, 5),
