@@ -19,7 +19,7 @@ from wnsurgery.straight import Straight
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(6, 5),
-    "medium": lambda: nn.Linear(500, 400),
+    "medium": lambda: nn.Linear(400, 400),
     "convolution": lambda: nn.Conv2d(3, 4, 3),
     "large convolution": lambda: nn.Conv1d(500, 400, 3),
     "transposed": lambda: nn.ConvTranspose1d(3, 4, 3),
