@@ -13,7 +13,7 @@ import logging
 import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +25,11 @@ from wnsurgery.row_threads import on_all_rows
 __all__ = [
     "Sizes",
     "backward",
+    "backward_call",
     "backward_of_rows",
     "far",
     "forward",
+    "forward_call",
     "forward_of_rows",
     "many_backward",
     "many_forward",
@@ -119,31 +121,40 @@ def _sizes(shape: torch.Size, g_shape: torch.Size, kept: tuple[int, ...]) -> Siz
     return Sizes(shape[0], rows, math.prod(shape[2:])) if kept == (1,) else Sizes(0, rows, elements // rows)
 
 
+def forward_call(sizes: Sizes, elements: int) -> tuple[Callable[..., bool], tuple[int, ...]]:
+    """What `forward` calls for a weight of so many elements: a function of the addresses of v, g, w and ||v||, which
+    says whether each row is an ordinary one, and the arguments that come after these."""
+    inputs, rows, columns = sizes
+    past = int(elements >= far())
+    if inputs:
+        return partial(on_all_rows, _Kernels.module, elements, rows, "columns_forward"), (inputs, rows, columns, past)
+    return partial(on_all_rows, _Kernels.module, elements, rows, "rows_forward"), (columns, past)
+
+
+def backward_call(sizes: Sizes, elements: int) -> tuple[Callable[..., bool], tuple[int, ...]]:
+    """The same of `backward`: of the addresses of dL/dw, v, g, ||v||, dL/dg and dL/dv."""
+    inputs, rows, columns = sizes
+    if inputs:
+        return partial(on_all_rows, _Kernels.module, elements, rows, "columns_backward"), (inputs, rows, columns)
+    return partial(on_all_rows, _Kernels.module, elements, rows, "rows_backward"), (columns, int(elements >= _FAR))
+
+
 def forward(g: Tensor, v: Tensor, sizes: Sizes, w: Tensor) -> Tensor | None:
     """Write g * v / ||v|| into `w`, laid out as v; returns ||v|| with the shape of g.
 
     None where a row is not an ordinary one (see `norms.ordinary_factors`): then nothing in `w` is of use.
     """
     norms = torch.empty_like(g)
-    places, size = (v.data_ptr(), g.data_ptr(), w.data_ptr(), norms.data_ptr()), v.numel()
-    inputs, rows, columns = sizes
-    past = int(size >= far())
-    if inputs:
-        fine = on_all_rows(_Kernels.module, size, rows, "columns_forward", *places, inputs, rows, columns, past)
-    else:
-        fine = on_all_rows(_Kernels.module, size, rows, "rows_forward", *places, columns, past)
-    return norms if fine else None
+    call, rest = forward_call(sizes, v.numel())
+    return norms if call(v.data_ptr(), g.data_ptr(), w.data_ptr(), norms.data_ptr(), *rest) else None
 
 
 def backward(up: Tensor, g: Tensor, v: Tensor, norms: Tensor, sizes: Sizes, grad_v: Tensor) -> Tensor:
     """Write dL/dv into `grad_v`, which may be dL/dw itself; returns dL/dg. All laid out as v."""
-    grad_g, size = torch.empty_like(g), v.numel()
+    grad_g = torch.empty_like(g)
+    call, rest = backward_call(sizes, v.numel())
     places = (up.data_ptr(), v.data_ptr(), g.data_ptr(), norms.data_ptr(), grad_g.data_ptr(), grad_v.data_ptr())
-    inputs, rows, columns = sizes
-    if inputs:
-        on_all_rows(_Kernels.module, size, rows, "columns_backward", *places, inputs, rows, columns)
-    else:
-        on_all_rows(_Kernels.module, size, rows, "rows_backward", *places, columns, int(size >= _FAR))
+    call(*places, *rest)
     return grad_g
 
 

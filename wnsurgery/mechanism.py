@@ -82,6 +82,7 @@ class WeightNormList(ParametrizationList):
         weight is used again and again as it is: that is computed once for all its uses."""
         state = self.__dict__
         modules, halves = state["_modules"], state["_parameters"]
+        rule = modules["0"]
         if (
             len(modules) != 1
             or "_made" in state
@@ -89,7 +90,8 @@ class WeightNormList(ParametrizationList):
             or "_kept" in state
             or "_handed_out" in state
             or "_deferred" in state
-            or _hooked(modules["0"])
+            or rule._forward_hooks
+            or rule._forward_pre_hooks
         ):
             return None
         net = self._preparation

@@ -128,9 +128,12 @@ def _convolve(self: Any, input: Tensor) -> Tensor:
 def _own_entry(module: nn.Module) -> WeightNormList | None:
     """What holds the weight of a layer, for the layer's own use; None where somebody watches what is done with the
     weight, or wants it in another way."""
-    if _is_compiling() or parametrize._cache_enabled or (_is_watched() if _grad_enabled() else _is_tracing()):
+    if _is_compiling() or parametrize._cache_enabled or _is_tracing():
         return None
-    entry = _entry(module)
+    if _grad_enabled() and (_in_function_mode() or _dispatch_modes()):
+        return None
+    table = module._modules.get("parametrizations")
+    entry: Any = None if table is None else table._modules.get("weight")
     if type(entry) is not WeightNormList or entry._forward_hooks or entry._forward_pre_hooks:
         return None
     return entry

@@ -16,13 +16,14 @@ from torch.autograd import forward_ad
 from wnsurgery import fused
 from wnsurgery.kept import Rooms, steps
 from wnsurgery.loans import LASTING
-from wnsurgery.reparam import Axes, compose_in_one_pass, first_order_gradients, is_plain, with_graph
+from wnsurgery.reparam import Axes, compose_in_one_pass, first_order_gradients, with_graph
 
 __all__ = ["Straight"]
 
 _ROOMY = 1 << 19  # elements from which memory of its own, though out of the cache, is better than the allocator's
 _TWICE = 2  # uses up to which making a weight anew costs less than keeping it
 _inference_mode, _transforms = torch.is_inference_mode_enabled, torch._C._functorch.peek_interpreter_stack
+_empty_like, _grad_enabled, _has_storage = torch.empty_like, torch.is_grad_enabled, torch._C._has_storage
 
 
 class Straight:
@@ -36,12 +37,16 @@ class Straight:
     ([[6.0, 8.0]], True)
     """
 
-    __slots__ = ("_at", "_count", "_g", "_rooms", "_shapes", "_used", "_uses", "_v", "axes", "sizes", "small")
+    __slots__ = (
+        *("_at", "_backward", "_count", "_forward", "_g", "_rooms", "_shapes", "_used", "_uses", "_v"),
+        *("axes", "sizes", "small"),
+    )
 
     def __init__(self, g: Tensor, v: Tensor, sizes: fused.Sizes, axes: Axes, rooms: Rooms) -> None:
         steps.start()
         self._g, self._v, self.sizes, self.axes, self._rooms = g, v, sizes, axes, rooms
         self._at, self._shapes, self._count = (g.data_ptr(), v.data_ptr()), (g.shape, v.shape), v.numel()
+        self._forward, self._backward = fused.forward_call(sizes, self._count), fused.backward_call(sizes, self._count)
         self._used, self._uses = (-1, -1, -1), 0
         self.small = max(g.nbytes, v.nbytes) <= LASTING  # may be computed once for several uses
 
@@ -74,9 +79,19 @@ class Straight:
             ready = compose_in_one_pass(self._g, self._v, self.sizes, self._rooms)
             how = self.axes, "linear", self._rooms
             return None if ready.w is None else with_graph(self._g, self._v, how, ready)
-        w = torch.empty_like(self._v)
-        norms = fused.forward(self._g, self._v, self.sizes, w)
-        return None if norms is None else _apply(self._g, self._v, self, (w, norms))
+        w, norms = _empty_like(self._v), _empty_like(self._g)
+        call, rest = self._forward
+        g_at, v_at = self._at
+        fine = call(v_at, g_at, w.data_ptr(), norms.data_ptr(), *rest)
+        return _apply(self._g, self._v, self, (w, norms)) if fine else None
+
+    def gradients(self, grad: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+        """dL/dg and dL/dv from dL/dw, which lies in memory as v, while `is_of` holds."""
+        grad_g, grad_v = _empty_like(self._g), _empty_like(self._v)
+        call, rest = self._backward
+        g_at, v_at = self._at
+        call(grad.data_ptr(), v_at, g_at, norms.data_ptr(), grad_g.data_ptr(), grad_v.data_ptr(), *rest)
+        return grad_g, grad_v
 
 
 class _ComposeStraight(torch.autograd.Function):
@@ -92,17 +107,19 @@ class _ComposeStraight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         straight: Straight = ctx.straight
         g, v, norms = ctx.saved_tensors
-        differentiable = torch.is_grad_enabled()
-        if differentiable or not (_is_ordinary(grad) and straight.is_of(g, v)):
+        differentiable = _grad_enabled()
+        if (
+            differentiable
+            or type(grad) is not Tensor  # from here on, what the kernels cannot read where it lies
+            or not _has_storage(grad)
+            or grad.dtype is not torch.float32
+            or not grad.is_contiguous()
+            or grad.is_neg()
+            or not straight.is_of(g, v)
+        ):
             norms = None if differentiable else norms
             return *first_order_gradients(grad, g, v, norms, straight.axes, "linear"), None, None
-        grad_v = torch.empty_like(v)
-        return fused.backward(grad, g, v, norms, straight.sizes, grad_v), grad_v, None, None
-
-
-def _is_ordinary(grad: Tensor) -> bool:
-    """Whether the kernels can read it where it lies."""
-    return is_plain(grad) and grad.dtype is torch.float32 and grad.is_contiguous() and not grad.is_neg()
+        return *straight.gradients(grad, norms), None, None
 
 
 # past the Python half of `Function.apply`, which unwraps what function transforms left: none is on
