@@ -19,18 +19,31 @@ from wnsurgery.blocked_linear import rows_for_gradients, rows_for_output, scale
 from wnsurgery.kept import Rooms
 from wnsurgery.reparam import Axes, compose, compose_in_one_pass, first_order_gradients, is_plain
 
-__all__ = ["LARGE_WEIGHT", "large_linear", "serves_linear"]
+__all__ = ["LARGE_WEIGHT", "HowLarge", "large_linear", "takes_input"]
 
 LARGE_WEIGHT = 3 << 16  # elements above which memory is what a layer waits for
 _FRESH = 1 << 20  # elements from which blocks are at times given back to the system
 
 
-def serves_linear(x: Tensor, g: Tensor, v: Tensor, bias: Tensor | None) -> bool:
-    """Whether a layer's weight is large, and its input and setting plain enough for `large_linear`."""
+class HowLarge(NamedTuple):
+    """How the weight of a large linear layer is computed, and where.
+
+    `rooms` are the layer's own. A gradient that is only added to another, held since the micro-batch before, is made in
+    `shared`, one room for all layers of a shape. `is_far` says that the net is too large for its gradients to be in the
+    cache when the optimizer comes to them.
+    """
+
+    axes: Axes
+    sizes: fused.Sizes
+    rooms: Rooms
+    shared: Rooms
+    is_far: bool = True
+
+
+def takes_input(x: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    """Whether a layer's input and setting are plain enough for `large_linear`; v is a matrix."""
     return (
-        v.numel() > LARGE_WEIGHT
-        and v.ndim == 2
-        and type(x) is Tensor
+        type(x) is Tensor
         and x.dtype is torch.float32
         and x.layout is torch.strided
         and not x.is_nested
@@ -39,58 +52,31 @@ def serves_linear(x: Tensor, g: Tensor, v: Tensor, bias: Tensor | None) -> bool:
         and x.shape[-1] == v.shape[1]
         and x.numel() > 0
         and (bias is None or (bias.dtype is torch.float32 and type(bias.data) is Tensor))
-        and (g.requires_grad or v.requires_grad)
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._is_torch_function_mode_enabled()
     )
 
 
-def large_linear(
-    x: Tensor,
-    g: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    axes: Axes,
-    rooms: Rooms,
-    shared: Rooms,
-    *,
-    is_far: bool = True,
-) -> Tensor | None:
-    """x w^T + bias for w = g v / ||v||, shapes as in `torch.nn.functional.linear`, for what `serves_linear`; None where
-    the compiled kernels do not take the pair.
-
-    `rooms` are the layer's own. A gradient that is only added to another, held since the micro-batch before, is made in
-    `shared`, one room for all layers of a shape. `is_far` says that the net is too large for its gradients to be in the
-    cache when the optimizer comes to them.
+def large_linear(x: Tensor, g: Tensor, v: Tensor, bias: Tensor | None, how: HowLarge) -> Tensor | None:
+    """x w^T + bias for w = g v / ||v||, shapes as in `torch.nn.functional.linear`, where `takes_input`; None where a
+    row is not an ordinary one.
 
     >>> fused.start()
     True
     >>> g, v = torch.full((2, 1), 5.0, requires_grad=True), torch.tensor([[3.0, 4.0], [0.0, 2.0]])
-    >>> large_linear(torch.tensor([[1.0, 1.0]]), g, v, None, Axes((0,)), Rooms(), Rooms())
+    >>> how = HowLarge(Axes((0,)), fused.plan(g, v, (0,), 1, "linear"), Rooms(), Rooms())
+    >>> large_linear(torch.tensor([[1.0, 1.0]]), g, v, None, how)
     tensor([[7., 5.]], grad_fn=<_LargeLinearBackward>)
     """
-    sizes = fused.plan(g, v, axes.kept, axes.groups, "linear")
-    if sizes is None:
-        return None
-    rows = rows_for_output(x, v, bias) if axes.kept == (0,) else None
+    rows = rows_for_output(x, v, bias) if how.axes.kept == (0,) else None
     try:
-        return _apply(x, g, v, bias, rows, _How(axes, sizes, rooms, shared, is_far))  # type: ignore[no-any-return]
+        return _apply(x, g, v, bias, rows, how)  # type: ignore[no-any-return]
     except _ExtremeRowError:
         return None
 
 
 class _ExtremeRowError(Exception):
     """A row of v is not an ordinary one: the weight is to be computed the long way."""
-
-
-class _How(NamedTuple):
-    """How a layer's weight is computed, and where."""
-
-    axes: Axes
-    sizes: fused.Sizes
-    rooms: Rooms
-    shared: Rooms
-    is_far: bool
 
 
 class _LargeLinear(torch.autograd.Function):
@@ -102,7 +88,7 @@ class _LargeLinear(torch.autograd.Function):
         v: Tensor,
         bias: Tensor | None,
         rows: int | None,
-        how: _How,
+        how: HowLarge,
     ) -> Tensor:
         ctx.how = how
         if rows is not None:

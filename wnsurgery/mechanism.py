@@ -21,7 +21,7 @@ from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import PairError
 from wnsurgery.joint_graph import is_in_backward, is_joint, wants_own_node
 from wnsurgery.kept import AHEAD, Kept, Rooms, probes_of, steps
-from wnsurgery.large_linear import large_linear, serves_linear
+from wnsurgery.large_linear import HowLarge, large_linear, takes_input
 from wnsurgery.loans import Ahead, Loan, lend_out, made_ahead
 from wnsurgery.looked_up import look_up, serves
 from wnsurgery.multi_tensor import Item
@@ -80,10 +80,20 @@ class WeightNormList(ParametrizationList):
     def _go_straight(self, way: Straight) -> Tensor | None:
         """The weight by the way that was found for it; None where something else is to be seen to, and where a small
         weight is used again and again as it is: that is computed once for all its uses."""
+        if not self._is_quiet():
+            return None
+        net = self._preparation
+        if net is not None and way.small and ((way.is_used_again() and net.last()) or net.lasting):
+            return None
+        halves = self._parameters
+        return way.weight(halves.get("original0"), halves.get("original1"))
+
+    def _is_quiet(self) -> bool:
+        """Whether no weight of its pair waits, is kept or handed out, and nobody looks on at its rule."""
         state = self.__dict__
-        modules, halves = state["_modules"], state["_parameters"]
+        modules = state["_modules"]
         rule = modules["0"]
-        if (
+        return not (
             len(modules) != 1
             or "_made" in state
             or "_again" in state
@@ -92,12 +102,7 @@ class WeightNormList(ParametrizationList):
             or "_deferred" in state
             or rule._forward_hooks
             or rule._forward_pre_hooks
-        ):
-            return None
-        net = self._preparation
-        if net is not None and way.small and ((way.is_used_again() and net.last()) or net.lasting):
-            return None
-        return way.weight(halves.get("original0"), halves.get("original1"))
+        )
 
     def goes_straight(self) -> bool:
         """Whether its layer makes it at its use, for that use alone."""
@@ -322,25 +327,36 @@ class WeightNormList(ParametrizationList):
         return look_up(ids, g, v, rule.magnitude, padding)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x w^T + bias in training, None where w is to be computed by itself, as for all but large weights."""
-        g, v = self.pair()
-        if not serves_linear(x, g, v, bias):
+        """x w^T + bias in training for a matrix w, None where w is to be computed by itself, as for all but large
+        weights."""
+        way, halves = self._way, self._parameters
+        g: Any = halves.get("original0")
+        v: Any = halves.get("original1")
+        how = None if way is None or not (self._is_quiet() and way.is_of(g, v)) else way.large
+        if how is None:
+            how = self._large_way()
+        if how is None or not takes_input(x, v, bias) or not (g.requires_grad or v.requires_grad):
             return None
+        quiet = may_make() and torch._C._functorch.peek_interpreter_stack() is None
+        return large_linear(x, g, v, bias, how) if quiet else None
+
+    def _large_way(self) -> HowLarge | None:
+        """How a linear layer computes its weight with its output, from the pair as it is; None where that is not for
+        it."""
+        g, v = self.pair()
         rule: Any = self._modules["0"]
-        if (
-            self._is_shown()
-            or not may_make()
-            or _is_watched(g, v)
-            or rule.magnitude != "linear"
-            or not rule.axes.fit(g, v)
-        ):
+        if self._is_shown() or _is_watched(g, v) or v.ndim != 2 or not rule.axes.fit(g, v):
             return None
         fused.start()
+        sizes = fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
+        if sizes is None:
+            return None
         self.settle()
         net, own = self._preparation, self._rooms()
-        if net is None:
-            return large_linear(x, g, v, bias, rule.axes, own, Rooms())
-        return large_linear(x, g, v, bias, rule.axes, own, net.rooms, is_far=net.elements >= fused.far())
+        way = self.__dict__["_way"] = Straight(g, v, sizes, rule.axes, own)
+        shared, is_far = (Rooms(), True) if net is None else (net.rooms, net.elements >= fused.far())
+        how = way.large = HowLarge(rule.axes, sizes, own, shared, is_far)
+        return how
 
     def leaf_as_it_is(self) -> Tensor | None:
         """The weight of deferred mode, where nothing is to be done before its use."""

@@ -39,7 +39,7 @@ class Straight:
 
     __slots__ = (
         *("_at", "_backward", "_count", "_forward", "_g", "_rooms", "_shapes", "_used", "_uses", "_v"),
-        *("axes", "sizes", "small"),
+        *("axes", "large", "sizes", "small"),
     )
 
     def __init__(self, g: Tensor, v: Tensor, sizes: fused.Sizes, axes: Axes, rooms: Rooms) -> None:
@@ -48,6 +48,7 @@ class Straight:
         self._at, self._shapes, self._count = (g.data_ptr(), v.data_ptr()), (g.shape, v.shape), v.numel()
         self._forward, self._backward = fused.forward_call(sizes, self._count), fused.backward_call(sizes, self._count)
         self._used, self._uses = (-1, -1, -1), 0
+        self.large: Any = None  # how a linear layer computes it with its output
         self.small = max(g.nbytes, v.nbytes) <= LASTING  # may be computed once for several uses
 
     def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
