@@ -40,7 +40,7 @@ _WHOLE = 1 << 11  # bytes of a tensor up to which all are compared
 
 
 class Rooms:
-    """Memory for tensors of one shape each, by name; in use as long as any tensor or graph holds the last loan.
+    """Memory for tensors, by name and shape; in use as long as any tensor or graph holds the last loan.
 
     >>> rooms, like = Rooms(), torch.zeros(1 << 16)
     >>> first = rooms.take("w", like)
@@ -50,7 +50,7 @@ class Rooms:
     """
 
     def __init__(self) -> None:
-        self._memory: dict[str, Tensor] = {}
+        self._memory: dict[tuple[str, torch.Size], Tensor] = {}
 
     def take(self, name: str, like: Tensor) -> Tensor | None:
         """Uninitialised memory laid out like a tensor, None where none is kept or somebody still holds it.
@@ -59,13 +59,14 @@ class Rooms:
         """
         if like.device.type != "cpu" or like.numel() < LARGE:
             return None
-        memory = self._memory.pop(name, None)  # nobody else finds it while it is looked at
+        place = name, like.shape
+        memory = self._memory.pop(place, None)  # nobody else finds it while it is looked at
         if memory is None or memory.is_inference() or not _alike(memory, like):
             memory = torch.empty_like(like, requires_grad=False)
         elif holders(memory) != _ALONE:
-            self._memory[name] = memory
+            self._memory[place] = memory
             return None
-        self._memory[name] = memory
+        self._memory[place] = memory
         return memory.data
 
 

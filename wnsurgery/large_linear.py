@@ -151,7 +151,7 @@ def _room(v: Tensor, own: Rooms, shared: Rooms) -> Tensor:
     room = None
     if v.numel() >= _FRESH:
         room = own.take("grad", v)
-        room = shared.take(f"grad of {tuple(v.shape)}", v) if room is None else room
+        room = shared.take("grad", v) if room is None else room
     return torch.empty_like(v) if room is None else room
 
 

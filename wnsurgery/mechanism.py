@@ -139,7 +139,7 @@ class WeightNormList(ParametrizationList):
         if private and is_large and "_once" in state and not is_second:
             state["_once"] = now
             with torch.inference_mode(False), torch.no_grad():
-                return _as_parameter(rule.compose(g, v, net.passing(v)), g, v)
+                return _as_parameter(rule.compose(g, v, net.rooms), g, v)
         state.pop("_once", None)
         net.keep(self)
         kept = self._kept
@@ -583,21 +583,9 @@ def at_hand(module: nn.Module, name: str) -> Tensor | None:
     runs between two layers the processor has to find anew each time. None where the long way is to be gone."""
     table = module._modules.get("parametrizations")
     entry: Any = None if table is None else table._modules.get(name)
-    if type(entry) is not WeightNormList:
+    if type(entry) is not WeightNormList or entry._forward_hooks or entry._forward_pre_hooks:
         return None
-    state = entry.__dict__
-    kept, halves = state.get("_kept"), state["_parameters"]
-    if (
-        kept is None
-        or not kept.used
-        or len(state["_modules"]) != 1
-        or state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or parametrize._cache_enabled
-        or _is_tracing()
-    ):
-        return None
-    return kept.w if kept.is_of(halves.get("original0"), halves.get("original1")) else None
+    return None if parametrize._cache_enabled else unchanged(entry)
 
 
 def unchanged(entry: WeightNormList) -> Tensor | None:

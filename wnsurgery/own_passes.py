@@ -132,8 +132,7 @@ def _own_entry(module: nn.Module) -> WeightNormList | None:
         return None
     if _grad_enabled() and (_in_function_mode() or _dispatch_modes()):
         return None
-    table = module._modules.get("parametrizations")
-    entry: Any = None if table is None else table._modules.get("weight")
+    entry = _entry(module)
     if type(entry) is not WeightNormList or entry._forward_hooks or entry._forward_pre_hooks:
         return None
     return entry

@@ -91,7 +91,6 @@ class Preparation:
         self.reused, self._period = False, -1  # whether one has been, and the optimizer steps there were by then
         self._nested = False
         self.rooms = Rooms()  # for what is needed by one layer after the other
-        self._passing: dict[torch.Size, Rooms] = {}
         self.elements = 0  # of all weights, as they were when the net was put under weight norm
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Preparation:
@@ -144,10 +143,6 @@ class Preparation:
         if self._period != steps.count:
             self._period = steps.count
             self.lasting, self.reused = self.lasting and self.reused, False
-
-    def passing(self, like: Tensor) -> Rooms:
-        """Memory for a weight that its layer uses and forgets, in common with all layers of that shape."""
-        return self._passing.setdefault(like.shape, Rooms())
 
     def nest(self) -> None:
         """A weight of the net is used in a backward pass: each pass from now on is to have its own."""

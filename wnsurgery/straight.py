@@ -16,14 +16,14 @@ from torch.autograd import forward_ad
 from wnsurgery import fused
 from wnsurgery.kept import Rooms, steps
 from wnsurgery.loans import LASTING
-from wnsurgery.reparam import Axes, compose_in_one_pass, first_order_gradients, with_graph
+from wnsurgery.reparam import Axes, compose_in_one_pass, first_order_gradients, is_plain, with_graph
 
 __all__ = ["Straight"]
 
 _ROOMY = 1 << 19  # elements from which memory of its own, though out of the cache, is better than the allocator's
 _TWICE = 2  # uses up to which making a weight anew costs less than keeping it
 _inference_mode, _transforms = torch.is_inference_mode_enabled, torch._C._functorch.peek_interpreter_stack
-_empty_like, _grad_enabled, _has_storage = torch.empty_like, torch.is_grad_enabled, torch._C._has_storage
+_empty_like, _grad_enabled = torch.empty_like, torch.is_grad_enabled
 
 
 class Straight:
@@ -111,8 +111,7 @@ class _ComposeStraight(torch.autograd.Function):
         differentiable = _grad_enabled()
         if (
             differentiable
-            or type(grad) is not Tensor  # from here on, what the kernels cannot read where it lies
-            or not _has_storage(grad)
+            or not is_plain(grad)  # from here on, what the kernels cannot read where it lies
             or grad.dtype is not torch.float32
             or not grad.is_contiguous()
             or grad.is_neg()

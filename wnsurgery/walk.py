@@ -126,9 +126,9 @@ _Tensor = tuple[str, str, Tensor | None, Tensor | None]  # parameter, form, tens
 
 def _under_parametrization(module: nn.Module) -> list[_Tensor]:
     """The parametrized tensors that a module holds itself."""
-    names = _legacy_names(module) if module._forward_pre_hooks else []
     found: list[_Tensor] = [
-        (name, "legacy", module._parameters[f"{name}_v"], module._parameters[f"{name}_g"]) for name in names
+        (name, "legacy", module._parameters[f"{name}_v"], module._parameters[f"{name}_g"])
+        for name in _legacy_names(module)
     ]
     if _is_parametrized(module):
         for name, entry in module._modules["parametrizations"]._modules.items():  # type: ignore[union-attr]
@@ -138,7 +138,7 @@ def _under_parametrization(module: nn.Module) -> list[_Tensor]:
 
 
 def _legacy_names(module: nn.Module) -> list[str]:
-    if isinstance(module, torch.jit.ScriptModule):
+    if not module._forward_pre_hooks or isinstance(module, torch.jit.ScriptModule):
         return []
     return sorted({hook.name for hook in legacy_hooks(module)})
 
@@ -149,8 +149,7 @@ def _tensors(module: nn.Module) -> Iterator[_Tensor]:
         yield from ((name, "plain", parameter, None) for name, parameter in module.named_parameters(recurse=False))
         yield from ((name, "buffer", buffer, None) for name, buffer in module.named_buffers(recurse=False))
         return
-    legacy = _legacy_names(module) if module._forward_pre_hooks else ()
-    parts = {f"{name}{end}" for name in legacy for end in ("_g", "_v")} if legacy else ()
+    parts = {f"{name}{end}" for name in _legacy_names(module) for end in ("_g", "_v")}
     for name, parameter in module._parameters.items():
         if parameter is not None and name not in parts:
             yield name, "plain", parameter, None
