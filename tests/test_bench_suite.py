@@ -13,7 +13,7 @@ import wnsurgery as wn
 from wnsurgery.bench_models import MODELS
 from wnsurgery.bench_surgery import many_layers, one_batch, one_file, start_up
 from wnsurgery.cli import cli
-from wnsurgery.suite import SurgeryRow
+from wnsurgery.suite import SuiteReport, SuiteRow, SurgeryRow
 
 SHORT: dict[str, Any] = {"models": ["tiny"], "threads": [1], "repeats": 3, "layers": [], "megabytes": 0}
 
@@ -77,6 +77,20 @@ def test_command() -> None:
     assert "x plain" in CliRunner().invoke(cli, arguments).output
     assert isinstance(CliRunner().invoke(cli, ["bench", "--work", "eval"]).exception, wn.SelectionError | SystemExit)
     assert CliRunner().invoke(cli, ["bench"]).exit_code != 0
+
+
+def test_mean_overhead_of_several_nets() -> None:
+    """The table ends with the mean over nets of how much longer a whole step takes, with and without page faults."""
+
+    def row(net: str, variant: str, ratio: float, free: float, part: str = "step") -> SuiteRow:
+        return SuiteRow(net, "train", part, variant, 1, "cpu", 1.0, ratio, ratio, ratio, 0.0, free)
+
+    one = [row("a", "plain", 1.0, 1.0), row("a", "ours", 1.25, 1.5), row("a", "ours", 9.0, 9.0, "forward")]
+    two = [row("b", "plain", 1.0, 1.0), row("b", "ours", 0.95, 1.0)]
+    printed = str(SuiteReport((*one, *two), (), 3)).splitlines()
+    head = next(i for i, line in enumerate(printed) if line.strip().startswith("mean overhead"))
+    assert [line.split() for line in printed[head + 1 : -1]] == [["train", "2", "ours", "1", "+0.100", "+0.250"]]
+    assert "mean overhead" not in str(SuiteReport(tuple(one), (), 3))
 
 
 def test_surgery_rows_print() -> None:

@@ -93,6 +93,9 @@ class SuiteReport:
             time = f"{r.milliseconds:.3f}"
             table.append((name, r.work, r.part, r.variant, str(r.threads), time, ratio, f"{r.faults:.0f}", free))
         lines = columns(table) if self.rows else []
+        means = self._means()
+        if len(means) > 1:
+            lines += ["", *columns(means)]
         if self.surgery:
             surgery = [("surgery", "size", "variant", "us", "ratio")]
             surgery += [
@@ -101,6 +104,22 @@ class SuiteReport:
             ]
             lines += ["", *columns(surgery)]
         return "\n".join([*lines, f"{self.repeats} interleaved rounds"])
+
+    def _means(self) -> list[tuple[str, ...]]:
+        """How much longer than the plain net a whole step takes, on average over the nets; for several of them."""
+        groups: dict[tuple[str, str, int, str], list[SuiteRow]] = {}
+        for r in self.rows:
+            if r.part == "step" and r.variant != "plain":
+                groups.setdefault((r.work, r.variant, r.threads, r.device), []).append(r)
+        table: list[tuple[str, ...]] = [("mean overhead", "nets", "variant", "threads", "", "without page faults")]
+        for (work, variant, threads, device), rows in groups.items():
+            if len(rows) > 1:
+                name = work if device == "cpu" else f"{work} {device}"
+                free = [r.fault_free for r in rows if r.fault_free is not None]
+                without = f"{statistics.fmean(free) - 1:+.3f}" if len(free) == len(rows) else ""
+                mean = f"{statistics.fmean(r.ratio for r in rows) - 1:+.3f}"
+                table.append((name, str(len(rows)), variant, str(threads), mean, without))
+        return table
 
 
 def bench_suite(
