@@ -20,23 +20,25 @@ from torch import Tensor, nn
 from torch.optim import optimizer as optimizers
 
 from wnsurgery.errors import ModeError, NonFiniteWeightError, PairError
-from wnsurgery.kept import Kept
+from wnsurgery.kept import Kept, is_alone
 from wnsurgery.multi_tensor import Item, ManyWeights
-from wnsurgery.reparam import WeightNorm
+from wnsurgery.reparam import WeightNorm, direction_of, first_order_gradients
 
 __all__ = ["OWNER", "DeferredGroup", "DeferredParameter", "DeferredWeight"]
 
 _GRAD: Any = torch.Tensor.grad
 _held_by, _hold = _GRAD.__get__, _GRAD.__set__
+_WANTED: Any = torch.Tensor.requires_grad
+_is_wanted = _WANTED.__get__
 OWNER = "_deferred_weight"  # in the __dict__ of g and v: a weak reference to the weight they make
 _SETS = 4  # sets of weights that are remembered
-_ALONE = 2  # references to a tensor that only one local name holds; to its storage, with the handle counting takes
+_ALONE = 2  # references to a tensor that only one local name holds
 
 
 class DeferredParameter(nn.Parameter):
     """g or v of a weight in deferred mode: whoever looks at `grad` finds what has gathered on the weight.
 
-    Copies and pickles are plain Parameters.
+    What gathered before it is frozen, or freed, passes on as it was then. Copies and pickles are plain Parameters.
     """
 
     @property
@@ -56,6 +58,24 @@ class DeferredParameter(nn.Parameter):
     def grad(self) -> None:
         self._pass_on()
         _GRAD.__delete__(self)
+
+    @property
+    def requires_grad(self) -> bool:
+        return _is_wanted(self)  # type: ignore[no-any-return]
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if value is not _is_wanted(self):
+            self._pass_on()
+            _WANTED.__set__(self, value)
+            reference = self.__dict__.get(OWNER)
+            weight = None if reference is None else reference()
+            if weight is not None:
+                weight.show()
+
+    def requires_grad_(self, requires_grad: bool = True) -> DeferredParameter:
+        self.requires_grad = requires_grad
+        return self
 
     def _pass_on(self) -> None:
         """Let what waits on the weight reach the other half, too, before this one is written over."""
@@ -95,14 +115,18 @@ def _no_hooks() -> ModeError:
 class DeferredWeight:
     """One (g, v) in deferred mode with the leaf weight the net runs on.
 
-    `leaf` is None where there are no values to compute (meta device) or the pair is not made of ordinary tensors; the
-    weight is then computed from g and v by `compose`, as in the default mode.
+    A use gets `shown`: the leaf, or where neither g nor v is to be trained its memory without a gradient, while graphs
+    of earlier uses still end at the leaf. `leaf` is None where there are no values to compute (meta device) or the pair
+    is not made of ordinary tensors; the weight is then computed from g and v by `compose`, as in the default mode.
     """
 
     def __init__(self, group: DeferredGroup, rule: WeightNorm, g: nn.Parameter, v: nn.Parameter) -> None:
         self.group, self.rule = group, rule
         self.leaf: nn.Parameter | None = None
+        self.shown: nn.Parameter | None = None
         self.norms: Tensor | None = None
+        self.lengths: Tensor | None = None
+        self.then: Tensor | None = None  # g as the weight was computed
         self.kept: Kept | None = None
         self.adopt(g, v)
         group.add(self)
@@ -113,10 +137,10 @@ class DeferredWeight:
         for old in (self.__dict__.get("g"), self.__dict__.get("v")):
             if old is not None and old is not g and old is not v:
                 _set_plain(old)
-        self.g, self.v, self.kept, self.norms = g, v, None, None
+        self.g, self.v, self.kept, self.norms, self.lengths, self.then = g, v, None, None, None, None
         self.group.forget()
         if not _can_defer(g, v):
-            self.leaf = None
+            self.leaf = self.shown = None
             return
         for half in (g, v):
             half.__class__ = DeferredParameter
@@ -124,15 +148,25 @@ class DeferredWeight:
         with torch.inference_mode(False), torch.no_grad():
             memory = torch.empty_like(v, requires_grad=False)
             if self.leaf is None:
-                self.leaf = nn.Parameter(memory, requires_grad=g.requires_grad or v.requires_grad)
+                self.leaf = nn.Parameter(memory)
             else:
                 self.leaf.data = memory
+        self.show()
+
+    def show(self) -> None:
+        """Choose what uses get, by who is to be trained."""
+        leaf = self.leaf
+        if leaf is None or _is_wanted(self.g) or _is_wanted(self.v):
+            self.shown = leaf
+        else:
+            with torch.inference_mode(False):
+                self.shown = Tensor._make_subclass(nn.Parameter, leaf.detach(), False)
 
     def release(self, *, settle: bool = True) -> None:
         """Back to the default mode: g and v are plain Parameters again, with the gradients there were if `settle`."""
         if settle:
             self.settle()
-        self.leaf = self.kept = None
+        self.leaf = self.shown = self.kept = None
         for half in (self.g, self.v):
             _set_plain(half)
 
@@ -143,12 +177,9 @@ class DeferredWeight:
         if g is not self.g or v is not self.v or leaf is None:
             return None
         if self.kept is None or not self.kept.is_of(g, v):
-            self.absorb()
+            self.settle()
             self.group.renew([self])
-        wanted = g.requires_grad or v.requires_grad
-        if leaf.requires_grad != wanted:
-            leaf.requires_grad_(wanted)
-        return leaf
+        return self.shown
 
     def settle(self) -> None:
         """Let gradients and writes that reached the leaf reach g and v."""
@@ -169,6 +200,7 @@ class DeferredWeight:
             value = leaf.detach().clone()
             if (value.shape, value.stride(), value.dtype) != (self.v.shape, self.v.stride(), self.v.dtype):
                 leaf.data = torch.empty_like(self.v, requires_grad=False)  # somebody has set its `.data`
+                self.show()
             if value.shape != self.v.shape:
                 raise PairError(f"a weight of shape {tuple(value.shape)} does not fit {tuple(self.v.shape)}")
             if not kept.was_of(self.g, self.v):
@@ -185,19 +217,31 @@ class DeferredWeight:
         """dL/dw, from now on the caller's, and whether nobody else holds it."""
         leaf: Any = self.leaf
         grad, leaf.grad = leaf.grad, None
-        private = (
-            sys.getrefcount(grad) == _ALONE and torch._C._storage_Use_Count(grad.untyped_storage()._cdata) == _ALONE
-        )
+        private = sys.getrefcount(grad) == _ALONE and is_alone(grad)
         return (grad if grad.layout == torch.strided else grad.to_dense()), private
 
     def valid_norms(self) -> Tensor | None:
         """||v|| per row as the weight was computed, None where g or v changed since."""
-        return self.norms if self.kept is not None and self.kept.was_of(self.g, self.v) else None
+        return None if self.has_moved() else self.norms
+
+    def has_moved(self) -> bool:
+        """Whether g or v changed since the weight was computed."""
+        return self.kept is None or not self.kept.was_of(self.g, self.v)
+
+    def past_grads(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """dL/dg and dL/dv at the pair the weight was computed from, where that has changed since: v was w ||v|| / g,
+        but in rows with g = 0, which do not tell."""
+        axes, magnitude, leaf, kept = self.rule.axes, self.rule.magnitude, self.leaf, self.kept
+        lengths = self.lengths if self.norms is None else self.norms
+        if leaf is None or kept is None or kept.is_written() or self.then is None or lengths is None:
+            return first_order_gradients(grad, self.g, self.v, None, axes, magnitude)
+        v = direction_of(leaf, self.then, lengths, axes, magnitude, instead=self.v)
+        return first_order_gradients(grad, self.then, v, None, axes, magnitude)
 
     def add_grads(self, part_g: Tensor, part_v: Tensor) -> None:
         """Add dL/dg and dL/dv to what g and v hold."""
         for half, part in ((self.g, part_g), (self.v, part_v)):
-            if not half.requires_grad:
+            if not _is_wanted(half):
                 continue
             held = _held_by(half)
             if held is None:
@@ -209,10 +253,11 @@ class DeferredWeight:
         assert self.leaf is not None
         return Item(self.g, self.v, self.rule.axes, self.rule.magnitude, self.leaf)
 
-    def renewed(self, norms: Tensor | None) -> None:
+    def renewed(self, norms: Tensor | None, lengths: Tensor | None) -> None:
+        """The weight was computed; ||v|| of its rows is `norms` where these serve the gradients, else `lengths`."""
         assert self.leaf is not None
-        self.norms = norms
-        if self.kept is None:
+        self.norms, self.lengths = norms, lengths
+        if self.kept is None or not self.kept.is_where_it_was():
             self.kept = Kept(self.leaf, self.g, self.v, count_steps=False)
         else:
             self.kept.renew()
@@ -231,6 +276,13 @@ def _set_plain(half: nn.Parameter) -> None:
     half.__dict__.pop(OWNER, None)
     if type(half) is DeferredParameter:
         half.__class__ = nn.Parameter  # type: ignore[assignment]
+
+
+def _place_for_g(weight: DeferredWeight) -> Tensor:
+    then, g = weight.then, weight.g
+    if then is None or then.shape != g.shape or then.dtype is not g.dtype or then.device != g.device:
+        then = weight.then = torch.empty_like(g, requires_grad=False)
+    return then
 
 
 class DeferredGroup:
@@ -259,8 +311,14 @@ class DeferredGroup:
         if not weights:
             return
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            for weight, rows in zip(weights, self._together(weights).compose(), strict=True):
-                weight.renewed(rows)
+            if any(weight.leaf.grad is not None for weight in weights):  # type: ignore[union-attr]
+                self.project()
+            many = self._together(weights)
+            norms = many.compose()
+            torch.autograd.graph.increment_version([item for w in weights if (item := w.leaf) is not None])
+            for i, (weight, rows) in enumerate(zip(weights, norms, strict=True)):
+                weight.renewed(rows, many.lengths.get(i))
+            torch._foreach_copy_(list(map(_place_for_g, weights)), [weight.g for weight in weights])
 
     def _together(self, weights: Sequence[DeferredWeight]) -> ManyWeights:
         """The same weights as one, remembered: a net's come again and again."""
@@ -283,6 +341,13 @@ class DeferredGroup:
                     "a weight in deferred mode has no second derivatives with respect to g and v",
                     hint='set_weight_norm_mode(model, "parametrized") before backward(create_graph=True)',
                 )
+            if not waiting:
+                return
+            moved = [weight for weight in waiting if weight.has_moved()]
+            for weight in moved:
+                weight.add_grads(*weight.past_grads(weight.take_grad()[0]))
+            if moved:
+                waiting = [weight for weight in waiting if weight not in moved]
             if not waiting:
                 return
             grads, private = zip(*[weight.take_grad() for weight in waiting], strict=True)

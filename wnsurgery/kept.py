@@ -12,6 +12,7 @@ compared, all bytes of small ones.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "Probes",
     "Rooms",
     "holders",
+    "is_alone",
     "looked_at",
     "places_in",
     "probes_of",
@@ -34,7 +36,6 @@ __all__ = [
 
 AHEAD = 1 << 17  # elements above which a weight that was made ahead would have left the cache by its use
 LARGE = 1 << 16  # elements from which memory is worth keeping; smaller blocks come warm from the allocator
-_ALONE = 2  # storage references when only the lender holds it: its tensor, and the handle that counting takes
 _PROBE = 32  # bytes compared at each of a few places
 _WHOLE = 1 << 11  # bytes of a tensor up to which all are compared
 
@@ -61,13 +62,32 @@ class Rooms:
             return None
         place = name, like.shape
         memory = self._memory.pop(place, None)  # nobody else finds it while it is looked at
-        if memory is None or memory.is_inference() or not _alike(memory, like):
+        if memory is None or memory.is_inference() or not (_alike(memory, like) and _is_own(memory)):
             memory = torch.empty_like(like, requires_grad=False)
-        elif holders(memory) != _ALONE:
+        elif not is_alone(memory):
             self._memory[place] = memory
             return None
         self._memory[place] = memory
         return memory.data
+
+
+def is_alone(memory: Tensor) -> bool:
+    """Whether no other tensor has the memory of one, and nobody holds the memory's own object."""
+    return _counts(memory) == _ALONE
+
+
+def _counts(memory: Tensor) -> tuple[int, int]:
+    storage = memory.untyped_storage()
+    return sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
+
+
+_ALONE = _counts(torch.empty(1, device="cpu"))  # of memory that only one tensor has
+
+
+def _is_own(memory: Tensor) -> bool:
+    """Whether a tensor's memory is still all there, and this process' alone."""
+    storage = memory.untyped_storage()
+    return storage.nbytes() >= memory.nbytes and not storage.is_shared()
 
 
 def holders(memory: Tensor) -> int:
@@ -141,6 +161,11 @@ class Kept:
         self._seen = looked_at(self._places)
         self._own = self._seen[: len(self._own_places)]
         self._step = self._counted.count
+
+    def is_where_it_was(self) -> bool:
+        """Whether all three are in the memory they were in."""
+        places = self._g.data_ptr(), self._v.data_ptr(), self.w.data_ptr()
+        return places == (self._g_at, self._v_at, self._w_at)
 
     def is_written(self) -> bool:
         """Whether somebody wrote into the weight itself, or put other memory under it."""

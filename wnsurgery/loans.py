@@ -11,14 +11,41 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from wnsurgery.errors import WnsurgeryError
 from wnsurgery.kept import Probes, holders, looked_at, places_in, steps
 
-__all__ = ["LASTING", "Ahead", "Loan", "lend_out", "made_ahead"]
+__all__ = ["LASTING", "Ahead", "Loan", "lend_out", "made_ahead", "outstanding"]
 
 LASTING = 1 << 14  # bytes of a half up to which all are looked at before each of several uses: under 1 us
 _next_number: Any = torch._C._autograd._get_sequence_nr
+
+
+class _Outstanding:
+    """Owners whose weights somebody may hold and write into: what is written reaches their pairs before an optimizer
+    moves these, after which the older word would be lost."""
+
+    def __init__(self) -> None:
+        self._owners: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._watching = False
+
+    def add(self, owner: Any) -> None:
+        """An owner has handed out a weight; it has `absorb()`, and `is_out()`, whether anything of it still is."""
+        if not self._watching:
+            self._watching = True
+            register_optimizer_step_pre_hook(self._before_step)
+        self._owners.add(owner)
+
+    def _before_step(self, *_: Any) -> None:
+        for owner in list(self._owners):
+            if owner.is_out():
+                owner.absorb()
+            else:
+                self._owners.discard(owner)
+
+
+outstanding = _Outstanding()
 
 
 class Ahead:

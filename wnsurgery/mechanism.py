@@ -22,7 +22,7 @@ from wnsurgery.errors import PairError
 from wnsurgery.joint_graph import is_in_backward, is_joint, wants_own_node
 from wnsurgery.kept import AHEAD, Kept, Rooms, probes_of, steps
 from wnsurgery.large_linear import HowLarge, large_linear, takes_input
-from wnsurgery.loans import Ahead, Loan, lend_out, made_ahead
+from wnsurgery.loans import Ahead, Loan, lend_out, made_ahead, outstanding
 from wnsurgery.looked_up import look_up, serves
 from wnsurgery.multi_tensor import Item
 from wnsurgery.preparation import Preparation, may_make
@@ -180,6 +180,7 @@ class WeightNormList(ParametrizationList):
         w = _as_parameter(w, g, v)
         if Kept.can_hold(g, v):
             self.__dict__["_kept"] = Kept(w, g, v, probes=probes_of(self, g, v))
+            outstanding.add(self)
         else:
             self._hand_out(w, g, v)
 
@@ -253,6 +254,7 @@ class WeightNormList(ParametrizationList):
             again = lend_out(w, self, *self.pair(), made)
             if again is not None:
                 self.__dict__["_again"] = again
+                outstanding.add(self)
                 return w if private else again.view()
         if not private:
             self._hand_out(w, *self.pair())
@@ -266,6 +268,8 @@ class WeightNormList(ParametrizationList):
             if net is not None:
                 net.nest()
         hooked = _hooked(rule)  # whoever looks on sees its forward pass
+        if v.dtype is torch.float32 and (g.requires_grad or v.requires_grad):
+            fused.start()  # before the first weight: a pass that runs again must save for its gradients what it saved
         sizes = None if hooked else fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
         if private and sizes is not None and (self._way is None or not self._way.is_of(g, v)):
             self.__dict__["_way"] = Straight(g, v, sizes, rule.axes, self._rooms())
@@ -363,15 +367,15 @@ class WeightNormList(ParametrizationList):
         weight, halves = self._deferred, self._parameters
         if weight is None or len(self._modules) != 1 or _is_tracing():
             return None
-        leaf, kept, g, v = weight.leaf, weight.kept, halves.get("original0"), halves.get("original1")
-        if leaf is None or kept is None or not kept.is_of(g, v):
+        kept = weight.kept
+        if kept is None or not kept.is_of(halves.get("original0"), halves.get("original1")):
             return None
-        return leaf if leaf.requires_grad == (g.requires_grad or v.requires_grad) else None  # type: ignore[union-attr]
+        return weight.shown
 
     def _leaf(self, weight: DeferredWeight, g: Tensor, v: Tensor) -> Tensor | None:
         """The weight of deferred mode, None where whoever is watching must see it computed from g and v."""
         if _is_compiling():  # kept current by optimizer steps and loading
-            return weight.leaf if type(v) is DeferredParameter and not torch.compiler.is_exporting() else None
+            return weight.shown if type(v) is DeferredParameter and not torch.compiler.is_exporting() else None
         return weight.current(g, v) if not _is_tracing() else None
 
     def defer(self, weight: DeferredWeight | None, group: DeferredGroup) -> DeferredWeight | None:
@@ -400,7 +404,7 @@ class WeightNormList(ParametrizationList):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """As any module's; but to DistributedDataParallel, which asks module by module whose gradients to exchange, a
         deferred pair names its leaf, which is what gets one."""
-        leaf = None if recurse or self._deferred is None else self._deferred.leaf
+        leaf = None if recurse or self._deferred is None else self._deferred.shown
         if leaf is not None and sys._getframe(1).f_globals.get("__name__") == "torch.nn.parallel.distributed":
             yield (f"{prefix}." if prefix else "") + "leaf", leaf
             return
@@ -418,6 +422,12 @@ class WeightNormList(ParametrizationList):
         if loan is not None:
             held = self.__dict__.get("_handed_out")
             self.__dict__["_handed_out"] = [loan] if held is None else [*held[-_MAX_HANDLES:], loan]
+            outstanding.add(self)
+
+    def is_out(self) -> bool:
+        """Whether a weight is kept or handed out."""
+        state = self.__dict__
+        return "_kept" in state or "_handed_out" in state or "_again" in state
 
     def unwatch(self, gone: Loan) -> None:
         """A weight was let go as it was handed out."""
@@ -603,7 +613,11 @@ def unchanged(entry: WeightNormList) -> Tensor | None:
 def _as_parameter(w: Tensor, g: Tensor, v: Tensor) -> Tensor:
     """A weight without a graph with the flag that a Parameter has under no_grad: by it matmul chooses its kernel, and
     so the last bit."""
-    return w.requires_grad_() if g.requires_grad or v.requires_grad else w
+    if not (g.requires_grad or v.requires_grad):
+        return w
+    if torch.is_autocast_enabled(w.device.type):
+        torch.clear_autocast_cache()  # which would hold a cast of each weight there has been, for it looks like a leaf
+    return w.requires_grad_()
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -36,9 +36,11 @@ def set_weight_norm_mode(model: M, mode: Mode) -> M:
     (True, False)
 
     What deferred mode cannot do raises ModeError: second derivatives through g and v
-    (`backward(create_graph=True)`) and hooks on the gradients of g and v; `torch.autograd.grad` with respect to g or v
-    finds them unused in the graph, which torch reports. Penalties on the gradient with respect to inputs work. Copies
-    and pickles of the model, and what `functional_call`, FSDP and exporters make of it, run in the default mode. Under
+    (`backward(create_graph=True)`) and hooks on the gradients of g and v. g and v are not in the graph:
+    `torch.autograd.grad` with respect to them finds them unused, which torch reports (`allow_unused=True` gives None),
+    and in `backward(inputs=[...])` it takes `module.weight` to reach them, for torch passes over g and v there in
+    silence. Penalties on the gradient with respect to inputs work. Copies and pickles of the model, and what FSDP,
+    exporters, and `functional_call` with other tensors than its own make of it, run in the default mode. Under
     `torch.compile`, a write into g or v by other means than an optimizer or `load_state_dict` is seen at the next
     eager use of the layer; call this function again after it.
 

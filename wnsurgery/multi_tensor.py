@@ -50,12 +50,14 @@ class ManyWeights:
         self._items = items
         self._small = [i for i, item in enumerate(items) if is_small(item.g, item.v, item.axes, item.magnitude)]
         self._side_by_side: SmallWeights | None = None
+        self.lengths: dict[int, Tensor] = {}  # ||v|| per row where the last `compose` gave None
 
     def compose(self) -> list[Tensor | None]:
         """Write w = g * v / ||v|| into each item's memory, in the bits of `compose`.
 
         Returns ||v|| per row in float32 for each weight where that serves the gradients, None where rows are extreme.
         """
+        self.lengths.clear()
         if fused.started():
             return self._in_one_pass()
         found: list[Ready | None] = [None] * len(self._items)
@@ -70,12 +72,21 @@ class ManyWeights:
         ]
         if copies:
             torch._foreach_copy_([to for to, _ in copies], [w for _, w in copies])
-        for item, ready in zip(self._items, found, strict=True):
-            if ready is None:
-                item.w.copy_(compose_eagerly(item.g, item.v, item.axes, item.magnitude))
-            elif ready.factor is not None:
-                torch.mul(item.v, item.axes.spread(ready.factor, item.v), out=item.w)
+        for i, ready in enumerate(found):
+            if ready is None or ready.w is None:
+                self._write(i, ready)
         return [None if ready is None else ready.norms for ready in found]
+
+    def _write(self, i: int, ready: Ready | None) -> None:
+        """Write one weight from its factor, or the long way."""
+        item = self._items[i]
+        if ready is None or ready.factor is None:
+            item.w.copy_(compose_eagerly(item.g, item.v, item.axes, item.magnitude))
+        else:
+            torch.mul(item.v, item.axes.spread(ready.factor, item.v), out=item.w)
+        if item.v.numel() and (ready is None or ready.norms is None):
+            lengths = None if ready is None else ready.lengths
+            self.lengths[i] = _lengths(item) if lengths is None else lengths
 
     def _together(self) -> SmallWeights:
         if self._side_by_side is None:
@@ -90,12 +101,8 @@ class ManyWeights:
                 norms[i] = _pass_over(item)
         left = [i for i, n in enumerate(norms) if n is None]
         for i, ready in zip(left, row_factors([self._items[i] for i in left]), strict=True):
-            item = self._items[i]
-            if ready is None or ready.factor is None:
-                item.w.copy_(compose_eagerly(item.g, item.v, item.axes, item.magnitude))
-            else:
-                torch.mul(item.v, item.axes.spread(ready.factor, item.v), out=item.w)
-                norms[i] = ready.norms
+            self._write(i, ready)
+            norms[i] = None if ready is None else ready.norms
         return norms
 
     def _by_one_call(self) -> list[Tensor | None]:
@@ -174,10 +181,15 @@ def row_factors(items: Sequence[Item]) -> list[Ready | None]:
             alike[item.v.device, item.g.dtype, item.magnitude].append(i)
     for places in alike.values():
         chosen = [items[i] for i in places]
-        norms = [norm(i.axes.grouped(i.v), i.axes.reduced(i.v.ndim), blocked=True) for i in chosen]
+        norms = list(map(_lengths, chosen))
         for i, found in zip(places, _alike(chosen, norms), strict=True):
             done[i] = found
     return done
+
+
+def _lengths(item: Item) -> Tensor:
+    """||v|| per row, shaped to broadcast against the (grouped) weight."""
+    return norm(item.axes.grouped(item.v), item.axes.reduced(item.v.ndim), blocked=True)
 
 
 def _alike(items: Sequence[Item], norms: Sequence[Tensor]) -> list[Ready | None]:
@@ -188,7 +200,7 @@ def _alike(items: Sequence[Item], norms: Sequence[Tensor]) -> list[Ready | None]
     g = torch.cat([i.g.reshape(-1) for i in items])
     if first.v.device.type != "cpu":  # nothing here may look at a value: that would wait for the device
         factors = torch.split(snapped_quotient(g, flat, wide_dtype(first.v), first.magnitude), sizes)
-        return [Ready(None, rows.view(n.shape)) for rows, n in zip(factors, norms, strict=True)]
+        return [Ready(None, rows.view(n.shape), None, n) for rows, n in zip(factors, norms, strict=True)]
     plain = plain_scale(g, flat, first.magnitude)
     if plain is not None and plain[1]:
         factors, short = torch.split(plain[0], sizes), torch.split(flat.float(), sizes)

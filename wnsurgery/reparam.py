@@ -331,12 +331,14 @@ def _size_and_norm(g: Tensor, v: Tensor, dims: tuple[int, ...], magnitude: str) 
 class Ready(NamedTuple):
     """What somebody has computed of a weight already: ||v|| per row in float32, and w or g / ||v|| per row.
 
-    Neither w nor the factor where somebody tried, and found that its rows need the long way.
+    Neither w nor the factor where somebody tried, and found that its rows need the long way. `lengths` is ||v|| in the
+    wide type where there are no norms for gradients to use.
     """
 
     norms: Tensor | None
     factor: Tensor | None = None
     w: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 _How: TypeAlias = tuple[Axes, Magnitude, Rooms | None]
@@ -379,7 +381,7 @@ class _Compose(torch.autograd.Function):
     def receive(ctx: Any, grad_w: Tensor, count: int) -> tuple[Tensor | None, ...]:
         g, v, norms = ctx.saved_tensors
         axes, magnitude, rooms = ctx.how
-        if norms is None or torch.is_grad_enabled():
+        if norms is None or torch.is_grad_enabled() or not torch._C._has_storage(grad_w):  # a batch of gradients
             grad_g, grad_v = _gradients(grad_w, g, v, axes, magnitude)
         else:
             size = v.numel() if v.dtype == torch.float32 else 0
@@ -454,11 +456,24 @@ def first_order_gradients(
     `norms` is ||v|| per row in float32, None where rows are extreme. With `private`, nobody else looks at `grad_w`, and
     dL/dv may be written over it.
     """
-    if norms is None:
+    if norms is None or not torch._C._has_storage(grad_w):  # a batch of gradients, as `is_grads_batched` makes them
         return _gradients(grad_w, g, v, axes, magnitude)
     room = grad_w if private and grad_w.stride() == v.stride() and grad_w.dtype == v.dtype else None
     # two gradients of one weight at a time, a new and an old one, outgrow what the allocator keeps warm much sooner
     return _plain_gradients(grad_w, g, v, norms, axes, magnitude, room, 1 << 16)
+
+
+def direction_of(w: Tensor, g: Tensor, lengths: Tensor, axes: Axes, magnitude: str, *, instead: Tensor) -> Tensor:
+    """v = w ||v|| / g, to rounding, from a weight, its magnitude, and ||v|| per row; rows with g = 0 from `instead`.
+
+    >>> w, g = torch.tensor([[6.0, 8.0]]), torch.tensor([[10.0]])
+    >>> direction_of(w, g, torch.tensor([[5.0]]), Axes((0,)), "linear", instead=w)
+    tensor([[3., 4.]])
+    """
+    rows = _per_row(g, w, axes)
+    lengths = lengths.reshape(rows.shape)
+    scale = axes.spread(lengths / (rows.exp() if magnitude == "log" else rows).to(lengths.dtype), w)
+    return torch.where(torch.isfinite(scale), w * scale, instead).to(w.dtype)
 
 
 def _plain_gradients(

@@ -148,7 +148,8 @@ class SmallWeights:
             return [self.ready(i, made) if fine else None for i, fine in enumerate(made.fine)]
         weights, norms = self._by_torch()
         parts = norms.split_with_sizes(self.rows)
-        return [None if w is None else Ready(n, None, w) for n, w in zip(parts, weights, strict=True)]
+        shaped = (n.view(g.shape) for n, g in zip(parts, self.g, strict=True))
+        return [None if w is None else Ready(n, None, w) for n, w in zip(shaped, weights, strict=True)]
 
     def weights(self) -> list[Tensor | None]:
         """The weights of `compute` alone."""
@@ -199,7 +200,7 @@ class SmallWeights:
 
     def norms_of(self, i: int, block: Tensor) -> Tensor:
         """The norms of one weight, from the block of `make`."""
-        return block[self._firsts[i] :][: self.rows[i]]
+        return block[self._firsts[i] :][: self.rows[i]].view(self.g[i].shape)
 
     def ready(self, i: int, made: Made) -> Ready:
         """One weight of those that were made, by itself."""
