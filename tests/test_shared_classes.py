@@ -184,3 +184,60 @@ def test_a_plain_bias_beside_a_parametrized_one_compiles() -> None:
     parametrize.register_parametrization(model[0], "bias", nn.Tanh())
     assert type(model[0]) is type(model[1])
     assert torch.allclose(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+
+
+class Wrapper(nn.Module):
+    """Hands what it lacks on to the module in it, as peft's wrappers do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + 100  # type: ignore[no-any-return]
+
+
+def test_a_wrapper_that_hands_attributes_on_is_copied_itself() -> None:
+    """Copies, averages and comparisons of such a wrapper are of the wrapper, not of the converted layer in it."""
+    plain = Wrapper(nn.Linear(4, 3))
+    model = wn.apply_weight_norm(copy.deepcopy(plain))
+    x = torch.ones(1, 4)
+    twin = copy.deepcopy(model)
+    assert type(twin) is Wrapper and type(twin.inner) is type(model.inner)
+    assert same_bits(twin(x), plain(x))
+    assert twin.inner.weight is not model.inner.weight
+    assert same_bits(torch.optim.swa_utils.AveragedModel(model)(x), plain(x))
+    assert same_bits(pickle.loads(pickle.dumps(model))(x), plain(x))
+    assert wn.verify(plain, model, x).ok
+
+
+class Cloned(nn.Linear):
+    def clone(self) -> Cloned:
+        twin = type(self)(self.in_features, self.out_features)
+        with torch.no_grad():
+            twin.weight.copy_(self.weight)
+            twin.bias.copy_(self.bias)
+        return twin
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Cloned])
+def test_a_layer_made_by_its_class(kind: type[nn.Linear]) -> None:
+    """`type(layer)(...)` is a plain layer, which can be copied, pickled, loaded, reset, and converted."""
+    layer: Any = wn.apply_weight_norm(kind(4, 3))
+    made = layer.clone() if kind is Cloned else type(layer)(4, 3)
+    assert isinstance(made.weight, nn.Parameter) and list(made.state_dict()) == ["weight", "bias"]
+    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert type(twin) is kind and same_bits(twin.weight, made.weight)
+    if kind is Cloned:
+        assert same_bits(made.weight, layer.weight)
+    made.load_state_dict(made.state_dict())
+    made.reset_parameters()
+    before = made.weight.detach().clone()
+    assert same_bits(wn.apply_weight_norm(made).weight, before)
+    assert same_bits(wn.fold_weight_norm(made).weight, before)

@@ -41,9 +41,9 @@ def copy_of(model: nn.Module) -> nn.Module:
                     computed[id(tensor)] = tensor.detach().clone()
     copied = copy.deepcopy(model, computed)
     for module in copied.modules():
-        if parametrize.is_parametrized(module):
+        cls = type(module)
+        if cls.__module__ == parametrize.__name__:
             # parametrize makes a class for one module, and a copy shares it: surgery on one would break the other
-            cls = type(module)
             members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
             module.__class__ = type(cls.__name__, cls.__bases__, members)
     return copied
