@@ -343,11 +343,11 @@ class DeferredGroup:
                 )
             if not waiting:
                 return
-            moved = [weight for weight in waiting if weight.has_moved()]
-            for weight in moved:
-                weight.add_grads(*weight.past_grads(weight.take_grad()[0]))
-            if moved:
-                waiting = [weight for weight in waiting if weight not in moved]
+            if any(weight.has_moved() for weight in waiting):
+                for weight in waiting:
+                    if weight.has_moved():
+                        weight.add_grads(*weight.past_grads(weight.take_grad()[0]))
+                waiting = [weight for weight in waiting if not weight.has_moved()]
             if not waiting:
                 return
             grads, private = zip(*[weight.take_grad() for weight in waiting], strict=True)

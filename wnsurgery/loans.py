@@ -7,6 +7,7 @@ of them; when the last who holds the tensor lets it go, they are taken over into
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,22 +28,32 @@ class _Outstanding:
     moves these, after which the older word would be lost."""
 
     def __init__(self) -> None:
-        self._owners: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._owners: dict[int, weakref.ref[Any]] = {}
         self._watching = False
 
     def add(self, owner: Any) -> None:
-        """An owner has handed out a weight; it has `absorb()`, and `is_out()`, whether anything of it still is."""
+        """An owner has handed out a weight; it has `pair()`, `absorb()`, and `is_out()`: whether any still is."""
         if not self._watching:
             self._watching = True
             register_optimizer_step_pre_hook(self._before_step)
-        self._owners.add(owner)
+        if id(owner) not in self._owners:
+            self._owners[id(owner)] = weakref.ref(owner, partial(self._forget, id(owner)))
 
-    def _before_step(self, *_: Any) -> None:
-        for owner in list(self._owners):
-            if owner.is_out():
-                owner.absorb()
+    def _forget(self, name: int, _gone: Any = None) -> None:
+        self._owners.pop(name, None)
+
+    def _before_step(self, optimizer: Any, *_: Any) -> None:
+        out = []
+        for name, reference in list(self._owners.items()):  # while other threads add theirs
+            owner = reference()
+            if owner is not None and owner.is_out():
+                out.append(owner)
             else:
-                self._owners.discard(owner)
+                self._forget(name)
+        moved = {id(p) for group in optimizer.param_groups for p in group["params"]} if out else set()
+        for owner in out:
+            if any(id(half) in moved for half in owner.pair()):
+                owner.absorb()
 
 
 outstanding = _Outstanding()
