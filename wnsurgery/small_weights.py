@@ -113,7 +113,7 @@ class SmallWeights:
     >>> pair = torch.tensor([[10.0]]), torch.tensor([[3.0, 4.0]])
     >>> found, = SmallWeights([pair]).compute()
     >>> found.w.tolist(), found.norms.tolist()
-    ([[6.0, 8.0]], [5.0])
+    ([[6.0, 8.0]], [[5.0]])
     """
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
