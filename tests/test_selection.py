@@ -273,6 +273,44 @@ def test_reasons() -> None:
     assert chosen(model, exclude=["good", "view"], include="*") == []
 
 
+def on_one_tensor(flat: torch.Tensor, **views: torch.Tensor) -> nn.Module:
+    model = nn.Module()
+    model.free = nn.Linear(2, 2)
+    for name, view in views.items():
+        layer = nn.Linear(2, 2, bias=False)
+        layer.weight = nn.Parameter(view)
+        setattr(model, name, layer)
+    return model
+
+
+def test_weights_that_share_part_of_their_memory() -> None:
+    """Weights that have an element in common with any other tensor of the model are left alone, wherever they start."""
+    table = torch.randn(20, 8)
+    for view in (table[:10], table[10:], table[3:5], table[:, 2:4], table.view(10, 16)[:, 15:], table.t()[4:]):
+        model = on_one_tensor(table, whole=table, part=view)
+        assert "shares memory with part.weight" in reason(model, "whole.weight")
+        assert "shares memory with whole.weight" in reason(model, "part.weight")
+        assert chosen(model) == ["free.weight"]
+    model = on_one_tensor(table, a=table[:10], b=table[8:16], c=table[16:])
+    model.register_buffer("seen", table[-1])
+    assert chosen(model) == ["free.weight"]
+    assert "shares memory with seen" in reason(model, "c.weight")
+    columns = on_one_tensor(table, a=table[:, :6], b=table[:9, 6:], c=table[8:, 7:], d=table[9:11, 6:7])
+    assert chosen(columns) == ["free.weight", "a.weight", "d.weight"]
+
+
+def test_weights_side_by_side_in_one_storage() -> None:
+    """Views of one tensor that have no element in common are converted as weights of their own."""
+    flat = torch.randn(64)
+    views = {"a": flat[:16].view(4, 4), "b": flat[16:32].view(4, 4), "c": flat[40:].view(2, 12)}
+    assert chosen(on_one_tensor(flat, **views)) == ["free.weight", "a.weight", "b.weight", "c.weight"]
+    model = on_one_tensor(flat, **views)
+    model.flat = nn.Parameter(flat)
+    assert chosen(model) == ["free.weight"]
+    columns = on_one_tensor(flat, a=flat.view(8, 8)[:, :3], b=flat.view(8, 8)[:, 3:], c=torch.randn(1, 3).expand(5, 3))
+    assert chosen(columns) == ["free.weight", "a.weight", "b.weight", "c.weight"]
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_what_is_no_module_or_cannot_change() -> None:
     """TorchScript modules are left alone with a sentence; what is no module is a TypeError."""
