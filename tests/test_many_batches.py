@@ -639,3 +639,34 @@ def test_gradients_and_modes_inside_a_forward(autocast: bool) -> None:
         wn.data_dependent_init(model, list(x.split([30, 20, 10])))
         wn.data_dependent_init(whole, x)
     assert_same(model, whole, 2e-2 if autocast else 1e-5)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("inside", [False, True])
+def test_biases_that_autocast_has_cast_before(memory: Any, count: int, inside: bool) -> None:
+    """Autocast keeps casts of Parameters: none of a bias or g that is written to meanwhile is used again, neither in a
+    second call of the layer nor in a forward pass of the caller's within the same context."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again, self.last = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside or torch.is_autocast_enabled("cpu")):
+                return self.last(self.again(self.again(self.first(x)).relu()))
+
+    torch.manual_seed(0)
+    model, x = wn.apply_weight_norm(Twice()), torch.randn(200, 8) + 1
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside), torch.no_grad():
+        model(x)
+        wn.data_dependent_init(model, list(x.split(200 // count + 1)), memory=memory)
+        y = model(x).float()
+    assert max(y.mean(0).abs().max(), (y.std(0) - 1).abs().max()) < 0.05
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(x)
+        wn.fan_init(model)
+        y = model(x)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(y, model(x))

@@ -433,6 +433,7 @@ class _Layer:
             self.g.fill_(0.0 if self.log else 1.0)
             if self.bias is not None:
                 self.bias.zero_()
+        torch.clear_autocast_cache()
 
     def lend(self) -> bool:
         """v for the weight and b = 0, where that does; whether it does."""
@@ -440,12 +441,14 @@ class _Layer:
             return False
         if self.bias is not None:
             self.bias.zero_()
+            torch.clear_autocast_cache()
         return True
 
     def restore(self, *, only_bias: bool = False) -> None:
         with torch.no_grad():
             for tensor, value in self.old[only_bias:]:
                 tensor.copy_(value)
+        torch.clear_autocast_cache()  # which does not see that a Parameter was written to
 
     def before(self, module: nn.Module, args: Any) -> None:
         passes = self.run.passes
@@ -554,6 +557,7 @@ class _Layer:
             stored.append(_assign(self.bias, shift))
         elif self.bias is not None:
             stored.append(_assign(self.bias, _values(self.old[1][1])))
+        torch.clear_autocast_cache()
         self.run.set_by[id(self.g)] = (self.slot.fqn, scale)
         self.own_shift = shift
         before = [old for _, old in self.old]
