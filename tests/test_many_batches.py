@@ -670,3 +670,38 @@ def test_biases_that_autocast_has_cast_before(memory: Any, count: int, inside: b
         y = model(x)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert torch.equal(y, model(x))
+
+
+class Energy(nn.Module):
+    """Takes the gradient of a scalar that its own layers make, and goes on from that: a force field."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet, self.energy, self.last = nn.Linear(5, 16), nn.Linear(16, 1), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.energy(self.inlet(x).tanh())
+            (force,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        return self.last(force)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("magnitude", ["linear", "log"])
+def test_a_forward_that_differentiates_its_own_layers(memory: Any, count: int, magnitude: Any) -> None:
+    """Where gradients are on inside a forward, they pass through the layers as they are once g and b are set."""
+    torch.manual_seed(0)
+    model, x = wn.apply_weight_norm(Energy(), magnitude=magnitude), torch.randn(300, 5)
+    report = wn.data_dependent_init(model, list(x.split(300 // count)), memory=memory)
+    assert [layer.name for layer in report.initialised] == ["inlet.weight", "energy.weight", "last.weight"]
+    for layer in (model.inlet, model.energy, model.last):
+        outputs: list[Tensor] = []
+        handle = layer.register_forward_hook(lambda _m, _a, out, outputs=outputs: outputs.append(out.detach()))
+        model(x)
+        handle.remove()
+        assert outputs[0].mean(0).abs().max() < 1e-4
+        assert (outputs[0].std(0, unbiased=False) - 1).abs().max() < 1e-4
+    assert all(p.grad is None for p in model.parameters())
+    model(x).square().sum().backward()

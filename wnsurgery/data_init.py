@@ -485,9 +485,13 @@ class _Layer:
             self.restore(only_bias=self.lent)
         fresh = run.fresh is not None and run.fresh.taken(output, references)
         if not torch.is_grad_enabled():
-            return self._meet(output, number, norms, fresh)
+            self._meet(output, number, norms)
+            return self._final(output, norms, fresh) if self.settled else None
         with torch.no_grad():
-            return self._meet(output, number, norms, fresh)
+            self._meet(output, number, norms)
+        if not self.settled:
+            return None
+        return self._again(module, args, kwargs)  # with its graph: that output's would lead to g and b as they were
 
     def _again(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What the layer gives with its g and b as they are."""
@@ -505,11 +509,11 @@ class _Layer:
             and output.is_floating_point()
         )
 
-    def _meet(self, output: Tensor, number: int, norms: Any, fresh: bool) -> Tensor | None:
-        """Wait with the moments of one batch's output until g and b are set; returns the output that these give.
+    def _meet(self, output: Tensor, number: int, norms: Any) -> None:
+        """Wait with the moments of one batch's output until g and b are set, or in a whole pass that goes on for the
+        sake of others no longer.
 
-        norms: what the output is multiplied by per channel; None where it was made with g = 1. fresh: nobody else holds
-        the output.
+        norms: what the output is multiplied by per channel; None where it was made with g = 1.
         """
         run = self.run
         masks = run.masks.get(number, ())
@@ -524,12 +528,14 @@ class _Layer:
                 self.set(moments, norms)
             else:
                 run.passes.meet(("layer", self.slot.fqn, 0), moments if norms is None else moments.divided(norms))
-            if not self.settled:  # a whole pass that goes on for the sake of others
-                return None
-            _, scale = run.set_by[id(self.g)]
-            shift = self.own_shift
-            if shift is None and self.bias is not None:
-                shift = _values(self.old[1][1])
+
+    def _final(self, output: Tensor, norms: Any, fresh: bool) -> Tensor:
+        """What the layer gives with its g and b as they are set now. fresh: nobody else holds the output."""
+        _, scale = self.run.set_by[id(self.g)]
+        shift = self.own_shift
+        if shift is None and self.bias is not None:
+            shift = _values(self.old[1][1])
+        with np.errstate(all="ignore"):
             return scaled(output, self.axis, scale if norms is None else scale / norms, shift, in_place=fresh)
 
     def set(self, moments: Moments, norms: Any = None) -> None:
