@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -705,3 +706,48 @@ def test_a_forward_that_differentiates_its_own_layers(memory: Any, count: int, m
         assert (outputs[0].std(0, unbiased=False) - 1).abs().max() < 1e-4
     assert all(p.grad is None for p in model.parameters())
     model(x).square().sum().backward()
+
+
+class Pool(nn.Module):
+    """Calls layers from threads of its own: of a pool whose results it takes, or one it only joins."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.results = kind, {0: torch.zeros(()), 1: torch.zeros(())}
+        self.a, self.b, self.norm, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def work(number: int) -> None:
+            if self.kind != "norm":
+                self.results[number] = (self.a, self.b)[number](x)
+            else:
+                self.results[number] = self.norm(x)
+
+        if self.kind == "pool":
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(work, (0, 1)))
+        else:
+            threads = [threading.Thread(target=work, args=(n,)) for n in (0, 1)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        return self.last(torch.tanh(self.results[0]) + self.results[1] + 1)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("kind", ["pool", "threads", "norm"])
+def test_layers_called_from_threads_of_the_forward(memory: Any, kind: str) -> None:
+    """Several batches cannot meet there: that is an error, whatever becomes of the threads; one batch works."""
+    torch.manual_seed(0)
+    model, parts = wn.apply_weight_norm(Pool(kind)), [torch.randn(n, 8) for n in (64, 30, 7)]
+    before, threads = copy.deepcopy(model.state_dict()), threading.active_count()
+    with pytest.raises(wn.InputError, match="threads of its own") as caught:
+        wn.data_dependent_init(model, parts, memory=memory)
+    assert "one batch" in str(caught.value.hint)
+    assert threading.active_count() == threads
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    wn.data_dependent_init(model, parts[0], memory=memory)
+    first = model.last if kind == "norm" else model.a
+    x = torch.tanh(model.norm(parts[0])) + model.norm(parts[0]) + 1 if kind == "norm" else parts[0]
+    assert (first(x).std(0, unbiased=False) - 1).abs().max() < 1e-3

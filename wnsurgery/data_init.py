@@ -305,6 +305,7 @@ class _Run:
             jobs = self._drawn(batches, fresh=spill is not None and not kept)
         try:
             count = self._all(jobs)
+            self.passes.check()
         finally:
             if spill is not None:
                 spill.close()
@@ -357,6 +358,7 @@ class _Run:
             batch = moved(held.pop() if once else held[0], _device(self.model), fresh=fresh and not alone)
             self.masks[number] = masks_of(self.mask, batch)
             self.forward(self.model, batch)
+            self.passes.check()
         except InputError as error:
             if alone:
                 raise
@@ -365,6 +367,7 @@ class _Run:
             raise
         except Exception as error:
             # models raise what they like; all of it means that this batch does not work
+            self.passes.check()
             raise InputError(f"the model's forward failed on batch {number}: {in_one_line(error)}") from error
         finally:
             self.masks.pop(number, None)
@@ -453,6 +456,8 @@ class _Layer:
     def before(self, module: nn.Module, args: Any) -> None:
         passes = self.run.passes
         if self.settled or self.refused or not passes.listening or passes.current in self.open:
+            return
+        if not self.run.alone and passes.is_stray():
             return
         self.open.add(passes.current)
         if not self.run.sharded:
