@@ -525,6 +525,31 @@ def test_applying_twice_is_harmless() -> None:
 # Writing through the weight ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("made_by", [wn.apply_weight_norm, lambda m: parametrizations.weight_norm(m[0]) and m])
+def test_wishes_that_do_not_reach_weights_converted_before_are_logged(made_by: Any, caplog: Any) -> None:
+    """Applying again with an initialisation or frozen magnitudes changes nothing of what is converted, and says so."""
+    model = made_by(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    before = copy.deepcopy(model.state_dict())
+    for options, words in (
+        ({}, []),
+        ({"init": "data", "data": torch.randn(9, 3)}, ["init='data'", "1 weights", "data_dependent_init"]),
+        ({"init": "fan"}, ["init='fan'", "1 weights", "fan_init"]),
+        ({"freeze_magnitude": True}, ["freeze_magnitude=True", "1 weights", "call freeze_magnitude"]),
+    ):
+        caplog.clear()
+        wn.apply_weight_norm(model, **options)
+        assert len(caplog.records) == bool(words)
+        assert all(word in caplog.text for word in words)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model.append(nn.Linear(3, 3))
+    caplog.clear()
+    wn.apply_weight_norm(model, include="2", init="fan", freeze_magnitude=True)
+    assert not caplog.records
+    wn.freeze_magnitude(model)
+    wn.apply_weight_norm(model, freeze_magnitude=True)
+    assert not caplog.records
+
+
 def test_writes_into_the_weight_take_effect() -> None:
     """nn.init on module.weight, reset_parameters and assignment reach g and v before anything else reads them."""
     layer = wn.apply_weight_norm(nn.Linear(3, 4))

@@ -84,7 +84,7 @@ class Strays:
         """Raise InputError if a job has left its thread."""
         if self._stray:
             raise InputError(
-                "the model's forward calls its layers from threads of its own: batches cannot wait for each other there",
+                "the model's forward calls its layers from threads of its own, which cannot wait for other batches",
                 hint="give one batch: it need not wait",
             )
 

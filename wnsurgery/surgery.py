@@ -27,6 +27,7 @@ from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
 from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, decompose
 from wnsurgery.small_weights import SmallWeights, is_small, small_magnitudes
+from wnsurgery.targets import normed
 from wnsurgery.tied_names import rename_tied
 from wnsurgery.walk import Slot, legacy_hooks, modules_of, slots
 
@@ -67,9 +68,10 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
     ['0.bias', '0.parametrizations.weight.original0', '0.parametrizations.weight.original1']
 
     g (`original0`) is ||w||, one value per output channel, shaped like torch's: (out, 1, ...). v (`original1`) is w.
-    A tied weight gets one (g, v) for all its owners; a frozen weight gets a frozen g and v. A model that is
-    converted already stays as it is, so calling twice does no harm. Either every weight of the plan is converted
-    or, on an error, none.
+    A tied weight gets one (g, v) for all its owners; a frozen weight gets a frozen g and v. Either every weight of the
+    plan is converted or, on an error, none. Weights that are under weight norm already, ours or torch's, stay as
+    they are, so calling twice does no harm; that `init` and `freeze_magnitude` leave them alone is logged as
+    "wnsurgery": `data_dependent_init`, `fan_init` and `freeze_magnitude` are the calls for them.
 
     Args:
         model: any module tree; convert it before wrapping it in DistributedDataParallel.
@@ -114,6 +116,8 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
     with without_batch_norm(model, batch_norm, inputs, data=data) as norms:
         with _collecting_later():
             plan = plan_weight_norm(model, include=include, exclude=exclude, dim=dim)
+        asked = init != "preserve" or freeze_magnitude
+        old = normed(slots(model, plain=False), include, exclude) if asked else []
         options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
         with _all_or_nothing(attributes=init != "preserve") as save:
             options["freeze_magnitude"] = freeze_magnitude and init == "preserve"
@@ -126,6 +130,7 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
             with _plain_grad_mode():
                 follower.split(map(_swap_at, plan.sites), carry=carry)
                 follower.settle(p for step in norms.steps for p in model.get_submodule(step.layer).parameters())
+    _log_old(old, init, freeze_magnitude)
     rename_tied(modules)
     if mode == "deferred":
         set_weight_norm_mode(model, mode)
@@ -139,6 +144,18 @@ def _finish_init(plan: Plan, report: InitReport | FanReport, freeze_magnitude: b
     for site in plan.sites if freeze_magnitude else ():
         entry: Any = site.slot.module.parametrizations[site.slot.parameter]  # type: ignore[index]
         entry.original0.requires_grad_(False)
+
+
+def _log_old(old: list[Slot], init: str, freeze_magnitude: bool) -> None:
+    """Say which wishes do not reach the weights that were under weight norm already, and what does."""
+    wishes = [(f"init={init!r}", "data_dependent_init" if init == "data" else "fan_init", old)]
+    wishes = wishes if init != "preserve" else []
+    if freeze_magnitude:
+        thawed = [slot for slot in old if slot.magnitude is not None and slot.magnitude.requires_grad]
+        wishes.append(("freeze_magnitude=True", "freeze_magnitude", thawed))
+    for wish, call, slots_ in wishes:
+        if count := len({id(slot.tensor) for slot in slots_}):
+            _log.warning("%s does not reach %d weights that were under weight norm already; call %s", wish, count, call)
 
 
 def _swap_at(site: Site) -> Swap:
