@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.ao.nn.quantized import dynamic as quantized
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import wnsurgery as wn
 from wnsurgery import layers
@@ -309,6 +309,59 @@ def test_weights_side_by_side_in_one_storage() -> None:
     assert chosen(model) == ["free.weight"]
     columns = on_one_tensor(flat, a=flat.view(8, 8)[:, :3], b=flat.view(8, 8)[:, 3:], c=torch.randn(1, 3).expand(5, 3))
     assert chosen(columns) == ["free.weight", "a.weight", "b.weight", "c.weight"]
+
+
+class LowRank(nn.Module):
+    """A weight plus the product of two thin matrices, the second of which a layer makes."""
+
+    def __init__(self, rank: int = 2) -> None:
+        super().__init__()
+        self.a, self.inner = nn.Parameter(torch.randn(4, rank)), nn.Linear(rank, 4, bias=False)
+        self.register_buffer("scale", torch.ones(1, 1))
+
+    def forward(self, w: torch.Tensor) -> torch.Tensor:
+        return w + self.scale * self.inner(self.a)
+
+
+def test_tensors_inside_another_parametrization() -> None:
+    """What somebody else's parametrization holds is in the plan, as a part of it, and a tie to it is left alone."""
+    thin = nn.Linear(2, 4, bias=False)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)), thin, nn.Linear(3, 2))
+    parametrize.register_parametrization(model[0], "weight", LowRank())
+    parametrizations.orthogonal(model[1][0])
+    thin.weight = model[0].parametrizations.weight[0].inner.weight
+    parts = ["0.parametrizations.weight.0.a", "0.parametrizations.weight.0.scale"]
+    for name in (*parts, "0.parametrizations.weight.0.inner.weight"):
+        assert reason(model, name, include="*") == "belongs to the parametrization of 0.weight"
+    assert reason(model, "1.0.parametrizations.weight.0.base") == "belongs to the parametrization of 1.0.weight"
+    assert "belongs to the parametrization of 0.weight" in reason(model, "2.weight")
+    assert {id(t) for t in (*model.parameters(), *model.buffers())} <= {id(slot.tensor) for slot in slots(model)}
+    assert chosen(model) == ["3.weight"]
+    with pytest.raises(wn.SelectionError, match="no weight"):
+        wn.plan_weight_norm(parametrize.register_parametrization(nn.Linear(4, 4), "weight", LowRank()))
+    wn.fold_weight_norm(wn.apply_weight_norm(model))
+    assert "0.parametrizations.weight.0.a" in model.state_dict()
+
+
+def test_something_else_named_parametrizations() -> None:
+    """Layers that a user keeps under that name are ordinary layers; a layer with such an attribute is left alone."""
+    model = nn.Module()
+    model.parametrizations = nn.ModuleDict({"weight": nn.Linear(3, 3), "b": nn.Sequential(nn.Conv1d(2, 2, 1))})
+    model._tied_weights_keys = {"parametrizations.weight.weight": "weight"}
+    names = ["parametrizations.weight.weight", "parametrizations.b.0.weight"]
+    assert chosen(model) == names
+    assert len(modules_of(model)) == len(list(model.modules()))
+    keys = list(model.state_dict())
+    wn.apply_weight_norm(model)
+    assert "parametrizations.weight.parametrizations.weight.original0" in model.state_dict()
+    assert list(wn.fold_weight_norm(model).state_dict()) == keys
+    for own in (nn.ModuleDict(), nn.ModuleDict({"extra": nn.Linear(3, 3)}), nn.Linear(3, 3), "a word", None):
+        layer = nn.Linear(3, 3)
+        layer.parametrizations = own
+        both = nn.Sequential(nn.Linear(3, 3), layer)
+        assert "`parametrizations` of its own" in reason(both, "1.weight")
+        wn.fold_weight_norm(wn.apply_weight_norm(both))
+        assert both[1].parametrizations is own
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")

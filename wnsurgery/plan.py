@@ -18,7 +18,7 @@ from wnsurgery.errors import PairError, SelectionError
 from wnsurgery.layers import Layer, layer_of
 from wnsurgery.reparam import Axes
 from wnsurgery.text import by, columns
-from wnsurgery.walk import Slot, slots
+from wnsurgery.walk import Slot, has_own_parametrizations, slots
 
 __all__ = ["Dim", "Pattern", "Plan", "Site", "Skipped", "matches", "patterns", "plan_weight_norm"]
 
@@ -354,6 +354,9 @@ def _refusal(slot: Slot) -> str:
         entry = slot.module._modules["parametrizations"]._modules[slot.parameter]  # type: ignore[union-attr]
         kinds = ", ".join(type(m).__name__ for m in entry._modules.values())  # type: ignore[union-attr]
         return f"already parametrized by {kinds}"
+    if slot.form == "part":
+        owner, _, path = slot.fqn.rpartition("parametrizations.")
+        return f"belongs to the parametrization of {owner}{path.partition('.')[0]}"
     if slot.form in _FORMS:
         return _FORMS[slot.form]
     if isinstance(slot.module, torch.jit.ScriptModule):
@@ -393,6 +396,8 @@ def _module_refusal(group: list[Slot]) -> str:
     """Why a module's way of using its weight rules weight norm out; empty if it does not."""
     for slot in group:
         module = slot.module
+        if has_own_parametrizations(module):
+            return "its layer has an attribute `parametrizations` of its own, where weight norm is kept"
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             if getattr(module, "max_norm", None) is not None:
                 return "max_norm rewrites the rows at every lookup"
