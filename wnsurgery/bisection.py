@@ -87,7 +87,8 @@ def first_difference(
 
     Raises ExportError or InputError where a side does not run on the inputs.
     """
-    sides = [_trace(x, inputs) for x in (a, b)]
+    beside_graph = not (isinstance(a, nn.Module) and isinstance(b, nn.Module))
+    sides = [_trace(x, inputs, beside_graph) for x in (a, b)]
     pair = _pairs(sides[0], sides[1])
     verdicts = [_compared(x, y, (rtol, atol)) for x, y in pair]
     alone = len(sides[0].steps) + len(sides[1].steps) - 2 * len(pair)
@@ -138,11 +139,13 @@ class _Trace:
     is_graph: bool
 
 
-def _trace(side: nn.Module | Path_, inputs: Any) -> _Trace:
-    return _trace_of_module(side, inputs) if isinstance(side, nn.Module) else _trace_of_graph(side, inputs)
+def _trace(side: nn.Module | Path_, inputs: Any, beside_graph: bool) -> _Trace:
+    if isinstance(side, nn.Module):
+        return _trace_of_module(side, inputs, beside_graph)
+    return _trace_of_graph(side, inputs)
 
 
-def _trace_of_module(model: nn.Module, inputs: Any) -> _Trace:
+def _trace_of_module(model: nn.Module, inputs: Any, beside_graph: bool) -> _Trace:
     with torch.no_grad():
         model = copy_of(model).eval()
     steps: list[_Step] = []
@@ -159,7 +162,7 @@ def _trace_of_module(model: nn.Module, inputs: Any) -> _Trace:
             module.register_forward_hook(lambda m, _, output, name=name: record(m, name, output))
     case = Case.fitting(inputs, model)
     with torch.no_grad(), rng_kept(model):
-        case.run(model)
+        case.run(model) if beside_graph else case.run_by_name(model)
     return _Trace(tuple(steps), is_graph=False)
 
 
