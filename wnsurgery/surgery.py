@@ -26,6 +26,7 @@ from wnsurgery.modes import Mode, check_mode, set_weight_norm_mode
 from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
 from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, decompose
+from wnsurgery.resizing import guard_resizing
 from wnsurgery.small_weights import SmallWeights, is_small, small_magnitudes
 from wnsurgery.targets import normed
 from wnsurgery.tied_names import rename_tied
@@ -132,6 +133,7 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
                 follower.settle(p for step in norms.steps for p in model.get_submodule(step.layer).parameters())
     _log_old(old, init, freeze_magnitude)
     rename_tied(modules)
+    guard_resizing(modules)
     if mode == "deferred":
         set_weight_norm_mode(model, mode)
     return model
@@ -300,6 +302,7 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
             fold_mean()
         follower.settle()
         rename_tied(modules)
+        guard_resizing(modules)
     _log.info("weight norm folded out of %d weights", len(pairs))
     return model
 
