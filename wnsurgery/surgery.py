@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from wnsurgery.batchnorm import BatchNormMode, folded_means, without_batch_norm
 from wnsurgery.data_init import InitReport, data_dependent_init
 from wnsurgery.deferred import OWNER
-from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
+from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError, first_line
 from wnsurgery.fans import FanReport, fan_init
 from wnsurgery.following import Follower, Optimizers, Swap
 from wnsurgery.fully_sharded import FullyShard
@@ -99,8 +99,8 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
             the same training at nearly the price of the plain net; see `set_weight_norm_mode`.
 
     Raises:
-        SelectionError: a pattern matches nothing, the model holds no weight to convert, or the optimizer
-            (LBFGS, Muon) cannot follow.
+        SelectionError: a pattern matches nothing, the model holds no weight to convert, a layer's class cannot be
+            subclassed, or the optimizer (LBFGS, Muon) cannot follow.
         NonFiniteWeightError: a weight holds NaN or infinity; named.
     """
     if init not in ("preserve", "data", "fan"):
@@ -220,13 +220,29 @@ def _carry_out(
                 for owner in site.owners:
                     save(owner.module)
                     rule = WeightNorm(site.axes, magnitude, magnitude_dtype)
-                    g, v = install(owner.module, owner.parameter, rule, (g, v), net)  # noqa: PLW2901 - owners share these
+                    try:
+                        g, v = install(owner.module, owner.parameter, rule, (g, v), net)  # noqa: PLW2901 - owners share these
+                    except Exception:
+                        _check_class(owner)
+                        raise
                 if freeze_magnitude:
                     g.requires_grad_(False)
                 if sharding:
                     places = [(owner.module, owner.parameter) for owner in site.owners]
                     sharding.split(site.fqn, places, list(map(_entry, site.owners)))
     _log.info("weight norm applied to %d weights", len(plan.sites))
+
+
+def _check_class(owner: Slot) -> None:
+    """Raise SelectionError where the class of a layer is why its weight could not be exchanged."""
+    kind: Any = type(owner.module)
+    try:
+        type(kind)(kind.__name__, (kind,), {})
+    except Exception as error:  # `__init_subclass__` and metaclasses raise what they like
+        raise SelectionError(
+            f"{owner.fqn}: {kind.__name__} cannot be subclassed, which weight norm needs: {first_line(error)}",
+            hint=f"exclude={owner.fqn!r}, or let the class have subclasses",
+        ) from error
 
 
 def is_weight_normed(model: nn.Module) -> bool:
