@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.optim import Optimizer
 
 import wnsurgery as wn
+from wnsurgery.following import as_optimizers
 
 from nets import NETS, TiedLanguageModel, net, same_bits
 
@@ -736,3 +737,58 @@ def test_every_net_and_optimizer_goes_there_and_back(name: str) -> None:
                 for x in optimizer.state[p].values() if p in optimizer.state else ():
                     assert not isinstance(x, Tensor) or x.ndim == 0 or (x.shape == p.shape and x.isfinite().all())
             step()
+
+
+class Around:
+    """An optimizer around another, whose groups and state it hands out as its own."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+def accelerated(optimizer: Any) -> Any:
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.Accelerator(cpu=True).prepare(optimizer)
+
+
+@pytest.mark.parametrize("wrap", [Around, lambda one: Around(Around(one)), accelerated])
+def test_wrapped_optimizers_follow_as_the_ones_inside(wrap: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """What a wrapper delegates to keeps its state at conversion, renormalisation and folding, with nothing logged."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    nets = [plain, copy.deepcopy(plain)]
+    inner = [torch.optim.Adam(net.parameters(), 0.01) for net in nets]
+    given: list[Any] = [inner[0], wrap(inner[1])]
+    x = torch.randn(9, 4)
+
+    def train() -> None:
+        for net, optimizer in zip(nets, given, strict=True):
+            inner[given.index(optimizer)].zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+
+    train()
+    with caplog.at_level(logging.WARNING, "wnsurgery"):
+        for act in (wn.apply_weight_norm, wn.renormalize_, wn.fold_weight_norm):
+            for net, optimizer in zip(nets, given, strict=True):
+                act(net, optimizer=optimizer)
+            assert all(state for optimizer in inner for state in optimizer.state.values())
+            assert not wn.stale_parameters(nets[1], given[1])
+            train()
+            for a, b in zip(*(net.parameters() for net in nets), strict=True):
+                assert torch.equal(a, b)
+    assert not caplog.records
+    assert len(inner[1].state) == 4
+
+
+def test_a_wrapper_with_state_of_its_own_is_taken_as_it_is() -> None:
+    """Only what is the very state of the optimizer inside is looked for there."""
+    model = nn.Linear(3, 2)
+    outer: Any = Around(torch.optim.SGD(model.parameters(), 0.1))
+    outer.state = {}
+    assert as_optimizers(outer) == (outer,)
+    assert as_optimizers(Around(outer)) == (outer,)

@@ -71,10 +71,11 @@ class Swap:
 
 
 def as_optimizers(optimizer: Optimizers | None, *, flat: bool = False) -> tuple[Optimizer, ...]:
-    """One optimizer, several, or none, as a tuple; SelectionError for anything else, and for LBFGS unless `flat`."""
+    """One optimizer, several, or none, as a tuple, each out of what is wrapped around it; SelectionError for anything
+    else, and for LBFGS unless `flat`."""
     if optimizer is None:
         return ()
-    several = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+    several = tuple(map(_unwrapped, optimizer if isinstance(optimizer, list | tuple) else (optimizer,)))
     for one in several:
         if not (isinstance(getattr(one, "param_groups", None), list) and hasattr(one, "state")):
             hint = "give the optimizer it schedules" if hasattr(one, "optimizer") else None
@@ -85,6 +86,15 @@ def as_optimizers(optimizer: Optimizers | None, *, flat: bool = False) -> tuple[
                 hint="make a new LBFGS afterwards",
             )
     return several
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer whose groups and state a wrapper hands out as its own, as accelerate's does."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None and all(
+        getattr(optimizer, name, None) is getattr(inner, name, optimizer) for name in ("param_groups", "state")
+    ):
+        optimizer = inner
+    return optimizer
 
 
 class Follower:
