@@ -143,6 +143,53 @@ def test_register_layer(registry: None, key: Any) -> None:
         wn.register_layer(key, {})
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"parameters": {"kernel": None}},
+        {"parameters": {"kernel": "x"}},
+        {"parameters": {"kernel": True}},
+        {"parameters": {"kernel": (0, "a")}},
+        {"parameters": {1: 0}},
+        {"parameters": 3},
+        {"bias": 3},
+        {"output_axis": "x"},
+        {"output_axis": True},
+        {"output_axis": 1.0},
+    ],
+)
+def test_rows_of_wrong_types_are_refused_at_registration(registry: None, row: dict[str, Any]) -> None:
+    """What can be known of a row without a layer is told when it is registered, and nothing is registered then."""
+    with pytest.raises(wn.SelectionError, match="register_layer"):
+        wn.register_layer(Mixer, **{"parameters": {"kernel": 1}, **row})
+    assert layers.layer_of(Mixer()) is None
+
+
+def test_rows_that_do_not_fit_their_layer_name_it(registry: None) -> None:
+    """What only a layer can show is an error with its name, or a reason in the report of the initialisation."""
+    model = nn.Sequential(nn.Linear(5, 5), Mixer())
+    for row, words in (
+        ({"parameters": {"kernel": 5}}, r"1\.kernel \(Mixer\): kept axes \(5,\)"),
+        ({"parameters": {"kernel": lambda m: "x"}}, r"Mixer\.kernel: kept axes are"),
+        ({"bias": "no_such"}, r"1\.kernel \(Mixer\): it has no 'no_such'"),
+    ):
+        wn.register_layer(Mixer, **{"parameters": {"kernel": 1}, **row})  # type: ignore[dict-item]
+        with pytest.raises(wn.PairError, match=words):
+            wn.apply_weight_norm(model)
+        assert not wn.is_weight_normed(model)
+    for axis in (7, -7):
+        wn.register_layer(Mixer, {"kernel": lambda m: -1}, bias="shift", output_axis=axis)
+        report = wn.data_dependent_init(wn.apply_weight_norm(model), torch.randn(30, 5))
+        assert [layer.name for layer in report.initialised] == ["0.weight"]
+        assert "not one value per output channel" in report.left[0].reason
+        wn.fold_weight_norm(model)
+    wn.register_layer(Mixer, {"kernel": -1}, bias="shift", output_axis=1)
+    assert len(wn.data_dependent_init(wn.apply_weight_norm(model), torch.randn(30, 5)).initialised) == 2
+    wn.register_layer(Mixer, {"kernel": 1}, bias="no_such", output_axis=1)
+    with pytest.raises(wn.PairError, match=r"1\.kernel"):
+        wn.data_dependent_init(model, torch.randn(30, 5))
+
+
 def tower() -> nn.Module:
     model = nn.Module()
     model.encoder = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Conv1d(4, 4, 1))
@@ -210,9 +257,16 @@ def test_bad_patterns_and_axes() -> None:
         {"dim": 7},
         {"dim": {"head.*": 5}},
         {"dim": 1.5},
+        {"dim": {0: 1}},
+        {"dim": (0, "a")},
+        {"dim": True},
+        {"dim": {"*": (True,)}},
     ):
         with pytest.raises(wn.SelectionError):
             wn.plan_weight_norm(tower(), **options)  # type: ignore[arg-type]
+    for kind in ("float32", 1, torch.int8):
+        with pytest.raises(wn.SelectionError, match="magnitude_dtype"):
+            wn.apply_weight_norm(tower(), magnitude_dtype=kind)  # type: ignore[type-var,arg-type]
 
 
 def test_dim_by_pattern() -> None:
@@ -370,9 +424,12 @@ def test_what_is_no_module_or_cannot_change() -> None:
     model = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2)))
     assert "TorchScript" in reason(model, "1.weight")
     assert chosen(wn.apply_weight_norm(model), include="*") == []
-    for function in (wn.apply_weight_norm, wn.fold_weight_norm, wn.plan_weight_norm, wn.is_weight_normed):
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], 0.1)
+    functions: tuple[Any, ...] = (wn.apply_weight_norm, wn.fold_weight_norm, wn.plan_weight_norm, wn.is_weight_normed)
+    functions += (wn.plan_batch_norm, lambda m: wn.stale_parameters(m, optimizer))
+    for function in functions:
         with pytest.raises(TypeError, match="str"):
-            function("model.pt")  # type: ignore[type-var,arg-type]
+            function("model.pt")
 
 
 def test_frozen_and_meta_weights_are_converted() -> None:

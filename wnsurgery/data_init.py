@@ -509,7 +509,7 @@ class _Layer:
     def _is_per_channel(self, output: Any) -> bool:
         return (
             isinstance(output, Tensor)
-            and output.ndim >= -self.axis
+            and -output.ndim <= self.axis < output.ndim
             and output.shape[self.axis] == self.channels
             and output.is_floating_point()
         )

@@ -190,6 +190,9 @@ class _Selection:
         reason = self._not_wanted(group, known) or _module_refusal(group) or self._overlap(slot)
         if reason:
             return reason
+        for s, row, _ in known:
+            if row.registered:
+                row.check(s.module, s.parameter, s.fqn, s.shape or ())
         first, *others = [self._axes(s, own) for s, _, own in known]
         if any(axes != first for axes in others):
             return f"tied under different kept axes: {', '.join(s.fqn for s in group)}"
@@ -212,9 +215,9 @@ class _Selection:
             wish = next((d for p, d in wish.items() if matches(p, slot)), "auto")
         if wish == "auto":
             return own.check(slot.shape or ())
-        if not (wish is None or isinstance(wish, int | tuple)):
-            raise SelectionError(f'dim must be "auto", an int, a tuple, None or a mapping, not {wish!r}')
         kept = () if wish is None else wish if isinstance(wish, tuple) else (wish,)
+        if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in kept):
+            raise SelectionError(f'dim must be "auto", an int, a tuple of ints, None or a mapping, not {wish!r}')
         try:
             return Axes(kept).check(slot.shape or ())
         except PairError as error:
@@ -239,6 +242,8 @@ def matches(pattern: Any, slot: Slot) -> bool:
     parts = [n.split(".") for n in slot.names]
     width = slot.parameter.count(".") + 1
     if not isinstance(pattern, str):
+        if not callable(pattern):
+            raise SelectionError(f"a pattern is a type, a string or a predicate, not {pattern!r}")
         owners = [".".join(p[:-width]) for p in parts]
         return any(bool(pattern(slot.module, n)) for n in (*slot.names, *owners))
     prefixes = {".".join(p[:k]) for p in parts for k in range(1, len(p) + 1)}

@@ -30,7 +30,7 @@ from wnsurgery.resizing import guard_resizing
 from wnsurgery.small_weights import SmallWeights, is_small, small_magnitudes
 from wnsurgery.targets import normed
 from wnsurgery.tied_names import rename_tied
-from wnsurgery.walk import Slot, legacy_hooks, modules_of, slots
+from wnsurgery.walk import Slot, check_module, legacy_hooks, modules_of, slots
 
 __all__ = ["apply_weight_norm", "fold_weight_norm", "is_weight_normed"]
 
@@ -194,8 +194,9 @@ def _carry_out(
     """Apply a plan; on an error the caller puts the modules back."""
     if magnitude not in ("linear", "log"):
         raise SelectionError(f'magnitude must be "linear" or "log", not {magnitude!r}')
-    if magnitude_dtype is not None and not magnitude_dtype.is_floating_point:
-        raise SelectionError(f"magnitude_dtype must be a floating-point type, not {magnitude_dtype}")
+    kind = magnitude_dtype
+    if kind is not None and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise SelectionError(f"magnitude_dtype must be a floating-point torch.dtype, not {kind!r}")
     with _plain_grad_mode(), _collecting_later():
         pairs = []
         plain = magnitude == "linear" and magnitude_dtype in (None, torch.float32)
@@ -481,8 +482,7 @@ def _refresh_recurrent(module: nn.Module) -> None:
 
 def _unwrapped(model: nn.Module) -> list[nn.Module]:
     """The modules of a model; wrappers that have copied the parameter list cannot follow surgery beneath them."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     modules = modules_of(model)
     wrapped = {kind for kind in set(map(type, modules)) if issubclass(kind, nn.parallel.DistributedDataParallel)}
     for name, module in model.named_modules() if wrapped else ():

@@ -128,7 +128,9 @@ def _how(slot: Slot) -> tuple[str, int | None]:
         return "its magnitude is frozen", None
     if g.is_meta or v.is_meta:
         return "on the meta device: it holds no values yet", None
-    per_channel = own.magnitude_shape(v.shape)
+    if row.registered:
+        row.check(slot.module, slot.parameter, slot.fqn, v.shape)
+    per_channel = own.check(v.shape).magnitude_shape(v.shape)
     if g.numel() != torch.Size(per_channel).numel() or (g.numel() > 1 and tuple(g.shape) != per_channel):
         return f"its magnitude {tuple(g.shape)} is not one value per output channel", None
     return "", row.output_axis

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from wnsurgery.reparam import WeightNorm
 
-__all__ = ["Slot", "has_own_parametrizations", "legacy_hooks", "modules_of", "slots"]
+__all__ = ["Slot", "check_module", "has_own_parametrizations", "legacy_hooks", "modules_of", "slots"]
 
 _KINDS: dict[Any, str] = {WeightNorm: "ours", TorchWeightNorm: "torch"}
 _MAX_NAMES = 16  # names kept per shared module; deep diamonds of sharing have exponentially many
@@ -58,11 +58,16 @@ class Slot(NamedTuple):
         return None if lazy or self.tensor is None else tuple(self.tensor.shape)
 
 
+def check_module(model: Any) -> None:
+    """Raise TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def slots(model: nn.Module, *, plain: bool = True) -> list[Slot]:
     """Every tensor of a module tree, each module once, with all its names, in the order of definition; without `plain`,
     those under a parametrization alone."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     found: list[Slot] = []
     for module, names, ancestors in _modules(model):
         for parameter, form, tensor, magnitude in _tensors(module) if plain else _under_parametrization(module):
