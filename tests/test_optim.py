@@ -519,10 +519,30 @@ def test_data_dependent_initialisation_drops_state(caplog: pytest.LogCaptureFixt
     run(model, optimizer, 2)
     with caplog.at_level(logging.WARNING, "wnsurgery"):
         wn.apply_weight_norm(model, init="data", data=X, optimizer=optimizer)
+    assert "init='data' changed weights" in caplog.text
     assert "starts anew" in caplog.text
     assert held(optimizer) == [id(p) for p in model.parameters()]
     assert model[0].parametrizations.weight.original1 not in optimizer.state
     run(model, optimizer, 2)
+
+
+@pytest.mark.parametrize("mode", ["fold", "mean-only"])
+def test_batch_norm_surgery_says_that_it_drops_state(mode: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """State is dropped where a BatchNorm was taken, and that is the reason given; where none was, state is carried."""
+    for net_, words in (
+        (nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)), f"batch_norm='{mode}' changed weights"),
+        (nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), ""),
+    ):
+        optimizer = torch.optim.SGD(net_.parameters(), 0.05, momentum=0.9)
+        net_(torch.randn(9, 4)).square().sum().backward()
+        optimizer.step()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "wnsurgery"):
+            wn.apply_weight_norm(net_, batch_norm=mode, optimizer=optimizer)
+        assert words in caplog.text
+        assert "init" not in caplog.text
+        assert len(caplog.records) == bool(words)
+        assert (net_[0].parametrizations.weight.original1 in optimizer.state) is not bool(words)
 
 
 def test_gradient_scaling_and_clipping_go_on() -> None:

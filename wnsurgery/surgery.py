@@ -89,7 +89,8 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
         optimizer: the optimizer in use, or a sequence of them, to train on with: g and v take the place of w in its
             groups, and what it keeps for w (momentum, Adam's averages) and gradients already accumulated pass to g
             and v by the chain rule. Optimizers whose state has no known rule forget these weights' state, as all do
-            when the function changes (init, batch_norm); a warning is logged. Schedulers go on working.
+            when weights change (`init`, a BatchNorm that `batch_norm` takes); a warning is logged. Schedulers go on
+            working. What wraps an optimizer and hands out its groups and state, as accelerate does, will do.
         batch_norm: what becomes of each BatchNorm, see `plan_batch_norm`; the evaluation function stays the same to
             rounding. "fold" folds it into the layer beside it, which then gets its weight norm; "mean-only" puts a
             `MeanOnlyBatchNorm` in its place, its scale going into g. Those kept are logged as "wnsurgery", with the
@@ -113,7 +114,6 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
     modules = _unwrapped(model)
     sharding = FullyShard(model)
     follower = Follower(model, optimizer)
-    carry = init == "preserve" and batch_norm == "keep"
     with without_batch_norm(model, batch_norm, inputs, data=data) as norms:
         with _collecting_later():
             plan = plan_weight_norm(model, include=include, exclude=exclude, dim=dim)
@@ -129,7 +129,9 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
                 make = fan_init if init == "fan" else partial(data_dependent_init, data=data)
                 _finish_init(plan, make(model, **init_options), freeze_magnitude)
             with _plain_grad_mode():
-                follower.split(map(_swap_at, plan.sites), carry=carry)
+                changes = [f"init={init!r}"] if init != "preserve" else []
+                changes += [f"batch_norm={batch_norm!r}"] if norms.steps else []
+                follower.split(map(_swap_at, plan.sites), changed_by=" and ".join(changes))
                 follower.settle(p for step in norms.steps for p in model.get_submodule(step.layer).parameters())
     _log_old(old, init, freeze_magnitude)
     rename_tied(modules)
