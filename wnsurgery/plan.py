@@ -110,8 +110,9 @@ def plan_weight_norm(
             a container takes everything under it; names are tried with and without the parameter
             ("encoder.0" and "encoder.0.weight"). Without `include`, everything in the layer table but lookup
             tables; a lookup table tied to a converted weight goes with it.
-        dim: the axis or axes kept, as in torch's `weight_norm`: "auto" (one magnitude per output channel),
-            an int, a tuple, None (one magnitude per tensor), or a mapping from patterns to these.
+        dim: the axis or axes kept: "auto" (one magnitude per output channel), an int, a tuple, None (one magnitude
+            per tensor), or a mapping from patterns to these. Numbers and None mean what they do in torch's
+            `weight_norm`, but for -1: the last axis, as everywhere else; there it is one magnitude per tensor.
 
     Returns a Plan: `sites` and `skipped`, each tensor of the model in one of them.
 
