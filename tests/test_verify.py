@@ -356,6 +356,8 @@ def test_outputs_of_other_structure_or_without_tensors_fail(tmp_path: Path) -> N
         with pytest.raises(InputError, match="without any tensor"):
             verify(b, b, x)
         assert not verify(a, b, x).ok
+    b.make = lambda y, k: (y, Cache([k + 1]))
+    assert first_difference(a, b, x).layer == "the whole"
     plain = copy.deepcopy(a)
     plain.make = lambda y, k: (y, k)
     export_onnx(plain, x, tmp_path / "model.onnx")

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from wnsurgery.differences import OutputDifference, as_array, compare_outputs
 from wnsurgery.errors import printable
 from wnsurgery.parity import open_with_all_values, run_session
-from wnsurgery.runs import Case, copy_of, rng_kept
+from wnsurgery.runs import Case, copy_of, named_outputs, rng_kept
 
 __all__ = ["Parting", "first_difference"]
 
@@ -153,7 +153,8 @@ def _trace_of_module(model: nn.Module, inputs: Any, beside_graph: bool) -> _Trac
 
     def record(module: nn.Module, name: str, output: Any) -> None:
         count = calls[name] = calls.get(name, 0) + 1
-        values = tuple(as_array(x).copy() for x in pytree.tree_leaves(output) if isinstance(x, Tensor))
+        tensors = pytree.tree_leaves(output) if beside_graph else named_outputs(output).values()
+        values = tuple(as_array(x).copy() for x in tensors if isinstance(x, Tensor))
         called = name if count == 1 else f"{name} (call {count})"
         steps.append(_Step(called, _kind(module), values))
 

@@ -71,13 +71,11 @@ def tensor_outputs(output: Any) -> list[Tensor]:
 
 
 def named_outputs(output: Any) -> dict[str, Tensor]:
-    """The tensors anywhere in a model's output, by their way there: in containers, dataclasses and the attributes of
-    other objects, such as caches. What is no tensor is passed over.
+    """The tensors anywhere in an output, by their way there: in containers, dataclasses and the attributes of other
+    objects, such as caches. What is no tensor is passed over.
 
     >>> list(named_outputs((torch.ones(1), {"cache": [torch.ones(2), "a word"]})))
     ['output 0', 'output 1.cache.0']
-
-    Raises ExportError if there is none.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -93,8 +91,6 @@ def named_outputs(output: Any) -> dict[str, Tensor]:
                 visit(part, f"{way}.{name}" if way else f"output {name}" if isinstance(name, int) else str(name))
 
     visit((output,) if isinstance(output, Tensor) else output, "")
-    if not found:
-        raise ExportError(f"the model returns {type(output).__name__} without any tensor in it")
     return found
 
 
@@ -179,8 +175,12 @@ class Case:
         return [tensor.detach().clone() for tensor in tensor_outputs(self._output(model))]
 
     def run_by_name(self, model: nn.Module) -> dict[str, Tensor]:
-        """The tensors anywhere in the model's output, see `named_outputs`."""
-        return {name: tensor.detach().clone() for name, tensor in named_outputs(self._output(model)).items()}
+        """The tensors anywhere in the model's output, see `named_outputs`; ExportError if there is none."""
+        output = self._output(model)
+        found = {name: tensor.detach().clone() for name, tensor in named_outputs(output).items()}
+        if not found:
+            raise ExportError(f"the model returns {type(output).__name__} without any tensor in it")
+        return found
 
     def _output(self, model: nn.Module) -> Any:
         self.named(model)
