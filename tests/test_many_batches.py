@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import wnsurgery as wn
@@ -706,6 +708,88 @@ def test_a_forward_that_differentiates_its_own_layers(memory: Any, count: int, m
         assert (outputs[0].std(0, unbiased=False) - 1).abs().max() < 1e-4
     assert all(p.grad is None for p in model.parameters())
     model(x).square().sum().backward()
+
+
+class Checkpointed(Energy):
+    """The same with a checkpoint, which counts what its layers save for the backward pass, and hooks on a layer."""
+
+    counted = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+        self.inlet.register_forward_hook(lambda _m, _a, output: output * 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            first = lambda x: self.inlet(x).tanh()  # noqa: E731
+            energy = self.energy(checkpoint(first, x, use_reentrant=False) if self.counted else first(x))
+            (force,) = torch.autograd.grad(energy.sum(), x)
+        return self.last(force)
+
+
+def plainly(model: nn.Module) -> nn.Module:
+    return wn.apply_weight_norm(model)
+
+
+def by_torch(model: nn.Module) -> nn.Module:
+    for layer in model.children():
+        parametrizations.weight_norm(layer)
+    return model
+
+
+def by_hooks(model: nn.Module) -> nn.Module:
+    for layer in model.children():
+        nn.utils.weight_norm(layer)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated")
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("convert", [plainly, by_torch, by_hooks])
+def test_hooks_of_a_layer_that_is_measured_act_once(memory: Any, count: int, convert: Any) -> None:
+    """Where gradients are on, a layer is measured without a graph, and each of its other hooks acts once on what the
+    pass goes on with."""
+    torch.manual_seed(0)
+    model, x = convert(Checkpointed()), torch.randn(300, 5)
+    model.counted = convert is not by_hooks  # which compute the weight before the forward
+    wn.data_dependent_init(model, list(x.split(300 // count)), memory=memory)
+    outputs: list[Tensor] = []
+    for layer in model.children():
+        layer.register_forward_hook(lambda _m, _a, output: outputs.append(output.detach()), prepend=True)
+    model(x)
+    for output in (outputs[0], outputs[1], outputs[-1]):
+        assert output.mean(0).abs().max() < 1e-4
+        assert (output.std(0, unbiased=False) - 1).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["linear", "log", "frozen", "energy"])
+def test_directions_stay_to_the_bit(memory: Any, dtype: torch.dtype, kind: str) -> None:
+    """Weights that layers compute and keep while batches wait come to nothing: v, and g that is not set, stay."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(5, 4096), nn.ReLU(), nn.Linear(4096, 5), nn.ReLU(), nn.Linear(5, 5))
+    if kind == "energy":
+        model = Energy()
+        model.inlet, model.energy = nn.Linear(5, 4096), nn.Linear(4096, 1)
+    wn.apply_weight_norm(model.to(dtype), magnitude="log" if kind == "log" else "linear")
+    if kind == "frozen":
+        wn.freeze_magnitude(model, include="0")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("original1"):
+                p.mul_(1e5)  # too long to stand for unit directions
+    before = copy.deepcopy(model.state_dict())
+    report = wn.data_dependent_init(model, list(torch.randn(60, 5, dtype=dtype).split(20)), memory=memory)
+    kept = [name for name in before if name.endswith("original1")]
+    kept += [f"{left.name.removesuffix('weight')}parametrizations.weight.original0" for left in report.left]
+    assert len(kept) == 3 + (kind == "frozen")
+    model(torch.randn(3, 5, dtype=dtype))
+    for name in kept:
+        assert torch.equal(model.state_dict()[name], before[name]), name
 
 
 class Pool(nn.Module):

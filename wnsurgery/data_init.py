@@ -9,6 +9,7 @@ there, g and b are set from their joint moments, and each output is replaced by 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from wnsurgery.plan import Pattern, Skipped
 from wnsurgery.ranks import Ranks
 from wnsurgery.targets import Scale, bias_of, is_log, scales_of, select, settable_bias, sort_out
 from wnsurgery.text import columns
-from wnsurgery.walk import Slot, modules_of, slots
+from wnsurgery.walk import Slot, legacy_hooks, modules_of, slots
 
 __all__ = ["Channels", "InitReport", "LayerInit", "data_dependent_init"]
 
@@ -275,7 +276,9 @@ class _Run:
             for layer in self.layers.values():
                 module = layer.slot.module
                 handles.append(module.register_forward_pre_hook(layer.before, prepend=True))
+                handles.append(module.register_forward_pre_hook(layer.without_graph))
                 handles.append(module.register_forward_hook(layer.after, prepend=True, with_kwargs=True))
+                handles.append(module.register_forward_hook(layer.with_graph, always_call=True))
             yield
         except BaseException:
             for layer in self.layers.values():
@@ -417,6 +420,7 @@ class _Layer:
     def __init__(self, run: _Run, slot: Slot, axis: int, target: float, settable: bool) -> None:
         self.run, self.slot, self.axis, self.target, self.settable = run, slot, axis, target, settable
         self.open: set[int] = set()  # the batches inside its forward
+        self.quiet: set[int] = set()  # the threads inside its forward that had gradients on
         self.refused = self.masked = self.lent = False
         self.own_shift: Any = None
         self.directions = Directions(slot)
@@ -465,9 +469,23 @@ class _Layer:
             if not self.lent:
                 self.neutral()
 
+    def without_graph(self, module: nn.Module, args: Any) -> None:
+        """Measure without a graph, after all other hooks: what `after` makes anew has the only one."""
+        if torch.is_grad_enabled() and not self.run.sharded and self.run.passes.current in self.open:
+            self.quiet.add(threading.get_ident())
+            torch.set_grad_enabled(False)
+
+    def with_graph(self, *_: Any) -> None:
+        """Gradients again, whatever became of the forward pass."""
+        if threading.get_ident() in self.quiet:
+            self.quiet.discard(threading.get_ident())
+            torch.set_grad_enabled(True)
+
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         references = sys.getrefcount(output)
         run = self.run
+        if self.quiet:
+            self.with_graph()
         number = run.passes.current
         if number not in self.open:
             return None
@@ -496,15 +514,13 @@ class _Layer:
             self._meet(output, number, norms)
         if not self.settled:
             return None
-        return self._again(module, args, kwargs)  # with its graph: that output's would lead to g and b as they were
+        return self._again(module, args, kwargs)
 
     def _again(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """What the layer gives with its g and b as they are."""
-        self.refused = True
-        try:
-            return module(*args, **kwargs)
-        finally:
-            self.refused = False
+        """What the layer gives with its g and b as they are, with its graph; other hooks have run or will run."""
+        for hook in legacy_hooks(module) if self.slot.form == "legacy" else ():
+            hook(module, args)
+        return module.forward(*args, **kwargs)
 
     def _is_per_channel(self, output: Any) -> bool:
         return (
