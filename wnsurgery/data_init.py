@@ -169,8 +169,9 @@ def data_dependent_init(  # noqa: PLR0913 - one call with the options of one rec
     channel, over all batches and positions. Directions v stay. A layer called several times is set by its
     first call; one without a bias of its own gets its scale only; a channel that does not vary over the data keeps
     its g and b. Recurrent, attention-packed and lookup weights keep theirs, as do weights tied to these and layers the
-    data never reaches: each is named in the report. Modes, random state, buffers (running statistics) and gradients
-    are as before; on an error g and b are, too. Calling again with the same data gives the same result.
+    data never reaches: each is named in the report. A forward may turn gradients on and differentiate its own layers.
+    Modes, random state, buffers (running statistics) and gradients are as before; on an error g and b are, too. Calling
+    again with the same data gives the same result.
 
     Any number of batches of any sizes gives what all of them concatenated would, up to rounding, in one forward
     pass per batch; with torch.distributed, the batches of all ranks. BatchNorm in training mode normalises over all
@@ -208,7 +209,8 @@ def data_dependent_init(  # noqa: PLR0913 - one call with the options of one rec
         SelectionError: no weight-normalized weight is selected, init_scale is not positive and finite or names
             nothing, or the model holds lazy tensors.
         InputError: data is empty or gives pre-activations that are not finite, the model's forward fails on a batch
-            (which is named), or another rank failed.
+            (which is named) or calls layers from threads of its own where there are several batches, or another rank
+            failed.
         OutputError: no room for the temporary file.
     """
     if memory not in ("spill", "live", "recompute"):
