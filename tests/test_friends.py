@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,3 +247,26 @@ def test_tied_names_follow(name: str, tmp_path: Path) -> None:
     after = [(m.__dict__.get("_tied_weights_keys"), m.__dict__.get("all_tied_weights_keys")) for m in model.modules()]
     assert after == before
     assert same(model.state_dict(), plain)
+
+
+@pytest.mark.parametrize("way", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_resizing_converted_embeddings(way: Any) -> None:
+    """Refused before anything has changed, in copies too; a size that stays and a folded model are as they were."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40, bos_token_id=0, eos_token_id=0)
+    original = wn.apply_weight_norm(transformers.GPT2LMHeadModel(config).eval())
+    model, ids = way(original), torch.tensor([[1, 2]])
+    state, logits = {k: t.clone() for k, t in model.state_dict().items()}, model(ids).logits
+    for options in ({"new_num_tokens": 60}, {"pad_to_multiple_of": 16}, {"new_num_tokens": 30}):
+        for part in (model, model.transformer):
+            with pytest.raises(wn.SelectionError, match="cannot be resized from 40"):
+                part.resize_token_embeddings(**options)
+    assert model.config.vocab_size == model.transformer.wte.num_embeddings == 40
+    assert same(model.state_dict(), state)
+    assert torch.equal(model(ids).logits, logits)
+    for options in ({}, {"new_num_tokens": 40}, {"pad_to_multiple_of": 8}):
+        assert model.resize_token_embeddings(**options) is model.transformer.wte
+    fresh = set(vars(transformers.GPT2LMHeadModel(config)))
+    assert set(vars(wn.fold_weight_norm(model))) - fresh == {"vocab_size"}  # resizing sets that
+    model.resize_token_embeddings(60, mean_resizing=False)
+    assert wn.apply_weight_norm(model)(ids).logits.shape == (1, 2, 60)

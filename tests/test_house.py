@@ -40,7 +40,7 @@ LAYERS = [
     | {"onnx_layout", "onnx_functions", "onnx_guard"},
     {"graph", "parity", "choice", "following", "multi_tensor", "joint_graph"},
     {"walk", "steps", "flat_magnitudes", "deferred", "preparation"},
-    {"plan", "mechanism", "checkpoint", "tracing", "tied_names"},
+    {"plan", "mechanism", "checkpoint", "tracing", "tied_names", "resizing"},
     {"affine", "directions", "own_passes", "pairs", "targets", "promises", "manifest"},
     {"batchnorm", "data_init", "fans", "hosts", "modes"},
     {"surgery", "renormalize", "magnitudes", "param_groups", "delivery", "monitor", "loading"},

@@ -8,11 +8,14 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import wnsurgery as wn
@@ -639,3 +642,196 @@ def test_gradients_and_modes_inside_a_forward(autocast: bool) -> None:
         wn.data_dependent_init(model, list(x.split([30, 20, 10])))
         wn.data_dependent_init(whole, x)
     assert_same(model, whole, 2e-2 if autocast else 1e-5)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("inside", [False, True])
+def test_biases_that_autocast_has_cast_before(memory: Any, count: int, inside: bool) -> None:
+    """Autocast keeps casts of Parameters: none of a bias or g that is written to meanwhile is used again, neither in a
+    second call of the layer nor in a forward pass of the caller's within the same context."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again, self.last = nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside or torch.is_autocast_enabled("cpu")):
+                return self.last(self.again(self.again(self.first(x)).relu()))
+
+    torch.manual_seed(0)
+    model, x = wn.apply_weight_norm(Twice()), torch.randn(200, 8) + 1
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside), torch.no_grad():
+        model(x)
+        wn.data_dependent_init(model, list(x.split(200 // count + 1)), memory=memory)
+        y = model(x).float()
+    assert max(y.mean(0).abs().max(), (y.std(0) - 1).abs().max()) < 0.05
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(x)
+        wn.fan_init(model)
+        y = model(x)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(y, model(x))
+
+
+class Energy(nn.Module):
+    """Takes the gradient of a scalar that its own layers make, and goes on from that: a force field."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet, self.energy, self.last = nn.Linear(5, 16), nn.Linear(16, 1), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.energy(self.inlet(x).tanh())
+            (force,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        return self.last(force)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("magnitude", ["linear", "log"])
+def test_a_forward_that_differentiates_its_own_layers(memory: Any, count: int, magnitude: Any) -> None:
+    """Where gradients are on inside a forward, they pass through the layers as they are once g and b are set."""
+    torch.manual_seed(0)
+    model, x = wn.apply_weight_norm(Energy(), magnitude=magnitude), torch.randn(300, 5)
+    report = wn.data_dependent_init(model, list(x.split(300 // count)), memory=memory)
+    assert [layer.name for layer in report.initialised] == ["inlet.weight", "energy.weight", "last.weight"]
+    for layer in (model.inlet, model.energy, model.last):
+        outputs: list[Tensor] = []
+        handle = layer.register_forward_hook(lambda _m, _a, out, outputs=outputs: outputs.append(out.detach()))
+        model(x)
+        handle.remove()
+        assert outputs[0].mean(0).abs().max() < 1e-4
+        assert (outputs[0].std(0, unbiased=False) - 1).abs().max() < 1e-4
+    assert all(p.grad is None for p in model.parameters())
+    model(x).square().sum().backward()
+
+
+class Checkpointed(Energy):
+    """The same with a checkpoint, which counts what its layers save for the backward pass, and hooks on a layer."""
+
+    counted = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+        self.inlet.register_forward_hook(lambda _m, _a, output: output * 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            first = lambda x: self.inlet(x).tanh()  # noqa: E731
+            energy = self.energy(checkpoint(first, x, use_reentrant=False) if self.counted else first(x))
+            (force,) = torch.autograd.grad(energy.sum(), x)
+        return self.last(force)
+
+
+def plainly(model: nn.Module) -> nn.Module:
+    return wn.apply_weight_norm(model)
+
+
+def by_torch(model: nn.Module) -> nn.Module:
+    for layer in model.children():
+        parametrizations.weight_norm(layer)
+    return model
+
+
+def by_hooks(model: nn.Module) -> nn.Module:
+    for layer in model.children():
+        nn.utils.weight_norm(layer)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated")
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("convert", [plainly, by_torch, by_hooks])
+def test_hooks_of_a_layer_that_is_measured_act_once(memory: Any, count: int, convert: Any) -> None:
+    """Where gradients are on, a layer is measured without a graph, and each of its other hooks acts once on what the
+    pass goes on with."""
+    torch.manual_seed(0)
+    model, x = convert(Checkpointed()), torch.randn(300, 5)
+    model.counted = convert is not by_hooks  # which compute the weight before the forward
+    wn.data_dependent_init(model, list(x.split(300 // count)), memory=memory)
+    outputs: list[Tensor] = []
+    for layer in model.children():
+        layer.register_forward_hook(lambda _m, _a, output: outputs.append(output.detach()), prepend=True)
+    model(x)
+    for output in (outputs[0], outputs[1], outputs[-1]):
+        assert output.mean(0).abs().max() < 1e-4
+        assert (output.std(0, unbiased=False) - 1).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["linear", "log", "frozen", "energy"])
+def test_directions_stay_to_the_bit(memory: Any, dtype: torch.dtype, kind: str) -> None:
+    """Weights that layers compute and keep while batches wait come to nothing: v, and g that is not set, stay."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(5, 4096), nn.ReLU(), nn.Linear(4096, 5), nn.ReLU(), nn.Linear(5, 5))
+    if kind == "energy":
+        model = Energy()
+        model.inlet, model.energy = nn.Linear(5, 4096), nn.Linear(4096, 1)
+    wn.apply_weight_norm(model.to(dtype), magnitude="log" if kind == "log" else "linear")
+    if kind == "frozen":
+        wn.freeze_magnitude(model, include="0")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("original1"):
+                p.mul_(1e5)  # too long to stand for unit directions
+    before = copy.deepcopy(model.state_dict())
+    report = wn.data_dependent_init(model, list(torch.randn(60, 5, dtype=dtype).split(20)), memory=memory)
+    kept = [name for name in before if name.endswith("original1")]
+    kept += [f"{left.name.removesuffix('weight')}parametrizations.weight.original0" for left in report.left]
+    assert len(kept) == 3 + (kind == "frozen")
+    model(torch.randn(3, 5, dtype=dtype))
+    for name in kept:
+        assert torch.equal(model.state_dict()[name], before[name]), name
+
+
+class Pool(nn.Module):
+    """Calls layers from threads of its own: of a pool whose results it takes, or one it only joins."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.results = kind, {0: torch.zeros(()), 1: torch.zeros(())}
+        self.a, self.b, self.norm, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def work(number: int) -> None:
+            if self.kind != "norm":
+                self.results[number] = (self.a, self.b)[number](x)
+            else:
+                self.results[number] = self.norm(x)
+
+        if self.kind == "pool":
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(work, (0, 1)))
+        else:
+            threads = [threading.Thread(target=work, args=(n,)) for n in (0, 1)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        return self.last(torch.tanh(self.results[0]) + self.results[1] + 1)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("kind", ["pool", "threads", "norm"])
+def test_layers_called_from_threads_of_the_forward(memory: Any, kind: str) -> None:
+    """Several batches cannot meet there: that is an error, whatever becomes of the threads; one batch works."""
+    torch.manual_seed(0)
+    model, parts = wn.apply_weight_norm(Pool(kind)), [torch.randn(n, 8) for n in (64, 30, 7)]
+    before, threads = copy.deepcopy(model.state_dict()), threading.active_count()
+    with pytest.raises(wn.InputError, match="threads of its own") as caught:
+        wn.data_dependent_init(model, parts, memory=memory)
+    assert "one batch" in str(caught.value.hint)
+    assert threading.active_count() == threads
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    wn.data_dependent_init(model, parts[0], memory=memory)
+    first = model.last if kind == "norm" else model.a
+    x = torch.tanh(model.norm(parts[0])) + model.norm(parts[0]) + 1 if kind == "norm" else parts[0]
+    assert (first(x).std(0, unbiased=False) - 1).abs().max() < 1e-3

@@ -177,7 +177,7 @@ def test_what_cannot_be_watched_is_an_error() -> None:
     with pytest.raises(wn.SelectionError):
         wn.WeightNormMonitor(model, optimizer)
     wn.apply_weight_norm(model, optimizer=optimizer)
-    for wrong in ({"optimizer": []}, {"optimizer": optimizer, "every": 0}):
+    for wrong in ({"optimizer": []}, *({"optimizer": optimizer, "every": every} for every in (0, "a", 1.5, None))):
         with pytest.raises(wn.SelectionError):
             wn.WeightNormMonitor(model, **wrong)  # type: ignore[arg-type]
 

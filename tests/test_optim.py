@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.optim import Optimizer
 
 import wnsurgery as wn
+from wnsurgery.following import as_optimizers
 
 from nets import NETS, TiedLanguageModel, net, same_bits
 
@@ -518,10 +519,30 @@ def test_data_dependent_initialisation_drops_state(caplog: pytest.LogCaptureFixt
     run(model, optimizer, 2)
     with caplog.at_level(logging.WARNING, "wnsurgery"):
         wn.apply_weight_norm(model, init="data", data=X, optimizer=optimizer)
+    assert "init='data' changed weights" in caplog.text
     assert "starts anew" in caplog.text
     assert held(optimizer) == [id(p) for p in model.parameters()]
     assert model[0].parametrizations.weight.original1 not in optimizer.state
     run(model, optimizer, 2)
+
+
+@pytest.mark.parametrize("mode", ["fold", "mean-only"])
+def test_batch_norm_surgery_says_that_it_drops_state(mode: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """State is dropped where a BatchNorm was taken, and that is the reason given; where none was, state is carried."""
+    for net_, words in (
+        (nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)), f"batch_norm='{mode}' changed weights"),
+        (nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), ""),
+    ):
+        optimizer = torch.optim.SGD(net_.parameters(), 0.05, momentum=0.9)
+        net_(torch.randn(9, 4)).square().sum().backward()
+        optimizer.step()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "wnsurgery"):
+            wn.apply_weight_norm(net_, batch_norm=mode, optimizer=optimizer)
+        assert words in caplog.text
+        assert "init" not in caplog.text
+        assert len(caplog.records) == bool(words)
+        assert (net_[0].parametrizations.weight.original1 in optimizer.state) is not bool(words)
 
 
 def test_gradient_scaling_and_clipping_go_on() -> None:
@@ -736,3 +757,58 @@ def test_every_net_and_optimizer_goes_there_and_back(name: str) -> None:
                 for x in optimizer.state[p].values() if p in optimizer.state else ():
                     assert not isinstance(x, Tensor) or x.ndim == 0 or (x.shape == p.shape and x.isfinite().all())
             step()
+
+
+class Around:
+    """An optimizer around another, whose groups and state it hands out as its own."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+def accelerated(optimizer: Any) -> Any:
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.Accelerator(cpu=True).prepare(optimizer)
+
+
+@pytest.mark.parametrize("wrap", [Around, lambda one: Around(Around(one)), accelerated])
+def test_wrapped_optimizers_follow_as_the_ones_inside(wrap: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """What a wrapper delegates to keeps its state at conversion, renormalisation and folding, with nothing logged."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    nets = [plain, copy.deepcopy(plain)]
+    inner = [torch.optim.Adam(net.parameters(), 0.01) for net in nets]
+    given: list[Any] = [inner[0], wrap(inner[1])]
+    x = torch.randn(9, 4)
+
+    def train() -> None:
+        for net, optimizer in zip(nets, given, strict=True):
+            inner[given.index(optimizer)].zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+
+    train()
+    with caplog.at_level(logging.WARNING, "wnsurgery"):
+        for act in (wn.apply_weight_norm, wn.renormalize_, wn.fold_weight_norm):
+            for net, optimizer in zip(nets, given, strict=True):
+                act(net, optimizer=optimizer)
+            assert all(state for optimizer in inner for state in optimizer.state.values())
+            assert not wn.stale_parameters(nets[1], given[1])
+            train()
+            for a, b in zip(*(net.parameters() for net in nets), strict=True):
+                assert torch.equal(a, b)
+    assert not caplog.records
+    assert len(inner[1].state) == 4
+
+
+def test_a_wrapper_with_state_of_its_own_is_taken_as_it_is() -> None:
+    """Only what is the very state of the optimizer inside is looked for there."""
+    model = nn.Linear(3, 2)
+    outer: Any = Around(torch.optim.SGD(model.parameters(), 0.1))
+    outer.state = {}
+    assert as_optimizers(outer) == (outer,)
+    assert as_optimizers(Around(outer)) == (outer,)

@@ -420,6 +420,33 @@ def _of_all_forms() -> nn.Module:
     return nn.ModuleList([legacy, parametrizations.weight_norm(nn.Linear(3, 4)), ours, mixed, nn.Linear(3, 4)])
 
 
+class Final(nn.Linear):
+    """Forbids subclasses."""
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("Final is final")
+
+
+class Keyed(nn.Linear):
+    """Wants a keyword of its subclasses."""
+
+    def __init_subclass__(cls, *, key: str) -> None:
+        cls.key = key  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", [Final, Keyed])
+def test_classes_that_cannot_be_subclassed_are_named(kind: type[nn.Module]) -> None:
+    """The error names the layer and says what to do; the net is as it was, and converts without that layer."""
+    model = nn.Sequential(nn.Linear(3, 3), kind(3, 3))
+    before, bits = state(model), values(model)
+    with pytest.raises(wn.SelectionError, match=rf"1\.weight: {kind.__name__} cannot be subclassed") as caught:
+        wn.apply_weight_norm(model)
+    assert "exclude='1.weight'" in str(caught.value.hint)
+    assert state(model) == before
+    assert all(torch.equal(bits[name], value) for name, value in values(model).items())
+    wn.apply_weight_norm(model, exclude="1.weight")
+
+
 @pytest.mark.parametrize("failing", range(1, 13))
 def test_folding_that_fails_puts_every_form_back(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever weight of whatever form folding fails at, all modules have their attributes, tables and classes again,
@@ -523,6 +550,31 @@ def test_applying_twice_is_harmless() -> None:
 
 
 # Writing through the weight ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("made_by", [wn.apply_weight_norm, lambda m: parametrizations.weight_norm(m[0]) and m])
+def test_wishes_that_do_not_reach_weights_converted_before_are_logged(made_by: Any, caplog: Any) -> None:
+    """Applying again with an initialisation or frozen magnitudes changes nothing of what is converted, and says so."""
+    model = made_by(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    before = copy.deepcopy(model.state_dict())
+    for options, words in (
+        ({}, []),
+        ({"init": "data", "data": torch.randn(9, 3)}, ["init='data'", "1 weights", "data_dependent_init"]),
+        ({"init": "fan"}, ["init='fan'", "1 weights", "fan_init"]),
+        ({"freeze_magnitude": True}, ["freeze_magnitude=True", "1 weights", "call freeze_magnitude"]),
+    ):
+        caplog.clear()
+        wn.apply_weight_norm(model, **options)
+        assert len(caplog.records) == bool(words)
+        assert all(word in caplog.text for word in words)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model.append(nn.Linear(3, 3))
+    caplog.clear()
+    wn.apply_weight_norm(model, include="2", init="fan", freeze_magnitude=True)
+    assert not caplog.records
+    wn.freeze_magnitude(model)
+    wn.apply_weight_norm(model, freeze_magnitude=True)
+    assert not caplog.records
 
 
 def test_writes_into_the_weight_take_effect() -> None:

@@ -281,7 +281,7 @@ def test_clamping(magnitude: Any) -> None:
             assert model.weight.detach().norm(dim=1).min() > 0.5 - 1e-6
     fit(model, optimizer, 4)
     assert model.weight.detach().norm(dim=1).min() < 0.49
-    for bounds in ({}, {"min": -1.0}, {"min": 2.0, "max": 1.0}):
+    for bounds in ({}, {"min": -1.0}, {"min": 2.0, "max": 1.0}, {"min": "a"}, {"min": math.inf}, {"max": "1"}):
         with pytest.raises(wn.SelectionError):
             wn.clamp_magnitude_(model, **bounds)
 
@@ -310,6 +310,6 @@ def test_freezing(magnitude: Any) -> None:
     ]
     fit(model, optimizer, 1)
     assert not torch.allclose(model[0].weight.norm(dim=1), torch.full((4,), 0.25))
-    for at in ("none", -1.0, math.inf):
+    for at in ("none", -1.0, math.inf, None, True, [1.0], "1.0"):
         with pytest.raises(wn.SelectionError):
             wn.freeze_magnitude(model, at=at)  # type: ignore[arg-type]

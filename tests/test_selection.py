@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.ao.nn.quantized import dynamic as quantized
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import wnsurgery as wn
 from wnsurgery import layers
@@ -143,6 +143,53 @@ def test_register_layer(registry: None, key: Any) -> None:
         wn.register_layer(key, {})
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"parameters": {"kernel": None}},
+        {"parameters": {"kernel": "x"}},
+        {"parameters": {"kernel": True}},
+        {"parameters": {"kernel": (0, "a")}},
+        {"parameters": {1: 0}},
+        {"parameters": 3},
+        {"bias": 3},
+        {"output_axis": "x"},
+        {"output_axis": True},
+        {"output_axis": 1.0},
+    ],
+)
+def test_rows_of_wrong_types_are_refused_at_registration(registry: None, row: dict[str, Any]) -> None:
+    """What can be known of a row without a layer is told when it is registered, and nothing is registered then."""
+    with pytest.raises(wn.SelectionError, match="register_layer"):
+        wn.register_layer(Mixer, **{"parameters": {"kernel": 1}, **row})
+    assert layers.layer_of(Mixer()) is None
+
+
+def test_rows_that_do_not_fit_their_layer_name_it(registry: None) -> None:
+    """What only a layer can show is an error with its name, or a reason in the report of the initialisation."""
+    model = nn.Sequential(nn.Linear(5, 5), Mixer())
+    for row, words in (
+        ({"parameters": {"kernel": 5}}, r"1\.kernel \(Mixer\): kept axes \(5,\)"),
+        ({"parameters": {"kernel": lambda m: "x"}}, r"Mixer\.kernel: kept axes are"),
+        ({"bias": "no_such"}, r"1\.kernel \(Mixer\): it has no 'no_such'"),
+    ):
+        wn.register_layer(Mixer, **{"parameters": {"kernel": 1}, **row})  # type: ignore[dict-item]
+        with pytest.raises(wn.PairError, match=words):
+            wn.apply_weight_norm(model)
+        assert not wn.is_weight_normed(model)
+    for axis in (7, -7):
+        wn.register_layer(Mixer, {"kernel": lambda m: -1}, bias="shift", output_axis=axis)
+        report = wn.data_dependent_init(wn.apply_weight_norm(model), torch.randn(30, 5))
+        assert [layer.name for layer in report.initialised] == ["0.weight"]
+        assert "not one value per output channel" in report.left[0].reason
+        wn.fold_weight_norm(model)
+    wn.register_layer(Mixer, {"kernel": -1}, bias="shift", output_axis=1)
+    assert len(wn.data_dependent_init(wn.apply_weight_norm(model), torch.randn(30, 5)).initialised) == 2
+    wn.register_layer(Mixer, {"kernel": 1}, bias="no_such", output_axis=1)
+    with pytest.raises(wn.PairError, match=r"1\.kernel"):
+        wn.data_dependent_init(model, torch.randn(30, 5))
+
+
 def tower() -> nn.Module:
     model = nn.Module()
     model.encoder = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Conv1d(4, 4, 1))
@@ -210,9 +257,16 @@ def test_bad_patterns_and_axes() -> None:
         {"dim": 7},
         {"dim": {"head.*": 5}},
         {"dim": 1.5},
+        {"dim": {0: 1}},
+        {"dim": (0, "a")},
+        {"dim": True},
+        {"dim": {"*": (True,)}},
     ):
         with pytest.raises(wn.SelectionError):
             wn.plan_weight_norm(tower(), **options)  # type: ignore[arg-type]
+    for kind in ("float32", 1, torch.int8):
+        with pytest.raises(wn.SelectionError, match="magnitude_dtype"):
+            wn.apply_weight_norm(tower(), magnitude_dtype=kind)  # type: ignore[type-var,arg-type]
 
 
 def test_dim_by_pattern() -> None:
@@ -273,15 +327,109 @@ def test_reasons() -> None:
     assert chosen(model, exclude=["good", "view"], include="*") == []
 
 
+def on_one_tensor(flat: torch.Tensor, **views: torch.Tensor) -> nn.Module:
+    model = nn.Module()
+    model.free = nn.Linear(2, 2)
+    for name, view in views.items():
+        layer = nn.Linear(2, 2, bias=False)
+        layer.weight = nn.Parameter(view)
+        setattr(model, name, layer)
+    return model
+
+
+def test_weights_that_share_part_of_their_memory() -> None:
+    """Weights that have an element in common with any other tensor of the model are left alone, wherever they start."""
+    table = torch.randn(20, 8)
+    for view in (table[:10], table[10:], table[3:5], table[:, 2:4], table.view(10, 16)[:, 15:], table.t()[4:]):
+        model = on_one_tensor(table, whole=table, part=view)
+        assert "shares memory with part.weight" in reason(model, "whole.weight")
+        assert "shares memory with whole.weight" in reason(model, "part.weight")
+        assert chosen(model) == ["free.weight"]
+    model = on_one_tensor(table, a=table[:10], b=table[8:16], c=table[16:])
+    model.register_buffer("seen", table[-1])
+    assert chosen(model) == ["free.weight"]
+    assert "shares memory with seen" in reason(model, "c.weight")
+    columns = on_one_tensor(table, a=table[:, :6], b=table[:9, 6:], c=table[8:, 7:], d=table[9:11, 6:7])
+    assert chosen(columns) == ["free.weight", "a.weight", "d.weight"]
+
+
+def test_weights_side_by_side_in_one_storage() -> None:
+    """Views of one tensor that have no element in common are converted as weights of their own."""
+    flat = torch.randn(64)
+    views = {"a": flat[:16].view(4, 4), "b": flat[16:32].view(4, 4), "c": flat[40:].view(2, 12)}
+    assert chosen(on_one_tensor(flat, **views)) == ["free.weight", "a.weight", "b.weight", "c.weight"]
+    model = on_one_tensor(flat, **views)
+    model.flat = nn.Parameter(flat)
+    assert chosen(model) == ["free.weight"]
+    columns = on_one_tensor(flat, a=flat.view(8, 8)[:, :3], b=flat.view(8, 8)[:, 3:], c=torch.randn(1, 3).expand(5, 3))
+    assert chosen(columns) == ["free.weight", "a.weight", "b.weight", "c.weight"]
+
+
+class LowRank(nn.Module):
+    """A weight plus the product of two thin matrices, the second of which a layer makes."""
+
+    def __init__(self, rank: int = 2) -> None:
+        super().__init__()
+        self.a, self.inner = nn.Parameter(torch.randn(4, rank)), nn.Linear(rank, 4, bias=False)
+        self.register_buffer("scale", torch.ones(1, 1))
+
+    def forward(self, w: torch.Tensor) -> torch.Tensor:
+        return w + self.scale * self.inner(self.a)
+
+
+def test_tensors_inside_another_parametrization() -> None:
+    """What somebody else's parametrization holds is in the plan, as a part of it, and a tie to it is left alone."""
+    thin = nn.Linear(2, 4, bias=False)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)), thin, nn.Linear(3, 2))
+    parametrize.register_parametrization(model[0], "weight", LowRank())
+    parametrizations.orthogonal(model[1][0])
+    thin.weight = model[0].parametrizations.weight[0].inner.weight
+    parts = ["0.parametrizations.weight.0.a", "0.parametrizations.weight.0.scale"]
+    for name in (*parts, "0.parametrizations.weight.0.inner.weight"):
+        assert reason(model, name, include="*") == "belongs to the parametrization of 0.weight"
+    assert reason(model, "1.0.parametrizations.weight.0.base") == "belongs to the parametrization of 1.0.weight"
+    assert "belongs to the parametrization of 0.weight" in reason(model, "2.weight")
+    assert {id(t) for t in (*model.parameters(), *model.buffers())} <= {id(slot.tensor) for slot in slots(model)}
+    assert chosen(model) == ["3.weight"]
+    with pytest.raises(wn.SelectionError, match="no weight"):
+        wn.plan_weight_norm(parametrize.register_parametrization(nn.Linear(4, 4), "weight", LowRank()))
+    wn.fold_weight_norm(wn.apply_weight_norm(model))
+    assert "0.parametrizations.weight.0.a" in model.state_dict()
+
+
+def test_something_else_named_parametrizations() -> None:
+    """Layers that a user keeps under that name are ordinary layers; a layer with such an attribute is left alone."""
+    model = nn.Module()
+    model.parametrizations = nn.ModuleDict({"weight": nn.Linear(3, 3), "b": nn.Sequential(nn.Conv1d(2, 2, 1))})
+    model._tied_weights_keys = {"parametrizations.weight.weight": "weight"}
+    names = ["parametrizations.weight.weight", "parametrizations.b.0.weight"]
+    assert chosen(model) == names
+    assert len(modules_of(model)) == len(list(model.modules()))
+    keys = list(model.state_dict())
+    wn.apply_weight_norm(model)
+    assert "parametrizations.weight.parametrizations.weight.original0" in model.state_dict()
+    assert list(wn.fold_weight_norm(model).state_dict()) == keys
+    for own in (nn.ModuleDict(), nn.ModuleDict({"extra": nn.Linear(3, 3)}), nn.Linear(3, 3), "a word", None):
+        layer = nn.Linear(3, 3)
+        layer.parametrizations = own
+        both = nn.Sequential(nn.Linear(3, 3), layer)
+        assert "`parametrizations` of its own" in reason(both, "1.weight")
+        wn.fold_weight_norm(wn.apply_weight_norm(both))
+        assert both[1].parametrizations is own
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_what_is_no_module_or_cannot_change() -> None:
     """TorchScript modules are left alone with a sentence; what is no module is a TypeError."""
     model = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2)))
     assert "TorchScript" in reason(model, "1.weight")
     assert chosen(wn.apply_weight_norm(model), include="*") == []
-    for function in (wn.apply_weight_norm, wn.fold_weight_norm, wn.plan_weight_norm, wn.is_weight_normed):
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], 0.1)
+    functions: tuple[Any, ...] = (wn.apply_weight_norm, wn.fold_weight_norm, wn.plan_weight_norm, wn.is_weight_normed)
+    functions += (wn.plan_batch_norm, lambda m: wn.stale_parameters(m, optimizer))
+    for function in functions:
         with pytest.raises(TypeError, match="str"):
-            function("model.pt")  # type: ignore[type-var,arg-type]
+            function("model.pt")
 
 
 def test_frozen_and_meta_weights_are_converted() -> None:

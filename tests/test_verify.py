@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +16,7 @@ from onnx import numpy_helper
 from safetensors.torch import save_file
 from torch import nn
 
+from wnsurgery.bisection import first_difference
 from wnsurgery.errors import InputError, InputMissingError, SelectionError, UnsafeFileError, VerificationError
 from wnsurgery.export import export_onnx
 from wnsurgery.graph import fold_onnx
@@ -284,3 +288,97 @@ def test_nan_weights_prove_nothing(tmp_path: Path) -> None:
     report = verify(tmp_path / "a.pt", tmp_path / "a.pt")
     assert not report.ok
     assert "NaN on both sides" in report.problems[0]
+
+
+class Cache:
+    """Keeps tensors in an attribute, as the caches of language models do, beside what is no tensor."""
+
+    def __init__(self, keys: list[torch.Tensor]) -> None:
+        self.keys, self.name, self.itself = keys, "cache", self
+
+
+class Structured(nn.Module):
+    """Returns a nest of containers and objects: what it is, is decided from outside."""
+
+    def __init__(self, make: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.second, self.make = nn.Linear(3, 3), nn.Linear(3, 3), make
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.make(self.first(x), self.second(x))
+
+
+@dataclass
+class Both:
+    """A dataclass of outputs."""
+
+    y: torch.Tensor
+    cache: Any
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda y, k: {"y": y, "cache": Cache([k]), "note": "no tensor"},
+        lambda y, k: (y, None, 3, Cache([k])),
+        lambda y, k: Both(y, [Cache([k]), {"more": k}]),
+        lambda y, k: [Cache([y]), (k, "a word")],
+    ],
+)
+def test_two_modules_that_return_any_structure_with_tensors(make: Any) -> None:
+    """Every tensor in it counts, and nothing else; a difference that shows in a cache alone fails and is found."""
+    torch.manual_seed(0)
+    a, x = Structured(make), torch.randn(4, 3)
+    b = apply_weight_norm(copy.deepcopy(a))
+    verify(a, b, x).raise_for_status()
+    assert len(verify(a, b, x).outputs[0].outputs) >= 2
+    assert first_difference(a, b, x).layer is None
+    with torch.no_grad():
+        b.second.bias[0] += 1
+    report = verify(a, b, x, any_dtype=True)
+    assert not report.ok
+    assert len([o for o in report.outputs[0].outputs if o.ok]) == 1
+    assert first_difference(a, b, x).layer == "second"
+
+
+def test_outputs_of_other_structure_or_without_tensors_fail(tmp_path: Path) -> None:
+    """Two modules must return the same structure, with a tensor in it; beside a graph only tensors will do."""
+    torch.manual_seed(0)
+    a, x = Structured(lambda y, k: (y, Cache([k]))), torch.randn(4, 3)
+    for make in (lambda y, k: (y,), lambda y, k: (y, Cache([k, k])), lambda y, k: {"y": y, "cache": Cache([k])}):
+        b = copy.deepcopy(a)
+        b.make = make
+        for pair in ((a, b), (b, a)):
+            with pytest.raises(VerificationError, match="only on the"):
+                verify(*pair, x).raise_for_status()
+    for nothing in (lambda y, k: None, lambda y, k: Cache([]), lambda y, k: "y", lambda y, k: [nn.Linear(1, 1), Cache]):
+        b.make = nothing
+        with pytest.raises(InputError, match="without any tensor"):
+            verify(b, b, x)
+        assert not verify(a, b, x).ok
+    b.make = lambda y, k: (y, Cache([k + 1]))
+    assert first_difference(a, b, x).layer == "the whole"
+    plain = copy.deepcopy(a)
+    plain.make = lambda y, k: (y, k)
+    export_onnx(plain, x, tmp_path / "model.onnx")
+    verify(plain, tmp_path / "model.onnx", x).raise_for_status()
+    assert "Cache" in verify(a, tmp_path / "model.onnx", x).failures[0]
+
+
+def test_language_models_that_return_a_cache() -> None:
+    """transformers' models return their keys and values in an object of their own; these are compared."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, intermediate_size=16, num_key_value_heads=2)
+    torch.manual_seed(0)
+    a, ids = transformers.LlamaForCausalLM(config).eval(), torch.tensor([[1, 2, 3]])
+    b = apply_weight_norm(copy.deepcopy(a))
+    report = verify(a, b, {"input_ids": ids})
+    report.raise_for_status()
+    assert len(report.outputs[0].outputs) == 3
+    with torch.no_grad():
+        b.model.layers[0].self_attn.v_proj.parametrizations.weight.original0.mul_(1.01)
+    report = verify(a, b, {"input_ids": ids}, bisect=True)
+    assert sum(o.ok for o in report.outputs[0].outputs) == 1
+    assert report.parting is not None
+    assert report.parting.layer == "model.layers.0.self_attn.v_proj"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from wnsurgery.errors import PairError
 from wnsurgery.layers import Layer, layer_of, own_row
 from wnsurgery.mechanism import WeightNormList
 from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, compose, decompose
@@ -201,7 +202,10 @@ def affine_of(module: nn.Module) -> Affine | str:
     slot = weights[0]
     axes = row.axes(module, slot.parameter)
     assert axes is not None
-    return Affine(module, row, slot, axes.check(slot.shape or ()))
+    try:
+        return Affine(module, row, slot, axes.check(slot.shape or ()))
+    except PairError as error:
+        return error.message
 
 
 class Holdings:

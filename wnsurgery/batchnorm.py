@@ -28,6 +28,7 @@ from wnsurgery.errors import NonFiniteWeightError, SelectionError
 from wnsurgery.mean_only import MeanOnlyBatchNorm, MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from wnsurgery.snapshot import HOOKS, Snapshot
 from wnsurgery.tracing import trace
+from wnsurgery.walk import check_module
 
 __all__ = [
     "BatchNormMode",
@@ -165,6 +166,7 @@ def without_batch_norm(
 def _plan(model: nn.Module, mode: str, inputs: Any, data: Any = None) -> tuple[BatchNormPlan, list[_Cut]]:
     if mode not in ("fold", "mean-only"):
         raise SelectionError(f'batch_norm must be "keep", "fold" or "mean-only", not {mode!r}')
+    check_module(model)
     norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
     if not norms:
         return BatchNormPlan(), []

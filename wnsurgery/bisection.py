@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from wnsurgery.differences import OutputDifference, as_array, compare_outputs
 from wnsurgery.errors import printable
 from wnsurgery.parity import open_with_all_values, run_session
-from wnsurgery.runs import Case, copy_of, rng_kept
+from wnsurgery.runs import Case, copy_of, named_outputs, rng_kept
 
 __all__ = ["Parting", "first_difference"]
 
@@ -87,7 +87,8 @@ def first_difference(
 
     Raises ExportError or InputError where a side does not run on the inputs.
     """
-    sides = [_trace(x, inputs) for x in (a, b)]
+    beside_graph = not (isinstance(a, nn.Module) and isinstance(b, nn.Module))
+    sides = [_trace(x, inputs, beside_graph) for x in (a, b)]
     pair = _pairs(sides[0], sides[1])
     verdicts = [_compared(x, y, (rtol, atol)) for x, y in pair]
     alone = len(sides[0].steps) + len(sides[1].steps) - 2 * len(pair)
@@ -138,11 +139,13 @@ class _Trace:
     is_graph: bool
 
 
-def _trace(side: nn.Module | Path_, inputs: Any) -> _Trace:
-    return _trace_of_module(side, inputs) if isinstance(side, nn.Module) else _trace_of_graph(side, inputs)
+def _trace(side: nn.Module | Path_, inputs: Any, beside_graph: bool) -> _Trace:
+    if isinstance(side, nn.Module):
+        return _trace_of_module(side, inputs, beside_graph)
+    return _trace_of_graph(side, inputs)
 
 
-def _trace_of_module(model: nn.Module, inputs: Any) -> _Trace:
+def _trace_of_module(model: nn.Module, inputs: Any, beside_graph: bool) -> _Trace:
     with torch.no_grad():
         model = copy_of(model).eval()
     steps: list[_Step] = []
@@ -150,7 +153,8 @@ def _trace_of_module(model: nn.Module, inputs: Any) -> _Trace:
 
     def record(module: nn.Module, name: str, output: Any) -> None:
         count = calls[name] = calls.get(name, 0) + 1
-        values = tuple(as_array(x).copy() for x in pytree.tree_leaves(output) if isinstance(x, Tensor))
+        tensors = pytree.tree_leaves(output) if beside_graph else named_outputs(output).values()
+        values = tuple(as_array(x).copy() for x in tensors if isinstance(x, Tensor))
         called = name if count == 1 else f"{name} (call {count})"
         steps.append(_Step(called, _kind(module), values))
 
@@ -159,7 +163,7 @@ def _trace_of_module(model: nn.Module, inputs: Any) -> _Trace:
             module.register_forward_hook(lambda m, _, output, name=name: record(m, name, output))
     case = Case.fitting(inputs, model)
     with torch.no_grad(), rng_kept(model):
-        case.run(model)
+        case.run(model) if beside_graph else case.run_by_name(model)
     return _Trace(tuple(steps), is_graph=False)
 
 

@@ -9,6 +9,7 @@ there, g and b are set from their joint moments, and each output is replaced by 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from wnsurgery.plan import Pattern, Skipped
 from wnsurgery.ranks import Ranks
 from wnsurgery.targets import Scale, bias_of, is_log, scales_of, select, settable_bias, sort_out
 from wnsurgery.text import columns
-from wnsurgery.walk import Slot, modules_of, slots
+from wnsurgery.walk import Slot, legacy_hooks, modules_of, slots
 
 __all__ = ["Channels", "InitReport", "LayerInit", "data_dependent_init"]
 
@@ -168,8 +169,9 @@ def data_dependent_init(  # noqa: PLR0913 - one call with the options of one rec
     channel, over all batches and positions. Directions v stay. A layer called several times is set by its
     first call; one without a bias of its own gets its scale only; a channel that does not vary over the data keeps
     its g and b. Recurrent, attention-packed and lookup weights keep theirs, as do weights tied to these and layers the
-    data never reaches: each is named in the report. Modes, random state, buffers (running statistics) and gradients
-    are as before; on an error g and b are, too. Calling again with the same data gives the same result.
+    data never reaches: each is named in the report. A forward may turn gradients on and differentiate its own layers.
+    Modes, random state, buffers (running statistics) and gradients are as before; on an error g and b are, too. Calling
+    again with the same data gives the same result.
 
     Any number of batches of any sizes gives what all of them concatenated would, up to rounding, in one forward
     pass per batch; with torch.distributed, the batches of all ranks. BatchNorm in training mode normalises over all
@@ -207,7 +209,8 @@ def data_dependent_init(  # noqa: PLR0913 - one call with the options of one rec
         SelectionError: no weight-normalized weight is selected, init_scale is not positive and finite or names
             nothing, or the model holds lazy tensors.
         InputError: data is empty or gives pre-activations that are not finite, the model's forward fails on a batch
-            (which is named), or another rank failed.
+            (which is named) or calls layers from threads of its own where there are several batches, or another rank
+            failed.
         OutputError: no room for the temporary file.
     """
     if memory not in ("spill", "live", "recompute"):
@@ -275,7 +278,9 @@ class _Run:
             for layer in self.layers.values():
                 module = layer.slot.module
                 handles.append(module.register_forward_pre_hook(layer.before, prepend=True))
+                handles.append(module.register_forward_pre_hook(layer.without_graph))
                 handles.append(module.register_forward_hook(layer.after, prepend=True, with_kwargs=True))
+                handles.append(module.register_forward_hook(layer.with_graph, always_call=True))
             yield
         except BaseException:
             for layer in self.layers.values():
@@ -305,6 +310,7 @@ class _Run:
             jobs = self._drawn(batches, fresh=spill is not None and not kept)
         try:
             count = self._all(jobs)
+            self.passes.check()
         finally:
             if spill is not None:
                 spill.close()
@@ -357,6 +363,7 @@ class _Run:
             batch = moved(held.pop() if once else held[0], _device(self.model), fresh=fresh and not alone)
             self.masks[number] = masks_of(self.mask, batch)
             self.forward(self.model, batch)
+            self.passes.check()
         except InputError as error:
             if alone:
                 raise
@@ -365,6 +372,7 @@ class _Run:
             raise
         except Exception as error:
             # models raise what they like; all of it means that this batch does not work
+            self.passes.check()
             raise InputError(f"the model's forward failed on batch {number}: {in_one_line(error)}") from error
         finally:
             self.masks.pop(number, None)
@@ -414,6 +422,7 @@ class _Layer:
     def __init__(self, run: _Run, slot: Slot, axis: int, target: float, settable: bool) -> None:
         self.run, self.slot, self.axis, self.target, self.settable = run, slot, axis, target, settable
         self.open: set[int] = set()  # the batches inside its forward
+        self.quiet: set[int] = set()  # the threads inside its forward that had gradients on
         self.refused = self.masked = self.lent = False
         self.own_shift: Any = None
         self.directions = Directions(slot)
@@ -433,6 +442,7 @@ class _Layer:
             self.g.fill_(0.0 if self.log else 1.0)
             if self.bias is not None:
                 self.bias.zero_()
+        torch.clear_autocast_cache()
 
     def lend(self) -> bool:
         """v for the weight and b = 0, where that does; whether it does."""
@@ -440,16 +450,20 @@ class _Layer:
             return False
         if self.bias is not None:
             self.bias.zero_()
+            torch.clear_autocast_cache()
         return True
 
     def restore(self, *, only_bias: bool = False) -> None:
         with torch.no_grad():
             for tensor, value in self.old[only_bias:]:
                 tensor.copy_(value)
+        torch.clear_autocast_cache()  # which does not see that a Parameter was written to
 
     def before(self, module: nn.Module, args: Any) -> None:
         passes = self.run.passes
         if self.settled or self.refused or not passes.listening or passes.current in self.open:
+            return
+        if not self.run.alone and passes.is_stray():
             return
         self.open.add(passes.current)
         if not self.run.sharded:
@@ -457,9 +471,23 @@ class _Layer:
             if not self.lent:
                 self.neutral()
 
+    def without_graph(self, module: nn.Module, args: Any) -> None:
+        """Measure without a graph, after all other hooks: what `after` makes anew has the only one."""
+        if torch.is_grad_enabled() and not self.run.sharded and self.run.passes.current in self.open:
+            self.quiet.add(threading.get_ident())
+            torch.set_grad_enabled(False)
+
+    def with_graph(self, *_: Any) -> None:
+        """Gradients again, whatever became of the forward pass."""
+        if threading.get_ident() in self.quiet:
+            self.quiet.discard(threading.get_ident())
+            torch.set_grad_enabled(True)
+
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         references = sys.getrefcount(output)
         run = self.run
+        if self.quiet:
+            self.with_graph()
         number = run.passes.current
         if number not in self.open:
             return None
@@ -482,31 +510,33 @@ class _Layer:
             self.restore(only_bias=self.lent)
         fresh = run.fresh is not None and run.fresh.taken(output, references)
         if not torch.is_grad_enabled():
-            return self._meet(output, number, norms, fresh)
+            self._meet(output, number, norms)
+            return self._final(output, norms, fresh) if self.settled else None
         with torch.no_grad():
-            return self._meet(output, number, norms, fresh)
+            self._meet(output, number, norms)
+        if not self.settled:
+            return None
+        return self._again(module, args, kwargs)
 
     def _again(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """What the layer gives with its g and b as they are."""
-        self.refused = True
-        try:
-            return module(*args, **kwargs)
-        finally:
-            self.refused = False
+        """What the layer gives with its g and b as they are, with its graph; other hooks have run or will run."""
+        for hook in legacy_hooks(module) if self.slot.form == "legacy" else ():
+            hook(module, args)
+        return module.forward(*args, **kwargs)
 
     def _is_per_channel(self, output: Any) -> bool:
         return (
             isinstance(output, Tensor)
-            and output.ndim >= -self.axis
+            and -output.ndim <= self.axis < output.ndim
             and output.shape[self.axis] == self.channels
             and output.is_floating_point()
         )
 
-    def _meet(self, output: Tensor, number: int, norms: Any, fresh: bool) -> Tensor | None:
-        """Wait with the moments of one batch's output until g and b are set; returns the output that these give.
+    def _meet(self, output: Tensor, number: int, norms: Any) -> None:
+        """Wait with the moments of one batch's output until g and b are set, or in a whole pass that goes on for the
+        sake of others no longer.
 
-        norms: what the output is multiplied by per channel; None where it was made with g = 1. fresh: nobody else holds
-        the output.
+        norms: what the output is multiplied by per channel; None where it was made with g = 1.
         """
         run = self.run
         masks = run.masks.get(number, ())
@@ -521,12 +551,14 @@ class _Layer:
                 self.set(moments, norms)
             else:
                 run.passes.meet(("layer", self.slot.fqn, 0), moments if norms is None else moments.divided(norms))
-            if not self.settled:  # a whole pass that goes on for the sake of others
-                return None
-            _, scale = run.set_by[id(self.g)]
-            shift = self.own_shift
-            if shift is None and self.bias is not None:
-                shift = _values(self.old[1][1])
+
+    def _final(self, output: Tensor, norms: Any, fresh: bool) -> Tensor:
+        """What the layer gives with its g and b as they are set now. fresh: nobody else holds the output."""
+        _, scale = self.run.set_by[id(self.g)]
+        shift = self.own_shift
+        if shift is None and self.bias is not None:
+            shift = _values(self.old[1][1])
+        with np.errstate(all="ignore"):
             return scaled(output, self.axis, scale if norms is None else scale / norms, shift, in_place=fresh)
 
     def set(self, moments: Moments, norms: Any = None) -> None:
@@ -554,6 +586,7 @@ class _Layer:
             stored.append(_assign(self.bias, shift))
         elif self.bias is not None:
             stored.append(_assign(self.bias, _values(self.old[1][1])))
+        torch.clear_autocast_cache()
         self.run.set_by[id(self.g)] = (self.slot.fqn, scale)
         self.own_shift = shift
         before = [old for _, old in self.old]

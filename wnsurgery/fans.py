@@ -128,6 +128,7 @@ def _set(slot: Slot, scale: float, zero_bias: bool, generator: torch.Generator |
         v.copy_(_directions(axes, v, _groups(slot), generator))
         if bias is not None and zero_bias:
             bias.zero_()
+    torch.clear_autocast_cache()  # which does not see that a Parameter was written to
     return LayerFan(slot.fqn, tuple(v.shape), fan_in, fan_out, size, bias is not None and zero_bias)
 
 

@@ -71,10 +71,11 @@ class Swap:
 
 
 def as_optimizers(optimizer: Optimizers | None, *, flat: bool = False) -> tuple[Optimizer, ...]:
-    """One optimizer, several, or none, as a tuple; SelectionError for anything else, and for LBFGS unless `flat`."""
+    """One optimizer, several, or none, as a tuple, each out of what is wrapped around it; SelectionError for anything
+    else, and for LBFGS unless `flat`."""
     if optimizer is None:
         return ()
-    several = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+    several = tuple(map(_unwrapped, optimizer if isinstance(optimizer, list | tuple) else (optimizer,)))
     for one in several:
         if not (isinstance(getattr(one, "param_groups", None), list) and hasattr(one, "state")):
             hint = "give the optimizer it schedules" if hasattr(one, "optimizer") else None
@@ -85,6 +86,15 @@ def as_optimizers(optimizer: Optimizers | None, *, flat: bool = False) -> tuple[
                 hint="make a new LBFGS afterwards",
             )
     return several
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer whose groups and state a wrapper hands out as its own, as accelerate's does."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None and all(
+        getattr(optimizer, name, None) is getattr(inner, name, optimizer) for name in ("param_groups", "state")
+    ):
+        optimizer = inner
+    return optimizer
 
 
 class Follower:
@@ -100,20 +110,21 @@ class Follower:
         self.optimizers = as_optimizers(optimizer)
         self.before = _names(model) if self.optimizers else {}
 
-    def split(self, swaps: Iterable[Swap], *, carry: bool = True) -> None:
-        """Weights became pairs. `carry=False` drops state and gradients: the function has changed."""
+    def split(self, swaps: Iterable[Swap], *, changed_by: str = "") -> None:
+        """Weights became pairs. `changed_by`: what gave the weights other values, if anything did, in words; state and
+        gradients are dropped then."""
         swaps = list(swaps) if self.optimizers else []
-        if carry:
+        if not changed_by:
             _warn_of_unknown(self.optimizers, [swap.weight for swap in swaps])
         elif any(one.state.get(swap.weight) for one in self.optimizers for swap in swaps):
-            _log.warning("initialisation from data changes the function: optimizer state of its weights starts anew")
+            _log.warning("%s changed weights: the optimizer state of all that were converted starts anew", changed_by)
         for one in self.optimizers:
             held = _held(one)
             if isinstance(one, torch.optim.Muon) and any(id(swap.weight) in held for swap in swaps):
                 raise SelectionError("Muon turns whole matrices, which magnitudes are not", hint="use AdamW for them")
         grads: list[tuple[Tensor, Tensor | None]] = []
         states: list[tuple[Optimizer, nn.Parameter, State]] = []
-        for swap in swaps if carry else ():
+        for swap in swaps if not changed_by else ():
             rule = ChainRule.of_gradients(swap.g, swap.v, swap.axes, swap.magnitude)
             grads += _split_grad(swap, rule)
             for one in self.optimizers:

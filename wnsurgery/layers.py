@@ -5,15 +5,16 @@ What the package knows about a kind of layer stands in one row here, and nowhere
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 
-from wnsurgery.errors import SelectionError
+from wnsurgery.errors import PairError, SelectionError
 from wnsurgery.reparam import Axes
 
 __all__ = ["KeptAxes", "Layer", "layer_of", "own_row", "register_layer"]
@@ -31,6 +32,7 @@ class Layer:
         output_axis: axis of the output that indexes channels, negative; None where the output is not
             one linear map of the input (recurrent, attention, lookup), so data cannot set g.
         by_default: whether a weight is converted when nobody asks for it by name.
+        registered: whether somebody else made the row, who may be wrong about a layer.
         note: why data cannot set g, or why the row is off by default; read by people.
     """
 
@@ -39,6 +41,7 @@ class Layer:
     output_axis: int | None = None
     by_default: bool = True
     note: str = ""
+    registered: bool = False
 
     def axes(self, module: nn.Module, parameter: str) -> Axes | None:
         """Kept axes of a parameter of a module of this type, None where it is not a weight."""
@@ -46,10 +49,32 @@ class Layer:
             if parameter == name or fnmatchcase(parameter, name):
                 if isinstance(kept, int):
                     return _kept_axis(kept)
-                if isinstance(kept, Axes):
-                    return kept
-                return kept(module) if callable(kept) else Axes(tuple(kept))
+                found = kept(module) if callable(kept) else kept
+                if found is None or isinstance(found, Axes):
+                    return found
+                if not _are_axes(found):
+                    raise PairError(f"{type(module).__name__}.{parameter}: {_NO_AXES}, not {found!r}")
+                return Axes((found,) if isinstance(found, int) else tuple(found))
         return None
+
+    def check(self, module: nn.Module, parameter: str, fqn: str, shape: Sequence[int]) -> None:
+        """Raise PairError, with the qualified name of a weight, where a row does not fit that weight's module."""
+        axes = self.axes(module, parameter)
+        name, kind = f"{fqn} ({type(module).__name__})", "which register_layer names"
+        try:
+            None if axes is None else axes.check(shape)
+        except PairError as error:
+            raise PairError(f"{name}: {error.message}, {kind}") from error
+        if self.bias is not None and not hasattr(module, self.bias):
+            raise PairError(f"{name}: it has no {self.bias!r}, {kind} as its bias")
+
+
+_NO_AXES = "kept axes are an int, a tuple of ints or a function of the module that returns these"
+
+
+def _are_axes(kept: Any) -> bool:
+    several = kept if isinstance(kept, tuple | list) else (kept,)
+    return isinstance(kept, Axes) or all(isinstance(axis, int) and not isinstance(axis, bool) for axis in several)
 
 
 @cache
@@ -140,11 +165,20 @@ def register_layer(
             data-dependent initialisation.
         by_default: False converts it only when `include` asks for it.
 
-    Raises SelectionError for an empty table of parameters, TypeError for a layer that is neither.
+    Raises SelectionError for an empty table of parameters and for names and axes of another type, TypeError for a layer
+    that is neither. What only a module can show (no such bias, no such axis) is a PairError when one is planned.
     """
-    row = Layer(dict({"weight": 0} if parameters is None else parameters), bias, output_axis, by_default)
-    if not row.parameters:
-        raise SelectionError("register_layer needs at least one parameter name")
+    table = {"weight": 0} if parameters is None else parameters
+    if not isinstance(table, Mapping) or not table or not all(isinstance(name, str) for name in table):
+        raise SelectionError(f"register_layer needs a mapping with at least one parameter name, not {table!r}")
+    for name, kept in table.items():
+        if not (callable(kept) or _are_axes(kept)):
+            raise SelectionError(f"register_layer: {name}: {_NO_AXES}, not {kept!r}")
+    if not (bias is None or isinstance(bias, str)):
+        raise SelectionError(f"register_layer: bias is the name of a parameter or None, not {bias!r}")
+    if not (output_axis is None or (isinstance(output_axis, int) and not isinstance(output_axis, bool))):
+        raise SelectionError(f"register_layer: output_axis is an int or None, not {output_axis!r}")
+    row = Layer(dict(table), bias, output_axis, by_default, registered=True)
     if isinstance(layer, str):
         _by_name[layer] = row
         _row_named.cache_clear()

@@ -64,6 +64,34 @@ def most_wanted(waiting: Mapping[int, Point]) -> Point | None:
     return max(count, key=lambda point: count[point]) if count else None
 
 
+class Strays:
+    """Knows whether each job stays on its thread, and keeps the error that says so of one that did not.
+
+    A thread that a job started cannot wait in the job's place, and no error in it need reach the job.
+    """
+
+    def __init__(self) -> None:
+        self._caller = threading.get_ident()
+        self._stray = False
+
+    def is_stray(self) -> bool:
+        """Called by what may be a job: whether it runs on another thread than the job in hand; that is remembered."""
+        stray = threading.get_ident() != self._own_thread()
+        self._stray = self._stray or stray
+        return stray
+
+    def check(self) -> None:
+        """Raise InputError if a job has left its thread."""
+        if self._stray:
+            raise InputError(
+                "the model's forward calls its layers from threads of its own, which cannot wait for other batches",
+                hint="give one batch: it need not wait",
+            )
+
+    def _own_thread(self) -> int | None:
+        return self._caller
+
+
 class _Cancelled(BaseException):
     """Unwinds a paused run after another one failed."""
 
@@ -84,7 +112,7 @@ class _Run:
     error: BaseException | None = None
 
 
-class Lockstep:
+class Lockstep(Strays):
     """Runs every job on a thread of its own, one at a time, each from meeting point to meeting point.
 
     A single job runs on the caller's thread. Which job runs when depends on the points alone, never on timing. An
@@ -92,6 +120,7 @@ class Lockstep:
     """
 
     def __init__(self, meeting: Meeting, guards: Sequence[Guard] = ()) -> None:
+        super().__init__()
         self.current = 0
         self.listening = True
         self._meeting, self._guards = meeting, guards
@@ -128,13 +157,16 @@ class Lockstep:
         return len(self._runs)
 
     def meet(self, point: Point, value: Any) -> None:
-        """Called by a job: wait here until the point is settled."""
+        """Called by a job: wait here until the point is settled; elsewhere than on its thread it does not wait."""
+        if self.is_stray():
+            return
         if not self._runs:
             self._meet_alone(point, value)
             return
         run = self._runs[self.current]
         if self._cancelled:
             raise _Cancelled
+        self.check()
         run.paused, run.running = Paused(point, value), False
         self._back.release()
         run.go.acquire()
@@ -158,6 +190,12 @@ class Lockstep:
         if error is not None:
             raise error
         return value
+
+    def _own_thread(self) -> int | None:
+        if not self._runs:
+            return self._caller
+        thread = self._runs[self.current].thread
+        return None if thread is None else thread.ident
 
     def _meet_alone(self, point: Point, value: Any) -> None:
         paused = {0: Paused(point, value)}
@@ -270,7 +308,7 @@ class _Stop(BaseException):
     """Breaks a run off at the point it will be run up to again."""
 
 
-class Replay:
+class Replay(Strays):
     """Runs the jobs one after the other, each only up to its first unsettled point, again and again.
 
     Keeps no run half done, and so no activations; costs one (partial) run per job and point. Random draws of a job
@@ -281,6 +319,7 @@ class Replay:
     def __init__(
         self, meeting: Meeting, *, whole: bool = False, rounds_of: int | None = None, spare: Job | None = None
     ) -> None:
+        super().__init__()
         self.current = 0
         self.listening = True
         self._meeting, self._whole, self._rounds_of, self._spare = meeting, whole, rounds_of, spare
@@ -310,7 +349,9 @@ class Replay:
             self._meeting.settle(chosen, waiting)
 
     def meet(self, point: Point, value: Any) -> None:
-        """Called by a job: the first point it meets in this run counts."""
+        """Called by a job: the first point it meets in this run counts; on another thread none does."""
+        if self.is_stray():
+            return
         if self.listening:
             self._first, self.listening = Paused(point, value), False
         if not self._whole:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def freeze_magnitude(
 
     Raises SelectionError when nothing is selected or `at` is none of these.
     """
-    value = {"current": None, "unit": 1.0}.get(at, math.nan) if isinstance(at, str) else float(at)
+    value = {"current": None, "unit": 1.0}.get(at, math.nan) if isinstance(at, str) else _number(at)
     if value is not None and not 0 < value < math.inf:
         raise SelectionError(f'at must be "current", "unit" or a positive number, not {at!r}')
     with torch.inference_mode(False), torch.no_grad():
@@ -136,10 +136,18 @@ def keep_magnitude_within(
 def _bounds(low: float | None, high: float | None) -> tuple[float, float]:
     if low is None and high is None:
         raise SelectionError("give min, max or both")
-    bounds = (0.0 if low is None else float(low), math.inf if high is None else float(high))
-    if not 0 <= bounds[0] <= bounds[1]:
-        raise SelectionError(f"0 <= min <= max does not hold for min={low}, max={high}")
+    bounds = (0.0 if low is None else _number(low), math.inf if high is None else _number(high))
+    if not 0 <= bounds[0] <= bounds[1] or bounds[0] == math.inf:
+        raise SelectionError(f"0 <= min <= max does not hold for finite numbers min={low!r}, max={high!r}")
     return bounds
+
+
+def _number(value: Any) -> float:
+    """A number that somebody gave; NaN, which passes no comparison, for what is none."""
+    try:
+        return math.nan if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _clamp(chosen: list[Pair], bounds: tuple[float, float]) -> None:

@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from types import TracebackType
 from typing import Any
 
@@ -102,10 +103,11 @@ class WeightNormMonitor:
         exclude: Pattern | None = None,
     ) -> None:
         optimizers = as_optimizers(optimizer, flat=True)
-        if not optimizers or every < 1:
-            raise SelectionError(
-                "every must be 1 or more" if optimizers else "the monitor needs an optimizer to follow"
-            )
+        if not optimizers:
+            raise SelectionError("the monitor needs an optimizer to follow")
+        between: Any = every
+        if not isinstance(between, Integral) or every < 1:
+            raise SelectionError(f"every must be a whole number, 1 or more, not {every!r}")
         self._pairs = [p for p in pairs(model, include, exclude) if not p.is_meta]
         self._optimizers, self.every, self.steps = optimizers, every, 0
         self.records: deque[Observed] = deque(maxlen=keep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -106,8 +107,9 @@ class Spill:
     """Takes the activations of paused runs out of memory: from the CPU to a temporary file, from a GPU to the CPU.
 
     Memory that a run allocated and still holds when it pauses is written out and given back, and read again before
-    the run goes on, or when another run touches it. Parameters, buffers, the caller's own tensors and anything
-    smaller than 16 KiB stay. The file lies in Python's directory for temporary files (`TMPDIR`).
+    the run goes on, or when another run touches it. Parameters, buffers, weights that converted layers compute, the
+    caller's own tensors and anything smaller than 16 KiB stay. The file lies in Python's directory for temporary files
+    (`TMPDIR`).
 
     `on_one_thread` runs a function where it always is the same thread: allocators, and the libraries behind
     convolutions and matrix products, keep memory for each thread that ever called them.
@@ -254,7 +256,7 @@ class _Watch(TorchDispatchMode):
             key = _key(tensor)
             if key and key not in self._made:
                 given = {_key(t) for t in _tensors((*args, *kwargs.values()))} if given is None else given
-                if key not in given:
+                if key not in given and not _is_weight(tensor, self._spill.smallest):
                     self._made[key] = StorageWeakRef(  # type: ignore[no-untyped-call]
                         tensor.untyped_storage()
                     )
@@ -271,6 +273,22 @@ def _as_dispatched_here(func: Any, args: Any, kwargs: Any) -> Callable[[], Any]:
             return func(*args, **kwargs)
 
     return call
+
+
+_WEIGHTS = frozenset(f"wnsurgery.{name}" for name in ("mechanism", "preparation", "reparam"))
+
+
+def _is_weight(tensor: Tensor, smallest: int) -> bool:
+    """Whether what was just made belongs to a converted layer's weight: that is kept for other runs too, and a place of
+    its own is how the layer knows that nobody wrote to it."""
+    if tensor.untyped_storage().nbytes() < smallest:
+        return False
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != "_call_impl":
+        if frame.f_globals.get("__name__") in _WEIGHTS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _key(tensor: Any) -> int:

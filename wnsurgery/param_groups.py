@@ -9,7 +9,7 @@ from torch import nn
 
 from wnsurgery.following import Optimizers, as_optimizers
 from wnsurgery.text import by
-from wnsurgery.walk import slots
+from wnsurgery.walk import check_module, slots
 
 __all__ = ["StaleParameter", "StaleReport", "stale_parameters", "weight_norm_param_groups"]
 
@@ -131,6 +131,7 @@ def stale_parameters(model: nn.Module, optimizer: Optimizers) -> StaleReport:
         optimizer: one optimizer or all that train the model. Where an optimizer trains a part of the model on purpose,
             look at `.gone` alone.
     """
+    check_module(model)
     optimizers = as_optimizers(optimizer, flat=True)
     names = {id(p): name for name, p in model.named_parameters()}
     held: set[int] = set()

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from math import gcd
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from wnsurgery.errors import PairError, SelectionError
 from wnsurgery.layers import Layer, layer_of
 from wnsurgery.reparam import Axes
 from wnsurgery.text import by, columns
-from wnsurgery.walk import Slot, slots
+from wnsurgery.walk import Slot, has_own_parametrizations, slots
 
 __all__ = ["Dim", "Pattern", "Plan", "Site", "Skipped", "matches", "patterns", "plan_weight_norm"]
 
@@ -109,8 +110,9 @@ def plan_weight_norm(
             a container takes everything under it; names are tried with and without the parameter
             ("encoder.0" and "encoder.0.weight"). Without `include`, everything in the layer table but lookup
             tables; a lookup table tied to a converted weight goes with it.
-        dim: the axis or axes kept, as in torch's `weight_norm`: "auto" (one magnitude per output channel),
-            an int, a tuple, None (one magnitude per tensor), or a mapping from patterns to these.
+        dim: the axis or axes kept: "auto" (one magnitude per output channel), an int, a tuple, None (one magnitude
+            per tensor), or a mapping from patterns to these. Numbers and None mean what they do in torch's
+            `weight_norm`, but for -1: the last axis, as everywhere else; there it is one magnitude per tensor.
 
     Returns a Plan: `sites` and `skipped`, each tensor of the model in one of them.
 
@@ -189,6 +191,9 @@ class _Selection:
         reason = self._not_wanted(group, known) or _module_refusal(group) or self._overlap(slot)
         if reason:
             return reason
+        for s, row, _ in known:
+            if row.registered:
+                row.check(s.module, s.parameter, s.fqn, s.shape or ())
         first, *others = [self._axes(s, own) for s, _, own in known]
         if any(axes != first for axes in others):
             return f"tied under different kept axes: {', '.join(s.fqn for s in group)}"
@@ -202,8 +207,8 @@ class _Selection:
         return "" if any(r.by_default for _, r, _ in known) else f"{_type_name(known[0][0].module)}: {row.note}"
 
     def _overlap(self, slot: Slot) -> str:
-        others = [n for n in self.shared_memory.get(id(slot.tensor), ()) if n != slot.fqn]
-        return f"shares memory with {others[0]} without being the same Parameter" if others else ""
+        other = self.shared_memory.get(id(slot.tensor))
+        return f"shares memory with {other} without being the same Parameter" if other else ""
 
     def _axes(self, slot: Slot, own: Axes) -> Axes:
         wish: Any = self.dim
@@ -211,9 +216,9 @@ class _Selection:
             wish = next((d for p, d in wish.items() if matches(p, slot)), "auto")
         if wish == "auto":
             return own.check(slot.shape or ())
-        if not (wish is None or isinstance(wish, int | tuple)):
-            raise SelectionError(f'dim must be "auto", an int, a tuple, None or a mapping, not {wish!r}')
         kept = () if wish is None else wish if isinstance(wish, tuple) else (wish,)
+        if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in kept):
+            raise SelectionError(f'dim must be "auto", an int, a tuple of ints, None or a mapping, not {wish!r}')
         try:
             return Axes(kept).check(slot.shape or ())
         except PairError as error:
@@ -238,6 +243,8 @@ def matches(pattern: Any, slot: Slot) -> bool:
     parts = [n.split(".") for n in slot.names]
     width = slot.parameter.count(".") + 1
     if not isinstance(pattern, str):
+        if not callable(pattern):
+            raise SelectionError(f"a pattern is a type, a string or a predicate, not {pattern!r}")
         owners = [".".join(p[:-width]) for p in parts]
         return any(bool(pattern(slot.module, n)) for n in (*slot.names, *owners))
     prefixes = {".".join(p[:k]) for p in parts for k in range(1, len(p) + 1)}
@@ -250,22 +257,88 @@ def matches(pattern: Any, slot: Slot) -> bool:
     return any(fnmatchcase(n, pattern) for n in prefixes)
 
 
-def _shared_memory(found: list[Slot]) -> dict[int, list[str]]:
-    """Names of distinct plain parameters that start at the same place in memory, by tensor identity."""
-    starts: dict[int, list[Slot]] = {}
+_ORDINARY = (nn.Parameter, Tensor)
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in the memory of its device, in bytes."""
+
+    device: str
+    start: int
+    end: int
+    name: str
+    tensor: Tensor
+
+
+def _shared_memory(found: list[Slot]) -> dict[int, str]:
+    """Of tensors that have memory in common with another tensor of the model, by identity: the name of one such."""
+    places: dict[int, _Place] = {}
     for slot in found:
-        t = slot.tensor
-        if slot.form != "plain" or t is None:
-            continue
-        if type(t) is not nn.Parameter and (is_lazy(t) or type(t.data) is not Tensor):
-            continue
-        if t.layout == torch.strided and t.ndim and not t.is_meta and t.numel():
-            starts.setdefault(t.data_ptr(), []).append(slot)
-    shared: dict[tuple[Any, int], dict[int, str]] = {}
-    for place, several in starts.items():
-        for slot in several if len(several) > 1 else ():
-            shared.setdefault((slot.tensor.device, place), {}).setdefault(id(slot.tensor), slot.fqn)  # type: ignore[union-attr]
-    return {key: list(same.values()) for same in shared.values() if len(same) > 1 for key in same}
+        for t in (slot.tensor, slot.magnitude):
+            if (
+                t is None
+                or id(t) in places
+                or (type(t) not in _ORDINARY and (is_lazy(t) or type(t.data) is not Tensor))
+            ):
+                continue
+            if t.layout == torch.strided and not t.is_meta and t.numel():
+                start = t.data_ptr()
+                places[id(t)] = _Place(str(t.device), start, start + _span(t) * t.element_size(), slot.fqn, t)
+    shared: dict[int, str] = {}
+    for group in _touching(sorted(places.values(), key=lambda place: place[:2])):
+        for one, other in _overlaps(group):
+            shared.setdefault(id(one.tensor), other.name)
+            shared.setdefault(id(other.tensor), one.name)
+    return shared
+
+
+def _has_place(t: Tensor) -> bool:
+    if type(t) not in _ORDINARY and (is_lazy(t) or type(t.data) is not Tensor):
+        return False
+    return t.layout == torch.strided and not t.is_meta and t.numel() > 0
+
+
+def _span(t: Tensor) -> int:
+    """The elements from the first to the last of a tensor, those between them that are none of its own included."""
+    if t.is_contiguous():
+        return t.numel()
+    return 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+
+
+def _touching(places: list[_Place]) -> Iterator[list[_Place]]:
+    """Groups of two or more sorted places whose ranges hang together."""
+    group: list[_Place] = []
+    reach = 0
+    for place in places:
+        if group and (place.device != group[0].device or place.start >= reach):
+            if len(group) > 1:
+                yield group
+            group = []
+        reach = max(reach, place.end) if group else place.end
+        group.append(place)
+    if len(group) > 1:
+        yield group
+
+
+def _overlaps(group: list[_Place]) -> Iterator[tuple[_Place, _Place]]:
+    """Pairs of places with memory in common, so that each place that has some is in a pair."""
+    if all(_span(place.tensor) == place.tensor.numel() for place in group):
+        furthest = group[0]
+        for place in group[1:]:
+            yield place, furthest
+            furthest = max(furthest, place, key=lambda p: p.end)
+        return
+    # with gaps, as half the columns of a matrix: who owns which element
+    start, end = group[0].start, max(place.end for place in group)
+    unit = gcd(*(n for place in group for n in (place.tensor.element_size(), place.start - start)))
+    owners = torch.full(((end - start) // unit,), -1, dtype=torch.int32)
+    for number, (_, begin, _, _, t) in enumerate(group):
+        width = t.element_size() // unit
+        axes = [(n, stride * width) for n, stride in zip(t.shape, t.stride(), strict=True) if stride] + [(width, 1)]
+        sizes, strides = zip(*axes, strict=True)
+        mine = owners.as_strided(sizes, strides, (begin - start) // unit)
+        yield from ((group[number], group[other]) for other in mine.unique().tolist() if other >= 0)  # type: ignore[no-untyped-call]
+        mine.fill_(number)
 
 
 # Why not -------------------------------------------------------------------------------------------------
@@ -287,6 +360,9 @@ def _refusal(slot: Slot) -> str:
         entry = slot.module._modules["parametrizations"]._modules[slot.parameter]  # type: ignore[union-attr]
         kinds = ", ".join(type(m).__name__ for m in entry._modules.values())  # type: ignore[union-attr]
         return f"already parametrized by {kinds}"
+    if slot.form == "part":
+        owner, _, path = slot.fqn.rpartition("parametrizations.")
+        return f"belongs to the parametrization of {owner}{path.partition('.')[0]}"
     if slot.form in _FORMS:
         return _FORMS[slot.form]
     if isinstance(slot.module, torch.jit.ScriptModule):
@@ -326,6 +402,8 @@ def _module_refusal(group: list[Slot]) -> str:
     """Why a module's way of using its weight rules weight norm out; empty if it does not."""
     for slot in group:
         module = slot.module
+        if has_own_parametrizations(module):
+            return "its layer has an attribute `parametrizations` of its own, where weight norm is kept"
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             if getattr(module, "max_norm", None) is not None:
                 return "max_norm rewrites the rows at every lookup"

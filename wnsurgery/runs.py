@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 from wnsurgery.batches import NamedArrays, arguments_of
 from wnsurgery.errors import ExportError, first_line, printable
 
-__all__ = ["Case", "Inputs", "copy_of", "rng_kept", "tensor_outputs", "tracking", "where"]
+__all__ = ["Case", "Inputs", "copy_of", "named_outputs", "rng_kept", "tensor_outputs", "tracking", "where"]
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -67,6 +68,40 @@ def tensor_outputs(output: Any) -> list[Tensor]:
     if other:
         raise ExportError(f"the model returns {', '.join(other)}: only tensors can be outputs of an ONNX graph")
     return [leaf for leaf in leaves if leaf is not None]
+
+
+def named_outputs(output: Any) -> dict[str, Tensor]:
+    """The tensors anywhere in an output, by their way there: in containers, dataclasses and the attributes of other
+    objects, such as caches. What is no tensor is passed over.
+
+    >>> list(named_outputs((torch.ones(1), {"cache": [torch.ones(2), "a word"]})))
+    ['output 0', 'output 1.cache.0']
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+
+    def visit(value: Any, way: str) -> None:
+        if isinstance(value, Tensor):
+            found[way if way not in found else f"{way} ({len(found)})"] = value
+            return
+        parts = _parts_of(value)
+        if parts and id(value) not in seen:
+            seen.add(id(value))
+            for name, part in parts.items():
+                visit(part, f"{way}.{name}" if way else f"output {name}" if isinstance(name, int) else str(name))
+
+    visit((output,) if isinstance(output, Tensor) else output, "")
+    return found
+
+
+def _parts_of(value: Any) -> Mapping[Any, Any]:
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    if isinstance(value, type | ModuleType | nn.Module):
+        return {}
+    return getattr(value, "__dict__", {})
 
 
 @dataclass(frozen=True)
@@ -137,13 +172,23 @@ class Case:
 
     def run(self, model: nn.Module) -> list[Tensor]:
         """The model's output tensors; an error names the module it happened in."""
+        return [tensor.detach().clone() for tensor in tensor_outputs(self._output(model))]
+
+    def run_by_name(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tensors anywhere in the model's output, see `named_outputs`; ExportError if there is none."""
+        output = self._output(model)
+        found = {name: tensor.detach().clone() for name, tensor in named_outputs(output).items()}
+        if not found:
+            raise ExportError(f"the model returns {type(output).__name__} without any tensor in it")
+        return found
+
+    def _output(self, model: nn.Module) -> Any:
         self.named(model)
         try:
-            output = self._call(model)
+            return self._call(model)
         except Exception as error:
             # models raise what they like; all of it means that these inputs do not work
             raise ExportError(f"{self._where_it_fails(model)}forward failed: {first_line(error)}") from error
-        return [tensor.detach().clone() for tensor in tensor_outputs(output)]
 
     def _call(self, model: nn.Module) -> Any:
         case = self.fresh()

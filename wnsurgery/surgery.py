@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from wnsurgery.batchnorm import BatchNormMode, folded_means, without_batch_norm
 from wnsurgery.data_init import InitReport, data_dependent_init
 from wnsurgery.deferred import OWNER
-from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
+from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError, first_line
 from wnsurgery.fans import FanReport, fan_init
 from wnsurgery.following import Follower, Optimizers, Swap
 from wnsurgery.fully_sharded import FullyShard
@@ -26,9 +26,11 @@ from wnsurgery.modes import Mode, check_mode, set_weight_norm_mode
 from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
 from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, decompose
+from wnsurgery.resizing import guard_resizing
 from wnsurgery.small_weights import SmallWeights, is_small, small_magnitudes
+from wnsurgery.targets import normed
 from wnsurgery.tied_names import rename_tied
-from wnsurgery.walk import Slot, legacy_hooks, modules_of, slots
+from wnsurgery.walk import Slot, check_module, legacy_hooks, modules_of, slots
 
 __all__ = ["apply_weight_norm", "fold_weight_norm", "is_weight_normed"]
 
@@ -67,9 +69,10 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
     ['0.bias', '0.parametrizations.weight.original0', '0.parametrizations.weight.original1']
 
     g (`original0`) is ||w||, one value per output channel, shaped like torch's: (out, 1, ...). v (`original1`) is w.
-    A tied weight gets one (g, v) for all its owners; a frozen weight gets a frozen g and v. A model that is
-    converted already stays as it is, so calling twice does no harm. Either every weight of the plan is converted
-    or, on an error, none.
+    A tied weight gets one (g, v) for all its owners; a frozen weight gets a frozen g and v. Either every weight of the
+    plan is converted or, on an error, none. Weights that are under weight norm already, ours or torch's, stay as
+    they are, so calling twice does no harm; that `init` and `freeze_magnitude` leave them alone is logged as
+    "wnsurgery": `data_dependent_init`, `fan_init` and `freeze_magnitude` are the calls for them.
 
     Args:
         model: any module tree; convert it before wrapping it in DistributedDataParallel.
@@ -86,7 +89,8 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
         optimizer: the optimizer in use, or a sequence of them, to train on with: g and v take the place of w in its
             groups, and what it keeps for w (momentum, Adam's averages) and gradients already accumulated pass to g
             and v by the chain rule. Optimizers whose state has no known rule forget these weights' state, as all do
-            when the function changes (init, batch_norm); a warning is logged. Schedulers go on working.
+            when weights change (`init`, a BatchNorm that `batch_norm` takes); a warning is logged. Schedulers go on
+            working. What wraps an optimizer and hands out its groups and state, as accelerate does, will do.
         batch_norm: what becomes of each BatchNorm, see `plan_batch_norm`; the evaluation function stays the same to
             rounding. "fold" folds it into the layer beside it, which then gets its weight norm; "mean-only" puts a
             `MeanOnlyBatchNorm` in its place, its scale going into g. Those kept are logged as "wnsurgery", with the
@@ -96,8 +100,8 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
             the same training at nearly the price of the plain net; see `set_weight_norm_mode`.
 
     Raises:
-        SelectionError: a pattern matches nothing, the model holds no weight to convert, or the optimizer
-            (LBFGS, Muon) cannot follow.
+        SelectionError: a pattern matches nothing, the model holds no weight to convert, a layer's class cannot be
+            subclassed, or the optimizer (LBFGS, Muon) cannot follow.
         NonFiniteWeightError: a weight holds NaN or infinity; named.
     """
     if init not in ("preserve", "data", "fan"):
@@ -110,10 +114,11 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
     modules = _unwrapped(model)
     sharding = FullyShard(model)
     follower = Follower(model, optimizer)
-    carry = init == "preserve" and batch_norm == "keep"
     with without_batch_norm(model, batch_norm, inputs, data=data) as norms:
         with _collecting_later():
             plan = plan_weight_norm(model, include=include, exclude=exclude, dim=dim)
+        asked = init != "preserve" or freeze_magnitude
+        old = normed(slots(model, plain=False), include, exclude) if asked else []
         options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
         with _all_or_nothing(attributes=init != "preserve") as save:
             options["freeze_magnitude"] = freeze_magnitude and init == "preserve"
@@ -124,9 +129,13 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
                 make = fan_init if init == "fan" else partial(data_dependent_init, data=data)
                 _finish_init(plan, make(model, **init_options), freeze_magnitude)
             with _plain_grad_mode():
-                follower.split(map(_swap_at, plan.sites), carry=carry)
+                changes = [f"init={init!r}"] if init != "preserve" else []
+                changes += [f"batch_norm={batch_norm!r}"] if norms.steps else []
+                follower.split(map(_swap_at, plan.sites), changed_by=" and ".join(changes))
                 follower.settle(p for step in norms.steps for p in model.get_submodule(step.layer).parameters())
+    _log_old(old, init, freeze_magnitude)
     rename_tied(modules)
+    guard_resizing(modules)
     if mode == "deferred":
         set_weight_norm_mode(model, mode)
     return model
@@ -139,6 +148,18 @@ def _finish_init(plan: Plan, report: InitReport | FanReport, freeze_magnitude: b
     for site in plan.sites if freeze_magnitude else ():
         entry: Any = site.slot.module.parametrizations[site.slot.parameter]  # type: ignore[index]
         entry.original0.requires_grad_(False)
+
+
+def _log_old(old: list[Slot], init: str, freeze_magnitude: bool) -> None:
+    """Say which wishes do not reach the weights that were under weight norm already, and what does."""
+    wishes = [(f"init={init!r}", "data_dependent_init" if init == "data" else "fan_init", old)]
+    wishes = wishes if init != "preserve" else []
+    if freeze_magnitude:
+        thawed = [slot for slot in old if slot.magnitude is not None and slot.magnitude.requires_grad]
+        wishes.append(("freeze_magnitude=True", "freeze_magnitude", thawed))
+    for wish, call, slots_ in wishes:
+        if count := len({id(slot.tensor) for slot in slots_}):
+            _log.warning("%s does not reach %d weights that were under weight norm already; call %s", wish, count, call)
 
 
 def _swap_at(site: Site) -> Swap:
@@ -175,8 +196,9 @@ def _carry_out(
     """Apply a plan; on an error the caller puts the modules back."""
     if magnitude not in ("linear", "log"):
         raise SelectionError(f'magnitude must be "linear" or "log", not {magnitude!r}')
-    if magnitude_dtype is not None and not magnitude_dtype.is_floating_point:
-        raise SelectionError(f"magnitude_dtype must be a floating-point type, not {magnitude_dtype}")
+    kind = magnitude_dtype
+    if kind is not None and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise SelectionError(f"magnitude_dtype must be a floating-point torch.dtype, not {kind!r}")
     with _plain_grad_mode(), _collecting_later():
         pairs = []
         plain = magnitude == "linear" and magnitude_dtype in (None, torch.float32)
@@ -201,13 +223,29 @@ def _carry_out(
                 for owner in site.owners:
                     save(owner.module)
                     rule = WeightNorm(site.axes, magnitude, magnitude_dtype)
-                    g, v = install(owner.module, owner.parameter, rule, (g, v), net)  # noqa: PLW2901 - owners share these
+                    try:
+                        g, v = install(owner.module, owner.parameter, rule, (g, v), net)  # noqa: PLW2901 - owners share these
+                    except Exception:
+                        _check_class(owner)
+                        raise
                 if freeze_magnitude:
                     g.requires_grad_(False)
                 if sharding:
                     places = [(owner.module, owner.parameter) for owner in site.owners]
                     sharding.split(site.fqn, places, list(map(_entry, site.owners)))
     _log.info("weight norm applied to %d weights", len(plan.sites))
+
+
+def _check_class(owner: Slot) -> None:
+    """Raise SelectionError where the class of a layer is why its weight could not be exchanged."""
+    kind: Any = type(owner.module)
+    try:
+        type(kind)(kind.__name__, (kind,), {})
+    except Exception as error:  # `__init_subclass__` and metaclasses raise what they like
+        raise SelectionError(
+            f"{owner.fqn}: {kind.__name__} cannot be subclassed, which weight norm needs: {first_line(error)}",
+            hint=f"exclude={owner.fqn!r}, or let the class have subclasses",
+        ) from error
 
 
 def is_weight_normed(model: nn.Module) -> bool:
@@ -283,6 +321,7 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
             fold_mean()
         follower.settle()
         rename_tied(modules)
+        guard_resizing(modules)
     _log.info("weight norm folded out of %d weights", len(pairs))
     return model
 
@@ -445,8 +484,7 @@ def _refresh_recurrent(module: nn.Module) -> None:
 
 def _unwrapped(model: nn.Module) -> list[nn.Module]:
     """The modules of a model; wrappers that have copied the parameter list cannot follow surgery beneath them."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     modules = modules_of(model)
     wrapped = {kind for kind in set(map(type, modules)) if issubclass(kind, nn.parallel.DistributedDataParallel)}
     for name, module in model.named_modules() if wrapped else ():

@@ -16,7 +16,7 @@ from wnsurgery.mechanism import WeightNormList
 from wnsurgery.plan import Pattern, matches, patterns
 from wnsurgery.walk import Slot
 
-__all__ = ["Scale", "bias_of", "is_log", "scales_of", "select", "settable_bias", "sort_out"]
+__all__ = ["Scale", "bias_of", "is_log", "normed", "scales_of", "select", "settable_bias", "sort_out"]
 
 Scale = float | Mapping[str, float]
 
@@ -32,8 +32,7 @@ def select(everything: list[Slot], include: Pattern | None, exclude: Pattern | N
     for option, wish in (("include", include), ("exclude", exclude)):
         for pattern in patterns(wish):
             _check(option, pattern, found)
-    chosen = [s for s in found if include is None or any(matches(p, s) for p in patterns(include))]
-    chosen = [s for s in chosen if not any(matches(p, s) for p in patterns(exclude))]
+    chosen = normed(found, include, exclude)
     if not chosen:
         raise SelectionError("no weight-normalized weight to initialise", hint="call apply_weight_norm first")
     for slot in chosen:
@@ -42,6 +41,13 @@ def select(everything: list[Slot], include: Pattern | None, exclude: Pattern | N
             if isinstance(entry, WeightNormList):
                 entry.absorb()
     return chosen
+
+
+def normed(everything: list[Slot], include: Pattern | None, exclude: Pattern | None) -> list[Slot]:
+    """The weight-normalized weights of a selection, be there any or not."""
+    found = [slot for slot in everything if slot.form in _FORMS]
+    chosen = [s for s in found if include is None or any(matches(p, s) for p in patterns(include))]
+    return [s for s in chosen if not any(matches(p, s) for p in patterns(exclude))]
 
 
 def scales_of(wish: Scale, everything: list[Slot]) -> dict[int, float]:
@@ -122,7 +128,9 @@ def _how(slot: Slot) -> tuple[str, int | None]:
         return "its magnitude is frozen", None
     if g.is_meta or v.is_meta:
         return "on the meta device: it holds no values yet", None
-    per_channel = own.magnitude_shape(v.shape)
+    if row.registered:
+        row.check(slot.module, slot.parameter, slot.fqn, v.shape)
+    per_channel = own.check(v.shape).magnitude_shape(v.shape)
     if g.numel() != torch.Size(per_channel).numel() or (g.numel() > 1 and tuple(g.shape) != per_channel):
         return f"its magnitude {tuple(g.shape)} is not one value per output channel", None
     return "", row.output_axis

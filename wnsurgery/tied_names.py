@@ -62,6 +62,7 @@ def _halves(module: nn.Module, name: str) -> list[str]:
         table: Any = module.get_submodule(owner)._modules.get("parametrizations")
     except AttributeError:
         return []
-    if table is None or parameter not in table or "original1" not in table[parameter]._parameters:
+    entry = table._modules.get(parameter) if isinstance(table, nn.ModuleDict) else None
+    if entry is None or "original1" not in entry._parameters:
         return []
     return [f"{owner}{'.' if owner else ''}parametrizations.{parameter}.original{half}" for half in (0, 1)]

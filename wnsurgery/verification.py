@@ -135,7 +135,8 @@ def verify(  # noqa: PLR0913 - what is compared, how, and how it is loaded; all 
     Weights: names, shapes, types and every bit. Between an ONNX graph and something else they are compared only where
     outputs cannot be, because exporters rename, transpose and merge weights; each tensor of the checkpoint must then be
     found in the graph, by name or by content. Outputs: `|a - b| <= atol + rtol * max|b|`; NaN against anything but NaN
-    fails. The comparison is done in eval mode on copies.
+    fails. Two modules may return any structure, the same on both sides, that tensors are found in (containers,
+    dataclasses, caches); beside an ONNX graph, a module must return tensors alone. Both run in eval mode, on copies.
 
     >>> verify(nn.Linear(2, 2), nn.Linear(2, 2)).ok
     False
@@ -194,8 +195,9 @@ class _Side:
     def runs(self) -> bool:
         return self.module is not None or self.session is not None
 
-    def run(self, inputs: Any, *, any_dtype: bool = False) -> tuple[list[str], list[Any]]:
-        """Names ("" where there are none) and values of the outputs; `any_dtype` casts floats to what it takes."""
+    def run(self, inputs: Any, *, any_dtype: bool = False, beside_graph: bool = True) -> tuple[list[str], list[Any]]:
+        """Names ("" where there are none) and values of the outputs; `any_dtype` casts floats to what it takes.
+        Beside a graph a module must return what a graph can, else any nest that holds tensors."""
         if self.session is not None:
             given = [inputs] if isinstance(inputs, Tensor | np.ndarray) else inputs
             given = cast_to_declared(self.session, given) if any_dtype else given
@@ -205,6 +207,9 @@ class _Side:
         case = Case.fitting(inputs, self.module)
         case = case.cast_for(self.module) if any_dtype else case
         with torch.no_grad(), rng_kept(self.module):
+            if not beside_graph:
+                named = case.run_by_name(self.module)
+                return list(named), list(named.values())
             values = case.run(self.module)
         return [""] * len(values), list(values)
 
@@ -361,14 +366,15 @@ def _outputs(
         results = []
         for side in (a, b):
             try:
-                results.append(side.run(case, any_dtype=any_dtype))
+                results.append(side.run(case, any_dtype=any_dtype, beside_graph=a.is_graph or b.is_graph))
             except (ExportError, InputError) as error:
                 failures.append(f"{side.name} does not run on these inputs: {_reason(error, side.name)}")
         if not results and given:
             raise InputError(f"the inputs fit neither side: {'; '.join(failures[-2:])}")
         if len(results) < 2:
             break
-        reports.append(_output_report(results[0], results[1], limits, any_dtype))
+        report = _output_report if a.is_graph or b.is_graph else _report_by_name
+        reports.append(report(results[0], results[1], limits, any_dtype))
         values += (as_array(value) for value in results[0][1])
     if values and all(value.dtype.kind not in "iub" and bool(np.isnan(value).all()) for value in values):
         failures.append("every output is NaN, which proves nothing")
@@ -424,6 +430,19 @@ def _output_report(
     names = [y or x or f"output {i}" for i, (x, y) in enumerate(zip(a[0], b[0], strict=True))]
     sides = [dict(zip(names, side[1], strict=True)) for side in (a, b)]
     return compare_outputs(sides[0], sides[1], rtol=limits[0], atol=limits[1])
+
+
+def _report_by_name(
+    a: tuple[list[str], list[Any]],
+    b: tuple[list[str], list[Any]],
+    limits: tuple[float | None, float | None],
+    any_dtype: bool,
+) -> OutputsReport:
+    """Compared by the way to each tensor: two modules are to return the same structure."""
+    x, y = (dict(zip(*side, strict=True)) for side in (a, b))
+    for name in x.keys() & y.keys() if any_dtype else ():
+        x[name], y[name] = _coarser(x[name], y[name])
+    return compare_outputs(x, y, rtol=limits[0], atol=limits[1])
 
 
 def _coarser(a: Any, b: Any) -> tuple[Array, Array]:

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from wnsurgery.reparam import WeightNorm
 
-__all__ = ["Slot", "legacy_hooks", "modules_of", "slots"]
+__all__ = ["Slot", "check_module", "has_own_parametrizations", "legacy_hooks", "modules_of", "slots"]
 
 _KINDS: dict[Any, str] = {WeightNorm: "ours", TorchWeightNorm: "torch"}
 _MAX_NAMES = 16  # names kept per shared module; deep diamonds of sharing have exponentially many
@@ -29,7 +29,7 @@ class Slot(NamedTuple):
         module, parameter: the owner and the name the owner knows it by ("weight").
         names: every qualified name, the first met in walking order first.
         form: "plain", "buffer", "ours", "torch", "legacy" (weight norm of the three kinds), "other"
-            (another parametrization), "quantized".
+            (another parametrization), "part" (what another parametrization holds beside that), "quantized".
         tensor: the tensor itself ("plain", "buffer"), the direction v for the weight-norm forms.
         magnitude: g for the weight-norm forms, else None.
         ancestors: the modules from the root down to the owner, as (qualified name, module).
@@ -58,17 +58,36 @@ class Slot(NamedTuple):
         return None if lazy or self.tensor is None else tuple(self.tensor.shape)
 
 
+def check_module(model: Any) -> None:
+    """Raise TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def slots(model: nn.Module, *, plain: bool = True) -> list[Slot]:
     """Every tensor of a module tree, each module once, with all its names, in the order of definition; without `plain`,
     those under a parametrization alone."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     found: list[Slot] = []
     for module, names, ancestors in _modules(model):
         for parameter, form, tensor, magnitude in _tensors(module) if plain else _under_parametrization(module):
             fqns = tuple([f"{n}.{parameter}" if n else parameter for n in names])
             found.append(Slot(module, parameter, fqns, form, tensor, magnitude, ancestors))
+            if plain and form == "other":
+                found += _parts(found[-1])
     return found
+
+
+def _parts(slot: Slot) -> Iterator[Slot]:
+    """What a parametrization that is not weight norm holds beside the tensor that stands for it."""
+    entry: Any = slot.module._modules["parametrizations"]._modules[slot.parameter]  # type: ignore[union-attr]
+    for inner, module in entry.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor is not slot.tensor:
+                path = f"parametrizations.{slot.parameter}.{inner}{'.' if inner else ''}{name}"
+                names = tuple([f"{n.removesuffix(slot.parameter)}{path}" for n in slot.names])
+                ancestors = (*slot.ancestors, (names[0].removesuffix(f".{name}"), module))
+                yield Slot(module, name, names, "part", tensor, None, ancestors)
 
 
 def modules_of(model: nn.Module, *, machinery: bool = False) -> list[nn.Module]:
@@ -116,9 +135,19 @@ def _modules(model: nn.Module) -> Iterable[_Found]:
 
 
 def _is_parametrized(module: nn.Module) -> bool:
+    """Whether torch keeps parametrizations in a module; one may have something else of that name."""
     if "parametrizations" not in module._modules or isinstance(module, torch.jit.ScriptModule):
         return False  # the tables of TorchScript are not dicts
-    return isinstance(module._modules["parametrizations"], nn.ModuleDict)
+    table = module._modules["parametrizations"]
+    lists = table._modules.values() if isinstance(table, nn.ModuleDict) else ()
+    return bool(lists) and all(isinstance(entry, ParametrizationList) for entry in lists)
+
+
+def has_own_parametrizations(module: nn.Module) -> bool:
+    """Whether a module has something of its own under the name that torch keeps parametrizations by."""
+    named = (module.__dict__, module._modules, module._parameters, module._buffers)
+    own = any("parametrizations" in names for names in named) or hasattr(type(module), "parametrizations")
+    return own and not _is_parametrized(module)
 
 
 _Tensor = tuple[str, str, Tensor | None, Tensor | None]  # parameter, form, tensor, magnitude
@@ -132,8 +161,7 @@ def _under_parametrization(module: nn.Module) -> list[_Tensor]:
     ]
     if _is_parametrized(module):
         for name, entry in module._modules["parametrizations"]._modules.items():  # type: ignore[union-attr]
-            if isinstance(entry, ParametrizationList):
-                found.append((name, *_parametrized(entry)))
+            found.append((name, *_parametrized(entry)))  # type: ignore[arg-type]
     return found
 
 
