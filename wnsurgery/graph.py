@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ _FLOATS = (ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataTy
 _LAYOUT = frozenset(("Cast", "CastLike", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 _HALF = re.compile(r"(?:(?P<stem>.*)\.)?parametrizations\.(?P<new>[^.]+)\.original1|(?P<old>.+)_v", re.DOTALL)
 _BLOCK = 1 << 18  # elements compared at a time
-_TRIES = 6  # magnitudes worth trying for one direction, nearest in size first
+_TRIES = 6  # magnitudes worth trying for one direction, nearest in size first; computed directions for one weight
+_LOST, _LOST_IN_LARGE = 2.0**-44, 2.0**-20  # of a value, by evaluating it in float64 and in float32
 
 
 @dataclass(frozen=True)
@@ -185,11 +186,22 @@ class _Match:
     magnitude: str
     dtype: ir.DataType
     shape: tuple[int, ...]
+    misfit: float = math.inf  # how far the value is from g * v / ||v||, in units of its type
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the value is g * v / ||v|| but for what evaluating it lost."""
+        return self.misfit * _resolution(self.dtype)[0] <= (_LOST if self.wide == np.float64 else _LOST_IN_LARGE)
 
     @property
     def is_trivial(self) -> bool:
         """Whether every row has one element, so that the weight is g up to signs."""
         return math.prod(self.g_shape) == math.prod(self.shape)
+
+    @property
+    def wide(self) -> np.dtype[Any]:
+        """The type in which the graph's arithmetic is judged, which is finer than the weight's own but for doubles."""
+        return np.dtype(np.float32 if is_large(math.prod(self.shape), self.dtype) else np.float64)
 
     def magnitude_array(self, constants: Constants, memo: Memo) -> Array:
         """g as `compose` takes it: float32 for 16- and 32-bit weights, wherever that holds it exactly."""
@@ -201,11 +213,12 @@ class _Match:
         return g if narrow is None else narrow
 
     def direction_array(self, constants: Constants, memo: Memo) -> Array:
-        """v in the weight's type; raises Unknown where it does not fit into that."""
-        v = _exactly(constants.evaluate(self.v, memo).array, self.dtype.numpy())
-        if v is None:
+        """v in the weight's type; unrounded where v is computed, raises Unknown where a stored one does not fit."""
+        v = constants.evaluate(self.v, memo)
+        narrow = _exactly(v.array, self.dtype.numpy())
+        if narrow is None and (_origin(self.v) is not None or v.dtype != self.dtype):
             raise Unknown("the direction is finer than the weight")
-        return v
+        return v.array if narrow is None else narrow
 
 
 class _Matcher:
@@ -234,10 +247,10 @@ class _Matcher:
                 match = self._match(value, memo)
                 if match is not None and value is not root and match.is_trivial:
                     match = None  # g itself, in the arithmetic of a larger weight
-                if match is not None and not _rounded_before(value, memo):
-                    matches.append(match)
-                else:
+                if match is None or _rounded_before(value, memo) or self._ends_before(match, memo):
                     todo.extend(v for v in value.producer().inputs if v is not None)  # type: ignore[union-attr]
+                else:
+                    matches.append(match)
         position = _position(self.model)
         return sorted(matches, key=lambda match: position(match.value.producer()))  # type: ignore[arg-type]
 
@@ -258,14 +271,31 @@ class _Matcher:
         if weight.dtype not in _FLOATS or weight.array.ndim == 0 or weight.array.size == 0:
             return None
         cone = self.constants.cone(value)
-        sources = [v for v in cone if v not in self.constants.normed]
-        directions = [v for v in sources if _fits(memo.kinds[v], weight) and _origin(v) is not None]
+        normed = self.constants.normed
+        sources = [v for v in cone if v not in normed]
+        stored = [v for v in sources if _fits(memo.kinds[v], weight) and _origin(v) is not None]
+        read = dict.fromkeys(v for n in cone if n in normed for v in n.producer().inputs if v is not None)  # type: ignore[union-attr]
+        computed = [v for v in read if v not in normed and _fits(memo.kinds[v], weight) and _origin(v) is None]
         magnitudes = list(self._magnitudes(sources, memo, weight.array))
-        for v, (g, shape, magnitude) in product(directions, magnitudes):
+        best: _Match | None = None
+        for v, (g, shape, magnitude) in product(stored + computed[:_TRIES], magnitudes):
             match = _Match(value, g, shape, v, magnitude, weight.dtype, weight.array.shape)
-            if (g is None or _origin(g) is not _origin(v)) and self._agrees(match, memo, weight.array):
-                return match
-        return None
+            if g is not None and (_origin(g) or g) is (_origin(v) or v):
+                continue
+            match = replace(match, misfit=self._misfit(match, memo, weight.array))
+            if match.misfit < (math.inf if best is None else best.misfit / 2):
+                best = match
+            if best is not None and best.is_exact:
+                break
+        return best
+
+    def _ends_before(self, match: _Match, memo: Memo) -> bool:
+        """Whether the weight norm ends at a value further in: what follows is near one, and yet changes the weight."""
+        if match.is_exact:
+            return False
+        inner = [v for v in self.constants.cone(match.value)[:-1] if v in self.constants.normed]
+        fitting = (self._match(v, memo) for v in inner if memo.kinds[v][0] == match.shape)
+        return any(m is not None and not m.is_trivial and m.misfit < match.misfit / 2 for m in fitting)
 
     def _magnitudes(
         self, sources: list[ir.Value], memo: Memo, weight: Array
@@ -285,20 +315,24 @@ class _Matcher:
         for _, _, candidate in sorted(ranked, key=lambda entry: entry[:2])[:_TRIES]:
             yield candidate
 
-    def _agrees(self, match: _Match, memo: Memo, weight: Array) -> bool:
+    def _misfit(self, match: _Match, memo: Memo, weight: Array) -> float:
+        """The largest difference from g * v / ||v||, in units of the weight's type; infinite where that is too much.
+
+        The graph was evaluated without rounding, so neither is the weight it is compared with.
+        """
+        misfit, empty = 0.0, 0
         try:
             g, v = match.magnitude_array(self.constants, memo), match.direction_array(self.constants, memo)
-            empty = 0
-            slack = _slack(match, weight.size)
+            slack = _slack(match)
             for rows, magnitude in _rows(g, v):
-                expected = self.compose(magnitude, v[rows], match.magnitude)
-                found = _zeros_for_nan(weight[rows], expected, match.dtype, slack)
-                if found is None:
-                    return False
-                empty += found
+                expected = self.compose(_as_type(magnitude, match.wide), _as_type(v[rows], match.wide), match.magnitude)
+                off, nothing = _difference(weight[rows], expected, match.dtype)
+                misfit, empty = max(misfit, off), empty + nothing
+                if not misfit <= slack:
+                    return math.inf
         except (Unknown, PairError, ValueError):
-            return False
-        return empty < weight.size
+            return math.inf
+        return misfit if empty < weight.size else math.inf
 
     def weight_of(self, match: _Match) -> Callable[[], Array]:
         """A function that computes the folded weight, to the bit what `compose` gives, and outlives the graph."""
@@ -309,7 +343,9 @@ class _Matcher:
 
         def weight() -> Array:
             v = match.direction_array(self.constants, Memo()) if held is None else held
-            return self.compose(g, v, match.magnitude)
+            if v.dtype == match.dtype.numpy():
+                return self.compose(g, v, match.magnitude)
+            return self.compose(_as_type(g, v.dtype), v, match.magnitude).astype(match.dtype.numpy())
 
         return weight
 
@@ -395,29 +431,38 @@ def _rows(g: Array, v: Array) -> Iterator[tuple[slice, Array]]:
         yield slice(start, start + step), g[start : start + step]
 
 
-def _slack(match: _Match, size: int) -> float:
-    """By how many units a graph's own arithmetic may differ: float32 sums of a row lose a little with each doubling."""
+def _slack(match: _Match) -> float:
+    """By how many units of the weight's type a graph may differ from g * v / ||v||, for an epsilon in it.
+
+    In 16 bits it is less than there is between one and the numbers beside it, so that no factor passes for an epsilon.
+    Float32 norms that an exporter worked out itself, in sums of a row, lose a little with each doubling.
+    """
     if match.dtype == ir.DataType.DOUBLE:
         return 64
-    slack = 8 if is_large(size, match.dtype) else 4  # a large one was rounded at every step
+    if match.dtype != ir.DataType.FLOAT:
+        return 0.4
     row = max(1, math.prod(match.shape) // max(1, math.prod(match.g_shape)))
-    return slack + 2 * math.log2(row) if match.dtype == ir.DataType.FLOAT else slack
+    slack = 8 if match.wide == np.float32 else 4  # a large one was rounded at every step
+    return slack + 2 * math.log2(row)
 
 
-def _zeros_for_nan(weight: Array, expected: Array, dtype: ir.DataType, slack: float) -> int | None:
-    """How many elements are NaN where zero is expected; None where the two differ by more than `slack` units."""
+def _difference(weight: Array, expected: Array, dtype: ir.DataType) -> tuple[float, int]:
+    """The largest difference in units of a type, NaN where it cannot be told; how many are NaN for an expected zero."""
     eps, tiny = _resolution(dtype)
-    empty = 0
+    largest, empty = 0.0, 0
     for block in _blocks(weight.size):
         w = weight.reshape(-1)[block].astype(np.float64, copy=False)
-        e = expected.reshape(-1)[block].astype(np.float64)
-        close = np.abs(e - w) <= slack * (eps * np.abs(w) + tiny)
+        e = expected.reshape(-1)[block].astype(np.float64, copy=False)
+        with np.errstate(all="ignore"):
+            off = np.abs(e - w) / (eps * np.abs(w) + tiny)
         # 0 / 0: the graph gives NaN for a row of zeros, where the folded weight is zero
         nothing = np.isnan(w) & (e == 0)
-        if not bool((close | nothing).all()):
-            return None
+        off[nothing] = 0
+        largest = float(np.maximum(largest, off.max(initial=0)))
         empty += int(np.count_nonzero(nothing))
-    return empty
+        if not largest < math.inf:
+            break
+    return largest, empty
 
 
 def _rounded_before(value: ir.Value, memo: Memo) -> bool:
@@ -454,6 +499,10 @@ def _unit_shapes(v: tuple[int, ...]) -> set[tuple[int, ...]]:
         shapes.add(tuple(s if d == axis else 1 for d, s in enumerate(v)))
         shapes.add(tuple(1 if d == axis else s for d, s in enumerate(v)))
     return shapes
+
+
+def _as_type(array: Array, dtype: np.dtype[Any]) -> Array:
+    return array.astype(dtype, copy=False)
 
 
 def _exactly(array: Array, dtype: np.dtype[Any]) -> Array | None:
