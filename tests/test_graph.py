@@ -27,6 +27,8 @@ from wnsurgery.errors import (
     InputMissingError,
     OutputError,
     OutputExistsError,
+    PairError,
+    SelectionError,
     UnsafeFileError,
 )
 from wnsurgery.graph import find_weight_norms, fold_onnx
@@ -292,16 +294,43 @@ def test_every_float_type_folds_to_the_bits_of_compose(tmp_path: Path, dtype: ty
     assert (found.astype(np.float64) == expected.double().numpy()).all()
 
 
-def test_rows_of_zeros_fold_to_zeros(tmp_path: Path) -> None:
-    """A dead row, 0 / 0 in the graph, is a row of zeros in the folded weight; the rest is right."""
+def _with_dead_row(path: Path, spelling: str, **more: np.ndarray) -> Path:
     v = V.copy()
     v[2] = 0
-    path = _save(tmp_path / "a.onnx", SPELLINGS["ReduceL2, w = v * (g / n)"] + " y = Gemm <transB = 1> (x, w)",
-                 g=G, v=v, axes=AXES)  # fmt: skip
-    fold_onnx(path, tmp_path / "b.onnx")
-    weight = _initializers(tmp_path / "b.onnx")["w"]
-    assert (weight[2] == 0).all()
-    np.testing.assert_allclose(weight[[0, 1, 3]], _exact(G, V, 1)[[0, 1, 3]], rtol=2e-7)
+    return _save(path, spelling + " y = Gemm <transB = 1> (x, w)", v=v, axes=AXES, **more)
+
+
+def test_rows_of_zeros_fold_as_asked(tmp_path: Path) -> None:
+    """0 / 0 in the graph is an error, zeros or NaN in the folded weight, as for checkpoints; the rest is right."""
+    path = _with_dead_row(tmp_path / "a.onnx", SPELLINGS["ReduceL2, w = v * (g / n)"], g=G)
+    with pytest.raises(PairError, match="1 of 4 rows have v = 0 and g != 0") as caught:
+        fold_onnx(path, tmp_path / "b.onnx")
+    assert "--zero-norm" in str(caught.value.hint)
+    assert not (tmp_path / "b.onnx").exists()
+    for choice, expected in (("zero", 0.0), ("nan", np.nan)):
+        report = fold_onnx(path, tmp_path / "b.onnx", zero_norm=choice, force=True)
+        assert report.warnings == (f"w: 1 of 4 rows have v = 0 and g != 0; folded to {choice}",)
+        assert str(report.warnings[0]) in str(report)
+        weight = _initializers(tmp_path / "b.onnx")["w"]
+        np.testing.assert_array_equal(weight[2], np.full(6, expected, np.float32))
+        np.testing.assert_allclose(weight[[0, 1, 3]], _exact(G, V, 1)[[0, 1, 3]], rtol=2e-7)
+    with pytest.raises(SelectionError, match="zero_norm"):
+        fold_onnx(path, tmp_path / "c.onnx", zero_norm="maybe")  # type: ignore[arg-type]
+
+
+def test_rows_of_zeros_that_the_graph_takes_care_of_fold(tmp_path: Path) -> None:
+    """A graph that keeps the norm from zero gives zeros there; so does a row whose magnitude is zero too."""
+    g = G.copy()
+    g[2] = 0
+    for spelling, more in (
+        (SPELLINGS["clipped"], {"g": G, "eps": np.float32(1e-12)}),
+        (SPELLINGS["LpNormalization"], {"g": G}),
+        (SPELLINGS["ReduceL2, w = v * (g / n)"], {"g": g}),
+    ):
+        path = _with_dead_row(tmp_path / "a.onnx", spelling, **more)
+        report = fold_onnx(path, tmp_path / "b.onnx", force=True)
+        assert (len(report.found), report.warnings) == (1, ())
+        assert (_initializers(tmp_path / "b.onnx")["w"][2] == 0).all()
 
 
 def test_a_normalised_weight_without_magnitude_is_found(tmp_path: Path) -> None:

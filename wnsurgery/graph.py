@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from wnsurgery.errors import PairError, printable
+from wnsurgery.errors import PairError, SelectionError, printable
 from wnsurgery.onnx_file import all_graphs, external_tensors, read_onnx, write_onnx
 from wnsurgery.onnx_functions import function_norms, open_norm_functions
 from wnsurgery.onnx_layout import drop_unused, put_initializer, settle
@@ -36,6 +36,7 @@ Path_ = str | os.PathLike[str]
 
 # (g, v, "linear" or "log") -> the plain weight, of v's type and shape; ValueError where they do not fit
 Compose = Callable[[Array, Array, str], Array]
+ZeroNorm = Literal["error", "zero", "nan"]
 
 _FLOATS = (ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _LAYOUT = frozenset(("Cast", "CastLike", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
@@ -76,6 +77,7 @@ class OnnxFoldReport:
         left: (node, reason) for every norm that stays.
         nodes_before, nodes_after: size of the graph, subgraphs included.
         files: what was written, the graph first.
+        warnings: what the user should look at.
     """
 
     found: tuple[Found, ...]
@@ -83,12 +85,14 @@ class OnnxFoldReport:
     nodes_before: int
     nodes_after: int
     files: tuple[Path, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         head = f"{len(self.found)} weights folded, {self.nodes_before} -> {self.nodes_after} nodes"
         lines = [head if self.found else f"no weight norm found, {self.nodes_before} nodes kept"]
         lines += columns([(f.value, by(f.shape), f.dtype, f"from {f.g or 'no magnitude'}, {f.v}") for f in self.found])
         lines += [f"  left: {name}: {reason}" for name, reason in self.left]
+        lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join([*lines, *(f"wrote {path}" for path in self.files)])
 
 
@@ -113,7 +117,13 @@ def find_weight_norms(model: Path_ | ir.Model, *, compose: Compose | None = None
 
 
 def fold_onnx(
-    src: Path_, dst: Path_, *, force: bool = False, in_place: bool = False, compose: Compose | None = None
+    src: Path_,
+    dst: Path_,
+    *,
+    zero_norm: ZeroNorm = "error",
+    force: bool = False,
+    in_place: bool = False,
+    compose: Compose | None = None,
 ) -> OnnxFoldReport:
     """Write a copy of an ONNX file with every g * v / ||v|| of constants replaced by the plain weight.
 
@@ -128,21 +138,28 @@ def fold_onnx(
     Args:
         src: ONNX file, weights inside or in files beside it.
         dst: the output; with external weights, `dst.data` beside it is written too.
+        zero_norm: what a row with v = 0 and g != 0 becomes, for which the graph gives 0 / 0: "error", "zero" or "nan".
         force: overwrite an existing output.
         in_place: let the output be the input.
         compose: (g, v, magnitude) -> weight on numpy arrays; default: this package's `compose`.
 
     Raises:
         InputMissingError, InputError: `src` or its weights are missing or damaged.
+        PairError: a row has v = 0 and g != 0, and `zero_norm` does not say what that becomes.
         UnsafeFileError: its weights lie outside its directory.
         OutputExistsError, OutputError: `dst` exists, or could not be written.
     """
     from wnsurgery.stores.commit import check_output, committed
 
+    if zero_norm not in ("error", "zero", "nan"):
+        raise SelectionError(f'zero_norm must be "error", "zero" or "nan", not {zero_norm!r}')
     check_output(dst, src, force=force, in_place=in_place)
     model = read_onnx(src)
     external = next(external_tensors(model), None) is not None
-    report = fold_model(model, compose=compose)
+    try:
+        report = fold_model(model, zero_norm=zero_norm, compose=compose)
+    except PairError as error:
+        raise PairError(f"{src}: {error.message}", hint=error.hint) from error
     if report.found or external:
         files = write_onnx(model, dst, force=force or in_place, external=external)
     else:
@@ -150,10 +167,10 @@ def fold_onnx(
         with committed(dst, force=force or in_place) as file:
             file.write(content)
         files = (Path(dst),)
-    return OnnxFoldReport(report.found, report.left, report.nodes_before, report.nodes_after, files)
+    return replace(report, files=files)
 
 
-def fold_model(model: ir.Model, *, compose: Compose | None = None) -> OnnxFoldReport:
+def fold_model(model: ir.Model, *, zero_norm: ZeroNorm = "zero", compose: Compose | None = None) -> OnnxFoldReport:
     """`fold_onnx` on a model in memory, in place.
 
     >>> fold_model(ir.load("generator.onnx")).nodes_after  # doctest: +SKIP
@@ -161,7 +178,8 @@ def fold_model(model: ir.Model, *, compose: Compose | None = None) -> OnnxFoldRe
     """
     before = _count(model)
     open_norm_functions(model)
-    matcher = _Matcher(model, compose)
+    matcher = _Matcher(model, compose, zero_norm)
+    warnings = matcher.settle_rows_without_direction()
     sources = dict.fromkeys(v for match in matcher.matches for v in matcher.constants.cone(match.value))
     weights = [_replace(match, model, matcher) for match in matcher.matches]
     for node in reversed(matcher.dead):
@@ -169,7 +187,7 @@ def fold_model(model: ir.Model, *, compose: Compose | None = None) -> OnnxFoldRe
     for value in sources:
         drop_unused(value, model)
     settle(model, weights)
-    return OnnxFoldReport(matcher.found, matcher.left(), before, _count(model))
+    return OnnxFoldReport(matcher.found, matcher.left(), before, _count(model), warnings=warnings)
 
 
 # Matching ------------------------------------------------------------------------------------------------
@@ -187,6 +205,7 @@ class _Match:
     dtype: ir.DataType
     shape: tuple[int, ...]
     misfit: float = math.inf  # how far the value is from g * v / ||v||, in units of its type
+    empty: int = 0  # elements for which the graph gives 0 / 0
 
     @property
     def is_exact(self) -> bool:
@@ -224,8 +243,10 @@ class _Match:
 class _Matcher:
     """All the weight norms of one model."""
 
-    def __init__(self, model: ir.Model, compose: Compose | None) -> None:
+    def __init__(self, model: ir.Model, compose: Compose | None, zero_norm: ZeroNorm = "zero") -> None:
         self.model = model
+        self.zero_norm = zero_norm
+        self.holes: dict[ir.Value, Array] = {}
         self.constants = Constants(model)
         self.compose = compose or _default_compose
         self.matches = self._search()
@@ -282,7 +303,8 @@ class _Matcher:
             match = _Match(value, g, shape, v, magnitude, weight.dtype, weight.array.shape)
             if g is not None and (_origin(g) or g) is (_origin(v) or v):
                 continue
-            match = replace(match, misfit=self._misfit(match, memo, weight.array))
+            misfit, empty = self._misfit(match, memo, weight.array)
+            match = replace(match, misfit=misfit, empty=empty)
             if match.misfit < (math.inf if best is None else best.misfit / 2):
                 best = match
             if best is not None and best.is_exact:
@@ -315,10 +337,11 @@ class _Matcher:
         for _, _, candidate in sorted(ranked, key=lambda entry: entry[:2])[:_TRIES]:
             yield candidate
 
-    def _misfit(self, match: _Match, memo: Memo, weight: Array) -> float:
+    def _misfit(self, match: _Match, memo: Memo, weight: Array) -> tuple[float, int]:
         """The largest difference from g * v / ||v||, in units of the weight's type; infinite where that is too much.
 
-        The graph was evaluated without rounding, so neither is the weight it is compared with.
+        With it, how many elements are 0 / 0. The graph was evaluated without rounding, so the weight it is
+        compared with is not rounded either.
         """
         misfit, empty = 0.0, 0
         try:
@@ -329,10 +352,34 @@ class _Matcher:
                 off, nothing = _difference(weight[rows], expected, match.dtype)
                 misfit, empty = max(misfit, off), empty + nothing
                 if not misfit <= slack:
-                    return math.inf
+                    return math.inf, 0
         except (Unknown, PairError, ValueError):
-            return math.inf
-        return misfit if empty < weight.size else math.inf
+            return math.inf, 0
+        return misfit if empty < weight.size else math.inf, empty
+
+    def settle_rows_without_direction(self) -> tuple[str, ...]:
+        """What becomes of rows with v = 0 and g != 0, as `zero_norm` says; warnings where they fold to something.
+
+        Raises PairError where that is to be an error.
+        """
+        warnings = []
+        for match in (match for match in self.matches if match.empty):
+            value, memo = printable(match.value.name), Memo()
+            g = _as_type(match.magnitude_array(self.constants, memo), match.wide)
+            scaled = self.compose(g, np.ones(match.shape, match.wide), match.magnitude)
+            holes = np.isnan(self.constants.evaluate(match.value, memo).array) & (scaled != 0)
+            rows = math.prod(match.g_shape)
+            lost = int(np.count_nonzero(holes)) * rows // holes.size
+            if not lost:
+                continue
+            count = f"{value}: {lost} of {rows} rows have v = 0 and g != 0"
+            if self.zero_norm == "error":
+                hint = "zero_norm='zero' or 'nan' (--zero-norm) says what to write"
+                raise PairError(f"{count}, so no direction to fold along", hint=hint)
+            if self.zero_norm == "nan":
+                self.holes[match.value] = holes
+            warnings.append(f"{count}; folded to {self.zero_norm}")
+        return tuple(warnings)
 
     def weight_of(self, match: _Match) -> Callable[[], Array]:
         """A function that computes the folded weight, to the bit what `compose` gives, and outlives the graph."""
@@ -340,12 +387,13 @@ class _Matcher:
         g = match.magnitude_array(self.constants, memo)
         stored = match.v.producer() is None  # then it is read again when it is needed, and not held meanwhile
         held = None if stored else match.direction_array(self.constants, memo)
+        holes = self.holes.get(match.value)
 
         def weight() -> Array:
             v = match.direction_array(self.constants, Memo()) if held is None else held
-            if v.dtype == match.dtype.numpy():
-                return self.compose(g, v, match.magnitude)
-            return self.compose(_as_type(g, v.dtype), v, match.magnitude).astype(match.dtype.numpy())
+            exact = v.dtype == match.dtype.numpy()
+            w = _as_type(self.compose(g if exact else _as_type(g, v.dtype), v, match.magnitude), match.dtype.numpy())
+            return w if holes is None else np.where(holes, w.dtype.type(np.nan), w)
 
         return weight
 
