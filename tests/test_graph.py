@@ -627,6 +627,102 @@ def test_external_weights_fold_into_a_new_pair(tmp_path: Path) -> None:
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def _external(path: Path, data: str, seed: int = 0, *, constant: bool = False) -> Path:
+    """A graph with a weight norm and another weight, both in a file beside it."""
+    rng = np.random.default_rng(seed)
+    v, other = rng.standard_normal((128, 6)).astype(np.float32), rng.standard_normal((128, 4)).astype(np.float32)
+    body = SPELLINGS["ReduceL2, w = v * (g / n)"] + " a = Gemm <transB = 1> (x, w) y = MatMul(a, b)"
+    model = onnx.load(_save(path, body, g=np.ones((128, 1), np.float32), v=v, axes=AXES, b=other))
+    onnx.save(model, path, save_as_external_data=True, location=data, size_threshold=100)
+    if constant:  # a weight within a node, whose bytes are in the file all the same
+        model = onnx.load(path, load_external_data=False)
+        (held,) = [tensor for tensor in model.graph.initializer if tensor.name == "b"]
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["b"], value=held))
+        model.graph.initializer.remove(held)
+        path.write_bytes(model.SerializeToString())
+    return path
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir())
+
+
+@pytest.mark.parametrize("data", ["a.onnx.data", "weights.bin"])
+def test_a_pair_is_replaced_at_one_stroke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str) -> None:
+    """In place, the graph on the disk has its weights at every moment; what it no longer reads is removed in the end.
+
+    A file with another name may be read by other graphs, too, and stays.
+    """
+    path = _external(tmp_path / "a.onnx", data)
+    before, steps = _run(path, X)[0], []
+    for name in ("replace", "unlink"):
+        act = getattr(Path, name)
+
+        def watched(self: Path, *rest: object, act: Callable[..., object] = act, **more: object) -> object:
+            done = act(self, *rest, **more)
+            steps.append(_run(path, X)[0])
+            return done
+
+        monkeypatch.setattr(Path, name, watched)
+    report = fold_onnx(path, path, in_place=True)
+    assert len(steps) == (3 if data == "a.onnx.data" else 2)
+    for found in steps:
+        np.testing.assert_allclose(found, before, rtol=1e-4, atol=1e-5)
+    assert [p.name for p in report.files] == [n for n in _names(tmp_path) if n != "weights.bin"]
+    assert ("weights.bin" in _names(tmp_path)) == (data == "weights.bin")
+    assert _norms_of_constants(path) == []
+    files = {name: (tmp_path / name).read_bytes() for name in _names(tmp_path)}
+    assert fold_onnx(path, path, in_place=True).files == report.files
+    assert files == {name: (tmp_path / name).read_bytes() for name in _names(tmp_path)}
+
+
+def test_the_same_weights_keep_their_file(tmp_path: Path) -> None:
+    """Folding onto an output of before gives the same two files again, and other weights another name."""
+    first, second = _external(tmp_path / "a.onnx", "a.bin"), _external(tmp_path / "c.onnx", "c.bin", 1)
+    found = []
+    for source in (first, first, second, second, first):
+        files = fold_onnx(source, tmp_path / "b.onnx", force=True).files
+        assert [p.name for p in files] == [n for n in _names(tmp_path) if n.startswith("b.")]
+        np.testing.assert_allclose(_run(files[0], X)[0], _run(source, X)[0], rtol=1e-4, atol=1e-5)
+        found.append([(p.name, p.read_bytes()) for p in files])
+    assert found[0] == found[1] == found[4]
+    assert found[2] == found[3]
+    assert found[0][1][0] == "b.onnx.data" != found[2][1][0]
+
+
+def test_no_file_of_the_input_is_replaced(tmp_path: Path) -> None:
+    """An output whose name, or whose weights file's name, is taken by the input's weights is refused, even by force."""
+    path = _external(tmp_path / "a.onnx", "b.onnx.data")
+    before = {name: (tmp_path / name).read_bytes() for name in _names(tmp_path)}
+    for output in ("b.onnx", "b.onnx.data"):
+        with pytest.raises(OutputExistsError, match="file of the input") as caught:
+            fold_onnx(path, tmp_path / output, force=True, in_place=True)
+        assert caught.value.exit_code == 5
+    assert before == {name: (tmp_path / name).read_bytes() for name in _names(tmp_path)}
+
+
+def test_weights_within_nodes_come_along(tmp_path: Path) -> None:
+    """A Constant whose bytes are in another file is written with the graph, which needs the old file no more."""
+    path = _external(tmp_path / "a.onnx", "a.bin", constant=True)
+    home = tmp_path / "home"
+    home.mkdir()
+    model = onnx.load(path)
+    (held,) = [node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"]
+    expected = numpy_helper.to_array(held)
+    fold_onnx(path, home / "b.onnx")
+    (node,) = [node for node in onnx.load(home / "b.onnx").graph.node if node.op_type == "Constant"]
+    np.testing.assert_array_equal(numpy_helper.to_array(node.attribute[0].t), expected)
+
+
+def test_small_weights_leave_no_empty_file(tmp_path: Path) -> None:
+    """Weights that all fit into the graph come without a second file."""
+    model = onnx.load(_simple(tmp_path / "inline.onnx"))
+    onnx.save(model, tmp_path / "a.onnx", save_as_external_data=True, location="a.bin", size_threshold=0)
+    report = fold_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert [p.name for p in report.files] == ["b.onnx"]
+    assert _names(tmp_path) == ["a.bin", "a.onnx", "b.onnx", "inline.onnx"]
+
+
 def test_external_weights_outside_the_directory_are_refused(tmp_path: Path) -> None:
     """A graph that points to a file elsewhere is not read."""
     home = tmp_path / "home"

@@ -283,8 +283,10 @@ def export(model: Path, as_json: bool, **options: Any) -> None:
     """
     from wnsurgery.export import export_onnx
     from wnsurgery.files import load_model
+    from wnsurgery.onnx_file import refuse_sources
 
     output = options.pop("output") or model.with_suffix(".onnx")
+    refuse_sources(output, [model])
     example = options.pop("example")
     inputs = _inputs(options.pop("input_file"), options.pop("input_shape"))
     if example is not None:

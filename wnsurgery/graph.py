@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from wnsurgery.errors import PairError, SelectionError, printable
-from wnsurgery.onnx_file import all_graphs, external_tensors, read_onnx, write_onnx
+from wnsurgery.onnx_file import all_graphs, is_same_file, read_onnx, refuse_sources, weight_files, write_onnx
 from wnsurgery.onnx_functions import function_norms, open_norm_functions
 from wnsurgery.onnx_layout import drop_unused, put_initializer, settle
 from wnsurgery.onnx_values import Constants, Evaluated, Memo, Unknown, is_large
@@ -155,13 +155,17 @@ def fold_onnx(
         raise SelectionError(f'zero_norm must be "error", "zero" or "nan", not {zero_norm!r}')
     check_output(dst, src, force=force, in_place=in_place)
     model = read_onnx(src)
-    external = next(external_tensors(model), None) is not None
+    weights = weight_files(model)
+    if not is_same_file(src, dst):
+        refuse_sources(dst, (src, *weights))
     try:
         report = fold_model(model, zero_norm=zero_norm, compose=compose)
     except PairError as error:
         raise PairError(f"{src}: {error.message}", hint=error.hint) from error
-    if report.found or external:
-        files = write_onnx(model, dst, force=force or in_place, external=external)
+    if not report.found and is_same_file(src, dst):
+        files = (Path(dst), *sorted(weights))
+    elif report.found or weights:
+        files = write_onnx(model, dst, force=force or in_place, external=bool(weights))
     else:
         content = Path(src).read_bytes()
         with committed(dst, force=force or in_place) as file:
