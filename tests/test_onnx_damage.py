@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_memory import fold, make
 
 from wnsurgery.errors import InputError
-from wnsurgery.graph import fold_onnx
+from wnsurgery.graph import find_weight_norms, fold_onnx
+from wnsurgery.onnx_file import read_onnx
 
 V = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
 G = np.ones((8, 1), np.float32)
@@ -125,3 +127,34 @@ def test_large_weights_fold_in_three_times_their_size(tmp_path: Path) -> None:
     found, peak = fold(tmp_path)
     assert found == layers
     assert peak < 3 * 4 * rows * rows + 300_000_000
+
+
+def _after_a_norm(path: Path, count: int) -> Path:
+    """A chain of additions to what a norm gave."""
+    nodes = [helper.make_node("ReduceL2", ["v"], ["n"], axes=[1]), helper.make_node("Div", ["v", "n"], ["c0"])]
+    nodes += [helper.make_node("Add", [f"c{i}", "g"], [f"c{i + 1}"]) for i in range(count)]
+    nodes.append(helper.make_node("Gemm", ["x", f"c{count}"], ["y"], transB=1))
+    return _save(_model(nodes, numpy_helper.from_array(G, "g"), numpy_helper.from_array(V, "v")), path)
+
+
+def test_a_long_chain_takes_time_in_its_length(tmp_path: Path) -> None:
+    """Twice as many constants after a norm are about twice the work, counted in lines of Python."""
+    counts = []
+    for count in (200, 400):
+        path, lines = _after_a_norm(tmp_path / f"{count}.onnx", count), 0
+
+        def step(frame: object, event: str, _: object) -> object:
+            nonlocal lines
+            lines += event == "line"
+            return step
+
+        model = read_onnx(path)
+        before = sys.gettrace()
+        sys.settrace(step)
+        try:
+            found = find_weight_norms(model)
+        finally:
+            sys.settrace(before)
+        assert [f.value for f in found] == ["c0"]
+        counts.append(lines)
+    assert counts[1] < 2.5 * counts[0]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -43,6 +43,7 @@ _LAYOUT = frozenset(("Cast", "CastLike", "Flatten", "Identity", "Reshape", "Sque
 _HALF = re.compile(r"(?:(?P<stem>.*)\.)?parametrizations\.(?P<new>[^.]+)\.original1|(?P<old>.+)_v", re.DOTALL)
 _BLOCK = 1 << 18  # elements compared at a time
 _TRIES = 6  # magnitudes worth trying for one direction, nearest in size first; computed directions for one weight
+_NEAR = 64  # values inside a weight that may turn out to be the weight
 _LOST, _LOST_IN_LARGE = 2.0**-44, 2.0**-20  # of a value, by evaluating it in float64 and in float32
 
 
@@ -251,6 +252,8 @@ class _Matcher:
         self.model = model
         self.zero_norm = zero_norm
         self.holes: dict[ir.Value, Array] = {}
+        self._known: dict[ir.Value, _Match | None] = {}
+        self._squares: dict[ir.Value, float] = {}
         self.constants = Constants(model)
         self.compose = compose or _default_compose
         self.matches = self._search()
@@ -262,7 +265,7 @@ class _Matcher:
         matches: list[_Match] = []
         seen: set[ir.Value] = set()
         for root in self._frontier():
-            memo = Memo()
+            memo, self._known = Memo(), {}
             todo = [root]
             while todo:
                 value = todo.pop()
@@ -289,19 +292,25 @@ class _Matcher:
         ]
 
     def _match(self, value: ir.Value, memo: Memo) -> _Match | None:
+        if value not in self._known:
+            self._known[value] = self._matched(value, memo)
+        return self._known[value]
+
+    def _matched(self, value: ir.Value, memo: Memo) -> _Match | None:
+        """The g and v that a value is g * v / ||v|| of, the closest of those that fit."""
+        made = self.constants.made_of(value)
+        if made is None:
+            return None
         try:
             weight = self.constants.evaluate(value, memo)
         except Unknown:
             return None
         if weight.dtype not in _FLOATS or weight.array.ndim == 0 or weight.array.size == 0:
             return None
-        cone = self.constants.cone(value)
-        normed = self.constants.normed
-        sources = [v for v in cone if v not in normed]
-        stored = [v for v in sources if _fits(memo.kinds[v], weight) and _origin(v) is not None]
-        read = dict.fromkeys(v for n in cone if n in normed for v in n.producer().inputs if v is not None)  # type: ignore[union-attr]
-        computed = [v for v in read if v not in normed and _fits(memo.kinds[v], weight) and _origin(v) is None]
-        magnitudes = list(self._magnitudes(sources, memo, weight.array))
+        fitting = [v for v in made if _fits(memo.kinds[v], weight)]
+        stored = [v for v in fitting if _origin(v) is not None]
+        computed = [v for v in fitting if v in self.constants.under_norms and _origin(v) is None]
+        magnitudes = list(self._magnitudes(made, memo, weight.array))
         best: _Match | None = None
         for v, (g, shape, magnitude) in product(stored + computed[:_TRIES], magnitudes):
             match = _Match(value, g, shape, v, magnitude, weight.dtype, weight.array.shape)
@@ -319,12 +328,22 @@ class _Matcher:
         """Whether the weight norm ends at a value further in: what follows is near one, and yet changes the weight."""
         if match.is_exact:
             return False
-        inner = [v for v in self.constants.cone(match.value)[:-1] if v in self.constants.normed]
-        fitting = (self._match(v, memo) for v in inner if memo.kinds[v][0] == match.shape)
-        return any(m is not None and not m.is_trivial and m.misfit < match.misfit / 2 for m in fitting)
+        inner = (v for v in self._inside(match.value) if memo.kinds[v][0] == match.shape)
+        found = (self._match(v, memo) for v in inner)
+        return any(m is not None and not m.is_trivial and m.misfit < match.misfit / 2 for m in found)
+
+    def _inside(self, value: ir.Value) -> list[ir.Value]:
+        """The values behind a norm that a value is computed from, the nearest first, as many as are worth a look."""
+        found, seen = [value], {value}
+        for current in found:
+            for v in current.producer().inputs:  # type: ignore[union-attr]
+                if v is not None and v in self.constants.normed and v not in seen and len(found) <= _NEAR:
+                    seen.add(v)
+                    found.append(v)
+        return found[1:]
 
     def _magnitudes(
-        self, sources: list[ir.Value], memo: Memo, weight: Array
+        self, sources: Sequence[ir.Value], memo: Memo, weight: Array
     ) -> Iterator[tuple[ir.Value | None, tuple[int, ...], str]]:
         """Magnitudes that fit by shape and by size (the norms of the rows are |g|), best first."""
         target = _sum_of_squares(weight)
@@ -332,14 +351,18 @@ class _Matcher:
         for value in sources:
             size, dtype = memo.kinds[value]
             for shape in _readings(size, weight.shape) if dtype.is_floating_point() else ():
-                distance = abs(_sum_of_squares(self.constants.evaluate(value, memo).array) - target)
-                log = _logarithm(value)
+                if value not in self._squares:
+                    self._squares[value] = _sum_of_squares(self.constants.evaluate(value, memo).array)
+                distance, log = abs(self._squares[value] - target), _logarithm(value)
                 ranked.append((distance, len(ranked), (value, shape, "linear") if log is None else (log, shape, "log")))
         for shape in _unit_shapes(weight.shape):
             distance = abs(float(np.prod(shape, dtype=np.float64)) - target)
             ranked.append((distance, len(ranked), (None, shape, "linear")))
-        for _, _, candidate in sorted(ranked, key=lambda entry: entry[:2])[:_TRIES]:
-            yield candidate
+        ranked.sort(key=lambda entry: entry[:2])
+        far = 0.01 * target if ranked and ranked[-1][0] > 0.01 * target and _is_full(weight) else math.inf
+        for distance, _, candidate in ranked[:_TRIES]:
+            if distance <= far:
+                yield candidate
 
     def _misfit(self, match: _Match, memo: Memo, weight: Array) -> tuple[float, int]:
         """The largest difference from g * v / ||v||, in units of the weight's type; infinite where that is too much.
@@ -471,6 +494,12 @@ def _blocks(size: int) -> Iterator[slice]:
 def _sum_of_squares(array: Array) -> float:
     flat = array.reshape(-1)
     return float(sum(np.nansum(np.square(flat[block], dtype=np.float64)) for block in _blocks(flat.size)))
+
+
+def _is_full(array: Array) -> bool:
+    """Whether no element is zero or NaN, and so no row without direction."""
+    flat = array.reshape(-1)
+    return all(bool(np.all(flat[block]) and not np.isnan(flat[block]).any()) for block in _blocks(flat.size))
 
 
 def _rows(g: Array, v: Array) -> Iterator[tuple[slice, Array]]:

@@ -25,6 +25,7 @@ _SMALL = 1 << 20  # elements that any result may have
 _SUMS = frozenset(
     ("Einsum", "LpNormalization", "ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare")
 )  # in any norm
+_MOST = 256  # constants that one weight may be made of
 _KEPT = 1 << 14  # elements; larger intermediate results are given up as soon as nothing waits for them
 
 
@@ -72,6 +73,8 @@ class Constants:
         self._overridable = model.ir_version >= 4  # before, every initializer had to be listed as an input
         self._constant: set[ir.Value] = set()
         self.normed: set[ir.Value] = set()
+        self.under_norms: set[ir.Value] = set()
+        self._made_of: dict[ir.Value, tuple[ir.Value, ...] | None] = {}
         self.norms: list[ir.Node] = []
         nodes = list(_nodes(model.graph))
         self._limit = max((_SMALL, *(_GROWTH * size for size in _sizes(model.graph, nodes))))
@@ -95,6 +98,33 @@ class Constants:
         self._constant.add(node.outputs[0])
         if node.op_type in _SUMS or any(value in self.normed for value in inputs):
             self.normed.add(node.outputs[0])
+            self.under_norms.update(value for value in inputs if value not in self.normed)
+
+    def made_of(self, value: ir.Value) -> tuple[ir.Value, ...] | None:
+        """The constants behind no norm that a value is computed from, computed ones too; None where they are too many.
+
+        What the values on the way are made of is kept, so that looking at a long chain takes time in its length.
+        """
+        todo = [value]
+        while todo:
+            current = todo[-1]
+            inputs = _inputs(current)
+            missing = [v for v in inputs if v not in self._made_of]
+            if missing and current not in self._made_of:
+                todo += missing
+                continue
+            todo.pop()
+            if current not in self._made_of:
+                self._made_of[current] = self._together(current, inputs)
+        return self._made_of[value]
+
+    def _together(self, value: ir.Value, inputs: Sequence[ir.Value]) -> tuple[ir.Value, ...] | None:
+        parts = [self._made_of[v] for v in inputs]
+        own = () if value in self.normed else (value,)
+        whole = tuple(dict.fromkeys(v for part in parts for v in part or ())) + own
+        if len(whole) > _MOST or None in parts:
+            return None
+        return next((part for part in parts if part == whole), whole)  # which most values of a chain have in common
 
     def cone(self, value: ir.Value) -> list[ir.Value]:
         """Every constant a constant is computed from, itself last, each after what it is computed from."""
