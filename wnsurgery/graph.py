@@ -23,9 +23,11 @@ import numpy as np
 import onnx_ir as ir
 
 from wnsurgery.errors import PairError, SelectionError, printable
-from wnsurgery.onnx_file import all_graphs, is_same_file, read_onnx, refuse_sources, weight_files, write_onnx
+from wnsurgery.onnx_checks import blamed_on
+from wnsurgery.onnx_file import is_same_file, read_onnx, refuse_sources, weight_files, write_onnx
 from wnsurgery.onnx_functions import function_norms, open_norm_functions
 from wnsurgery.onnx_layout import drop_unused, put_initializer, settle
+from wnsurgery.onnx_nodes import all_graphs
 from wnsurgery.onnx_values import Constants, Evaluated, Memo, Unknown, is_large
 from wnsurgery.text import by, columns
 
@@ -110,9 +112,11 @@ def find_weight_norms(model: Path_ | ir.Model, *, compose: Compose | None = None
     Raises InputMissingError, InputError or UnsafeFileError for a file that cannot be read.
     """
     if not isinstance(model, ir.Model):
-        opened = read_onnx(model)
-    else:
-        opened = ir.from_proto(ir.to_proto(model)) if model.functions else model
+        with blamed_on(model):
+            opened = read_onnx(model)
+            open_norm_functions(opened)
+            return list(_Matcher(opened, compose).found)
+    opened = ir.from_proto(ir.to_proto(model)) if model.functions else model
     open_norm_functions(opened)
     return list(_Matcher(opened, compose).found)
 
@@ -155,23 +159,24 @@ def fold_onnx(
     if zero_norm not in ("error", "zero", "nan"):
         raise SelectionError(f'zero_norm must be "error", "zero" or "nan", not {zero_norm!r}')
     check_output(dst, src, force=force, in_place=in_place)
-    model = read_onnx(src)
-    weights = weight_files(model)
-    if not is_same_file(src, dst):
-        refuse_sources(dst, (src, *weights))
-    try:
-        report = fold_model(model, zero_norm=zero_norm, compose=compose)
-    except PairError as error:
-        raise PairError(f"{src}: {error.message}", hint=error.hint) from error
-    if not report.found and is_same_file(src, dst):
-        files = (Path(dst), *sorted(weights))
-    elif report.found or weights:
-        files = write_onnx(model, dst, force=force or in_place, external=bool(weights))
-    else:
-        content = Path(src).read_bytes()
-        with committed(dst, force=force or in_place) as file:
-            file.write(content)
-        files = (Path(dst),)
+    with blamed_on(src):
+        model = read_onnx(src)
+        weights = weight_files(model)
+        if not is_same_file(src, dst):
+            refuse_sources(dst, (src, *weights))
+        try:
+            report = fold_model(model, zero_norm=zero_norm, compose=compose)
+        except PairError as error:
+            raise PairError(f"{src}: {error.message}", hint=error.hint) from error
+        if not report.found and is_same_file(src, dst):
+            files = (Path(dst), *sorted(weights))
+        elif report.found or weights:
+            files = write_onnx(model, dst, force=force or in_place, external=bool(weights))
+        else:
+            content = Path(src).read_bytes()
+            with committed(dst, force=force or in_place) as file:
+                file.write(content)
+            files = (Path(dst),)
     return replace(report, files=files)
 
 

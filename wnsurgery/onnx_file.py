@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 import re
 import secrets
@@ -25,12 +24,12 @@ from wnsurgery.errors import (
     UnsafeFileError,
     printable,
 )
+from wnsurgery.onnx_checks import blamed_on, check_names, check_operations, check_order, one_line, quiet
+from wnsurgery.onnx_nodes import all_graphs
 
 __all__ = [
-    "all_graphs",
     "external_tensors",
     "is_same_file",
-    "one_line",
     "read_onnx",
     "refuse_sources",
     "staged_onnx",
@@ -57,80 +56,24 @@ def read_onnx(path: Path_) -> ir.Model:
     """
     path = Path(path)
     _refuse_irregular(path, path)
-    try:
-        with _quiet():
-            model = ir.load(path, format="protobuf")
-    except (MemoryError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        # parsers raise errors of many unrelated classes; whatever they choke on is the file
-        raise InputError.of(path, f"damaged, or not an ONNX file: {one_line(error)}") from error
-    if not model.ir_version or not model.opset_imports:
-        raise InputError.of(path, "damaged, or not an ONNX file: it holds no graph")
-    base = path.parent.resolve()
-    for tensor in _tensors(model):
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.base_dir = str(base)
-            _check_external(tensor, path, base)
-        else:
-            _check_inside(tensor, path)
-    _check_order(model, path)
+    with blamed_on(path):
+        import onnx
+
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+        check_names(proto, path)
+        model = ir.from_proto(proto)
+        if not model.ir_version or not model.opset_imports:
+            raise InputError.of(path, "damaged, or not an ONNX file: it holds no graph")
+        base = path.parent.resolve()
+        for tensor in _tensors(model):
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.base_dir = str(base)
+                _check_external(tensor, path, base)
+            else:
+                _check_inside(tensor, path)
+        check_operations(model, path)
+        check_order(model, path)
     return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The reader says on stderr, once for each, what `_check_order` will refuse."""
-    logger = logging.getLogger("onnx_ir.serde")
-
-    def drop(_: logging.LogRecord) -> bool:
-        return False
-
-    logger.addFilter(drop)
-    try:
-        yield
-    finally:
-        logger.removeFilter(drop)
-
-
-def _check_order(model: ir.Model, path: Path) -> None:
-    """Every value that is read is given by something, and none by itself; operations come in an order they can run."""
-    graphs = [graph for graph in all_graphs(model) if isinstance(graph, ir.Graph)]
-    for value in (v for graph in graphs for node in graph for v in node.inputs):
-        if value is None or value.producer() is not None or value.is_graph_input() or value.is_initializer():
-            continue
-        name = printable(value.name or "?")
-        raise InputError.of(path, f"nothing gives {name}, which an operation reads (sparse initializers are not read)")
-    try:
-        for graph in graphs:
-            if not _in_order(graph):
-                model.graph.sort()
-                break
-    except ValueError as error:
-        raise InputError.of(path, "its operations wait for each other in a circle") from error
-
-
-def _in_order(graph: ir.Graph) -> bool:
-    """Whether each node comes after those of its own graph that it reads; subgraphs of a node read for it."""
-    seen: set[ir.Node] = set()
-    for node in graph:
-        if any(maker.graph is graph and maker not in seen for maker in _makers(node)):
-            return False
-        seen.add(node)
-    return True
-
-
-def _makers(node: ir.Node) -> Iterator[ir.Node]:
-    """The nodes whose values a node reads, itself or inside its subgraphs."""
-    todo = [node]
-    while todo:
-        current = todo.pop()
-        yield from (v.producer() for v in current.inputs if v is not None and v.producer() is not None)  # type: ignore[misc]
-        for attribute in current.attributes.values():
-            if attribute.is_ref() or attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-                continue
-            inner = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else attribute.value
-            todo.extend(n for graph in inner for n in graph)
 
 
 def write_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: bool = False) -> tuple[Path, ...]:
@@ -226,7 +169,7 @@ def _weights_of(path: Path) -> set[str]:
     if not there or not path.exists():
         return set()
     try:
-        with _quiet():
+        with quiet():
             return there & {str(tensor.location) for tensor in external_tensors(ir.load(path, format="protobuf"))}
     except Exception:  # no graph, then, and none that could lose its weights
         return set()
@@ -316,28 +259,6 @@ def _tensors(model: ir.Model) -> Iterator[Any]:
                     yield attribute.value
                 if attribute.type == ir.AttributeType.TENSORS:
                     yield from attribute.value
-
-
-def all_graphs(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:
-    """The main graph, every function body, and every subgraph under them."""
-    todo: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    while todo:
-        graph = todo.pop(0)
-        yield graph
-        for node in graph:
-            for attribute in node.attributes.values():
-                if attribute.is_ref():
-                    continue
-                if attribute.type == ir.AttributeType.GRAPH:
-                    todo.append(attribute.value)
-                elif attribute.type == ir.AttributeType.GRAPHS:
-                    todo.extend(attribute.value)
-
-
-def one_line(error: object, limit: int = 300) -> str:
-    """An error's message as one printable line."""
-    text = " ".join(str(error).split())
-    return printable(text, limit) or type(error).__name__
 
 
 def _refuse_irregular(path: Path, blame: Path) -> int:

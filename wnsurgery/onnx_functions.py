@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
+from wnsurgery.onnx_nodes import graphs_of, nodes_within
 from wnsurgery.onnx_values import is_norm
 
 __all__ = ["function_norms", "open_norm_functions"]
@@ -38,13 +39,13 @@ def open_norm_functions(model: ir.Model) -> None:
 
 def function_norms(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
     """The norms that stand in functions after that, and why they do."""
-    if not any(is_norm(node) for function in model.functions.values() for node in _nodes(function)):
+    if not any(is_norm(node) for function in model.functions.values() for node in nodes_within(function)):
         return
     wanted = _wanted(model)
     for key, function in model.functions.items():
         why = _foreign(model, key) or "cannot be opened: its calls go in a circle, or are too many"
         why = why if key in wanted else "takes run-time values"
-        yield from ((node, why) for node in _nodes(function) if is_norm(node))
+        yield from ((node, why) for node in nodes_within(function) if is_norm(node))
 
 
 def _foreign(model: ir.Model, key: _Id) -> str | None:
@@ -56,7 +57,7 @@ def _foreign(model: ir.Model, key: _Id) -> str | None:
     known = [model.opset_imports, *(other.opset_imports for other in model.functions.values())]
     for domain, version in function.opset_imports.items():
         others = {imports.get(domain, version) for imports in known} - {version}
-        nodes = [node for node in _nodes(function) if _plain(node.domain) == _plain(domain)] if others else []
+        nodes = [node for node in nodes_within(function) if _plain(node.domain) == _plain(domain)] if others else []
         for node in nodes:
             if len({_since(node, v) for v in (version, *others)}) > 1:
                 return f"is written for opset {version}, the graph for {model.opset_imports.get(domain, version)}"
@@ -103,7 +104,7 @@ class _Summaries:
                     key = todo.pop()
                     if key not in found and self._of(key):
                         found.add(key)
-                        todo += [n.op_identifier() for n in _nodes(self.model.functions[key]) if self._is_call(n)]
+                        todo += [n.op_identifier() for n in nodes_within(self.model.functions[key]) if self._is_call(n)]
         return found
 
     def _of(self, key: _Id) -> tuple[_Sources, ...]:
@@ -116,7 +117,7 @@ class _Summaries:
             norms: list[_Sources] = []
             for node, arguments in self._calls(function, known):
                 norms += [_seen_from(sources, arguments) for sources in self._of(node.op_identifier())]
-            norms += [known.get(n.inputs[0], frozenset()) for n in _nodes(function) if is_norm(n) and n.inputs[0]]
+            norms += [known.get(n.inputs[0], frozenset()) for n in nodes_within(function) if is_norm(n) and n.inputs[0]]
             self.norms[key] = tuple(dict.fromkeys(norms))
             self.open.discard(key)
         return self.norms[key]
@@ -126,13 +127,13 @@ class _Summaries:
     ) -> list[tuple[ir.Node, list[_Sources]]]:
         """The calls in a body with what their arguments depend on; fills `known` for every value on the way."""
         found = []
-        for node in _nodes(body):
-            for value in (v for graph in _graphs(node) for v in graph.inputs):
+        for node in nodes_within(body):
+            for value in (v for graph in graphs_of(node) for v in graph.inputs):
                 known[value] = None
             arguments = [frozenset() if v is None else known.get(v, frozenset()) for v in node.inputs]
             if self._is_call(node):
                 found.append((node, arguments))
-            inner = [known.get(v, frozenset()) for graph in _graphs(node) for v in graph.outputs]
+            inner = [known.get(v, frozenset()) for graph in graphs_of(node) for v in graph.outputs]
             for output in node.outputs:
                 known[output] = _together([*arguments, *inner])
         return found
@@ -165,12 +166,12 @@ def _are_few(model: ir.Model, wanted: set[_Id]) -> bool:
             copies[called] += times * copies[key]
         if copies[key] > _MAX_COPIES:
             return False
-    sizes = {key: sum(1 for _ in _nodes(model.functions[key])) for key in wanted}
+    sizes = {key: sum(1 for _ in nodes_within(model.functions[key])) for key in wanted}
     return sum(copies[key] * sizes[key] for key in wanted) <= _MAX_NODES
 
 
 def _calls(body: ir.Graph | ir.Function, wanted: set[_Id]) -> Counter[_Id]:
-    return Counter(node.op_identifier() for node in _nodes(body) if node.op_identifier() in wanted)
+    return Counter(node.op_identifier() for node in nodes_within(body) if node.op_identifier() in wanted)
 
 
 def _callers_first(calls: Mapping[_Id, Counter[_Id]], wanted: set[_Id]) -> list[_Id]:
@@ -188,21 +189,3 @@ def _callers_first(calls: Mapping[_Id, Counter[_Id]], wanted: set[_Id]) -> list[
     for key in wanted:
         visit(key)
     return list(reversed(order))
-
-
-def _nodes(body: ir.Graph | ir.Function) -> Iterator[ir.Node]:
-    """Every node of a body, those of subgraphs just before the node that owns them."""
-    for node in body:
-        for graph in _graphs(node):
-            yield from _nodes(graph)
-        yield node
-
-
-def _graphs(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield attribute.value
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            yield from attribute.value

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from wnsurgery.onnx_nodes import nodes_within
+
 __all__ = ["Constants", "Evaluated", "Memo", "Unknown", "apply", "is_large", "is_norm", "native"]
 
 Array = np.ndarray[Any, Any]
@@ -76,7 +78,7 @@ class Constants:
         self.under_norms: set[ir.Value] = set()
         self._made_of: dict[ir.Value, tuple[ir.Value, ...] | None] = {}
         self.norms: list[ir.Node] = []
-        nodes = list(_nodes(model.graph))
+        nodes = list(nodes_within(model.graph))
         self._limit = max((_SMALL, *(_GROWTH * size for size in _sizes(model.graph, nodes))))
         for node in nodes:
             self._visit(node)
@@ -248,18 +250,6 @@ def is_norm(node: ir.Node) -> bool:
 def _is_two(value: ir.Value | None) -> bool:
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return tensor is not None and tensor.size == 1 and float(tensor.numpy().reshape(-1)[0]) == 2.0
-
-
-def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
-    """Every node, those of subgraphs just before the node that owns them."""
-    for node in graph:
-        for attribute in node.attributes.values():
-            if not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPH:
-                yield from _nodes(attribute.value)
-            elif not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPHS:
-                for inner in attribute.value:
-                    yield from _nodes(inner)
-        yield node
 
 
 def _of_tensor(tensor: Any) -> Evaluated:

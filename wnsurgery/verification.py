@@ -229,12 +229,14 @@ def _of_module(model: nn.Module, name: str, *, built: bool = False) -> _Side:
 
 def _of_graph(path: Path) -> _Side:
     from wnsurgery.graph import fold_model
+    from wnsurgery.onnx_checks import blamed_on
     from wnsurgery.onnx_file import read_onnx
 
-    model = read_onnx(path)
-    fold_model(model)
-    values = model.graph.initializers.values()
-    tensors = {str(value.name): value.const_value.numpy() for value in values if value.const_value is not None}
+    with blamed_on(path):
+        model = read_onnx(path)
+        fold_model(model)
+        values = model.graph.initializers.values()
+        tensors = {str(value.name): value.const_value.numpy() for value in values if value.const_value is not None}
     return _Side(str(path), tensors, session=open_session(path))
 
 
