@@ -38,7 +38,7 @@ from wnsurgery.errors import (
     WnsurgeryError,
     printable,
 )
-from wnsurgery.parity import cast_to_declared, open_session, run_session
+from wnsurgery.parity import cast_to_declared, open_session, refuse_other_outputs, run_session
 from wnsurgery.reparam import Magnitude
 from wnsurgery.runs import Case, Inputs, copy_of, rng_kept
 from wnsurgery.surgery import fold_weight_norm
@@ -237,7 +237,9 @@ def _of_graph(path: Path) -> _Side:
         fold_model(model)
         values = model.graph.initializers.values()
         tensors = {str(value.name): value.const_value.numpy() for value in values if value.const_value is not None}
-    return _Side(str(path), tensors, session=open_session(path))
+    session = open_session(path)
+    refuse_other_outputs(session, path)
+    return _Side(str(path), tensors, session=session)
 
 
 def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool, magnitude: Magnitude) -> _Side:
