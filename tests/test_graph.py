@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -195,6 +196,10 @@ SPELLINGS = {
         w = Mul(v, q)""",
     "scaled by the largest element": """a = Abs(v) m = ReduceMax(a, axes) u = Div(v, m) n = ReduceL2(u, axes)
         q = Div(g, n) w = Mul(u, q)""",
+    "MatMul with ones": "s = Mul(v, v) m = MatMul(s, column) n = Sqrt(m) q = Div(g, n) w = Mul(v, q)",
+    "Gemm with ones": "s = Pow(v, two) m = Gemm(s, column) n = Sqrt(m) q = Div(g, n) w = Mul(v, q)",
+    "by logarithms": """s = Mul(v, v) m = ReduceLogSum(s, axes) l = Mul(m, half) n = Exp(l) q = Div(g, n)
+        w = Mul(v, q)""",
     "Identity and Squeeze": """i = Identity(v) n = ReduceL2(i, axes) z = Squeeze(g, axes) u = Unsqueeze(z, axes)
         q = Div(u, n) w = Mul(i, q)""",
 }
@@ -207,7 +212,12 @@ def test_every_spelling_is_found(tmp_path: Path, spelling: str, large: bool, mon
     if large:
         monkeypatch.setattr(onnx_values, "_LARGE", 4)
     arrays = {"g": G, "v": V, "axes": AXES, "axes0": np.int64([0]), "two": TWO}
-    arrays |= {"six": np.float32(6), "half": np.float32(0.5), "eps": np.float32(1e-12)}
+    arrays |= {
+        "column": np.ones((6, 1), np.float32),
+        "six": np.float32(6),
+        "half": np.float32(0.5),
+        "eps": np.float32(1e-12),
+    }
     used = {k: a for k, a in arrays.items() if f"({k})" in spelling or k in SPELLINGS[spelling].replace(")", ",")}
     tail = " y = Gemm <transB = 1> (x, w)"
     path = _save(tmp_path / "a.onnx", SPELLINGS[spelling] + tail, **used)
@@ -292,6 +302,40 @@ def test_every_float_type_folds_to_the_bits_of_compose(tmp_path: Path, dtype: ty
     kind = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(np.dtype(dtype).name, wide)
     expected = compose(torch.tensor(g.astype(np.float64)).to(wide), torch.tensor(v.astype(np.float64)).to(kind))
     assert (found.astype(np.float64) == expected.double().numpy()).all()
+
+
+MADE = {
+    "u = DequantizeLinear(bytes, scale)": lambda a: a["bytes"] * np.float64(a["scale"]),
+    "u = DequantizeLinear <axis = 0> (bytes, scales, zeros)": lambda a: (
+        (a["bytes"] - np.float64(a["zeros"])[:, None]) * np.float64(a["scales"])[:, None]
+    ),
+    "u, rest = Split <axis = 0> (tall, parts)": lambda a: a["tall"][:4],
+    "rest, u = Split <axis = 0, num_outputs = 2> (tall)": lambda a: a["tall"][4:],
+    "p = Pad(tall, pads, one) u = Slice(p, two, six, rows)": lambda a: np.pad(a["tall"], 1, constant_values=1)[
+        2:6, 1:7
+    ],
+    "u = Gemm <transA = 1, alpha = 2.0> (square, v, v)": lambda a: 2 * np.float64(a["square"]).T @ a["v"] + a["v"],
+    "p = MatMul(square, v) u = Add(p, v)": lambda a: np.float64(a["square"]) @ a["v"] + a["v"],
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_whatever_makes_a_direction_of_constants_is_worked_out(tmp_path: Path, made: str) -> None:
+    """Quantised weights, parts of others and products of matrices are normalised as they come out."""
+    rng = np.random.default_rng(1)
+    arrays = {"bytes": rng.integers(-99, 99, (4, 6)).astype(np.int8), "scale": np.float32(0.03), "v": V}
+    arrays |= {"scales": G[:, 0], "zeros": np.int8([3, -5, 0, 9]), "one": np.float32(1), "rows": np.int64([0, 1])}
+    arrays |= {"tall": rng.standard_normal((8, 6)).astype(np.float32), "parts": np.int64([4, 4])}
+    arrays |= {"square": rng.standard_normal((4, 4)).astype(np.float32), "pads": np.int64([1, 1, 1, 1])}
+    arrays |= {"two": np.int64([2, 1]), "six": np.int64([6, 7])}
+    body = made + " n = ReduceL2(u, axes) q = Div(g, n) w = Mul(u, q) y = Gemm <transB = 1> (x, w)"
+    used = {k: a for k, a in arrays.items() if re.search(rf"[(, ]{k}[,)]", made)}
+    path = _save(tmp_path / "a.onnx", body, opset=18, g=G, axes=AXES, **used)
+    report = fold_onnx(path, tmp_path / "b.onnx")
+    assert ([(f.g, f.v) for f in report.found], report.left) == ([("g", "u")], ())
+    weight = _run(tmp_path / "b.onnx", np.eye(6, dtype=np.float32))[0].T
+    np.testing.assert_allclose(weight, _exact(G, MADE[made](arrays), 1), rtol=4e-7, atol=1e-8)
+    np.testing.assert_allclose(_run(tmp_path / "b.onnx", X)[0], _run(path, X)[0], rtol=1e-5, atol=1e-5)
 
 
 def _with_dead_row(path: Path, spelling: str, **more: np.ndarray) -> Path:
@@ -534,6 +578,23 @@ UNTOUCHED = {
         "n = ReduceL2 <keepdims = 0> (v, axes) a = Gemm <transB = 1> (x, v) y = Add(a, n)",
         "constant, but no part",
     ),
+    "an operation that is not worked out": (
+        "k = CumSum(v, one) n = ReduceL2(k, axes) q = Div(g, n) w = Mul(k, q) y = Gemm <transB = 1> (x, w)",
+        "constant, but CumSum is not worked out",
+    ),
+    "random numbers": (
+        """r = RandomNormalLike(v) u = Add(v, r) n = ReduceL2(u, axes) q = Div(g, n) w = Mul(u, q)
+        y = Gemm <transB = 1> (x, w)""",
+        "run-time",
+    ),
+    "not a number": (
+        "n = ReduceL2(h, axes) q = Div(g, n) w = Mul(h, q) y = Gemm <transB = 1> (x, w)",
+        "NaN or infinity",
+    ),
+    "a product that is no norm": (
+        "s = Mul(x, x) n = MatMul(s, c) y = Gemm <transB = 1> (n, v)",
+        "run-time",
+    ),
     "divided by the norm's square": (
         "n = ReduceSumSquare(v, axes) q = Div(g, n) w = Mul(v, q) y = Gemm <transB = 1> (x, w)",
         "constant, but no part",
@@ -545,7 +606,8 @@ UNTOUCHED = {
 def test_what_only_looks_like_it_is_left_and_named(tmp_path: Path, case: str) -> None:
     """Norms that are not g * v / ||v|| of constants stay, the file stays byte for byte, and the report says why."""
     body, reason = UNTOUCHED[case]
-    names = {"g": G, "v": V, "axes": AXES}
+    holes = np.where(V > 1, np.float32(np.inf), V)
+    names = {"g": G, "v": V, "axes": AXES, "one": np.int64(1), "h": holes, "c": np.ones((6, 6), np.float32)}
     path = _save(tmp_path / "a.onnx", body, **{k: a for k, a in names.items() if f"{k}," in body or f"{k})" in body})
     report = fold_onnx(path, tmp_path / "b.onnx")
     assert report.found == ()

@@ -382,7 +382,7 @@ class _Matcher:
             for rows, magnitude in _rows(g, v):
                 expected = self.compose(_as_type(magnitude, match.wide), _as_type(v[rows], match.wide), match.magnitude)
                 off, nothing = _difference(weight[rows], expected, match.dtype)
-                misfit, empty = max(misfit, off), empty + nothing
+                misfit, empty = float(np.maximum(misfit, off)), empty + nothing  # NaN stays NaN
                 if not misfit <= slack:
                     return math.inf, 0
         except (Unknown, PairError, ValueError):
@@ -436,9 +436,8 @@ class _Matcher:
         order = sorted((node for node in cones if node is not None), key=_position(self.model))
         dead: set[ir.Node] = set()
         for node in reversed(order):
-            value = node.outputs[0]
-            read = value.is_graph_output() or any(user not in dead for user, _ in value.uses())
-            if value in replaced or not read:
+            needed = (value for value in node.outputs if value not in replaced)
+            if not any(v.is_graph_output() or any(user not in dead for user, _ in v.uses()) for v in needed):
                 dead.add(node)
         return [node for node in order if node in dead]
 
@@ -460,22 +459,31 @@ class _Matcher:
     def left(self) -> tuple[tuple[str, str], ...]:
         """Every norm that stays in the graph, and why."""
         dead = set(self.dead)
-        reasons = []
+        reasons, memo = [], Memo()
         for node in self.constants.norms:
             if node not in dead:
-                reasons.append((_node_name(node), self._why_left(node)))
+                reasons.append((_node_name(node), self._why_left(node, memo)))
         for node, why in function_norms(self.model):
             reasons.append((_node_name(node), f"inside a function that {why}"))
         return tuple(reasons)
 
-    def _why_left(self, node: ir.Node) -> str:
-        source = node.inputs[0]
-        if source is None or not self.constants.is_constant(source):
-            overridable = source is not None and source.const_value is not None
-            return "a caller may override its initializer" if overridable else "it normalises a run-time value"
-        if node.outputs[0] in self.constants.normed:
-            return "constant, but no part of g * v / ||v||"
-        return "constant, but not in a way that can be evaluated"
+    def _why_left(self, node: ir.Node, memo: Memo) -> str:
+        constants, sources = self.constants, [value for value in node.inputs if value is not None]
+        told = [value for value in sources if not constants.is_constant(value)]
+        if any(value.const_value is not None for value in told):
+            return "a caller may override its initializer"
+        if told:
+            obstacles = [constants.obstacle(value) for value in told]
+            if None in obstacles:
+                return "it normalises a run-time value"
+            return f"constant, but {obstacles[0].op_type} is not worked out here"  # type: ignore[union-attr]
+        try:
+            found = [constants.evaluate(value, memo).array for value in (*sources, *node.outputs)]
+        except (Unknown, LookupError) as error:
+            return f"constant, but not in a way that can be evaluated: {printable(error)}"
+        if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in found):
+            return "constant, but it holds NaN or infinity"
+        return "constant, but no part of g * v / ||v||"
 
 
 def _origin(value: ir.Value) -> ir.Value | None:

@@ -101,7 +101,7 @@ def check_operations(model: ir.Model, path: Path_) -> None:
 
 def _check_body(body: ir.Graph | ir.Function, imports: Mapping[str, int], path: Path_) -> None:
     for node in nodes_within(body):
-        name = printable(node.name or node.op_type)
+        name = printable(node.name or next((v.name for v in node.outputs if v.name), None) or node.op_type)
         if any(a.type == ir.AttributeType.UNDEFINED for a in node.attributes.values()):
             raise InputError.of(path, f"{name}: an attribute without a type")
         version = imports.get("", imports.get("ai.onnx", 0))
