@@ -479,3 +479,26 @@ def test_bench_prints_four_variants(run: Any, model_file: Path) -> None:
     rows = json.loads(out)["rows"]
     assert [r["variant"] for r in rows] == ["plain", "torch", "ours", "folded"] * 2
     assert all(r["milliseconds"] > 0 for r in rows)
+
+
+def test_options_that_mean_nothing_for_a_graph_are_refused(run: Any, tmp_path: Path) -> None:
+    """On an ONNX file, an option of fold either does something or is a usage error, never ignored."""
+    graph = tmp_path / "a.onnx"
+    graph.write_bytes(b"")
+    given: list[tuple[str, ...]] = [("--magnitude", "log"), ("--magnitude", "linear"), ("--arch", "os:getcwd")]
+    given += [("--trust-pickle",), ("--dim", "0"), ("--strict",), ("--manifest", "m.json"), ("--resume",)]
+    for options in [*given, ("--dry-run",)]:
+        code, _, err = run("fold", graph, *options)
+        assert (code, f"{options[0]} does not apply to ONNX files" in err) == (2, True), options
+    assert run("fold", graph, "--zero-norm", "nan")[0] == 3
+
+
+def test_export_does_not_replace_what_it_exports(run: Any, model_file: Path, tmp_path: Path) -> None:
+    """A model whose name is that of the output, or of its weights file, is refused and stays, --force or not."""
+    model = model_file.rename(tmp_path / "m.onnx.data")
+    before = model.read_bytes()
+    for output in ("m.onnx", "m.onnx.data"):
+        options = ("-o", tmp_path / output, "--external", "--force", "--input-shape", "1x1x8x8")
+        code, _, err = run("export", model, *options)
+        assert (code, "file of the input" in err) == (5, True)
+    assert model.read_bytes() == before

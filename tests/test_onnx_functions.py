@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.parser
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -25,13 +26,19 @@ LINEAR = """<domain: "l", opset_import: ["" : 18, "l" : 1]> linear (x, m, a) => 
 UNIT = """<domain: "l", opset_import: ["" : 18, "l" : 1]> unit (x) => (y) { n = l.size(x) y = Div(x, n) }"""
 
 
-def _save(path: Path, body: str, *functions: str) -> Path:
-    text = f"""<ir_version: 9, opset_import: ["" : 18, "l" : 1]> g (float[N, 6] x) => (float[N, M] y) {{ {body} }}
+def _save(path: Path, body: str, *functions: str, opset: int = 18) -> Path:
+    text = f"""<ir_version: 9, opset_import: ["" : {opset}, "l" : 1]> g (float[N, 6] x) => (float[N, M] y) {{ {body} }}
         {" ".join(functions)}"""
     model = onnx.parser.parse_model(text)
     model.graph.initializer.extend([numpy_helper.from_array(G, "g"), numpy_helper.from_array(V, "v")])
     path.write_bytes(model.SerializeToString())
     return path
+
+
+def _outputs(path: Path) -> np.ndarray:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": np.linspace(-1, 1, 12, dtype=np.float32).reshape(2, 6)})
+    return np.asarray(found)
 
 
 def test_norms_deep_in_functions_are_folded(tmp_path: Path) -> None:
@@ -89,3 +96,38 @@ def test_functions_that_double_at_every_level_do_not_hang(tmp_path: Path, levels
     report = fold_onnx(path, tmp_path / "b.onnx")
     assert report.found == ()
     assert path.read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+BODY = """s = Constant <value = int64[1] {1}> () p = Mul(a, a) t = ReduceSum(p, s) n = Sqrt(t) q = Div(m, n)
+    o = Mul(a, q)"""
+
+
+@pytest.mark.parametrize(("own", "opset"), [(14, 18), (17, 18), (18, 17), (18, 18)])
+def test_a_function_of_another_opset_that_means_the_same_is_folded(tmp_path: Path, own: int, opset: int) -> None:
+    """Opsets differ in some operations only; a function whose operations are the same in both is opened."""
+    function = f"""<domain: "l", opset_import: ["" : {own}]> weight (m, a) => (o) {{ {BODY} }}"""
+    path = _save(tmp_path / "a.onnx", "w = l.weight(g, v) y = Gemm <transB = 1> (x, w)", function, opset=opset)
+    report = fold_onnx(path, tmp_path / "b.onnx")
+    ours, theirs = (_outputs(tmp_path / name) for name in ("b.onnx", "a.onnx"))
+    assert (len(report.found), report.left) == (1, ())
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_function_whose_operations_mean_something_else_stays(tmp_path: Path) -> None:
+    """Where an operation changed between the opsets, the function is left, with a reason."""
+    old = """<domain: "l", opset_import: ["" : 13]> size (a) => (o) { o = ReduceL2 <axes = [1]> (a) }"""
+    path = _save(tmp_path / "a.onnx", "w = l.weight(g, v) y = Gemm <transB = 1> (x, w)", old, WEIGHT)
+    report = fold_onnx(path, tmp_path / "b.onnx")
+    assert report.found == ()
+    assert [why for _, why in report.left] == ["inside a function that is written for opset 13, the graph for 18"]
+    assert path.read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("levels", [8, 12, 14, 60])
+def test_functions_that_would_be_copied_too_often_stay_with_a_reason(tmp_path: Path, levels: int) -> None:
+    """Hundreds of copies of a norm are put in place, thousands are not, for finding names for them takes too long."""
+    path = _bomb(tmp_path / "a.onnx", levels)
+    report = fold_onnx(path, tmp_path / "b.onnx")
+    reasons = {why for _, why in report.left}
+    assert ("too many" in str(reasons)) == (levels > 9)
+    assert len(report.left) == (1 if levels > 9 else 2 ** (levels - 1))

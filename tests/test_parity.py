@@ -8,12 +8,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from wnsurgery.bisection import first_difference
 from wnsurgery.differences import as_array, bits_changed, compare_outputs, compare_tensors, tolerance, ulp_distance
 from wnsurgery.errors import (
     InputError,
@@ -23,7 +25,9 @@ from wnsurgery.errors import (
     UnsafeFileError,
     VerificationError,
 )
+from wnsurgery.inout import write_arrays
 from wnsurgery.parity import PROVIDERS, open_session, run_onnx
+from wnsurgery.verification import verify
 
 NAN = float("nan")
 INF = float("inf")
@@ -449,3 +453,34 @@ def test_external_weights_that_are_missing_are_named(tmp_path: Path) -> None:
         open_session(tmp_path / "m.onnx")
     (tmp_path / "w.bin").write_bytes(np.float32([1, 2, 3]).tobytes())
     assert run_onnx(tmp_path / "m.onnx", [np.zeros(3, np.float32)])["y"].tolist() == [1, 2, 3]
+
+
+OUTPUTS = {
+    "text": ('y = Constant <value_strings = ["a"]> ()', helper.make_tensor_value_info("y", TensorProto.STRING, [1])),
+    "a sequence": ("y = SequenceConstruct(x, x)", helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_outputs_that_are_no_arrays_of_numbers_are_an_error(tmp_path: Path, kind: str) -> None:
+    """Text and sequences can be neither stored nor compared: exit code 3, with the name of the output."""
+    body, declared = OUTPUTS[kind]
+    text = f'<ir_version: 9, opset_import: ["" : 18]> g (float[2] x) => (float[2] z) {{ {body} z = Neg(x) }}'
+    model = onnx.parser.parse_model(text)
+    model.graph.output.append(declared)
+    path = tmp_path / "a.onnx"
+    path.write_bytes(model.SerializeToString())
+    for act in (lambda: run_onnx(path, [np.zeros(2, np.float32)]), lambda: verify(path, path)):
+        with pytest.raises(InputError, match=r"its output y is a .*, and no array of numbers") as caught:
+            act()
+        assert caught.value.exit_code == 3
+    assert first_difference(path, path, [np.zeros(2, np.float32)]).layer is None
+
+
+def test_a_name_too_long_for_an_npz_is_an_error(tmp_path: Path) -> None:
+    """Names of outputs are names in a zip file, which have an end; nothing is written then."""
+    with pytest.raises(InputError, match="70000 characters") as caught:
+        write_arrays(tmp_path / "y.npz", {"n" * 70_000: np.zeros(2)})
+    assert (caught.value.exit_code, list(tmp_path.iterdir())) == (3, [])
+    write_arrays(tmp_path / "y.npz", {"n" * 65_000: np.zeros(2)})
+    write_arrays(tmp_path / "y.npy", {"n" * 70_000: np.zeros(2)})

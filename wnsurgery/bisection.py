@@ -174,7 +174,7 @@ def _kind(module: nn.Module) -> str:
 def _trace_of_graph(path: Path_, inputs: Any) -> _Trace:
     model, session = open_with_all_values(path)
     given = [inputs] if isinstance(inputs, Tensor | np.ndarray) else inputs
-    found = run_session(session, given, path)
+    found = run_session(session, given, path, some=True)
     steps = []
     for node in model.graph:
         for value in node.outputs:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from wnsurgery import __version__
 from wnsurgery.arguments import parse_axes, parse_dims, parse_scales
@@ -228,13 +229,9 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
     if model.suffix.lower() == ".onnx":
         from wnsurgery.graph import fold_onnx
 
-        if options["dry_run"]:
-            raise SelectionError("--dry-run does not apply to ONNX files", hint="wnsurgery inspect shows what is there")
-        names = {"strict": "strict", "manifest": "manifest", "resume": "resume", "dims": "dim"}
-        given = [f"--{name}" for key, name in names.items() if options[key]]
-        if given:
-            raise SelectionError(f"{given[0]} does not apply to ONNX files")
-        report = fold_onnx(model, output, force=options["force"], in_place=options["in_place"])
+        _refuse_given("dry_run", "strict", "manifest", "resume", "dims", "magnitude", "arch", "trust_pickle")
+        keywords = {name: options[name] for name in ("zero_norm", "force", "in_place")}
+        report = fold_onnx(model, output, **keywords)
         show(report, as_json=as_json)
         return
     from wnsurgery.files import fold_checkpoint
@@ -286,8 +283,10 @@ def export(model: Path, as_json: bool, **options: Any) -> None:
     """
     from wnsurgery.export import export_onnx
     from wnsurgery.files import load_model
+    from wnsurgery.onnx_file import refuse_sources
 
     output = options.pop("output") or model.with_suffix(".onnx")
+    refuse_sources(output, [model])
     example = options.pop("example")
     inputs = _inputs(options.pop("input_file"), options.pop("input_shape"))
     if example is not None:
@@ -552,6 +551,15 @@ def _beside(model: Path, word: str) -> Path:
         model = model.resolve() if model.name in ("", "..") else model
         return model.with_name(f"{model.name}.{word}")
     return model.with_name(f"{model.stem}.{word}{model.suffix}")
+
+
+def _refuse_given(*names: str) -> None:
+    """Refuse options of the command that mean nothing for an ONNX file, where they were given."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        if option.name in names and context.get_parameter_source(option.name) is not ParameterSource.DEFAULT:
+            hint = "wnsurgery inspect shows what is there" if option.name == "dry_run" else None
+            raise SelectionError(f"{option.opts[0]} does not apply to ONNX files", hint=hint)
 
 
 def _read_inputs(path: Path) -> Any:

@@ -198,6 +198,7 @@ def _one(fetch: Callable[[Tensor], Tensor], tensor: Tensor) -> Callable[[], Tens
 
 def _of_graph(path: Path) -> Contents:
     from wnsurgery.graph import find_weight_norms
+    from wnsurgery.onnx_checks import blamed_on
     from wnsurgery.onnx_file import read_onnx
 
     model = read_onnx(path)
@@ -205,7 +206,8 @@ def _of_graph(path: Path) -> Contents:
         n: x.const_value for n, x in model.graph.initializers.items() if x.const_value is not None
     }
     weights: list[Normed] = []
-    found = find_weight_norms(model)
+    with blamed_on(path):
+        found = find_weight_norms(model)
     for one in found:
         g, v = arrays.get(one.g or ""), arrays.get(one.v)
         both = g is not None and v is not None

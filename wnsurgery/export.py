@@ -386,7 +386,7 @@ def _chain(error: BaseException | None) -> str:
 
 def _strip(model: ir.Model) -> None:
     """Remove source paths, stack traces and anything else about where the model was exported."""
-    from wnsurgery.onnx_file import all_graphs
+    from wnsurgery.onnx_nodes import all_graphs
 
     model.doc_string = None
     model.metadata_props.clear()

@@ -13,19 +13,21 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from wnsurgery.errors import PairError, printable
-from wnsurgery.onnx_file import all_graphs, external_tensors, read_onnx, write_onnx
+from wnsurgery.errors import PairError, SelectionError, printable
+from wnsurgery.onnx_checks import blamed_on
+from wnsurgery.onnx_file import is_same_file, read_onnx, refuse_sources, weight_files, write_onnx
 from wnsurgery.onnx_functions import function_norms, open_norm_functions
 from wnsurgery.onnx_layout import drop_unused, put_initializer, settle
+from wnsurgery.onnx_nodes import all_graphs
 from wnsurgery.onnx_values import Constants, Evaluated, Memo, Unknown, is_large
 from wnsurgery.text import by, columns
 
@@ -36,12 +38,15 @@ Path_ = str | os.PathLike[str]
 
 # (g, v, "linear" or "log") -> the plain weight, of v's type and shape; ValueError where they do not fit
 Compose = Callable[[Array, Array, str], Array]
+ZeroNorm = Literal["error", "zero", "nan"]
 
 _FLOATS = (ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _LAYOUT = frozenset(("Cast", "CastLike", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 _HALF = re.compile(r"(?:(?P<stem>.*)\.)?parametrizations\.(?P<new>[^.]+)\.original1|(?P<old>.+)_v", re.DOTALL)
 _BLOCK = 1 << 18  # elements compared at a time
-_TRIES = 6  # magnitudes worth trying for one direction, nearest in size first
+_TRIES = 6  # magnitudes worth trying for one direction, nearest in size first; computed directions for one weight
+_NEAR = 64  # values inside a weight that may turn out to be the weight
+_LOST, _LOST_IN_LARGE = 2.0**-44, 2.0**-20  # of a value, by evaluating it in float64 and in float32
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class OnnxFoldReport:
         left: (node, reason) for every norm that stays.
         nodes_before, nodes_after: size of the graph, subgraphs included.
         files: what was written, the graph first.
+        warnings: what the user should look at.
     """
 
     found: tuple[Found, ...]
@@ -82,12 +88,14 @@ class OnnxFoldReport:
     nodes_before: int
     nodes_after: int
     files: tuple[Path, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         head = f"{len(self.found)} weights folded, {self.nodes_before} -> {self.nodes_after} nodes"
         lines = [head if self.found else f"no weight norm found, {self.nodes_before} nodes kept"]
         lines += columns([(f.value, by(f.shape), f.dtype, f"from {f.g or 'no magnitude'}, {f.v}") for f in self.found])
         lines += [f"  left: {name}: {reason}" for name, reason in self.left]
+        lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join([*lines, *(f"wrote {path}" for path in self.files)])
 
 
@@ -104,15 +112,23 @@ def find_weight_norms(model: Path_ | ir.Model, *, compose: Compose | None = None
     Raises InputMissingError, InputError or UnsafeFileError for a file that cannot be read.
     """
     if not isinstance(model, ir.Model):
-        opened = read_onnx(model)
-    else:
-        opened = ir.from_proto(ir.to_proto(model)) if model.functions else model
+        with blamed_on(model):
+            opened = read_onnx(model)
+            open_norm_functions(opened)
+            return list(_Matcher(opened, compose).found)
+    opened = ir.from_proto(ir.to_proto(model)) if model.functions else model
     open_norm_functions(opened)
     return list(_Matcher(opened, compose).found)
 
 
 def fold_onnx(
-    src: Path_, dst: Path_, *, force: bool = False, in_place: bool = False, compose: Compose | None = None
+    src: Path_,
+    dst: Path_,
+    *,
+    zero_norm: ZeroNorm = "error",
+    force: bool = False,
+    in_place: bool = False,
+    compose: Compose | None = None,
 ) -> OnnxFoldReport:
     """Write a copy of an ONNX file with every g * v / ||v|| of constants replaced by the plain weight.
 
@@ -127,32 +143,44 @@ def fold_onnx(
     Args:
         src: ONNX file, weights inside or in files beside it.
         dst: the output; with external weights, `dst.data` beside it is written too.
+        zero_norm: what a row with v = 0 and g != 0 becomes, for which the graph gives 0 / 0: "error", "zero" or "nan".
         force: overwrite an existing output.
         in_place: let the output be the input.
         compose: (g, v, magnitude) -> weight on numpy arrays; default: this package's `compose`.
 
     Raises:
         InputMissingError, InputError: `src` or its weights are missing or damaged.
+        PairError: a row has v = 0 and g != 0, and `zero_norm` does not say what that becomes.
         UnsafeFileError: its weights lie outside its directory.
         OutputExistsError, OutputError: `dst` exists, or could not be written.
     """
     from wnsurgery.stores.commit import check_output, committed
 
+    if zero_norm not in ("error", "zero", "nan"):
+        raise SelectionError(f'zero_norm must be "error", "zero" or "nan", not {zero_norm!r}')
     check_output(dst, src, force=force, in_place=in_place)
-    model = read_onnx(src)
-    external = next(external_tensors(model), None) is not None
-    report = fold_model(model, compose=compose)
-    if report.found or external:
-        files = write_onnx(model, dst, force=force or in_place, external=external)
-    else:
-        content = Path(src).read_bytes()
-        with committed(dst, force=force or in_place) as file:
-            file.write(content)
-        files = (Path(dst),)
-    return OnnxFoldReport(report.found, report.left, report.nodes_before, report.nodes_after, files)
+    with blamed_on(src):
+        model = read_onnx(src)
+        weights = weight_files(model)
+        if not is_same_file(src, dst):
+            refuse_sources(dst, (src, *weights))
+        try:
+            report = fold_model(model, zero_norm=zero_norm, compose=compose)
+        except PairError as error:
+            raise PairError(f"{src}: {error.message}", hint=error.hint) from error
+        if not report.found and is_same_file(src, dst):
+            files = (Path(dst), *sorted(weights))
+        elif report.found or weights:
+            files = write_onnx(model, dst, force=force or in_place, external=bool(weights))
+        else:
+            content = Path(src).read_bytes()
+            with committed(dst, force=force or in_place) as file:
+                file.write(content)
+            files = (Path(dst),)
+    return replace(report, files=files)
 
 
-def fold_model(model: ir.Model, *, compose: Compose | None = None) -> OnnxFoldReport:
+def fold_model(model: ir.Model, *, zero_norm: ZeroNorm = "zero", compose: Compose | None = None) -> OnnxFoldReport:
     """`fold_onnx` on a model in memory, in place.
 
     >>> fold_model(ir.load("generator.onnx")).nodes_after  # doctest: +SKIP
@@ -160,7 +188,8 @@ def fold_model(model: ir.Model, *, compose: Compose | None = None) -> OnnxFoldRe
     """
     before = _count(model)
     open_norm_functions(model)
-    matcher = _Matcher(model, compose)
+    matcher = _Matcher(model, compose, zero_norm)
+    warnings = matcher.settle_rows_without_direction()
     sources = dict.fromkeys(v for match in matcher.matches for v in matcher.constants.cone(match.value))
     weights = [_replace(match, model, matcher) for match in matcher.matches]
     for node in reversed(matcher.dead):
@@ -168,7 +197,7 @@ def fold_model(model: ir.Model, *, compose: Compose | None = None) -> OnnxFoldRe
     for value in sources:
         drop_unused(value, model)
     settle(model, weights)
-    return OnnxFoldReport(matcher.found, matcher.left(), before, _count(model))
+    return OnnxFoldReport(matcher.found, matcher.left(), before, _count(model), warnings=warnings)
 
 
 # Matching ------------------------------------------------------------------------------------------------
@@ -185,11 +214,23 @@ class _Match:
     magnitude: str
     dtype: ir.DataType
     shape: tuple[int, ...]
+    misfit: float = math.inf  # how far the value is from g * v / ||v||, in units of its type
+    empty: int = 0  # elements for which the graph gives 0 / 0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the value is g * v / ||v|| but for what evaluating it lost."""
+        return self.misfit * _resolution(self.dtype)[0] <= (_LOST if self.wide == np.float64 else _LOST_IN_LARGE)
 
     @property
     def is_trivial(self) -> bool:
         """Whether every row has one element, so that the weight is g up to signs."""
         return math.prod(self.g_shape) == math.prod(self.shape)
+
+    @property
+    def wide(self) -> np.dtype[Any]:
+        """The type in which the graph's arithmetic is judged, which is finer than the weight's own but for doubles."""
+        return np.dtype(np.float32 if is_large(math.prod(self.shape), self.dtype) else np.float64)
 
     def magnitude_array(self, constants: Constants, memo: Memo) -> Array:
         """g as `compose` takes it: float32 for 16- and 32-bit weights, wherever that holds it exactly."""
@@ -201,18 +242,23 @@ class _Match:
         return g if narrow is None else narrow
 
     def direction_array(self, constants: Constants, memo: Memo) -> Array:
-        """v in the weight's type; raises Unknown where it does not fit into that."""
-        v = _exactly(constants.evaluate(self.v, memo).array, self.dtype.numpy())
-        if v is None:
+        """v in the weight's type; unrounded where v is computed, raises Unknown where a stored one does not fit."""
+        v = constants.evaluate(self.v, memo)
+        narrow = _exactly(v.array, self.dtype.numpy())
+        if narrow is None and (_origin(self.v) is not None or v.dtype != self.dtype):
             raise Unknown("the direction is finer than the weight")
-        return v
+        return v.array if narrow is None else narrow
 
 
 class _Matcher:
     """All the weight norms of one model."""
 
-    def __init__(self, model: ir.Model, compose: Compose | None) -> None:
+    def __init__(self, model: ir.Model, compose: Compose | None, zero_norm: ZeroNorm = "zero") -> None:
         self.model = model
+        self.zero_norm = zero_norm
+        self.holes: dict[ir.Value, Array] = {}
+        self._known: dict[ir.Value, _Match | None] = {}
+        self._squares: dict[ir.Value, float] = {}
         self.constants = Constants(model)
         self.compose = compose or _default_compose
         self.matches = self._search()
@@ -224,7 +270,7 @@ class _Matcher:
         matches: list[_Match] = []
         seen: set[ir.Value] = set()
         for root in self._frontier():
-            memo = Memo()
+            memo, self._known = Memo(), {}
             todo = [root]
             while todo:
                 value = todo.pop()
@@ -234,10 +280,10 @@ class _Matcher:
                 match = self._match(value, memo)
                 if match is not None and value is not root and match.is_trivial:
                     match = None  # g itself, in the arithmetic of a larger weight
-                if match is not None and not _rounded_before(value, memo):
-                    matches.append(match)
-                else:
+                if match is None or _rounded_before(value, memo) or self._ends_before(match, memo):
                     todo.extend(v for v in value.producer().inputs if v is not None)  # type: ignore[union-attr]
+                else:
+                    matches.append(match)
         position = _position(self.model)
         return sorted(matches, key=lambda match: position(match.value.producer()))  # type: ignore[arg-type]
 
@@ -251,24 +297,58 @@ class _Matcher:
         ]
 
     def _match(self, value: ir.Value, memo: Memo) -> _Match | None:
+        if value not in self._known:
+            self._known[value] = self._matched(value, memo)
+        return self._known[value]
+
+    def _matched(self, value: ir.Value, memo: Memo) -> _Match | None:
+        """The g and v that a value is g * v / ||v|| of, the closest of those that fit."""
+        made = self.constants.made_of(value)
+        if made is None:
+            return None
         try:
             weight = self.constants.evaluate(value, memo)
         except Unknown:
             return None
         if weight.dtype not in _FLOATS or weight.array.ndim == 0 or weight.array.size == 0:
             return None
-        cone = self.constants.cone(value)
-        sources = [v for v in cone if v not in self.constants.normed]
-        directions = [v for v in sources if _fits(memo.kinds[v], weight) and _origin(v) is not None]
-        magnitudes = list(self._magnitudes(sources, memo, weight.array))
-        for v, (g, shape, magnitude) in product(directions, magnitudes):
+        fitting = [v for v in made if _fits(memo.kinds[v], weight)]
+        stored = [v for v in fitting if _origin(v) is not None]
+        computed = [v for v in fitting if v in self.constants.under_norms and _origin(v) is None]
+        magnitudes = list(self._magnitudes(made, memo, weight.array))
+        best: _Match | None = None
+        for v, (g, shape, magnitude) in product(stored + computed[:_TRIES], magnitudes):
             match = _Match(value, g, shape, v, magnitude, weight.dtype, weight.array.shape)
-            if (g is None or _origin(g) is not _origin(v)) and self._agrees(match, memo, weight.array):
-                return match
-        return None
+            if g is not None and (_origin(g) or g) is (_origin(v) or v):
+                continue
+            misfit, empty = self._misfit(match, memo, weight.array)
+            match = replace(match, misfit=misfit, empty=empty)
+            if match.misfit < (math.inf if best is None else best.misfit / 2):
+                best = match
+            if best is not None and best.is_exact:
+                break
+        return best
+
+    def _ends_before(self, match: _Match, memo: Memo) -> bool:
+        """Whether the weight norm ends at a value further in: what follows is near one, and yet changes the weight."""
+        if match.is_exact:
+            return False
+        inner = (v for v in self._inside(match.value) if memo.kinds[v][0] == match.shape)
+        found = (self._match(v, memo) for v in inner)
+        return any(m is not None and not m.is_trivial and m.misfit < match.misfit / 2 for m in found)
+
+    def _inside(self, value: ir.Value) -> list[ir.Value]:
+        """The values behind a norm that a value is computed from, the nearest first, as many as are worth a look."""
+        found, seen = [value], {value}
+        for current in found:
+            for v in current.producer().inputs:  # type: ignore[union-attr]
+                if v is not None and v in self.constants.normed and v not in seen and len(found) <= _NEAR:
+                    seen.add(v)
+                    found.append(v)
+        return found[1:]
 
     def _magnitudes(
-        self, sources: list[ir.Value], memo: Memo, weight: Array
+        self, sources: Sequence[ir.Value], memo: Memo, weight: Array
     ) -> Iterator[tuple[ir.Value | None, tuple[int, ...], str]]:
         """Magnitudes that fit by shape and by size (the norms of the rows are |g|), best first."""
         target = _sum_of_squares(weight)
@@ -276,29 +356,62 @@ class _Matcher:
         for value in sources:
             size, dtype = memo.kinds[value]
             for shape in _readings(size, weight.shape) if dtype.is_floating_point() else ():
-                distance = abs(_sum_of_squares(self.constants.evaluate(value, memo).array) - target)
-                log = _logarithm(value)
+                if value not in self._squares:
+                    self._squares[value] = _sum_of_squares(self.constants.evaluate(value, memo).array)
+                distance, log = abs(self._squares[value] - target), _logarithm(value)
                 ranked.append((distance, len(ranked), (value, shape, "linear") if log is None else (log, shape, "log")))
         for shape in _unit_shapes(weight.shape):
             distance = abs(float(np.prod(shape, dtype=np.float64)) - target)
             ranked.append((distance, len(ranked), (None, shape, "linear")))
-        for _, _, candidate in sorted(ranked, key=lambda entry: entry[:2])[:_TRIES]:
-            yield candidate
+        ranked.sort(key=lambda entry: entry[:2])
+        far = 0.01 * target if ranked and ranked[-1][0] > 0.01 * target and _is_full(weight) else math.inf
+        for distance, _, candidate in ranked[:_TRIES]:
+            if distance <= far:
+                yield candidate
 
-    def _agrees(self, match: _Match, memo: Memo, weight: Array) -> bool:
+    def _misfit(self, match: _Match, memo: Memo, weight: Array) -> tuple[float, int]:
+        """The largest difference from g * v / ||v||, in units of the weight's type; infinite where that is too much.
+
+        With it, how many elements are 0 / 0. The graph was evaluated without rounding, so the weight it is
+        compared with is not rounded either.
+        """
+        misfit, empty = 0.0, 0
         try:
             g, v = match.magnitude_array(self.constants, memo), match.direction_array(self.constants, memo)
-            empty = 0
-            slack = _slack(match, weight.size)
+            slack = _slack(match)
             for rows, magnitude in _rows(g, v):
-                expected = self.compose(magnitude, v[rows], match.magnitude)
-                found = _zeros_for_nan(weight[rows], expected, match.dtype, slack)
-                if found is None:
-                    return False
-                empty += found
+                expected = self.compose(_as_type(magnitude, match.wide), _as_type(v[rows], match.wide), match.magnitude)
+                off, nothing = _difference(weight[rows], expected, match.dtype)
+                misfit, empty = float(np.maximum(misfit, off)), empty + nothing  # NaN stays NaN
+                if not misfit <= slack:
+                    return math.inf, 0
         except (Unknown, PairError, ValueError):
-            return False
-        return empty < weight.size
+            return math.inf, 0
+        return misfit if empty < weight.size else math.inf, empty
+
+    def settle_rows_without_direction(self) -> tuple[str, ...]:
+        """What becomes of rows with v = 0 and g != 0, as `zero_norm` says; warnings where they fold to something.
+
+        Raises PairError where that is to be an error.
+        """
+        warnings = []
+        for match in (match for match in self.matches if match.empty):
+            value, memo = printable(match.value.name), Memo()
+            g = _as_type(match.magnitude_array(self.constants, memo), match.wide)
+            scaled = self.compose(g, np.ones(match.shape, match.wide), match.magnitude)
+            holes = np.isnan(self.constants.evaluate(match.value, memo).array) & (scaled != 0)
+            rows = math.prod(match.g_shape)
+            lost = int(np.count_nonzero(holes)) * rows // holes.size
+            if not lost:
+                continue
+            count = f"{value}: {lost} of {rows} rows have v = 0 and g != 0"
+            if self.zero_norm == "error":
+                hint = "zero_norm='zero' or 'nan' (--zero-norm) says what to write"
+                raise PairError(f"{count}, so no direction to fold along", hint=hint)
+            if self.zero_norm == "nan":
+                self.holes[match.value] = holes
+            warnings.append(f"{count}; folded to {self.zero_norm}")
+        return tuple(warnings)
 
     def weight_of(self, match: _Match) -> Callable[[], Array]:
         """A function that computes the folded weight, to the bit what `compose` gives, and outlives the graph."""
@@ -306,10 +419,13 @@ class _Matcher:
         g = match.magnitude_array(self.constants, memo)
         stored = match.v.producer() is None  # then it is read again when it is needed, and not held meanwhile
         held = None if stored else match.direction_array(self.constants, memo)
+        holes = self.holes.get(match.value)
 
         def weight() -> Array:
             v = match.direction_array(self.constants, Memo()) if held is None else held
-            return self.compose(g, v, match.magnitude)
+            exact = v.dtype == match.dtype.numpy()
+            w = _as_type(self.compose(g if exact else _as_type(g, v.dtype), v, match.magnitude), match.dtype.numpy())
+            return w if holes is None else np.where(holes, w.dtype.type(np.nan), w)
 
         return weight
 
@@ -320,9 +436,8 @@ class _Matcher:
         order = sorted((node for node in cones if node is not None), key=_position(self.model))
         dead: set[ir.Node] = set()
         for node in reversed(order):
-            value = node.outputs[0]
-            read = value.is_graph_output() or any(user not in dead for user, _ in value.uses())
-            if value in replaced or not read:
+            needed = (value for value in node.outputs if value not in replaced)
+            if not any(v.is_graph_output() or any(user not in dead for user, _ in v.uses()) for v in needed):
                 dead.add(node)
         return [node for node in order if node in dead]
 
@@ -344,22 +459,31 @@ class _Matcher:
     def left(self) -> tuple[tuple[str, str], ...]:
         """Every norm that stays in the graph, and why."""
         dead = set(self.dead)
-        reasons = []
+        reasons, memo = [], Memo()
         for node in self.constants.norms:
             if node not in dead:
-                reasons.append((_node_name(node), self._why_left(node)))
+                reasons.append((_node_name(node), self._why_left(node, memo)))
         for node, why in function_norms(self.model):
             reasons.append((_node_name(node), f"inside a function that {why}"))
         return tuple(reasons)
 
-    def _why_left(self, node: ir.Node) -> str:
-        source = node.inputs[0]
-        if source is None or not self.constants.is_constant(source):
-            overridable = source is not None and source.const_value is not None
-            return "a caller may override its initializer" if overridable else "it normalises a run-time value"
-        if node.outputs[0] in self.constants.normed:
-            return "constant, but no part of g * v / ||v||"
-        return "constant, but not in a way that can be evaluated"
+    def _why_left(self, node: ir.Node, memo: Memo) -> str:
+        constants, sources = self.constants, [value for value in node.inputs if value is not None]
+        told = [value for value in sources if not constants.is_constant(value)]
+        if any(value.const_value is not None for value in told):
+            return "a caller may override its initializer"
+        if told:
+            obstacles = [constants.obstacle(value) for value in told]
+            if None in obstacles:
+                return "it normalises a run-time value"
+            return f"constant, but {obstacles[0].op_type} is not worked out here"  # type: ignore[union-attr]
+        try:
+            found = [constants.evaluate(value, memo).array for value in (*sources, *node.outputs)]
+        except (Unknown, LookupError) as error:
+            return f"constant, but not in a way that can be evaluated: {printable(error)}"
+        if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in found):
+            return "constant, but it holds NaN or infinity"
+        return "constant, but no part of g * v / ||v||"
 
 
 def _origin(value: ir.Value) -> ir.Value | None:
@@ -385,6 +509,12 @@ def _sum_of_squares(array: Array) -> float:
     return float(sum(np.nansum(np.square(flat[block], dtype=np.float64)) for block in _blocks(flat.size)))
 
 
+def _is_full(array: Array) -> bool:
+    """Whether no element is zero or NaN, and so no row without direction."""
+    flat = array.reshape(-1)
+    return all(bool(np.all(flat[block]) and not np.isnan(flat[block]).any()) for block in _blocks(flat.size))
+
+
 def _rows(g: Array, v: Array) -> Iterator[tuple[slice, Array]]:
     """Rows of v with their magnitudes, as many at a time as are compared in one go; all where rows share a norm."""
     if g.ndim != v.ndim or g.shape[0] != v.shape[0] or set(g.shape[1:]) - {1}:
@@ -395,29 +525,38 @@ def _rows(g: Array, v: Array) -> Iterator[tuple[slice, Array]]:
         yield slice(start, start + step), g[start : start + step]
 
 
-def _slack(match: _Match, size: int) -> float:
-    """By how many units a graph's own arithmetic may differ: float32 sums of a row lose a little with each doubling."""
+def _slack(match: _Match) -> float:
+    """By how many units of the weight's type a graph may differ from g * v / ||v||, for an epsilon in it.
+
+    In 16 bits it is less than there is between one and the numbers beside it, so that no factor passes for an epsilon.
+    Float32 norms that an exporter worked out itself, in sums of a row, lose a little with each doubling.
+    """
     if match.dtype == ir.DataType.DOUBLE:
         return 64
-    slack = 8 if is_large(size, match.dtype) else 4  # a large one was rounded at every step
+    if match.dtype != ir.DataType.FLOAT:
+        return 0.4
     row = max(1, math.prod(match.shape) // max(1, math.prod(match.g_shape)))
-    return slack + 2 * math.log2(row) if match.dtype == ir.DataType.FLOAT else slack
+    slack = 8 if match.wide == np.float32 else 4  # a large one was rounded at every step
+    return slack + 2 * math.log2(row)
 
 
-def _zeros_for_nan(weight: Array, expected: Array, dtype: ir.DataType, slack: float) -> int | None:
-    """How many elements are NaN where zero is expected; None where the two differ by more than `slack` units."""
+def _difference(weight: Array, expected: Array, dtype: ir.DataType) -> tuple[float, int]:
+    """The largest difference in units of a type, NaN where it cannot be told; how many are NaN for an expected zero."""
     eps, tiny = _resolution(dtype)
-    empty = 0
+    largest, empty = 0.0, 0
     for block in _blocks(weight.size):
         w = weight.reshape(-1)[block].astype(np.float64, copy=False)
-        e = expected.reshape(-1)[block].astype(np.float64)
-        close = np.abs(e - w) <= slack * (eps * np.abs(w) + tiny)
+        e = expected.reshape(-1)[block].astype(np.float64, copy=False)
+        with np.errstate(all="ignore"):
+            off = np.abs(e - w) / (eps * np.abs(w) + tiny)
         # 0 / 0: the graph gives NaN for a row of zeros, where the folded weight is zero
         nothing = np.isnan(w) & (e == 0)
-        if not bool((close | nothing).all()):
-            return None
+        off[nothing] = 0
+        largest = float(np.maximum(largest, off.max(initial=0)))
         empty += int(np.count_nonzero(nothing))
-    return empty
+        if not largest < math.inf:
+            break
+    return largest, empty
 
 
 def _rounded_before(value: ir.Value, memo: Memo) -> bool:
@@ -454,6 +593,10 @@ def _unit_shapes(v: tuple[int, ...]) -> set[tuple[int, ...]]:
         shapes.add(tuple(s if d == axis else 1 for d, s in enumerate(v)))
         shapes.add(tuple(1 if d == axis else s for d, s in enumerate(v)))
     return shapes
+
+
+def _as_type(array: Array, dtype: np.dtype[Any]) -> Array:
+    return array.astype(dtype, copy=False)
 
 
 def _exactly(array: Array, dtype: np.dtype[Any]) -> Array | None:

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from wnsurgery.batches import NamedArrays
-from wnsurgery.errors import InputError, InputMissingError, SelectionError, first_line
+from wnsurgery.errors import InputError, InputMissingError, SelectionError, first_line, printable
 from wnsurgery.stores.commit import check_output, committed
 
 __all__ = ["example_inputs", "random_inputs", "read_arrays", "read_batch", "write_arrays"]
 
 Arrays = dict[str, Any] | list[Any]
+
+_LONGEST_NAME = 0xFFFF  # bytes; names in zip files have their length in two
 
 
 def read_arrays(path: str | os.PathLike[str]) -> Arrays:
@@ -109,12 +111,17 @@ def example_inputs(name: str) -> Any:
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any], *, force: bool = False) -> None:
     """Write named arrays to an .npz, or a single one to an .npy; whole or not at all, by rename.
 
-    Raises OutputExistsError unless `force`, OutputError when it cannot be written.
+    Raises OutputExistsError unless `force`, OutputError when it cannot be written, InputError for a name that is too
+    long for an .npz.
     """
     path = check_output(path, force=force)
     single = path.suffix.lower() == ".npy"
     if path.suffix.lower() not in (".npy", ".npz") or (single and len(arrays) != 1):
         raise SelectionError(f"{path}: outputs go to an .npz file, or to an .npy file if there is one")
+    longest = max(map(str, arrays), key=len, default="")
+    if not single and len(f"{longest}.npy".encode()) > _LONGEST_NAME:
+        reason = f"an output's name of {len(longest)} characters is too long for an .npz: {printable(longest, 40)}"
+        raise InputError.of(path, reason)
     with committed(path, force=force) as file:
         if single:
             np.save(file, next(iter(arrays.values())), allow_pickle=False)

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from wnsurgery.errors import InputError, InputMissingError, OutputError, UnsafeFileError, printable
+from wnsurgery.errors import (
+    InputError,
+    InputMissingError,
+    OutputError,
+    OutputExistsError,
+    UnsafeFileError,
+    printable,
+)
+from wnsurgery.onnx_checks import blamed_on, check_names, check_operations, check_order, one_line, quiet
+from wnsurgery.onnx_nodes import all_graphs
 
-__all__ = ["all_graphs", "external_tensors", "one_line", "read_onnx", "staged_onnx", "write_onnx"]
+__all__ = [
+    "external_tensors",
+    "is_same_file",
+    "read_onnx",
+    "refuse_sources",
+    "staged_onnx",
+    "weight_files",
+    "write_onnx",
+]
 
 Path_ = str | os.PathLike[str]
 
@@ -37,80 +56,24 @@ def read_onnx(path: Path_) -> ir.Model:
     """
     path = Path(path)
     _refuse_irregular(path, path)
-    try:
-        with _quiet():
-            model = ir.load(path, format="protobuf")
-    except (MemoryError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        # parsers raise errors of many unrelated classes; whatever they choke on is the file
-        raise InputError.of(path, f"damaged, or not an ONNX file: {one_line(error)}") from error
-    if not model.ir_version or not model.opset_imports:
-        raise InputError.of(path, "damaged, or not an ONNX file: it holds no graph")
-    base = path.parent.resolve()
-    for tensor in _tensors(model):
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.base_dir = str(base)
-            _check_external(tensor, path, base)
-        else:
-            _check_inside(tensor, path)
-    _check_order(model, path)
+    with blamed_on(path):
+        import onnx
+
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+        check_names(proto, path)
+        model = ir.from_proto(proto)
+        if not model.ir_version or not model.opset_imports:
+            raise InputError.of(path, "damaged, or not an ONNX file: it holds no graph")
+        base = path.parent.resolve()
+        for tensor in _tensors(model):
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.base_dir = str(base)
+                _check_external(tensor, path, base)
+            else:
+                _check_inside(tensor, path)
+        check_operations(model, path)
+        check_order(model, path)
     return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The reader says on stderr, once for each, what `_check_order` will refuse."""
-    logger = logging.getLogger("onnx_ir.serde")
-
-    def drop(_: logging.LogRecord) -> bool:
-        return False
-
-    logger.addFilter(drop)
-    try:
-        yield
-    finally:
-        logger.removeFilter(drop)
-
-
-def _check_order(model: ir.Model, path: Path) -> None:
-    """Every value that is read is given by something, and none by itself; operations come in an order they can run."""
-    graphs = [graph for graph in all_graphs(model) if isinstance(graph, ir.Graph)]
-    for value in (v for graph in graphs for node in graph for v in node.inputs):
-        if value is None or value.producer() is not None or value.is_graph_input() or value.is_initializer():
-            continue
-        name = printable(value.name or "?")
-        raise InputError.of(path, f"nothing gives {name}, which an operation reads (sparse initializers are not read)")
-    try:
-        for graph in graphs:
-            if not _in_order(graph):
-                model.graph.sort()
-                break
-    except ValueError as error:
-        raise InputError.of(path, "its operations wait for each other in a circle") from error
-
-
-def _in_order(graph: ir.Graph) -> bool:
-    """Whether each node comes after those of its own graph that it reads; subgraphs of a node read for it."""
-    seen: set[ir.Node] = set()
-    for node in graph:
-        if any(maker.graph is graph and maker not in seen for maker in _makers(node)):
-            return False
-        seen.add(node)
-    return True
-
-
-def _makers(node: ir.Node) -> Iterator[ir.Node]:
-    """The nodes whose values a node reads, itself or inside its subgraphs."""
-    todo = [node]
-    while todo:
-        current = todo.pop()
-        yield from (v.producer() for v in current.inputs if v is not None and v.producer() is not None)  # type: ignore[misc]
-        for attribute in current.attributes.values():
-            if attribute.is_ref() or attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-                continue
-            inner = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else attribute.value
-            todo.extend(n for graph in inner for n in graph)
 
 
 def write_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: bool = False) -> tuple[Path, ...]:
@@ -125,7 +88,9 @@ def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: 
     """Write a model into a hidden directory beside its place, let the caller look at it, then rename it into place.
 
     Weights stay in the file unless they were external before, are too big for one, or `external` asks for it; then
-    they all go to `NAME.data` beside it, and are renamed first. Nothing is left where the block raises.
+    they go to `NAME.data` beside it, renamed first. Where the graph that is replaced reads that file, other weights go
+    to `NAME.HASH.data`, so that each graph has its weights at every moment, and the old ones are removed in the end.
+    Nothing is left where the block raises.
 
     Raises:
         OutputExistsError: the output exists and `force` is not given.
@@ -143,21 +108,108 @@ def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: 
     try:
         with _output_errors(path):
             work.mkdir()
+            _bring_in(model)
             ir.save(
                 model,
                 work / path.name,
+                format="protobuf",
                 external_data=data.name if external else None,
                 size_threshold_bytes=_SMALL,
                 callback=_release_previous(),
             )
-            names = [name for name in (data.name, path.name) if (work / name).exists()]
+            replaced = _weights_of(path)
+            names = [name for name in (_named_data(work, path, replaced), path.name) if name]
             for name in names:
                 _flush(work / name)
         yield work / path.name
         with _output_errors(path):
             _publish(work, path.parent, names)
+        for name in replaced.difference(names):
+            with contextlib.suppress(OSError):
+                path.with_name(name).unlink()
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def weight_files(model: ir.Model) -> set[Path]:
+    """The files that hold a model's external weights."""
+    return {Path(tensor.path) for tensor in external_tensors(model)}
+
+
+def refuse_sources(path: Path_, sources: Iterable[Path_]) -> None:
+    """Raise OutputExistsError where a graph written to `path`, or its weights file, would replace one of these."""
+    outputs = [Path(path), Path(f"{os.fspath(path)}.data")]
+    for output, source in product(outputs, sources):
+        if is_same_file(output, source):
+            raise OutputExistsError(f"{output}: this is a file of the input", hint="choose another output")
+
+
+def is_same_file(a: Path_, b: Path_) -> bool:
+    """Whether both are there and are one file."""
+    try:
+        return Path(a).samefile(b)
+    except (OSError, ValueError):
+        return False
+
+
+def _bring_in(model: ir.Model) -> None:
+    """Tensors within nodes are written with the graph, wherever they came from."""
+    for node in (node for graph in all_graphs(model) for node in graph):
+        for name, attribute in node.attributes.items():
+            if not attribute.is_ref() and isinstance(attribute.value, ir.ExternalTensor):
+                tensor = attribute.value
+                held = ir.Tensor(tensor.numpy().copy(), tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
+                node.attributes[name] = ir.AttrTensor(name, held)
+
+
+def _weights_of(path: Path) -> set[str]:
+    """The weights files that the graph at a path reads, of those that have their name from it."""
+    own = re.compile(re.escape(path.name) + r"(\.[0-9a-f]{16})?\.data")
+    there = {file.name for file in path.parent.iterdir() if own.fullmatch(file.name)}
+    if not there or not path.exists():
+        return set()
+    try:
+        with quiet():
+            return there & {str(tensor.location) for tensor in external_tensors(ir.load(path, format="protobuf"))}
+    except Exception:  # no graph, then, and none that could lose its weights
+        return set()
+
+
+def _named_data(work: Path, path: Path, taken: set[str]) -> str | None:
+    """The name of the weights file, which the graph is told if it is a new one; None where all weights are inside."""
+    data = work / f"{path.name}.data"
+    if not data.exists():
+        return None
+    if not data.stat().st_size:
+        data.unlink()
+        return None
+    if not taken:
+        return data.name
+    digest = _digest(data)
+    old = (path.with_name(name) for name in sorted(taken))
+    same = [file.name for file in old if file.is_file() and _digest(file) == digest]
+    name = same[0] if same else f"{path.name}.{digest[:16]}.data" if data.name in taken else data.name
+    if name == data.name:
+        return name
+    model = ir.load(work / path.name, format="protobuf")
+    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
+        told: Any = value.const_value
+        if isinstance(told, ir.ExternalTensor):
+            value.const_value = ir.ExternalTensor(
+                name, told.offset, told.length, told.dtype, shape=told.shape, name=told.name,
+                doc_string=told.doc_string, metadata_props=dict(told.metadata_props), base_dir=work,
+            )  # fmt: skip
+    ir.save(model, work / path.name, format="protobuf")
+    data.rename(work / name)
+    return name
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def _release_previous() -> Callable[[Any, Any], None]:
@@ -207,28 +259,6 @@ def _tensors(model: ir.Model) -> Iterator[Any]:
                     yield attribute.value
                 if attribute.type == ir.AttributeType.TENSORS:
                     yield from attribute.value
-
-
-def all_graphs(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:
-    """The main graph, every function body, and every subgraph under them."""
-    todo: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    while todo:
-        graph = todo.pop(0)
-        yield graph
-        for node in graph:
-            for attribute in node.attributes.values():
-                if attribute.is_ref():
-                    continue
-                if attribute.type == ir.AttributeType.GRAPH:
-                    todo.append(attribute.value)
-                elif attribute.type == ir.AttributeType.GRAPHS:
-                    todo.extend(attribute.value)
-
-
-def one_line(error: object, limit: int = 300) -> str:
-    """An error's message as one printable line."""
-    text = " ".join(str(error).split())
-    return printable(text, limit) or type(error).__name__
 
 
 def _refuse_irregular(path: Path, blame: Path) -> int:

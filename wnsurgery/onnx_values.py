@@ -15,16 +15,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["Constants", "Evaluated", "Memo", "Unknown", "apply", "is_large", "is_norm", "native"]
+from wnsurgery.onnx_nodes import graphs_of, nodes_within
+
+__all__ = ["Constants", "Evaluated", "Memo", "Unknown", "apply", "is_known", "is_large", "is_norm", "native"]
 
 Array = np.ndarray[Any, Any]
 
 _GROWTH = 2  # a result may be so many times as big as the largest constant: a hostile Expand must not fill the memory
 _LARGE = 1 << 22  # elements; what is larger is held in float32
+_WORK = 256  # multiplications of a product of matrices for each element that a result may have
 _SMALL = 1 << 20  # elements that any result may have
 _SUMS = frozenset(
     ("Einsum", "LpNormalization", "ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare")
 )  # in any norm
+_MOST = 256  # constants that one weight may be made of
+_RANDOM = frozenset(
+    ("Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+)
 _KEPT = 1 << 14  # elements; larger intermediate results are given up as soon as nothing waits for them
 
 
@@ -72,8 +79,10 @@ class Constants:
         self._overridable = model.ir_version >= 4  # before, every initializer had to be listed as an input
         self._constant: set[ir.Value] = set()
         self.normed: set[ir.Value] = set()
+        self.under_norms: set[ir.Value] = set()
+        self._made_of: dict[ir.Value, tuple[ir.Value, ...] | None] = {}
         self.norms: list[ir.Node] = []
-        nodes = list(_nodes(model.graph))
+        nodes = list(nodes_within(model.graph))
         self._limit = max((_SMALL, *(_GROWTH * size for size in _sizes(model.graph, nodes))))
         for node in nodes:
             self._visit(node)
@@ -88,13 +97,58 @@ class Constants:
         inputs = [value for value in node.inputs if value is not None]
         if is_norm(node):
             self.norms.append(node)
-        if node.domain not in ("", "ai.onnx") or node.op_type not in _OPERATIONS or len(node.outputs) != 1:
+        if not is_known(node) or not all(map(self.is_constant, inputs)):
             return
-        if any(attribute.is_ref() for attribute in node.attributes.values()) or not all(map(self.is_constant, inputs)):
-            return
-        self._constant.add(node.outputs[0])
-        if node.op_type in _SUMS or any(value in self.normed for value in inputs):
-            self.normed.add(node.outputs[0])
+        self._constant.update(node.outputs)
+        if node.op_type in _SUMS or is_norm(node) or any(value in self.normed for value in inputs):
+            self.normed.update(node.outputs)
+            self.under_norms.update(value for value in inputs if value not in self.normed)
+
+    def obstacle(self, value: ir.Value) -> ir.Node | None:
+        """The operation that keeps a value from being told although nothing but constants goes into it; None else.
+
+        What draws random numbers, holds graphs or is no standard operation counts as known at run time only.
+        """
+        found: ir.Node | None = None
+        todo, seen = [value], {value}
+        while todo:
+            current = todo.pop()
+            if self.is_constant(current):
+                continue
+            node = current.producer()
+            if node is None or not _is_plain(node):
+                return None
+            inputs = [v for v in node.inputs if v is not None]
+            found = node if all(map(self.is_constant, inputs)) else found
+            todo.extend(v for v in inputs if v not in seen)
+            seen.update(inputs)
+        return found
+
+    def made_of(self, value: ir.Value) -> tuple[ir.Value, ...] | None:
+        """The constants behind no norm that a value is computed from, computed ones too; None where they are too many.
+
+        What the values on the way are made of is kept, so that looking at a long chain takes time in its length.
+        """
+        todo = [value]
+        while todo:
+            current = todo[-1]
+            inputs = _inputs(current)
+            missing = [v for v in inputs if v not in self._made_of]
+            if missing and current not in self._made_of:
+                todo += missing
+                continue
+            todo.pop()
+            if current not in self._made_of:
+                self._made_of[current] = self._together(current, inputs)
+        return self._made_of[value]
+
+    def _together(self, value: ir.Value, inputs: Sequence[ir.Value]) -> tuple[ir.Value, ...] | None:
+        parts = [self._made_of[v] for v in inputs]
+        own = () if value in self.normed else (value,)
+        whole = tuple(dict.fromkeys(v for part in parts for v in part or ())) + own
+        if len(whole) > _MOST or None in parts:
+            return None
+        return next((part for part in parts if part == whole), whole)  # which most values of a chain have in common
 
     def cone(self, value: ir.Value) -> list[ir.Value]:
         """Every constant a constant is computed from, itself last, each after what it is computed from."""
@@ -153,14 +207,15 @@ class Constants:
         node = value.producer()
         if node is None:
             return _of_tensor(value.const_value)
-        return apply(node, [None if v is None else memo.arrays[v] for v in node.inputs], self._limit)
+        inputs = [None if v is None else memo.arrays[v] for v in node.inputs]
+        return apply(node, inputs, self._limit, value.index() or 0)
 
 
-def apply(node: ir.Node, inputs: Sequence[Evaluated | None], limit: int) -> Evaluated:
-    """One operation on evaluated inputs; raises Unknown where it cannot be carried out in `limit` elements."""
+def apply(node: ir.Node, inputs: Sequence[Evaluated | None], limit: int, output: int = 0) -> Evaluated:
+    """One output of an operation on evaluated inputs; raises Unknown where it cannot be told in `limit` elements."""
     try:
         with np.errstate(all="ignore"):
-            return _OPERATIONS[node.op_type](_Call(node, inputs, limit))
+            return _OPERATIONS[node.op_type](_Call(node, inputs, limit, output))
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         # numpy raises any of these for attributes and shapes that make no sense, RuntimeError for too many axes
         raise Unknown(f"{node.op_type}: {error}") from error
@@ -198,38 +253,47 @@ def native(tensor: Any) -> Array:
         raise Unknown(f"{tensor.name}: {error}") from error
 
 
+def is_known(node: ir.Node) -> bool:
+    """Whether an operation is one of those that can be carried out here."""
+    if node.op_type not in _OPERATIONS or (len(node.outputs) != 1 and node.op_type != "Split"):
+        return False
+    return node.domain in ("", "ai.onnx") and not any(attribute.is_ref() for attribute in node.attributes.values())
+
+
+def _is_plain(node: ir.Node) -> bool:
+    """Whether a node gives the same for the same inputs, and has no more of them than one sees."""
+    if node.domain not in ("", "ai.onnx") or node.op_type in _RANDOM:
+        return False
+    return not any(a.is_ref() for a in node.attributes.values()) and next(graphs_of(node), None) is None
+
+
 def is_norm(node: ir.Node) -> bool:
     """Whether a node sums squares: the heart of every L2 norm.
 
-    Squares are told one step back: x * x, x ** 2, or |x| ** 2.
+    Squares are told one step back: x * x, x ** 2, or |x| ** 2; and a product with a matrix is a sum, too.
     """
     if node.domain not in ("", "ai.onnx"):
         return False
     if node.op_type in ("ReduceL2", "ReduceSumSquare", "LpNormalization"):
         return True
-    source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-    if node.op_type != "ReduceSum" or source is None:
+    if node.op_type not in ("Gemm", "MatMul", "ReduceLogSum", "ReduceSum"):
+        return False
+    read = node.inputs[:1] if node.op_type.startswith("Reduce") else node.inputs[:2]
+    return any(_is_square(value) for value in read)
+
+
+def _is_square(value: ir.Value | None) -> bool:
+    source = None if value is None else value.producer()
+    if source is None:
         return False
     if source.op_type == "Mul":
         return len(source.inputs) == 2 and source.inputs[0] is source.inputs[1]
-    return source.op_type == "Pow" and _is_two(source.inputs[1])
+    return source.op_type == "Pow" and len(source.inputs) == 2 and _is_two(source.inputs[1])
 
 
 def _is_two(value: ir.Value | None) -> bool:
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return tensor is not None and tensor.size == 1 and float(tensor.numpy().reshape(-1)[0]) == 2.0
-
-
-def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
-    """Every node, those of subgraphs just before the node that owns them."""
-    for node in graph:
-        for attribute in node.attributes.values():
-            if not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPH:
-                yield from _nodes(attribute.value)
-            elif not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPHS:
-                for inner in attribute.value:
-                    yield from _nodes(inner)
-        yield node
 
 
 def _of_tensor(tensor: Any) -> Evaluated:
@@ -248,10 +312,11 @@ def is_large(size: int, dtype: ir.DataType) -> bool:
 class _Call:
     """One operation on evaluated inputs, with the readings of attributes that differ between opsets."""
 
-    def __init__(self, node: ir.Node, inputs: Sequence[Evaluated | None], limit: int) -> None:
+    def __init__(self, node: ir.Node, inputs: Sequence[Evaluated | None], limit: int, output: int = 0) -> None:
         self.node = node
         self.inputs = inputs
         self.limit = limit
+        self.output = output
 
     def array(self, index: int) -> Array:
         found = self.inputs[index]
@@ -465,6 +530,62 @@ def _gather(call: _Call) -> Evaluated:
     return call.like(np.take(x, index, axis=axis))
 
 
+def _matmul(call: _Call) -> Evaluated:
+    return call.like(_product(call, call.array(0), call.array(1)))
+
+
+def _product(call: _Call, a: Array, b: Array) -> Array:
+    """A product of matrices, after a look at its size and at the work."""
+    rows, columns = (1 if a.ndim == 1 else a.shape[-2]), (1 if b.ndim == 1 else b.shape[-1])
+    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    if np.prod([float(s) for s in call.bounded((*batch, rows, columns))]) * a.shape[-1] > _WORK * call.limit:
+        raise Unknown(f"a product of {a.shape} and {b.shape}")
+    return np.asarray(np.matmul(a, b))
+
+
+def _gemm(call: _Call) -> Evaluated:
+    a, b = (x.T if call.attribute(name, 0) else x for x, name in ((call.array(0), "transA"), (call.array(1), "transB")))
+    product = call.attribute("alpha", 1.0) * _product(call, a, b)
+    return call.like(product + call.attribute("beta", 1.0) * call.array(2) if call.has(2) else product)
+
+
+def _split(call: _Call) -> Evaluated:
+    x, axis, sizes = call.array(0), call.attribute("axis", 0), call.ints("split", 1)
+    if sizes is None:
+        count = len(call.node.outputs)
+        part = -(-x.shape[axis] // count)
+        sizes = [part] * (count - 1) + [x.shape[axis] - part * (count - 1)]
+    if sum(sizes) != x.shape[axis] or len(sizes) != len(call.node.outputs) or min(sizes) < 0:
+        raise Unknown(f"Split into {sizes}")
+    start = sum(sizes[: call.output])
+    return call.like(np.take(x, range(start, start + sizes[call.output]), axis=axis))
+
+
+def _pad(call: _Call) -> Evaluated:
+    x, pads, axes = call.array(0), call.ints("pads", 1) or [], call.ints("axes", 3)
+    if call.attribute("mode", "constant") != "constant" or min(pads, default=0) < 0:
+        raise Unknown("Pad with other than a constant")
+    fill = call.array(2).reshape(-1)[0] if call.has(2) else call.attribute("value", 0.0)
+    widths = [(0, 0)] * x.ndim
+    for i, axis in enumerate(range(x.ndim) if axes is None else axes):
+        widths[axis] = pads[i], pads[i + len(pads) // 2]
+    call.bounded(size + sum(width) for size, width in zip(x.shape, widths, strict=True))
+    return call.like(np.pad(x, widths, constant_values=fill))
+
+
+def _dequantize(call: _Call) -> Evaluated:
+    x, scale = call.array(0), call.array(1)
+    zero = call.array(2) if call.has(2) else np.zeros((), np.int64)
+    if call.attribute("block_size", 0):
+        raise Unknown("blocks of a scale each")
+    if scale.size > 1:
+        sides = [1] * x.ndim
+        sides[call.attribute("axis", 1)] = -1
+        scale, zero = scale.reshape(sides), zero.reshape(sides) if zero.size > 1 else zero
+    kind = ir.DataType(call.attribute("output_dtype", 0)) or call.dtype(1)
+    return _as((x.astype(np.float64) - zero.astype(np.float64)) * scale, kind)
+
+
 def _shape(call: _Call) -> Evaluated:
     sizes = call.array(0).shape[call.attribute("start", 0) : call.attribute("end")]
     return Evaluated(np.asarray(sizes, np.int64), ir.DataType.INT64)
@@ -482,6 +603,7 @@ _OPERATIONS: dict[str, Operation] = {
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
     "Einsum": _einsum,
+    "DequantizeLinear": _dequantize,
     "Div": _elementwise(_divide),
     "Equal": _truth(np.equal),
     "Exp": _elementwise(np.exp),
@@ -489,6 +611,7 @@ _OPERATIONS: dict[str, Operation] = {
     "Floor": _elementwise(np.floor),
     "Flatten": _flatten,
     "Gather": _gather,
+    "Gemm": _gemm,
     "Greater": _truth(np.greater),
     "GreaterOrEqual": _truth(np.greater_equal),
     "Identity": _elementwise(lambda x: x),
@@ -498,16 +621,19 @@ _OPERATIONS: dict[str, Operation] = {
     "LessOrEqual": _truth(np.less_equal),
     "Log": _elementwise(np.log),
     "LpNormalization": _lp_normalization,
+    "MatMul": _matmul,
     "Max": _fold_left(np.maximum),
     "Min": _fold_left(np.minimum),
     "Mul": _elementwise(np.multiply),
     "Neg": _elementwise(np.negative),
     "Not": _truth(np.logical_not),
     "Or": _truth(np.logical_or),
+    "Pad": _pad,
     "Pow": _elementwise(np.power),
     "Reciprocal": _elementwise(lambda x: 1.0 / x),
     "ReduceL1": _reduction(lambda x, axis, keepdims: np.abs(x).sum(axis=axis, keepdims=keepdims)),
     "ReduceL2": _reduction(_l2),
+    "ReduceLogSum": _reduction(lambda x, axis, keepdims: np.log(_sum(x, axis, keepdims))),
     "ReduceMax": _reduction(np.max),
     "ReduceMean": _reduction(np.mean),
     "ReduceMin": _reduction(np.min),
@@ -522,6 +648,7 @@ _OPERATIONS: dict[str, Operation] = {
     "Size": lambda call: Evaluated(np.asarray(call.array(0).size, np.int64), ir.DataType.INT64),
     "Softplus": _elementwise(lambda x: np.logaddexp(x, 0)),
     "Slice": _slice,
+    "Split": _split,
     "Sqrt": _elementwise(np.sqrt),
     "Squeeze": _squeeze,
     "Sub": _elementwise(np.subtract),

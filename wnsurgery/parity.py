@@ -49,6 +49,7 @@ __all__ = [
     "compare_tensors",
     "open_session",
     "open_with_all_values",
+    "refuse_other_outputs",
     "run_onnx",
     "run_session",
     "time_session",
@@ -221,15 +222,23 @@ def run_onnx(path: Path_, inputs: Mapping[str, Any] | Sequence[Any] | Any, provi
             ... as numpy's savez makes them up count as positions.
         provider: see `open_session`.
 
-    Raises as `open_session`, and InputError when the inputs are not what the graph declares (it says what is).
+    Raises as `open_session`, and InputError when the inputs are not what the graph declares (it says what is), or an
+    output is text or a sequence.
     """
     return run_session(open_session(path, provider), inputs, path)
 
 
-def run_session(session: Any, inputs: Mapping[str, Any] | Sequence[Any] | Any, name: Path_) -> dict[str, Array]:
-    """`run_onnx` on an open session; `name` stands in error messages."""
+def run_session(
+    session: Any, inputs: Mapping[str, Any] | Sequence[Any] | Any, name: Path_, *, some: bool = False
+) -> dict[str, Array]:
+    """`run_onnx` on an open session; `name` stands in error messages.
+
+    Outputs that are no arrays of numbers, but text or sequences, are an error, or left out with `some`.
+    """
     feeds = _feeds(session.get_inputs(), inputs, name)
-    names = [output.name for output in session.get_outputs()]
+    if not some:
+        refuse_other_outputs(session, name)
+    names = [output.name for output in session.get_outputs() if _is_numeric(output.type)]
     try:
         with _quiet():
             if session.get_providers()[0] in _BOUND:
@@ -241,6 +250,18 @@ def run_session(session: Any, inputs: Mapping[str, Any] | Sequence[Any] | Any, n
     except Exception as error:
         raise InputError.of(name, f"onnxruntime could not run it: {_reason(error)}") from error
     return dict(zip(names, results, strict=True))
+
+
+def refuse_other_outputs(session: Any, name: Path_) -> None:
+    """Raise InputError where a graph gives text or sequences: outputs are arrays of numbers here."""
+    for output in session.get_outputs():
+        if not _is_numeric(output.type):
+            reason = f"its output {printable(output.name)} is a {output.type}, and no array of numbers"
+            raise InputError.of(name, reason)
+
+
+def _is_numeric(kind: str) -> bool:
+    return kind.startswith("tensor(") and kind != "tensor(string)"
 
 
 def _run_bound(session: Any, feeds: Mapping[str, Array], names: Sequence[str]) -> list[Array]:

@@ -38,7 +38,7 @@ from wnsurgery.errors import (
     WnsurgeryError,
     printable,
 )
-from wnsurgery.parity import cast_to_declared, open_session, run_session
+from wnsurgery.parity import cast_to_declared, open_session, refuse_other_outputs, run_session
 from wnsurgery.reparam import Magnitude
 from wnsurgery.runs import Case, Inputs, copy_of, rng_kept
 from wnsurgery.surgery import fold_weight_norm
@@ -234,13 +234,17 @@ def _of_module(model: nn.Module, name: str, *, built: bool = False) -> _Side:
 
 def _of_graph(path: Path) -> _Side:
     from wnsurgery.graph import fold_model
+    from wnsurgery.onnx_checks import blamed_on
     from wnsurgery.onnx_file import read_onnx
 
-    model = read_onnx(path)
-    fold_model(model)
-    values = model.graph.initializers.values()
-    tensors = {str(value.name): value.const_value.numpy() for value in values if value.const_value is not None}
-    return _Side(str(path), tensors, session=open_session(path))
+    with blamed_on(path):
+        model = read_onnx(path)
+        fold_model(model)
+        values = model.graph.initializers.values()
+        tensors = {str(value.name): value.const_value.numpy() for value in values if value.const_value is not None}
+    session = open_session(path)
+    refuse_other_outputs(session, path)
+    return _Side(str(path), tensors, session=session)
 
 
 def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool, magnitude: Magnitude) -> _Side:
