@@ -285,6 +285,16 @@ def test_verify_fails_with_7(run: Any, tmp_path: Path) -> None:
     assert err.startswith("wnsurgery: error: ")
 
 
+@pytest.mark.parametrize("command", ["verify", "export"])
+@pytest.mark.parametrize("tolerance", ["nan", "-1", "inf"])
+def test_tolerances_that_are_none(run: Any, model_file: Path, command: str, tolerance: str) -> None:
+    """A tolerance that nothing could exceed is a usage error, and nothing is called equal under it."""
+    words = [model_file] if command == "verify" else ["-o", model_file.with_name("m.onnx")]
+    code, out, err = run(command, model_file, *words, "--input-shape", "1x1x8x8", "--rtol", tolerance)
+    assert (code, out) == (2, "")
+    assert "a tolerance is a number of 0 or more" in err
+
+
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt", "dml", "coreml", "openvino"])
 def test_missing_provider(run: Any, model_file: Path, tmp_path: Path, provider: str) -> None:
     """A provider that is not there is exit 6, never a run on the CPU."""

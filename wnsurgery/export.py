@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from wnsurgery.differences import check_tolerances
 from wnsurgery.errors import ExportError, InputError, SelectionError, VerificationError, first_line, printable
 from wnsurgery.parity import OutputsReport, compare_outputs, open_session, run_session
 from wnsurgery.runs import Case, Inputs, copy_of, rng_kept, tracking, where
@@ -139,7 +140,7 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
         rtol, atol: tolerance on outputs, see `differences.tolerance`.
 
     Raises:
-        SelectionError: there is no such opset.
+        SelectionError: there is no such opset, or a tolerance is none.
         ExportError: the model cannot be traced or translated; the module where it happens is named if known.
         VerificationError: onnxruntime's outputs differ from the model's, or hold NaN. Nothing is written then.
         OutputExistsError, OutputError: about `path`.
@@ -148,6 +149,7 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
 
     path = check_output(path, force=force)
     _check_opset(opset)
+    check_tolerances(rtol, atol)
     with torch.no_grad(), rng_kept(model):
         original, plain = copy_of(model).eval(), copy_of(model).eval()
         folded = _count_folded(plain)

@@ -24,6 +24,7 @@ from wnsurgery.differences import (
     OutputsReport,
     TensorsReport,
     as_array,
+    check_tolerances,
     compare_outputs,
     compare_tensors,
     is_float,
@@ -158,8 +159,9 @@ def verify(  # noqa: PLR0913 - what is compared, how, and how it is loaded; all 
 
     Raises:
         InputMissingError, InputError, UnsafeFileError: about the files, or inputs on which neither side runs.
-        SelectionError: `arch` is given but neither side is a checkpoint.
+        SelectionError: `arch` is given but neither side is a checkpoint, or a tolerance is none.
     """
+    check_tolerances(rtol, atol)
     first, second = (_side(x, arch, trust_pickle, magnitude) for x in (a, b))
     if arch is not None and not (first.built or second.built):
         raise SelectionError("arch is given, but neither side is a checkpoint that it could build a model for")
