@@ -519,3 +519,16 @@ def test_unmarked_logarithms_are_folded_when_told():
     convert_state(sd, magnitude="log")
     fold_state(sd)
     assert torch.allclose(sd["weight"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["legacy", "parametrized"])
+def test_names_that_begin_with_a_dot_are_names_of_their_own(layout):
+    """A weight called ".weight" is not the one called "weight": both are converted, folded, and neither is lost."""
+    state = {name: torch.randn(2, 3) for name in ("weight", ".weight", "..weight", "a..weight")}
+    before = dict(state)
+    convert_state(state, layout=layout)
+    assert len(state) == 8
+    report = fold_state(state)
+    assert len(report.folded) == 4
+    assert list(state) == list(before)
+    assert all(torch.equal(state[key], before[key]) for key in before)

@@ -251,7 +251,8 @@ def pair_step(
 
 
 def _refuse_collisions(state: StateDict, steps: Iterable[Step]) -> None:
+    made: dict[str, Step] = {}
     for step in steps:
         for key in step.targets:
-            if key in state.entries and key not in step.sources:
+            if (key in state.entries and key not in step.sources) or made.setdefault(key, step) is not step:
                 raise PairError(f"{printable(state.full(key))}: would be overwritten by {printable(step.sources[0])}")
