@@ -40,6 +40,7 @@ from wnsurgery.surgery import apply_weight_norm
 from wnsurgery.verification import verify
 
 A, B = "model-00001-of-00002", "model-00002-of-00002"
+SHARDS = (".distcp", ".metadata", ".safetensors", ".index.json")
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
@@ -300,6 +301,29 @@ def test_a_distributed_checkpoint_folds_to_one_torch_loads(distributed: Path, tm
     assert torch.equal(
         safetensors.torch.load_file(tmp_path / "out.safetensors")["model.c.weight"], state["model"]["c.weight"]
     )
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", ["hub", "distributed"])
+def test_everything_beside_the_weights_is_carried_along(
+    kind: str, in_place: bool, distributed: Path, tmp_path: Path
+) -> None:
+    """Files beside and below the weights, empty directories and executable bits are in the output as in the input."""
+    source = distributed if kind == "distributed" else hub(tmp_path / "hub")
+    (source / "deep" / "empty").mkdir(parents=True)
+    torch.save({"epoch": 3}, source / "meta.pt")
+    (source / "deep" / "notes.txt").write_text("words")
+    (source / "run.sh").write_text("#!/bin/sh")
+    (source / "run.sh").chmod(0o755)
+    kept = {n: data for n, data in contents(source).items() if not n.endswith(SHARDS)}
+    assert len(kept) >= 3
+    target = source if in_place else tmp_path / "out"
+    fold_checkpoint(source, target, in_place=in_place)
+    assert contents(target).items() >= kept.items()
+    assert (target / "deep" / "empty").is_dir()
+    if os.name == "posix":
+        assert [os.access(target / name, os.X_OK) for name in ("run.sh", "meta.pt")] == [True, False]
+    assert inspect(target)
 
 
 def test_tensors_in_several_chunks_are_put_together(distributed: Path, tmp_path: Path) -> None:

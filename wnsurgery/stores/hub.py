@@ -18,7 +18,7 @@ from torch import Tensor
 from wnsurgery.errors import InputError, UnsafeFileError, printable
 from wnsurgery.stores.mapped import Source
 
-__all__ = ["Hub", "Shards", "list_files", "new_index", "plain_name", "read_index"]
+__all__ = ["Hub", "Shards", "empty_directories", "list_files", "new_index", "plain_name", "read_index"]
 
 _MAX_INDEX = 1 << 28
 _MAX_FILES = 100_000
@@ -106,6 +106,12 @@ def list_files(directory: Path) -> list[str]:
         if len(found) > _MAX_FILES:
             raise InputError.of(directory, f"more than {_MAX_FILES} files")
     return sorted(found)
+
+
+def empty_directories(directory: Path) -> list[str]:
+    """Every directory below a directory that holds nothing, with forward slashes."""
+    empty = (Path(path) for path, inner, files in os.walk(directory) if not inner and not files)
+    return sorted(path.relative_to(directory).as_posix() for path in empty)
 
 
 def read_index(directory: Path, name: str) -> tuple[dict[str, str], dict[str, Any]]:

@@ -62,6 +62,10 @@ class Staging:
         """Whether an earlier run completed this file."""
         return (self.payload / name).is_file()
 
+    def directory(self, name: str) -> None:
+        """A directory, which may stay empty."""
+        (self.payload / name).mkdir(parents=True, exist_ok=True)
+
     @contextmanager
     def file(self, name: str) -> Iterator[BinaryIO]:
         """A file to write, complete under its name or not there at all."""
