@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -173,6 +174,53 @@ def test_output_over_input_needs_in_place(run: Any, model_file: Path) -> None:
     assert model_file.read_bytes() == before
     assert run("convert", model_file, "-o", model_file, "--in-place")[0] == 0
     assert wn.is_weight_normed(wn.load_model(model_file))
+
+
+INPUT_AS_OUTPUT = [
+    "inspect m.pt --html m.pt",
+    "inspect m.pt --html ./again/../m.pt",
+    "inspect m.pt --html link.pt",
+    "inspect other.pt --against m.pt --html m.pt",
+    "inspect other.pt --reference m.pt --html m.pt",
+    "inspect other.pt --html p.json --parity p.json",
+    "export m.pt -o m.pt --input-shape 1x1x8x8",
+    "export m.pt -o x.npz --input x.npz",
+    "run f.onnx --input x.npz -o x.npz",
+    "run x.npz --input y.npz -o x.npz",
+    "convert m.pt -o x.npz --init data --data x.npz",
+    "convert m.pt -o x.npz --batch-norm fold --input x.npz",
+    "convert m.pt -o out.pt --manifest x.npz --init data --data x.npz",
+    "fold hub -o out --manifest hub/config.json",
+    "fold hub -o hub/model.safetensors",
+    "fold m.pt -o out.pt --manifest m.pt",
+    "fold external.onnx -o f.onnx",
+    "fold external.onnx -o f.onnx.data",
+]
+
+
+@pytest.mark.parametrize("words", INPUT_AS_OUTPUT)
+def test_no_output_replaces_an_input(run: Any, model_file: Path, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever --force says, what a command reads is there afterwards, by whatever path its output names it."""
+    monkeypatch.chdir(model_file.parent)
+    model_file.rename("m.pt")
+    torch.save(wn.apply_weight_norm(torch.load("m.pt", weights_only=False)), "other.pt")
+    Path("again").mkdir()
+    Path("link.pt").symlink_to("m.pt")
+    Path("p.json").write_text("{}")
+    x = np.zeros((1, 1, 8, 8), "f4")
+    np.savez("x.npz", x)
+    np.savez("y.npz", x)
+    Path("hub").mkdir()
+    save_file({"a.weight_g": torch.ones(8, 1), "a.weight_v": torch.ones(8, 64)}, "hub/model.safetensors")
+    Path("hub/config.json").write_text("{}")
+    wn.export_onnx(torch.load("m.pt", weights_only=False), torch.from_numpy(x), "f.onnx")
+    split = {"save_as_external_data": True, "location": "f.onnx.data", "size_threshold": 0}
+    onnx.save(onnx.load("f.onnx"), "external.onnx", **split)
+    before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
+    code, out, err = run(*words.split(), "--force")
+    assert (code, out) == (5, "")
+    assert "this is the input" in err
+    assert {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()} == before
 
 
 class _Hostile:

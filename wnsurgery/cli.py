@@ -176,6 +176,8 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
 
     output = options.pop("output") or _beside(model, "wn")
     batch = options.pop("data")
+    for path in (output, options["manifest"]):
+        _refuse_inputs(path, batch, options["input_file"])
     if (options["init"] == "data") != (batch is not None):
         raise SelectionError("--init data and --data FILE go together")
     if batch is not None:
@@ -288,8 +290,8 @@ def export(model: Path, as_json: bool, **options: Any) -> None:
     from wnsurgery.files import load_model
 
     output = options.pop("output") or model.with_suffix(".onnx")
-    example = options.pop("example")
-    inputs = _inputs(options.pop("input_file"), options.pop("input_shape"))
+    example, file = options.pop("example"), options.pop("input_file")
+    inputs = _inputs(file, options.pop("input_shape"))
     if example is not None:
         from wnsurgery.inout import example_inputs
 
@@ -303,6 +305,8 @@ def export(model: Path, as_json: bool, **options: Any) -> None:
         raise click.UsageError("--dynamic and --dynamic-axes exclude each other")
     options["dynamic"] = axes or options["dynamic"]
     module = load_model(model, **{name: options.pop(name) for name in ("arch", "trust_pickle", "entry", "magnitude")})
+    for path in (output, output.with_name(f"{output.name}.data")):
+        _refuse_inputs(path, model, file)
     with working(f"exporting {model.name}"):
         report = export_onnx(module, inputs, output, **options)
     show(report, as_json=as_json)
@@ -341,6 +345,7 @@ def run(model: Path, input_file: Path, output: Path, provider: str, force: bool,
     from wnsurgery.inout import read_arrays, write_arrays
     from wnsurgery.parity import open_session, run_session, time_session
 
+    _refuse_inputs(output, model, input_file)
     arrays = read_arrays(input_file)
     session = open_session(model, provider)
     outputs = run_session(session, arrays, model)
@@ -430,6 +435,7 @@ def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against:
         raise click.UsageError("--parity needs --html")
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
+    _refuse_inputs(page, model, against, options["reference"], parity)
     if against is not None:
         changes = _changes(model, against, options)
         if page is not None:
@@ -552,6 +558,14 @@ def _beside(model: Path, word: str) -> Path:
         model = model.resolve() if model.name in ("", "..") else model
         return model.with_name(f"{model.name}.{word}")
     return model.with_name(f"{model.stem}.{word}{model.suffix}")
+
+
+def _refuse_inputs(output: Path | None, *inputs: Path | None) -> None:
+    """Whatever --force says, no output replaces what is read."""
+    from wnsurgery.stores.commit import refuse_inputs
+
+    if output is not None:
+        refuse_inputs(output, *inputs)
 
 
 def _read_inputs(path: Path) -> Any:

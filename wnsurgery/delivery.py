@@ -22,6 +22,7 @@ from wnsurgery.proof import Proof
 from wnsurgery.ranks import Ranks
 from wnsurgery.states import every_tensor, flat_tensors
 from wnsurgery.stores import Stored, check_output, committed, format_for, is_file_name, map_store, write_store
+from wnsurgery.stores.commit import refuse_inputs
 from wnsurgery.stores.modules import modules_in
 from wnsurgery.stores.staging import check_output_directory
 
@@ -67,7 +68,10 @@ class Output:
                 check_output_directory(self.path, src, force=self.force, in_place=self.in_place)
         elif self.write:
             check_output(self.path, src, force=self.force, in_place=self.in_place)
+            if Path(src).is_dir():
+                refuse_inputs(self.path, src)
         if self.write and self.manifest is not None:
+            refuse_inputs(self.manifest, src)
             check_output(self.manifest, src, force=self.force)
             if Path(self.manifest).absolute() == Path(self.path).absolute():
                 raise InputError.of(self.manifest, "the manifest and the output are one file")

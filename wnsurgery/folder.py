@@ -16,6 +16,7 @@ from wnsurgery.differences import as_array
 from wnsurgery.errors import InputError, InputMissingError, OutputError, OutputExistsError, SelectionError, printable
 from wnsurgery.inout import read_arrays, write_arrays
 from wnsurgery.parity import open_session, run_session
+from wnsurgery.stores.commit import refuse_inputs
 
 __all__ = ["FolderReport", "run_folder"]
 
@@ -82,6 +83,8 @@ def run_folder(
     if not paths:
         raise InputMissingError(f"{source}: no .npz or .npy file in it")
     outputs = [_output(Path(target), path, paths, force) for path in paths]
+    for output in outputs:
+        refuse_inputs(output, model)
     session = open_session(model, provider)
     try:
         Path(target).mkdir(exist_ok=True)

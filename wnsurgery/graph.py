@@ -136,11 +136,15 @@ def fold_onnx(
         UnsafeFileError: its weights lie outside its directory.
         OutputExistsError, OutputError: `dst` exists, or could not be written.
     """
-    from wnsurgery.stores.commit import check_output, committed
+    from wnsurgery.stores.commit import check_output, committed, refuse_inputs
 
     check_output(dst, src, force=force, in_place=in_place)
     model = read_onnx(src)
-    external = next(external_tensors(model), None) is not None
+    weights = {Path(tensor.base_dir) / tensor.location for tensor in external_tensors(model)}
+    external = bool(weights)
+    refuse_inputs(dst, *weights)
+    if not in_place:
+        refuse_inputs(f"{dst}.data", *weights)
     report = fold_model(model, compose=compose)
     if report.found or external:
         files = write_onnx(model, dst, force=force or in_place, external=external)

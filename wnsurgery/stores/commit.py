@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 
 from wnsurgery.errors import InputError, OutputError, OutputExistsError
 
-__all__ = ["check_output", "check_space", "committed"]
+__all__ = ["check_output", "check_space", "committed", "refuse_inputs"]
 
 
 def check_output(
@@ -55,6 +55,23 @@ def check_output(
     elif not force:
         raise OutputExistsError(f"{path}: already exists", hint="force=True (--force) replaces it")
     return path
+
+
+def refuse_inputs(output: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:
+    """Refuse an output that is one of the inputs, under whatever name, or a file in a directory that is one.
+
+    >>> refuse_inputs("report.html", "model.pt", None)
+
+    Raises OutputExistsError.
+    """
+    path = Path(output)
+    try:
+        places = [path, *path.resolve(strict=True).parents]
+    except (OSError, RuntimeError, ValueError):  # nothing is there, or nothing that can be looked at
+        return
+    for source in inputs:
+        if source is not None and any(_same_file(place, source) for place in places):
+            raise OutputExistsError(f"{path}: this is the input, or a part of it; nothing was written")
 
 
 def check_space(output: str | os.PathLike[str], needed: int) -> None:
@@ -160,7 +177,7 @@ def _sync_directory(directory: Path) -> None:
 def _same_file(path: Path, source: str | os.PathLike[str]) -> bool:
     try:
         return path.samefile(source)
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
