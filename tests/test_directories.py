@@ -208,10 +208,36 @@ def test_output_directories_are_protected(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="in the other"):
         fold_checkpoint(source, source / "inner")
     assert contents(tmp_path / "b") == {"precious": b"x"}
+    (tmp_path / "b" / "precious").rename(tmp_path / "b" / "model.safetensors")
     fold_checkpoint(source, tmp_path / "b", force=True)
     fold_checkpoint(source, source, in_place=True)
     assert contents(source) == contents(tmp_path / "b")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["precious.txt", "tokenizer/precious", "link", ".git/config"])
+def test_force_replaces_nothing_but_checkpoints(name: str, tmp_path: Path) -> None:
+    """A directory with anything in it that no output has is not replaced, whatever is asked for."""
+    source = hub(tmp_path / "a")
+    path = tmp_path / "b" / name
+    path.parent.mkdir(parents=True)
+    if name == "link":
+        path.symlink_to(tmp_path)
+    else:
+        path.write_text("x")
+    with pytest.raises(OutputExistsError, match=f"holds {name}, which is no part of a checkpoint"):
+        fold_checkpoint(source, tmp_path / "b", force=True)
+    assert path.is_symlink() or path.read_text() == "x"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_manifest_in_the_directory_that_is_replaced(tmp_path: Path) -> None:
+    """The manifest cannot lie in a directory that comes as a whole; nothing is written then."""
+    source = hub(tmp_path / "a")
+    before = contents(source)
+    with pytest.raises(InputError, match="lies in the output"):
+        fold_checkpoint(source, source, in_place=True, manifest=source / "manifest.json")
+    assert contents(source) == before
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:

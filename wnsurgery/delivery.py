@@ -75,6 +75,8 @@ class Output:
             check_output(self.manifest, src, force=self.force)
             if Path(self.manifest).absolute() == Path(self.path).absolute():
                 raise InputError.of(self.manifest, "the manifest and the output are one file")
+            if Path(self.path).resolve() in Path(self.manifest).resolve().parents:
+                raise InputError.of(self.manifest, "the manifest lies in the output, which comes as a whole")
 
     def settle(self, report: CheckpointReport) -> None:
         """Raise VerificationError where warnings are errors and there are some."""

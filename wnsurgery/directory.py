@@ -25,7 +25,7 @@ from torch import Tensor
 from wnsurgery import __version__
 from wnsurgery.checkpoint import CheckpointReport
 from wnsurgery.delivery import Output, every_name, figures, watch
-from wnsurgery.errors import InputError, printable
+from wnsurgery.errors import InputError, OutputError, OutputExistsError, printable
 from wnsurgery.manifest import file_digest, manifest_text
 from wnsurgery.promises import Promises
 from wnsurgery.ranks import Ranks
@@ -43,6 +43,7 @@ __all__ = ["Folder", "deliver_directory", "map_directory"]
 
 _SHARD = re.compile(r"(?P<stem>.*?)-\d+-of-\d+(?P<suffix>\.safetensors|\.bin)")
 _WEIGHTS = re.compile(r".*\.safetensors|(?:.*/)?(?:diffusion_)?(?:pytorch_model|adapter_model)[^/]*\.bin")
+_OWN = re.compile(rf"{_WEIGHTS.pattern}|.*\.(?:safetensors|bin)\.index\.json|[^/]*\.distcp|\.metadata")
 _DATA = "__0_0.distcp"
 
 
@@ -164,6 +165,8 @@ def deliver_directory(
     lay = folder.layout
     files = _hub_files(src, lay, report, maker) if isinstance(lay, Hub) else _distributed_files(folder, lay, maker)
     files += [(name, (src / name).stat().st_size, _copier(src / name)) for name in lay.others]
+    if not output.in_place:
+        _refuse_strangers(target, {name for name, _, _ in files})
     check_space(target, sum(size for _, size, _ in files))
     ranks = output.ranks
     mine = _share(files, ranks) if isinstance(lay, Hub) else files if ranks.rank == 0 else []
@@ -194,6 +197,23 @@ def deliver_directory(
             again.source.close()
     ranks.gather(None)
     return replace(whole(), proof=figures(output, whole(), maker, folder.source.size, written))
+
+
+def _refuse_strangers(target: Path, written: set[str]) -> None:
+    """Raise where an output directory to be replaced holds files that no such output would."""
+
+    def fail(error: OSError) -> None:
+        raise OutputError(f"{target}: cannot be looked through ({error.strerror})")
+
+    for folder, inner, names in os.walk(target, onerror=fail) if target.exists() else ():
+        for path in (Path(folder, name) for name in (*names, *inner)):
+            name = path.relative_to(target).as_posix()
+            if (path.is_dir() and not path.is_symlink()) or name in written or _OWN.fullmatch(name):
+                continue
+            raise OutputExistsError(
+                f"{target}: holds {printable(name)}, which is no part of a checkpoint; nothing was written",
+                hint="name another directory, or remove this one",
+            )
 
 
 @contextmanager
