@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -515,6 +517,108 @@ def test_log_scale_files_need_no_option(run: Any, tmp_path: Path) -> None:
     norms = torch.load(tmp_path / "sd.pt")["a.weight"].double().norm(dim=1)
     low, _, high = json.loads(out)["weights"][0]["magnitude"]
     assert (low, high) == pytest.approx((norms.min().item(), norms.max().item()), rel=1e-6)
+
+
+SHAPES = ["²x3", "2x²", "٢x3", "2x3:quint8", "2x3:bits8", "2x3:int4", "2x3:float4_e2m1fn_x2", "99999999999999999x3"]
+SHAPES += ["99999999999999999999999x3", "9223372036854775807x9223372036854775807"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_and_types_that_cannot_be_made(run: Any, model_file: Path, shape: str) -> None:
+    """Digits that are none, types without numbers and sizes beyond all memory are usage errors."""
+    code, out, err = run("verify", model_file, model_file, "--input-shape", shape)
+    assert (code, out) == (2, "")
+    assert shape in err
+
+
+def npy(dtype: str, shape: str, data: bytes = b"") -> bytes:
+    """An .npy file of a type and a shape that it claims."""
+    head = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + data
+
+
+def npz(change: Any = lambda data: data, **options: Any) -> bytes:
+    """An .npz file of one array, changed."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", **options) as archive:
+        archive.writestr("x.npy", npy("<f4", "(1, 1, 8, 8)", np.random.default_rng(0).bytes(256)))
+    return bytes(change(bytearray(file.getvalue())))
+
+
+def poked(*places: tuple[bytes, int, int]) -> Any:
+    """A change of bytes at offsets behind marks."""
+
+    def change(data: bytearray) -> bytearray:
+        for mark, offset, value in places:
+            data[data.index(mark) + offset] = value
+        return data
+
+    return change
+
+
+ARRAYS = {
+    "huge.npy": npy("<f4", "(1099511627776,)"),
+    "overflow.npy": npy("<f4", "(9223372036854775807, 9223372036854775807)"),
+    "void.npy": npy("|V16", "(1,)", bytes(16)),
+    "text.npy": npy("<U4", "(1,)", bytes(16)),
+    "date.npy": npy("<M8[ns]", "(1,)", bytes(8)),
+    "wide.npy": npy("<f16", "(1,)", bytes(16)),
+    "method.npz": npz(poked((b"PK\3\4", 8, 99), (b"PK\1\2", 10, 99))),
+    "encrypted.npz": npz(poked((b"PK\3\4", 6, 1), (b"PK\1\2", 8, 1))),
+    "deflated.npz": npz(poked((b"x.npy", 5, 255)), compression=zipfile.ZIP_DEFLATED),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_that_cannot_be_read_are_input_errors(run: Any, model_file: Path, name: str) -> None:
+    """Sizes beyond memory, unknown and encrypted compression, damage and types without numbers: exit code 3."""
+    path = model_file.with_name(name)
+    path.write_bytes(ARRAYS[name])
+    code, out, err = run("export", model_file, "-o", path.with_name("m.onnx"), "--input", path)
+    assert (code, out) == (3, "")
+    assert err.startswith(f"wnsurgery: error: {path}: ")
+
+
+def test_arrays_of_the_other_byte_order(run: Any, model_file: Path) -> None:
+    """Inputs that another machine wrote are the numbers that they are."""
+    np.save(model_file.with_name("x.npy"), np.ones((1, 1, 8, 8), ">f4"))
+    graph, out = model_file.with_name("m.onnx"), model_file.with_name("y.npy")
+    assert run("export", model_file, "-o", graph, "--input", model_file.with_name("x.npy"))[0] == 0
+    assert run("run", graph, "--input", model_file.with_name("x.npy"), "-o", out)[0] == 0
+    expected = wn.load_model(model_file).eval()(torch.ones(1, 1, 8, 8)).detach().numpy()
+    np.testing.assert_allclose(np.load(out), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "run {0} --input {1}.npy -o y.npy",
+        "run {0} --input {1}.npz -o y.npy",
+        "export {0} -o m.onnx --input {1}.npz",
+        "inspect {0} --html p.html --parity {1}.json",
+    ],
+)
+def test_fifos_are_refused_before_anything_waits(run: Any, model_file: Path, words: str) -> None:
+    """A FIFO is no input: nothing waits for somebody to write into it."""
+    name = words.format(model_file, model_file.with_name("fifo"))
+    fifo = next(word for word in name.split() if Path(word).stem == "fifo")
+    os.mkfifo(fifo)
+    code, _, err = run(*name.split())
+    assert (code, err) == (3, f"wnsurgery: error: {fifo}: not a regular file\n")
+
+
+@pytest.mark.parametrize("facts", [{"WORLD_SIZE": "x"}, {"MASTER_PORT": "x"}, {"MASTER_PORT": "99999999"}])
+def test_an_environment_that_makes_no_group(
+    run: Any, model_file: Path, facts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torchrun would not have left in the environment is told in a line, and nobody waits."""
+    whole = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"} | facts
+    for name, value in whole.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = run("fold", model_file)
+    assert (code, out) == (2, "")
+    assert "the processes that torchrun started do not meet" in err
 
 
 def test_an_opset_that_does_not_exist(run: Any, model_file: Path) -> None:

@@ -255,6 +255,13 @@ def test_values_rounded_to_half_precision_fail_as_float32() -> None:
 # Sessions
 
 
+def test_inputs_of_the_other_byte_order(doubler: Path) -> None:
+    """An array counts by its numbers, whatever the order of their bytes."""
+    x = np.arange(6, dtype="f4").reshape(2, 3)
+    plain, swapped = (run_onnx(doubler, [x.astype(f"{order}f4"), np.array(5, f"{order}i8")]) for order in "<>")
+    assert all(np.array_equal(plain[name], swapped[name]) for name in plain)
+
+
 def test_runs_by_name_by_position_and_alone(doubler: Path) -> None:
     """Inputs are taken by name or in the graph's order, torch tensors included; outputs come by name."""
     x = np.float32([[1, 2, 3]])

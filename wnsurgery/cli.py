@@ -20,6 +20,7 @@ __all__ = ["cli", "main"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_PATH = click.Path(readable=False, path_type=Path)  # what can be read turns out when it is read
 _PROVIDERS = ("cpu", "cuda", "tensorrt", "coreml", "dml", "openvino", "auto")
 
 
@@ -51,7 +52,7 @@ _common = _options(
     _manner,
 )
 _writing = _options(
-    click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write; default: beside MODEL."),
+    click.option("-o", "--output", type=_PATH, help="Where to write; default: beside MODEL."),
     click.option("--force", is_flag=True, help="Overwrite an existing output."),
 )
 _in_place = click.option("--in-place", is_flag=True, help="Let the output replace the input.")
@@ -67,9 +68,7 @@ _selection = _options(
     click.option("--dim", "dims", multiple=True, metavar="[PATTERN=]AXES", help='Kept axes: 0, "0,2" or none; repeat.'),
 )
 _feeding = _options(
-    click.option(
-        "--input", "input_file", type=click.Path(path_type=Path), help="Inputs: .npz, .npy, .pt, .safetensors."
-    ),
+    click.option("--input", "input_file", type=_PATH, help="Inputs: .npz, .npy, .pt, .safetensors."),
     click.option(
         "--input-shape", multiple=True, metavar="1x3x32x32[:DTYPE]", help="Random input of this shape; repeat."
     ),
@@ -84,13 +83,11 @@ _stored = click.option(
 _filing = _options(
     click.option("--dry-run", is_flag=True, help="Show what would change and write nothing."),
     click.option("--strict", is_flag=True, help="Treat warnings as errors: write nothing, exit code 7."),
-    click.option(
-        "--manifest", type=click.Path(path_type=Path), help="Write a JSON table of every tensor with its SHA-256 here."
-    ),
+    click.option("--manifest", type=_PATH, help="Write a JSON table of every tensor with its SHA-256 here."),
     click.option("--resume", is_flag=True, help="Go on where a killed run on a directory left off."),
 )
 _entry = click.option("--entry", metavar="PATH", help="Which state dict of MODEL to take, where several fit: ema.")
-_model = click.argument("model", type=click.Path(path_type=Path))
+_model = click.argument("model", type=_PATH)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -120,9 +117,7 @@ def cli() -> None:
     show_default=True,
     help="Keep the function bit for bit, set g and biases from --data, or g, v and biases anew without data.",
 )
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="One batch for --init data: .npz, .npy, .pt, .safetensors."
-)
+@click.option("--data", type=_PATH, help="One batch for --init data: .npz, .npy, .pt, .safetensors.")
 @click.option(
     "--init-scale",
     "scales",
@@ -154,7 +149,7 @@ def cli() -> None:
 @click.option(
     "--input",
     "input_file",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     help="Example inputs that show --batch-norm the data flow.",
 )
 @_filing
@@ -314,10 +309,8 @@ def export(model: Path, as_json: bool, **options: Any) -> None:
 
 @cli.command()
 @_model
-@click.option(
-    "--input", "input_file", type=click.Path(path_type=Path), required=True, help="Inputs: .npz, .npy or a folder."
-)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Outputs: .npz, or .npy for one.")
+@click.option("--input", "input_file", type=_PATH, required=True, help="Inputs: .npz, .npy or a folder.")
+@click.option("-o", "--output", type=_PATH, required=True, help="Outputs: .npz, or .npy for one.")
 @click.option("--provider", default="cpu", show_default=True, metavar="|".join(_PROVIDERS), help="Where to run.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Files of a folder run at once.")
 @click.option("--time", "repeats", type=click.IntRange(1), help="Run this often and print the times.")
@@ -360,8 +353,8 @@ def run(model: Path, input_file: Path, output: Path, provider: str, force: bool,
 
 
 @cli.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=_PATH)
+@click.argument("b", type=_PATH)
 @_loading
 @_stored
 @_feeding
@@ -370,7 +363,7 @@ def run(model: Path, input_file: Path, output: Path, provider: str, force: bool,
 @click.option(
     "--random", "n_inputs", type=click.IntRange(1), default=3, show_default=True, help="Random sets of inputs."
 )
-@click.option("--more", type=click.Path(path_type=Path), multiple=True, help="A further file of inputs; repeat.")
+@click.option("--more", type=_PATH, multiple=True, help="A further file of inputs; repeat.")
 @click.option("--bisect", is_flag=True, help="If outputs differ, name the layer where the two part.")
 @click.option("--any-dtype", is_flag=True, help="Let the sides be of different types (fp16 against fp32).")
 @_common
@@ -406,13 +399,11 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
 @_loading
 @_stored
 @click.option("--lr", type=float, default=1.0, show_default=True, help="Learning rate to give the effective steps for.")
-@click.option(
-    "--reference", type=click.Path(path_type=Path), help="The same net earlier: print ||v|| and |g| against it."
-)
-@click.option("--against", type=click.Path(path_type=Path), help="Print what changed since this one.")
+@click.option("--reference", type=_PATH, help="The same net earlier: print ||v|| and |g| against it.")
+@click.option("--against", type=_PATH, help="Print what changed since this one.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print the result as CSV.")
-@click.option("--html", "page", type=click.Path(path_type=Path), help="Write the result as a page, too.")
-@click.option("--parity", type=click.Path(path_type=Path), help="JSON of a fold, export or verify to show on the page.")
+@click.option("--html", "page", type=_PATH, help="Write the result as a page, too.")
+@click.option("--parity", type=_PATH, help="JSON of a fold, export or verify to show on the page.")
 @click.option("--force", is_flag=True, help="Overwrite an existing page.")
 @click.option("--all", "everything", is_flag=True, help="On a terminal: every weight of a large net, not groups.")
 @_common
@@ -455,7 +446,7 @@ def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against:
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.argument("model", type=_PATH, required=False)
 @_loading
 @_entry
 @_stored

@@ -42,6 +42,8 @@ def read_onnx(path: Path_) -> ir.Model:
             model = ir.load(path, format="protobuf")
     except (MemoryError, KeyboardInterrupt):
         raise
+    except OSError as error:
+        raise InputError.of(path, error.strerror or one_line(error)) from error
     except Exception as error:
         # parsers raise errors of many unrelated classes; whatever they choke on is the file
         raise InputError.of(path, f"damaged, or not an ONNX file: {one_line(error)}") from error

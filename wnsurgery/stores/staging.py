@@ -32,7 +32,15 @@ def check_output_directory(
 
     Raises OutputExistsError, OutputError as `check_output`; an output inside the input, or around it, is refused.
     """
-    path, src = Path(output), Path(source).absolute()
+    try:
+        return _checked(Path(output), Path(source).absolute(), force, in_place)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{output}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _checked(path: Path, src: Path, force: bool, in_place: bool) -> Path:
     if path.is_symlink():
         raise OutputError(f"{path}: a link; name the directory itself")
     if not path.parent.is_dir():
