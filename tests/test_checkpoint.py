@@ -532,3 +532,12 @@ def test_names_that_begin_with_a_dot_are_names_of_their_own(layout):
     assert len(report.folded) == 4
     assert list(state) == list(before)
     assert all(torch.equal(state[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("half", ["weight_g", "weight_v"])
+def test_half_a_pair_without_values_is_an_error(half):
+    """A pair of which one half is a meta tensor folds to nothing, and that is said."""
+    state = {"a.weight_g": torch.ones(4, 1), "a.weight_v": torch.ones(4, 3)}
+    state[f"a.{half}"] = state[f"a.{half}"].to("meta")
+    with pytest.raises(PairError, match="meta tensor"):
+        fold_state(state)

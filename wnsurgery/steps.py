@@ -105,6 +105,8 @@ def run_step(
     mark = (torch.ones((), dtype=torch.bool),) if step.log else ()
     if step.action == "rekeyed":
         return (*tensors[:2], *mark)
+    if len({t.is_meta for t in tensors[:2]}) > 1:
+        raise PairError(f"{printable(step.name)}: one half of its pair is a meta tensor, which has no values")
     made: tuple[Tensor, ...]
     try:
         with torch.no_grad():
