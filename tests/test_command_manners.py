@@ -118,6 +118,17 @@ def test_did_you_mean(words: list[str], said: str, file: Path, capsys: pytest.Ca
     assert said.format(folder=file.parent) in capsys.readouterr().err
 
 
+def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command alone shows its whole help, line by line, and no error."""
+    code = run()
+    out, err = capsys.readouterr()
+    shown = out + err
+    assert code == (2 if err else 0)
+    assert shown.startswith("Usage: wnsurgery")
+    assert len(shown.splitlines()) > 20
+    assert "\\n" not in shown
+
+
 # Loud and quiet ------------------------------------------------------------------------------------------
 
 

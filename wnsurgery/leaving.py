@@ -69,6 +69,9 @@ def _run(command: click.Command, arguments: list[str] | None, debug: bool) -> in
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # of click from 8.2 on; before, it ends as --help does
+            say(error.message)
+            return 2
         return _fail(error.format_message(), None, 2, debug)
     except WnsurgeryError as error:
         return _fail(error.message, error.hint, error.exit_code, debug)
