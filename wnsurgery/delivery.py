@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wnsurgery import __version__
 from wnsurgery.checkpoint import AtOnce, CheckpointReport
-from wnsurgery.errors import InputError, VerificationError, printable
+from wnsurgery.errors import InputError, SelectionError, VerificationError, printable
 from wnsurgery.manifest import manifest_text
 from wnsurgery.promises import Promises
 from wnsurgery.proof import Proof
@@ -63,6 +63,9 @@ class Output:
 
     def check(self, src: Path_) -> None:
         """Refuse before any work what must not be written."""
+        if Path(self.path).suffix.lower() == ".onnx":
+            hint = "export_onnx (wnsurgery export) makes an ONNX graph of a model"
+            raise SelectionError(f"{self.path}: would be a checkpoint, and is called an ONNX graph", hint=hint)
         if Path(src).is_dir() and not is_file_name(self.path):
             if self.write:
                 check_output_directory(self.path, src, force=self.force, in_place=self.in_place)

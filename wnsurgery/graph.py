@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from wnsurgery.errors import PairError, printable
+from wnsurgery.errors import PairError, SelectionError, printable
 from wnsurgery.onnx_file import all_graphs, external_tensors, read_onnx, write_onnx
 from wnsurgery.onnx_functions import function_norms, open_norm_functions
 from wnsurgery.onnx_layout import drop_unused, put_initializer, settle
@@ -135,9 +135,13 @@ def fold_onnx(
         InputMissingError, InputError: `src` or its weights are missing or damaged.
         UnsafeFileError: its weights lie outside its directory.
         OutputExistsError, OutputError: `dst` exists, or could not be written.
+        SelectionError: `dst` has the suffix of a checkpoint.
     """
+    from wnsurgery.stores import is_file_name
     from wnsurgery.stores.commit import check_output, committed, refuse_inputs
 
+    if is_file_name(dst):
+        raise SelectionError(f"{dst}: would be an ONNX graph, and is called a checkpoint", hint="call it .onnx")
     check_output(dst, src, force=force, in_place=in_place)
     model = read_onnx(src)
     weights = {Path(tensor.base_dir) / tensor.location for tensor in external_tensors(model)}
