@@ -225,6 +225,52 @@ def test_no_output_replaces_an_input(run: Any, model_file: Path, words: str, mon
     assert {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("fold m.pt -o o.onnx", "would be a checkpoint, and is called an ONNX graph"),
+        ("convert m.pt -o o.onnx", "would be a checkpoint, and is called an ONNX graph"),
+        ("fold f.onnx -o o.pt", "would be an ONNX graph, and is called a checkpoint"),
+        ("fold ", "an empty path"),
+        ("fold m.pt -o ", "an empty path"),
+        ("run f.onnx -o y.npz --input ", "an empty path"),
+    ],
+)
+def test_names_that_say_something_else(run: Any, model_file: Path, words: str, said: str) -> None:
+    """An output is called what it is, and an empty path is not the current directory."""
+    graph = model_file.with_name("f.onnx")
+    wn.export_onnx(wn.load_model(model_file), torch.zeros(1, 1, 8, 8), graph)
+    before = sorted(model_file.parent.iterdir())
+    names = {"m.pt": model_file, "f.onnx": graph, "o.onnx": graph.with_name("o.onnx"), "o.pt": graph.with_name("o.pt")}
+    code, out, err = run(*(names.get(word, word) for word in words.split(" ")))
+    assert (code, out) == (2, "")
+    assert said in err
+    assert sorted(model_file.parent.iterdir()) == before
+
+
+def test_verify_takes_an_entry(run: Any, model_file: Path, tmp_path: Path) -> None:
+    """Of a file with several modules or state dicts, --entry says which is meant; one that nobody has is an error."""
+    model, other = wn.load_model(model_file), net()
+    other(torch.zeros(1, 1, 8, 8))
+    with torch.no_grad():
+        other[0].bias.add_(1)
+    torch.save({"net": other, "ema": model}, tmp_path / "two.pt")
+    torch.save({"net": other.state_dict(), "ema": model.state_dict()}, tmp_path / "states.pt")
+    assert run("verify", tmp_path / "two.pt", model_file)[0] == 3
+    for file in ("two.pt", "states.pt"):
+        for sides in ([tmp_path / file, model_file], [model_file, tmp_path / file]):
+            assert run("verify", *sides, "--entry", "ema")[0] == 0
+            assert run("verify", *sides, "--entry", "net")[0] == 7
+            assert run("verify", *sides, "--entry", "none")[0] == (3 if file == "two.pt" else 2)
+
+
+def test_empty_outputs_prove_nothing(run: Any, model_file: Path) -> None:
+    """Outputs without a single number are told as what they are, and fail."""
+    code, out, _ = run("verify", model_file, model_file, "--input-shape", "0x1x8x8")
+    assert code == 7
+    assert "every output is empty, which proves nothing" in out
+
+
 class _Hostile:
     """Writes a file when unpickled."""
 

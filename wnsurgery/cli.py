@@ -20,8 +20,19 @@ __all__ = ["cli", "main"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_PATH = click.Path(readable=False, path_type=Path)  # what can be read turns out when it is read
 _PROVIDERS = ("cpu", "cuda", "tensorrt", "coreml", "dml", "openvino", "auto")
+
+
+class _Path(click.Path):
+    """A path; whether it can be read turns out when it is read, but an empty one is the current directory to nobody."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not value:
+            self.fail("an empty path", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_PATH = _Path(readable=False, path_type=Path)
 
 
 # Options that several commands share ---------------------------------------------------------------------
@@ -86,7 +97,7 @@ _filing = _options(
     click.option("--manifest", type=_PATH, help="Write a JSON table of every tensor with its SHA-256 here."),
     click.option("--resume", is_flag=True, help="Go on where a killed run on a directory left off."),
 )
-_entry = click.option("--entry", metavar="PATH", help="Which state dict of MODEL to take, where several fit: ema.")
+_entry = click.option("--entry", metavar="PATH", help="Which state dict or module to take, where several fit: ema.")
 _model = click.argument("model", type=_PATH)
 
 
@@ -356,6 +367,7 @@ def run(model: Path, input_file: Path, output: Path, provider: str, force: bool,
 @click.argument("a", type=_PATH)
 @click.argument("b", type=_PATH)
 @_loading
+@_entry
 @_stored
 @_feeding
 @click.option("--rtol", type=float, help="Relative tolerance on outputs; default: by type.")
