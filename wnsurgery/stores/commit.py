@@ -16,7 +16,9 @@ from typing import Any, BinaryIO, cast
 
 from wnsurgery.errors import InputError, OutputError, OutputExistsError
 
-__all__ = ["check_output", "check_space", "committed", "refuse_inputs"]
+__all__ = ["beside", "check_output", "check_space", "committed", "refuse_inputs"]
+
+_MAX_START = 200  # bytes, of the 255 that names may have nearly everywhere
 
 
 def check_output(
@@ -55,6 +57,18 @@ def check_output(
     elif not force:
         raise OutputExistsError(f"{path}: already exists", hint="force=True (--force) replaces it")
     return path
+
+
+def beside(path: Path, ending: str) -> Path:
+    """A hidden path beside another: the start of its name, no longer in bytes than names may be, and an ending.
+
+    >>> beside(Path("models/a.pt"), ".tmp").name
+    '.a.pt.tmp'
+    """
+    name = path.name[:64]
+    while len(os.fsencode(name)) > _MAX_START:
+        name = name[:-1]
+    return path.with_name(f".{name}{ending}")
 
 
 def refuse_inputs(output: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:
@@ -103,7 +117,7 @@ def committed(output: str | os.PathLike[str], *, force: bool) -> Iterator[Binary
         OutputExistsError: it exists and `force` is not given.
     """
     path = Path(output)
-    temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(6)}.tmp")
+    temporary = beside(path, f".{secrets.token_hex(6)}.tmp")
     try:
         try:
             with _create(temporary, path) as file:

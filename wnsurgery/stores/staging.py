@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from wnsurgery.errors import OutputError, OutputExistsError
-from wnsurgery.stores.commit import committed
+from wnsurgery.stores.commit import beside, committed
 
 __all__ = ["Staging", "check_output_directory", "staged"]
 
 _NOREPLACE, _EXCHANGE, _HERE = 1, 2, -100
+_MAX_NAME = 240  # bytes of an output's name to which more can be added
 
 
 def check_output_directory(
@@ -95,7 +97,7 @@ def staged(output: Path, work: str, *, force: bool, resume: bool) -> Iterator[St
         force: replace an existing directory, in one exchange where the system can.
         resume: keep complete files of the same work.
     """
-    root = output.with_name(f".{output.name}.partial")
+    root = _root_of(output)
     mine = _Root(root)
     try:
         mine.lock(output)
@@ -116,6 +118,13 @@ def staged(output: Path, work: str, *, force: bool, resume: bool) -> Iterator[St
             mine.remove()
     with contextlib.suppress(OSError):
         _sync(output.parent)
+
+
+def _root_of(output: Path) -> Path:
+    """The staging directory of an output: a digest stands for the end of a name that leaves no room for more."""
+    if len(os.fsencode(output.name)) <= _MAX_NAME:
+        return output.with_name(f".{output.name}.partial")
+    return beside(output, f".{hashlib.sha256(os.fsencode(output.name)).hexdigest()[:12]}.partial")
 
 
 class _Root:
