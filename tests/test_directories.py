@@ -43,6 +43,10 @@ A, B = "model-00001-of-00002", "model-00002-of-00002"
 SHARDS = (".distcp", ".metadata", ".safetensors", ".index.json")
 
 
+class Odd:
+    """An object of a class that no checkpoint needs."""
+
+
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.rand(4, 1, 1, generator=generator), torch.randn(4, 3, 2, generator=generator)
@@ -240,6 +244,17 @@ def test_a_manifest_in_the_directory_that_is_replaced(tmp_path: Path) -> None:
     assert contents(source) == before
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_an_index_with_numbers_that_json_has_not(number: str, tmp_path: Path) -> None:
+    """Such an index is damaged; it is not passed on as something that other readers refuse."""
+    source = hub(tmp_path / "a")
+    index = source / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"more": 1', f'"more": {number}'))
+    with pytest.raises(InputError, match=f"damaged index.*{number} is no number"):
+        fold_checkpoint(source, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     """After SIGKILL the old output stands; --resume keeps what is complete and ends with the same bytes."""
     source = hub(tmp_path / "a")
@@ -350,6 +365,16 @@ def test_everything_beside_the_weights_is_carried_along(
     if os.name == "posix":
         assert [os.access(target / name, os.X_OK) for name in ("run.sh", "meta.pt")] == [True, False]
     assert inspect(target)
+
+
+def test_objects_in_a_distributed_checkpoint_are_refused_without_a_hint_that_leads_nowhere(tmp_path: Path) -> None:
+    """A directory takes no trust_pickle, so its refusal does not recommend it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"w": torch.ones(2, 2), "odd": Odd()}, checkpoint_id=str(tmp_path / "dcp"))
+    with pytest.raises(UnsafeFileError, match="refused") as caught:
+        fold_checkpoint(tmp_path / "dcp", tmp_path / "out")
+    assert caught.value.hint == "save the checkpoint without odd"
 
 
 def test_tensors_in_several_chunks_are_put_together(distributed: Path, tmp_path: Path) -> None:

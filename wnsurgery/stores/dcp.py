@@ -262,7 +262,10 @@ def _object(
         raise InputError.of(directory, f"{printable(name)} is not in its files exactly once")
     mapped, start, length = _place(directory, name, found[0][1], files)
     data = io.BytesIO(mapped.read(start, start + length).numpy().tobytes())
-    return read_torch(data, mapped.path)
+    try:
+        return read_torch(data, mapped.path)
+    except UnsafeFileError as error:  # directories are read without trust, whatever is asked for
+        raise UnsafeFileError(error.message, hint=f"save the checkpoint without {printable(name)}") from error
 
 
 def _place(directory: Path, name: str, info: _Record, files: dict[str, MappedFile]) -> tuple[MappedFile, int, int]:

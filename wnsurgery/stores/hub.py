@@ -7,6 +7,7 @@ refused wherever they stand.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from dataclasses import dataclass, field
@@ -123,7 +124,9 @@ def read_index(directory: Path, name: str) -> tuple[dict[str, str], dict[str, An
     if path.stat().st_size > _MAX_INDEX:
         raise InputError.of(path, "larger than any index")
     try:
-        table = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
+        table = json.loads(
+            path.read_bytes(), object_pairs_hook=_no_duplicates, parse_float=_number, parse_constant=_number
+        )
         weights = table.pop("weight_map")
         if not isinstance(weights, dict):
             raise ValueError("weight_map is no table")
@@ -145,6 +148,12 @@ def new_index(shards: Shards, owners: dict[str, str], sizes: dict[str, int]) -> 
     metadata["total_size"] = sum(sizes.values())
     table = {"metadata": metadata, **facts, "weight_map": dict(sorted(owners.items()))}
     return (json.dumps(table, indent=2, sort_keys=False) + "\n").encode()
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(float(text)):  # Python reads and writes them, JSON has none
+        raise ValueError(f"{text} is no number that JSON can hold")
+    return float(text)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
