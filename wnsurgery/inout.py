@@ -21,6 +21,8 @@ from wnsurgery.stores.commit import check_output, committed
 
 __all__ = ["example_inputs", "random_inputs", "read_arrays", "read_batch", "write_arrays"]
 
+_MAX_NAME = 65_000  # bytes of a name in a zip file
+
 Arrays = dict[str, Any] | list[Any]
 
 
@@ -126,6 +128,9 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any], *, for
     single = path.suffix.lower() == ".npy"
     if path.suffix.lower() not in (".npy", ".npz") or (single and len(arrays) != 1):
         raise SelectionError(f"{path}: outputs go to an .npz file, or to an .npy file if there is one")
+    for name in arrays if not single else ():
+        if len(name.encode(errors="replace")) > _MAX_NAME:
+            raise InputError.of(path, f"the name {printable(name, 60)} is too long for an .npz file")
     with committed(path, force=force) as file:
         if single:
             np.save(file, next(iter(arrays.values())), allow_pickle=False)

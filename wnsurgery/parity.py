@@ -221,7 +221,8 @@ def run_onnx(path: Path_, inputs: Mapping[str, Any] | Sequence[Any] | Any, provi
             ... as numpy's savez makes them up count as positions.
         provider: see `open_session`.
 
-    Raises as `open_session`, and InputError when the inputs are not what the graph declares (it says what is).
+    Raises as `open_session`, and InputError when the inputs are not what the graph declares (it says what is), or an
+    output is text or a sequence.
     """
     return run_session(open_session(path, provider), inputs, path)
 
@@ -240,7 +241,14 @@ def run_session(session: Any, inputs: Mapping[str, Any] | Sequence[Any] | Any, n
         raise
     except Exception as error:
         raise InputError.of(name, f"onnxruntime could not run it: {_reason(error)}") from error
+    for output, value in zip(names, results, strict=True):
+        if not isinstance(value, np.ndarray) or value.dtype.hasobject:
+            raise InputError.of(name, f"its output {printable(output)} is no tensor of numbers, but {_kind(value)}")
     return dict(zip(names, results, strict=True))
+
+
+def _kind(value: Any) -> str:
+    return "text" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
 
 
 def _run_bound(session: Any, feeds: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
