@@ -519,3 +519,25 @@ def test_unmarked_logarithms_are_folded_when_told():
     convert_state(sd, magnitude="log")
     fold_state(sd)
     assert torch.allclose(sd["weight"], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["legacy", "parametrized"])
+def test_names_that_begin_with_a_dot_are_names_of_their_own(layout):
+    """A weight called ".weight" is not the one called "weight": both are converted, folded, and neither is lost."""
+    state = {name: torch.randn(2, 3) for name in ("weight", ".weight", "..weight", "a..weight")}
+    before = dict(state)
+    convert_state(state, layout=layout)
+    assert len(state) == 8
+    report = fold_state(state)
+    assert len(report.folded) == 4
+    assert list(state) == list(before)
+    assert all(torch.equal(state[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("half", ["weight_g", "weight_v"])
+def test_half_a_pair_without_values_is_an_error(half):
+    """A pair of which one half is a meta tensor folds to nothing, and that is said."""
+    state = {"a.weight_g": torch.ones(4, 1), "a.weight_v": torch.ones(4, 3)}
+    state[f"a.{half}"] = state[f"a.{half}"].to("meta")
+    with pytest.raises(PairError, match="meta tensor"):
+        fold_state(state)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -175,6 +178,99 @@ def test_output_over_input_needs_in_place(run: Any, model_file: Path) -> None:
     assert wn.is_weight_normed(wn.load_model(model_file))
 
 
+INPUT_AS_OUTPUT = [
+    "inspect m.pt --html m.pt",
+    "inspect m.pt --html ./again/../m.pt",
+    "inspect m.pt --html link.pt",
+    "inspect other.pt --against m.pt --html m.pt",
+    "inspect other.pt --reference m.pt --html m.pt",
+    "inspect other.pt --html p.json --parity p.json",
+    "export m.pt -o m.pt --input-shape 1x1x8x8",
+    "export m.pt -o x.npz --input x.npz",
+    "run f.onnx --input x.npz -o x.npz",
+    "run x.npz --input y.npz -o x.npz",
+    "convert m.pt -o x.npz --init data --data x.npz",
+    "convert m.pt -o x.npz --batch-norm fold --input x.npz",
+    "convert m.pt -o out.pt --manifest x.npz --init data --data x.npz",
+    "fold hub -o out --manifest hub/config.json",
+    "fold hub -o hub/model.safetensors",
+    "fold m.pt -o out.pt --manifest m.pt",
+    "fold external.onnx -o f.onnx",
+    "fold external.onnx -o f.onnx.data",
+]
+
+
+@pytest.mark.parametrize("words", INPUT_AS_OUTPUT)
+def test_no_output_replaces_an_input(run: Any, model_file: Path, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever --force says, what a command reads is there afterwards, by whatever path its output names it."""
+    monkeypatch.chdir(model_file.parent)
+    model_file.rename("m.pt")
+    torch.save(wn.apply_weight_norm(torch.load("m.pt", weights_only=False)), "other.pt")
+    Path("again").mkdir()
+    Path("link.pt").symlink_to("m.pt")
+    Path("p.json").write_text("{}")
+    x = np.zeros((1, 1, 8, 8), "f4")
+    np.savez("x.npz", x)
+    np.savez("y.npz", x)
+    Path("hub").mkdir()
+    save_file({"a.weight_g": torch.ones(8, 1), "a.weight_v": torch.ones(8, 64)}, "hub/model.safetensors")
+    Path("hub/config.json").write_text("{}")
+    wn.export_onnx(torch.load("m.pt", weights_only=False), torch.from_numpy(x), "f.onnx")
+    split = {"save_as_external_data": True, "location": "f.onnx.data", "size_threshold": 0}
+    onnx.save(onnx.load("f.onnx"), "external.onnx", **split)
+    before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
+    code, out, err = run(*words.split(), "--force")
+    assert (code, out) == (5, "")
+    assert "this is the input" in err
+    assert {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("fold m.pt -o o.onnx", "would be a checkpoint, and is called an ONNX graph"),
+        ("convert m.pt -o o.onnx", "would be a checkpoint, and is called an ONNX graph"),
+        ("fold f.onnx -o o.pt", "would be an ONNX graph, and is called a checkpoint"),
+        ("fold ", "an empty path"),
+        ("fold m.pt -o ", "an empty path"),
+        ("run f.onnx -o y.npz --input ", "an empty path"),
+    ],
+)
+def test_names_that_say_something_else(run: Any, model_file: Path, words: str, said: str) -> None:
+    """An output is called what it is, and an empty path is not the current directory."""
+    graph = model_file.with_name("f.onnx")
+    wn.export_onnx(wn.load_model(model_file), torch.zeros(1, 1, 8, 8), graph)
+    before = sorted(model_file.parent.iterdir())
+    names = {"m.pt": model_file, "f.onnx": graph, "o.onnx": graph.with_name("o.onnx"), "o.pt": graph.with_name("o.pt")}
+    code, out, err = run(*(names.get(word, word) for word in words.split(" ")))
+    assert (code, out) == (2, "")
+    assert said in err
+    assert sorted(model_file.parent.iterdir()) == before
+
+
+def test_verify_takes_an_entry(run: Any, model_file: Path, tmp_path: Path) -> None:
+    """Of a file with several modules or state dicts, --entry says which is meant; one that nobody has is an error."""
+    model, other = wn.load_model(model_file), net()
+    other(torch.zeros(1, 1, 8, 8))
+    with torch.no_grad():
+        other[0].bias.add_(1)
+    torch.save({"net": other, "ema": model}, tmp_path / "two.pt")
+    torch.save({"net": other.state_dict(), "ema": model.state_dict()}, tmp_path / "states.pt")
+    assert run("verify", tmp_path / "two.pt", model_file)[0] == 3
+    for file in ("two.pt", "states.pt"):
+        for sides in ([tmp_path / file, model_file], [model_file, tmp_path / file]):
+            assert run("verify", *sides, "--entry", "ema")[0] == 0
+            assert run("verify", *sides, "--entry", "net")[0] == 7
+            assert run("verify", *sides, "--entry", "none")[0] == (3 if file == "two.pt" else 2)
+
+
+def test_empty_outputs_prove_nothing(run: Any, model_file: Path) -> None:
+    """Outputs without a single number are told as what they are, and fail."""
+    code, out, _ = run("verify", model_file, model_file, "--input-shape", "0x1x8x8")
+    assert code == 7
+    assert "every output is empty, which proves nothing" in out
+
+
 class _Hostile:
     """Writes a file when unpickled."""
 
@@ -283,6 +379,16 @@ def test_verify_fails_with_7(run: Any, tmp_path: Path) -> None:
     assert code == 7
     assert "weight" in out
     assert err.startswith("wnsurgery: error: ")
+
+
+@pytest.mark.parametrize("command", ["verify", "export"])
+@pytest.mark.parametrize("tolerance", ["nan", "-1", "inf"])
+def test_tolerances_that_are_none(run: Any, model_file: Path, command: str, tolerance: str) -> None:
+    """A tolerance that nothing could exceed is a usage error, and nothing is called equal under it."""
+    words = [model_file] if command == "verify" else ["-o", model_file.with_name("m.onnx")]
+    code, out, err = run(command, model_file, *words, "--input-shape", "1x1x8x8", "--rtol", tolerance)
+    assert (code, out) == (2, "")
+    assert "a tolerance is a number of 0 or more" in err
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt", "dml", "coreml", "openvino"])
@@ -459,6 +565,108 @@ def test_log_scale_files_need_no_option(run: Any, tmp_path: Path) -> None:
     assert (low, high) == pytest.approx((norms.min().item(), norms.max().item()), rel=1e-6)
 
 
+SHAPES = ["²x3", "2x²", "٢x3", "2x3:quint8", "2x3:bits8", "2x3:int4", "2x3:float4_e2m1fn_x2", "99999999999999999x3"]
+SHAPES += ["99999999999999999999999x3", "9223372036854775807x9223372036854775807"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_and_types_that_cannot_be_made(run: Any, model_file: Path, shape: str) -> None:
+    """Digits that are none, types without numbers and sizes beyond all memory are usage errors."""
+    code, out, err = run("verify", model_file, model_file, "--input-shape", shape)
+    assert (code, out) == (2, "")
+    assert shape in err
+
+
+def npy(dtype: str, shape: str, data: bytes = b"") -> bytes:
+    """An .npy file of a type and a shape that it claims."""
+    head = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + data
+
+
+def npz(change: Any = lambda data: data, **options: Any) -> bytes:
+    """An .npz file of one array, changed."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", **options) as archive:
+        archive.writestr("x.npy", npy("<f4", "(1, 1, 8, 8)", np.random.default_rng(0).bytes(256)))
+    return bytes(change(bytearray(file.getvalue())))
+
+
+def poked(*places: tuple[bytes, int, int]) -> Any:
+    """A change of bytes at offsets behind marks."""
+
+    def change(data: bytearray) -> bytearray:
+        for mark, offset, value in places:
+            data[data.index(mark) + offset] = value
+        return data
+
+    return change
+
+
+ARRAYS = {
+    "huge.npy": npy("<f4", "(1099511627776,)"),
+    "overflow.npy": npy("<f4", "(9223372036854775807, 9223372036854775807)"),
+    "void.npy": npy("|V16", "(1,)", bytes(16)),
+    "text.npy": npy("<U4", "(1,)", bytes(16)),
+    "date.npy": npy("<M8[ns]", "(1,)", bytes(8)),
+    "wide.npy": npy("<f16", "(1,)", bytes(16)),
+    "method.npz": npz(poked((b"PK\3\4", 8, 99), (b"PK\1\2", 10, 99))),
+    "encrypted.npz": npz(poked((b"PK\3\4", 6, 1), (b"PK\1\2", 8, 1))),
+    "deflated.npz": npz(poked((b"x.npy", 5, 255)), compression=zipfile.ZIP_DEFLATED),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_that_cannot_be_read_are_input_errors(run: Any, model_file: Path, name: str) -> None:
+    """Sizes beyond memory, unknown and encrypted compression, damage and types without numbers: exit code 3."""
+    path = model_file.with_name(name)
+    path.write_bytes(ARRAYS[name])
+    code, out, err = run("export", model_file, "-o", path.with_name("m.onnx"), "--input", path)
+    assert (code, out) == (3, "")
+    assert err.startswith(f"wnsurgery: error: {path}: ")
+
+
+def test_arrays_of_the_other_byte_order(run: Any, model_file: Path) -> None:
+    """Inputs that another machine wrote are the numbers that they are."""
+    np.save(model_file.with_name("x.npy"), np.ones((1, 1, 8, 8), ">f4"))
+    graph, out = model_file.with_name("m.onnx"), model_file.with_name("y.npy")
+    assert run("export", model_file, "-o", graph, "--input", model_file.with_name("x.npy"))[0] == 0
+    assert run("run", graph, "--input", model_file.with_name("x.npy"), "-o", out)[0] == 0
+    expected = wn.load_model(model_file).eval()(torch.ones(1, 1, 8, 8)).detach().numpy()
+    np.testing.assert_allclose(np.load(out), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "run {0} --input {1}.npy -o y.npy",
+        "run {0} --input {1}.npz -o y.npy",
+        "export {0} -o m.onnx --input {1}.npz",
+        "inspect {0} --html p.html --parity {1}.json",
+    ],
+)
+def test_fifos_are_refused_before_anything_waits(run: Any, model_file: Path, words: str) -> None:
+    """A FIFO is no input: nothing waits for somebody to write into it."""
+    name = words.format(model_file, model_file.with_name("fifo"))
+    fifo = next(word for word in name.split() if Path(word).stem == "fifo")
+    os.mkfifo(fifo)
+    code, _, err = run(*name.split())
+    assert (code, err) == (3, f"wnsurgery: error: {fifo}: not a regular file\n")
+
+
+@pytest.mark.parametrize("facts", [{"WORLD_SIZE": "x"}, {"MASTER_PORT": "x"}, {"MASTER_PORT": "99999999"}])
+def test_an_environment_that_makes_no_group(
+    run: Any, model_file: Path, facts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torchrun would not have left in the environment is told in a line, and nobody waits."""
+    whole = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"} | facts
+    for name, value in whole.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = run("fold", model_file)
+    assert (code, out) == (2, "")
+    assert "the processes that torchrun started do not meet" in err
+
+
 def test_an_opset_that_does_not_exist(run: Any, model_file: Path) -> None:
     """--opset 999 is a usage error that says which there are."""
     code, _, err = run("export", model_file, "--input-shape", "1x1x8x8", "--opset", "999")
@@ -500,5 +708,5 @@ def test_export_does_not_replace_what_it_exports(run: Any, model_file: Path, tmp
     for output in ("m.onnx", "m.onnx.data"):
         options = ("-o", tmp_path / output, "--external", "--force", "--input-shape", "1x1x8x8")
         code, _, err = run("export", model, *options)
-        assert (code, "file of the input" in err) == (5, True)
+        assert (code, "this is the input" in err) == (5, True)
     assert model.read_bytes() == before

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wnsurgery as wn
@@ -117,6 +118,17 @@ def test_did_you_mean(words: list[str], said: str, file: Path, capsys: pytest.Ca
     assert said.format(folder=file.parent) in capsys.readouterr().err
 
 
+def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command alone shows its whole help, line by line, and no error."""
+    code = run()
+    out, err = capsys.readouterr()
+    shown = out + err
+    assert code == (2 if err else 0)
+    assert shown.startswith("Usage: wnsurgery")
+    assert len(shown.splitlines()) > 20
+    assert "\\n" not in shown
+
+
 # Loud and quiet ------------------------------------------------------------------------------------------
 
 
@@ -216,6 +228,65 @@ def test_stdout_closed_before_the_start(file: Path) -> None:
         ["sh", "-c", '"$@" >&-', "sh", *COMMAND, "inspect", str(file)], stderr=subprocess.PIPE, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (5, "wnsurgery: error: stdout: closed\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_a_stderr_that_takes_nothing(stderr: str, file: Path) -> None:
+    """Messages that go nowhere change no exit code, and reach neither stdout nor the file that is written."""
+    if "full" in stderr and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    plain = file.with_name("n.folded.safetensors")
+    for words, code in ((["fold", file, "-v", "--json"], 0), (["convert", plain, "--json"], 0), (["fold", "none"], 3)):
+        shell = ["sh", "-c", f'"$@" {stderr}', "sh", *COMMAND, *map(str, words)]
+        done = subprocess.run(shell, stdout=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == code
+        assert not done.stdout if code else json.loads(done.stdout)
+    assert load_file(plain).keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+LONG, SECRET = "x" * 300, "secret/x.npz"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="other limits, other permissions")
+@pytest.mark.parametrize("name", [LONG, SECRET, "unread.npz", "unread.onnx"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "fold {}",
+        "convert {}",
+        "inspect {}",
+        "inspect m.pt --against {}",
+        "inspect m.pt --reference {}",
+        "verify {} m.pt",
+        "verify m.pt {}",
+        "export {} --input-shape 1x3",
+        "export m.pt --input {}",
+        "run {} --input x.npz -o y.npz",
+        "run m.onnx --input {} -o y.npz",
+        "convert m.pt --init data --data {}",
+    ],
+)
+def test_what_the_system_refuses_is_no_bug(
+    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An input whose name is too long, or that may not be read or looked at, is told in a line, with exit code 3."""
+    if name != LONG and os.geteuid() == 0:
+        pytest.skip("nothing is forbidden to root")
+    monkeypatch.chdir(tmp_path)
+    torch.save(nn.Sequential(nn.Linear(3, 2)), "m.pt")
+    Path("secret").mkdir(mode=0o000)
+    for forbidden in ("unread.npz", "unread.onnx"):
+        Path(forbidden).touch(mode=0o000)
+    np.savez("x.npz", np.ones(3, "f4"))
+    Path("m.onnx").touch()
+    try:
+        assert run(*words.format(name).split()) == 3
+    finally:
+        Path("secret").chmod(0o700)
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.startswith(f"wnsurgery: error: {name}: ")
+    assert line.endswith(("File name too long", "Permission denied"))
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437", "utf-8"])

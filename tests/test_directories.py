@@ -40,6 +40,11 @@ from wnsurgery.surgery import apply_weight_norm
 from wnsurgery.verification import verify
 
 A, B = "model-00001-of-00002", "model-00002-of-00002"
+SHARDS = (".distcp", ".metadata", ".safetensors", ".index.json")
+
+
+class Odd:
+    """An object of a class that no checkpoint needs."""
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,10 +212,47 @@ def test_output_directories_are_protected(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="in the other"):
         fold_checkpoint(source, source / "inner")
     assert contents(tmp_path / "b") == {"precious": b"x"}
+    (tmp_path / "b" / "precious").rename(tmp_path / "b" / "model.safetensors")
     fold_checkpoint(source, tmp_path / "b", force=True)
     fold_checkpoint(source, source, in_place=True)
     assert contents(source) == contents(tmp_path / "b")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["precious.txt", "tokenizer/precious", "link", ".git/config"])
+def test_force_replaces_nothing_but_checkpoints(name: str, tmp_path: Path) -> None:
+    """A directory with anything in it that no output has is not replaced, whatever is asked for."""
+    source = hub(tmp_path / "a")
+    path = tmp_path / "b" / name
+    path.parent.mkdir(parents=True)
+    if name == "link":
+        path.symlink_to(tmp_path)
+    else:
+        path.write_text("x")
+    with pytest.raises(OutputExistsError, match=f"holds {name}, which is no part of a checkpoint"):
+        fold_checkpoint(source, tmp_path / "b", force=True)
+    assert path.is_symlink() or path.read_text() == "x"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_manifest_in_the_directory_that_is_replaced(tmp_path: Path) -> None:
+    """The manifest cannot lie in a directory that comes as a whole; nothing is written then."""
+    source = hub(tmp_path / "a")
+    before = contents(source)
+    with pytest.raises(InputError, match="lies in the output"):
+        fold_checkpoint(source, source, in_place=True, manifest=source / "manifest.json")
+    assert contents(source) == before
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_an_index_with_numbers_that_json_has_not(number: str, tmp_path: Path) -> None:
+    """Such an index is damaged; it is not passed on as something that other readers refuse."""
+    source = hub(tmp_path / "a")
+    index = source / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"more": 1', f'"more": {number}'))
+    with pytest.raises(InputError, match=f"damaged index.*{number} is no number"):
+        fold_checkpoint(source, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
@@ -300,6 +342,39 @@ def test_a_distributed_checkpoint_folds_to_one_torch_loads(distributed: Path, tm
     assert torch.equal(
         safetensors.torch.load_file(tmp_path / "out.safetensors")["model.c.weight"], state["model"]["c.weight"]
     )
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", ["hub", "distributed"])
+def test_everything_beside_the_weights_is_carried_along(
+    kind: str, in_place: bool, distributed: Path, tmp_path: Path
+) -> None:
+    """Files beside and below the weights, empty directories and executable bits are in the output as in the input."""
+    source = distributed if kind == "distributed" else hub(tmp_path / "hub")
+    (source / "deep" / "empty").mkdir(parents=True)
+    torch.save({"epoch": 3}, source / "meta.pt")
+    (source / "deep" / "notes.txt").write_text("words")
+    (source / "run.sh").write_text("#!/bin/sh")
+    (source / "run.sh").chmod(0o755)
+    kept = {n: data for n, data in contents(source).items() if not n.endswith(SHARDS)}
+    assert len(kept) >= 3
+    target = source if in_place else tmp_path / "out"
+    fold_checkpoint(source, target, in_place=in_place)
+    assert contents(target).items() >= kept.items()
+    assert (target / "deep" / "empty").is_dir()
+    if os.name == "posix":
+        assert [os.access(target / name, os.X_OK) for name in ("run.sh", "meta.pt")] == [True, False]
+    assert inspect(target)
+
+
+def test_objects_in_a_distributed_checkpoint_are_refused_without_a_hint_that_leads_nowhere(tmp_path: Path) -> None:
+    """A directory takes no trust_pickle, so its refusal does not recommend it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"w": torch.ones(2, 2), "odd": Odd()}, checkpoint_id=str(tmp_path / "dcp"))
+    with pytest.raises(UnsafeFileError, match="refused") as caught:
+        fold_checkpoint(tmp_path / "dcp", tmp_path / "out")
+    assert caught.value.hint == "save the checkpoint without odd"
 
 
 def test_tensors_in_several_chunks_are_put_together(distributed: Path, tmp_path: Path) -> None:

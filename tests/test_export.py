@@ -318,6 +318,14 @@ def test_outputs_are_checked_before_any_work(tmp_path: Path) -> None:
     onnx.checker.check_model(tmp_path / "m.onnx")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes")
+def test_names_that_onnx_does_not_take_are_refused_before_any_work(tmp_path: Path) -> None:
+    """A name that is not UTF-8 is one that onnx's checker and onnxruntime cannot be told."""
+    with pytest.raises(OutputError, match="not UTF-8"):
+        export_onnx(nn.Linear(1, 1), torch.ones(1), tmp_path / os.fsdecode(b"a\xff.onnx"))
+    assert not list(tmp_path.iterdir())
+
+
 # What must fail ------------------------------------------------------------------------------------------
 
 

@@ -81,6 +81,24 @@ def test_what_stands_in_the_way_is_told_before_anything_runs(
         run_folder(model[1], inputs, tmp_path / "new")
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_failure_takes_the_outputs_before_it_along(
+    model: tuple[nn.Module, Path], inputs: Path, tmp_path: Path, there: bool
+) -> None:
+    """What a failed run wrote is gone, so that the next run is not refused; what stood there before stays."""
+    target = tmp_path / "out"
+    if there:
+        target.mkdir()
+        (target / "mine.txt").write_text("x")
+    (inputs / "x9.npz").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="damaged"):
+        run_folder(model[1], inputs, target)
+    assert target.exists() == there
+    assert not there or [p.name for p in target.iterdir()] == ["mine.txt"]
+    (inputs / "x9.npz").unlink()
+    assert len(run_folder(model[1], inputs, target).files) == 7
+
+
 def test_outputs_without_the_batch_are_not_taken_apart(tmp_path: Path, inputs: Path) -> None:
     """A graph that sums over the batch cannot be batched, and says so."""
 

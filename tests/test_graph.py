@@ -33,6 +33,7 @@ from wnsurgery.errors import (
     UnsafeFileError,
 )
 from wnsurgery.graph import find_weight_norms, fold_onnx
+from wnsurgery.onnx_file import read_onnx, write_onnx
 from wnsurgery.reparam import compose
 from wnsurgery.surgery import apply_weight_norm, fold_weight_norm
 
@@ -757,7 +758,7 @@ def test_no_file_of_the_input_is_replaced(tmp_path: Path) -> None:
     path = _external(tmp_path / "a.onnx", "b.onnx.data")
     before = {name: (tmp_path / name).read_bytes() for name in _names(tmp_path)}
     for output in ("b.onnx", "b.onnx.data"):
-        with pytest.raises(OutputExistsError, match="file of the input") as caught:
+        with pytest.raises(OutputExistsError, match="this is the input") as caught:
             fold_onnx(path, tmp_path / output, force=True, in_place=True)
         assert caught.value.exit_code == 5
     assert before == {name: (tmp_path / name).read_bytes() for name in _names(tmp_path)}
@@ -904,3 +905,12 @@ def test_weights_are_found_in_the_graph_s_order(tmp_path: Path) -> None:
     arrays |= {f"g{i}": RNG.uniform(0.5, 2, (6, 1)).astype(np.float32) for i in range(count)}
     path = _save(tmp_path / "a.onnx", f"{body} y = Identity(h{count})", opset=13, **arrays)
     assert [one.v for one in find_weight_norms(path)] == [f"v{i}" for i in range(count)]
+
+
+def test_a_graph_under_a_name_of_four_bytes_a_letter(tmp_path: Path) -> None:
+    """A name that is valid for the output leaves room for the directory it is written in."""
+    name = "\U0001f600" * 61 + ".onnx"
+    text = '<ir_version: 9, opset_import: ["": 18]> g (float[1] x) => (float[1] y) {y = Neg(x)}'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    write_onnx(read_onnx(tmp_path / "m.onnx"), tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", name]

@@ -26,7 +26,20 @@ def left(shapes):
 PARAM = "parametrizations.weight.original"
 
 
-@pytest.mark.parametrize("prefix", ["", "conv", "module.model_g.dec.ups.0", "a.weight_v.b", "with space", "x\n.y"])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "",
+        ".",
+        "..",
+        "conv.",
+        "module.model_g.dec.ups.0.",
+        "a.weight_v.b.",
+        "with space.",
+        "x\n.y.",
+        ".a..b.",
+    ],
+)
 @pytest.mark.parametrize("name", ["weight", "weight_hh_l0", "in_proj_weight", "h_mat", "weight_ih_l3_reverse"])
 @pytest.mark.parametrize("layout", ["legacy", "parametrized"])
 def test_any_tensor_name_and_prefix_pairs_up(prefix, name, layout):
@@ -35,18 +48,30 @@ def test_any_tensor_name_and_prefix_pairs_up(prefix, name, layout):
     found = find_pairs({pair.v_key: (4, 3), pair.g_key: (4, 1), "other": (2,)}, fits)
     assert found.pairs == (pair,)
     assert found.left == ()
-    assert pair.plain_key == (f"{prefix}.{name}" if prefix else name)
+    assert pair.plain_key == prefix + name
 
 
 def test_keys_are_spelled_as_torch_spells_them():
     """The three layouts are torch's own spellings, letter by letter."""
-    pair = Pair("rnn", "weight_hh_l0", "legacy")
+    pair = Pair("rnn.", "weight_hh_l0", "legacy")
     assert (pair.g_key, pair.v_key) == ("rnn.weight_hh_l0_g", "rnn.weight_hh_l0_v")
     new = pair.named("parametrized")
     assert new.g_key == "rnn.parametrizations.weight_hh_l0.original0"
     assert new.v_key == "rnn.parametrizations.weight_hh_l0.original1"
     assert pair_of("rnn.weight_hh_l0", "legacy") == pair
     assert pair_of("weight", "legacy").g_key == "weight_g"
+
+
+@given(st.lists(st.text("a._gv\n", max_size=6) | st.sampled_from([".weight", "a.weight", "weight"]), unique=True))
+def test_no_two_weights_get_the_same_keys(names):
+    """Pairs of different weights have different keys, dots wherever they stand, and are read back as what they were."""
+    for layout in ("legacy", "parametrized"):
+        made = [pair_of(name, layout) for name in names]
+        keys = [key for pair in made for key in pair.keys]
+        assert len(set(keys)) == len(keys)
+        assert [pair.plain_key for pair in made] == names
+        for pair in made:
+            assert find_pairs({pair.g_key: (4, 1), pair.v_key: (4, 3)}, fits).pairs == (pair,)
 
 
 def test_both_layouts_mixed_come_in_file_order():

@@ -259,6 +259,33 @@ def test_values_rounded_to_half_precision_fail_as_float32() -> None:
 # Sessions
 
 
+def test_inputs_of_the_other_byte_order(doubler: Path) -> None:
+    """An array counts by its numbers, whatever the order of their bytes."""
+    x = np.arange(6, dtype="f4").reshape(2, 3)
+    plain, swapped = (run_onnx(doubler, [x.astype(f"{order}f4"), np.array(5, f"{order}i8")]) for order in "<>")
+    assert all(np.array_equal(plain[name], swapped[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind", "what"),
+    [("Cast <to = 8>", "string[2]", "text"), ("SequenceConstruct", "seq(float[2])", "a list")],
+)
+def test_outputs_that_are_no_numbers(tmp_path: Path, operation: str, kind: str, what: str) -> None:
+    """Text and sequences can be neither compared nor written, and are told by name."""
+    name, _, more = operation.partition(" ")
+    text = f'<ir_version: 9, opset_import: ["": 18]> g (float[2] x) => ({kind} y) {{y = {name} {more}(x)}}'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    with pytest.raises(InputError, match=f"its output y is no tensor of numbers, but {what}"):
+        run_onnx(tmp_path / "m.onnx", [np.ones(2, "f4")])
+
+
+def test_names_that_no_npz_holds(tmp_path: Path) -> None:
+    """A name beyond what a zip file can hold is told, and nothing is written."""
+    with pytest.raises(InputError, match="too long for an"):
+        write_arrays(tmp_path / "y.npz", {"x" * 70_000: np.ones(2)})
+    assert not list(tmp_path.iterdir())
+
+
 def test_runs_by_name_by_position_and_alone(doubler: Path) -> None:
     """Inputs are taken by name or in the graph's order, torch tensors included; outputs come by name."""
     x = np.float32([[1, 2, 3]])

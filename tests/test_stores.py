@@ -33,6 +33,7 @@ from wnsurgery.stores import Stored, check_output, map_store, read_store, write_
 from wnsurgery.stores.commit import committed
 from wnsurgery.stores.pickles import scan
 from wnsurgery.stores.safetensors_file import DTYPES
+from wnsurgery.stores.staging import staged
 
 
 def state():
@@ -582,6 +583,19 @@ def test_output_checks(tmp_path):
         with pytest.raises(OutputError):
             check_output(bad, source, force=True, in_place=True)
     assert check_output(tmp_path / "new.pt", source) == tmp_path / "new.pt"
+
+
+@pytest.mark.parametrize("name", ["\U0001f600" * 61 + ".pt", "é" * 120 + ".pt", "x" * 252 + ".pt", "\U0001f600" * 63])
+def test_names_as_long_as_they_may_be(tmp_path, name):
+    """What is written on the way has a name that is no longer than the output's own may be."""
+    if len(name.encode()) > os.pathconf(tmp_path, "PC_NAME_MAX"):
+        pytest.skip("shorter names here")
+    with committed(tmp_path / name, force=False) as file:
+        file.write(b"x")
+    with staged(tmp_path / f"d{name}"[:-1], "work", force=False, resume=False) as staging, staging.file("a") as file:
+        file.write(b"x")
+    assert (tmp_path / name).read_bytes() == (tmp_path / f"d{name}"[:-1] / "a").read_bytes() == b"x"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_link_is_replaced_and_its_target_left_alone(tmp_path):

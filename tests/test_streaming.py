@@ -39,6 +39,8 @@ def content() -> dict:
         "f8": torch.randn(4).to(torch.float8_e4m3fn),
         "u16": torch.arange(4).to(torch.uint16),
         "complex": torch.randn(3, dtype=torch.complex64),
+        "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
+        "negative": torch._neg_view(torch.randn(3)),
         "flag": torch.tensor(True),
         "epoch": 3,
     }
@@ -334,3 +336,56 @@ def test_a_cut_file_of_the_old_serialisation_is_damaged(tmp_path: Path, cut: int
     with pytest.raises(InputError):
         fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt")
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def negated(*shape: int) -> torch.Tensor:
+    """A tensor whose values torch keeps as the negative of what lies in memory."""
+    return torch.view_as_complex(torch.randn(*shape, 2)).conj().imag
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("name", ["o.pt", "o.safetensors"])
+def test_negated_and_conjugated_tensors_keep_their_values(tmp_path: Path, old: bool, name: str) -> None:
+    """What torch has yet to negate or conjugate is read, folded, converted and written with its sign."""
+    torch.manual_seed(0)
+    g, v, w = torch.rand(4, 1), negated(4, 3), torch._neg_view(torch.randn(5, 2).bfloat16()).t()
+    z = torch.randn(3, dtype=torch.complex64).conj()
+    source, output = tmp_path / "a.pt", tmp_path / name
+    state = {"a.weight_g": g, "a.weight_v": v, "w.weight": w, "z": z, "c.bias": negated(4)}
+    torch.save(state, source, _use_new_zipfile_serialization=not old)
+    for convert in (False, True):
+        if convert:
+            convert_checkpoint(source, output, layout="legacy", force=True)
+        else:
+            fold_checkpoint(source, output)
+        found = dict(every_tensor(read_store(output).content))
+        if convert:
+            fold_state(found)
+            fold_checkpoint(output, tmp_path / f"again-{name}")
+            again = dict(every_tensor(read_store(tmp_path / f"again-{name}").content))
+            assert torch.equal(again["w.weight"], w)
+        assert torch.equal(found["a.weight"], compose(g, v.resolve_neg().clone()))
+        assert all(torch.equal(found[key], state[key]) for key in ("w.weight", "z", "c.bias"))
+
+
+def test_a_negative_bit_that_a_type_cannot_have(tmp_path: Path) -> None:
+    """A negated tensor of bool comes from no arithmetic; where its values are needed, that is the file's fault."""
+    state = {"a.weight_g": torch.ones(2, 1), "a.weight_v": torch.ones(2, 2), "b": torch._neg_view(torch.ones(2).bool())}
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="marked as negated"):
+        fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_directories_keep_the_sign_of_negated_tensors(tmp_path: Path) -> None:
+    """A Hugging Face directory and a distributed checkpoint fold to the same sign as the tensors have."""
+    import torch.distributed.checkpoint as dcp
+
+    state = {"a.weight_g": torch.rand(4, 1), "a.weight_v": negated(4, 3)}
+    expected = compose(state["a.weight_g"], state["a.weight_v"].resolve_neg().clone())
+    (tmp_path / "hub").mkdir()
+    torch.save(state, tmp_path / "hub" / "pytorch_model.bin")
+    dcp.save(dict(state), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    for kind in ("hub", "dcp"):
+        fold_checkpoint(tmp_path / kind, tmp_path / f"{kind}.pt")
+        assert torch.equal(torch.load(tmp_path / f"{kind}.pt", weights_only=True)["a.weight"], expected)

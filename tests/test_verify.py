@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from wnsurgery.bisection import first_difference
+from wnsurgery.differences import compare_outputs
 from wnsurgery.errors import InputError, InputMissingError, SelectionError, UnsafeFileError, VerificationError
 from wnsurgery.export import export_onnx
 from wnsurgery.graph import fold_onnx
@@ -226,6 +227,24 @@ def test_tolerances_can_be_set(model: nn.Module, files: dict[str, Path]) -> None
         other[4].bias.add_(1e-3)
     assert not verify(other, files["graph"]).ok
     assert verify(other, files["graph"], rtol=0.5, atol=0.0).ok
+
+
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+@pytest.mark.parametrize("value", [float("nan"), -1e-9, float("inf"), float("-inf")])
+def test_tolerances_under_which_nothing_fails_are_refused(name: str, value: float, tmp_path: Path) -> None:
+    """NaN, negative and infinite tolerances are errors before anything runs, wherever one can be given."""
+    limits, x = {name: value}, torch.ones(1, 2)
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    calls = (
+        lambda: verify(a, b, x, **limits),
+        lambda: compare_outputs([x], [x], **limits),
+        lambda: first_difference(a, b, x, **limits),
+        lambda: export_onnx(a, x, tmp_path / "m.onnx", **limits),
+    )
+    for call in calls:
+        with pytest.raises(SelectionError, match=f"{name}={value}: a tolerance is"):
+            call()
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_common_ground_is_a_failure_with_a_sentence(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from wnsurgery.differences import OutputDifference, as_array, compare_outputs
+from wnsurgery.differences import OutputDifference, as_array, check_tolerances, compare_outputs
 from wnsurgery.errors import printable
 from wnsurgery.parity import open_with_all_values, run_session
 from wnsurgery.runs import Case, copy_of, named_outputs, rng_kept
@@ -85,8 +85,10 @@ def first_difference(
         inputs: a tensor, a sequence of positional arguments, or a mapping by name.
         rtol, atol: tolerance on each layer's output, see `differences.tolerance`.
 
-    Raises ExportError or InputError where a side does not run on the inputs.
+    Raises ExportError or InputError where a side does not run on the inputs, SelectionError for tolerances that are
+    none.
     """
+    check_tolerances(rtol, atol)
     beside_graph = not (isinstance(a, nn.Module) and isinstance(b, nn.Module))
     sides = [_trace(x, inputs, beside_graph) for x in (a, b)]
     pair = _pairs(sides[0], sides[1])

@@ -24,6 +24,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 _PROVIDERS = ("cpu", "cuda", "tensorrt", "coreml", "dml", "openvino", "auto")
 
 
+class _Path(click.Path):
+    """A path; whether it can be read turns out when it is read, but an empty one is the current directory to nobody."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not value:
+            self.fail("an empty path", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_PATH = _Path(readable=False, path_type=Path)
+
+
 # Options that several commands share ---------------------------------------------------------------------
 
 
@@ -52,7 +64,7 @@ _common = _options(
     _manner,
 )
 _writing = _options(
-    click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write; default: beside MODEL."),
+    click.option("-o", "--output", type=_PATH, help="Where to write; default: beside MODEL."),
     click.option("--force", is_flag=True, help="Overwrite an existing output."),
 )
 _in_place = click.option("--in-place", is_flag=True, help="Let the output replace the input.")
@@ -68,9 +80,7 @@ _selection = _options(
     click.option("--dim", "dims", multiple=True, metavar="[PATTERN=]AXES", help='Kept axes: 0, "0,2" or none; repeat.'),
 )
 _feeding = _options(
-    click.option(
-        "--input", "input_file", type=click.Path(path_type=Path), help="Inputs: .npz, .npy, .pt, .safetensors."
-    ),
+    click.option("--input", "input_file", type=_PATH, help="Inputs: .npz, .npy, .pt, .safetensors."),
     click.option(
         "--input-shape", multiple=True, metavar="1x3x32x32[:DTYPE]", help="Random input of this shape; repeat."
     ),
@@ -85,13 +95,11 @@ _stored = click.option(
 _filing = _options(
     click.option("--dry-run", is_flag=True, help="Show what would change and write nothing."),
     click.option("--strict", is_flag=True, help="Treat warnings as errors: write nothing, exit code 7."),
-    click.option(
-        "--manifest", type=click.Path(path_type=Path), help="Write a JSON table of every tensor with its SHA-256 here."
-    ),
+    click.option("--manifest", type=_PATH, help="Write a JSON table of every tensor with its SHA-256 here."),
     click.option("--resume", is_flag=True, help="Go on where a killed run on a directory left off."),
 )
-_entry = click.option("--entry", metavar="PATH", help="Which state dict of MODEL to take, where several fit: ema.")
-_model = click.argument("model", type=click.Path(path_type=Path))
+_entry = click.option("--entry", metavar="PATH", help="Which state dict or module to take, where several fit: ema.")
+_model = click.argument("model", type=_PATH)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -121,9 +129,7 @@ def cli() -> None:
     show_default=True,
     help="Keep the function bit for bit, set g and biases from --data, or g, v and biases anew without data.",
 )
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="One batch for --init data: .npz, .npy, .pt, .safetensors."
-)
+@click.option("--data", type=_PATH, help="One batch for --init data: .npz, .npy, .pt, .safetensors.")
 @click.option(
     "--init-scale",
     "scales",
@@ -155,7 +161,7 @@ def cli() -> None:
 @click.option(
     "--input",
     "input_file",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     help="Example inputs that show --batch-norm the data flow.",
 )
 @_filing
@@ -177,6 +183,8 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
 
     output = options.pop("output") or _beside(model, "wn")
     batch = options.pop("data")
+    for path in (output, options["manifest"]):
+        _refuse_inputs(path, batch, options["input_file"])
     if (options["init"] == "data") != (batch is not None):
         raise SelectionError("--init data and --data FILE go together")
     if batch is not None:
@@ -286,9 +294,9 @@ def export(model: Path, as_json: bool, **options: Any) -> None:
     from wnsurgery.onnx_file import refuse_sources
 
     output = options.pop("output") or model.with_suffix(".onnx")
-    refuse_sources(output, [model])
-    example = options.pop("example")
-    inputs = _inputs(options.pop("input_file"), options.pop("input_shape"))
+    example, file = options.pop("example"), options.pop("input_file")
+    refuse_sources(output, [model] if file is None else [model, file])
+    inputs = _inputs(file, options.pop("input_shape"))
     if example is not None:
         from wnsurgery.inout import example_inputs
 
@@ -309,10 +317,8 @@ def export(model: Path, as_json: bool, **options: Any) -> None:
 
 @cli.command()
 @_model
-@click.option(
-    "--input", "input_file", type=click.Path(path_type=Path), required=True, help="Inputs: .npz, .npy or a folder."
-)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Outputs: .npz, or .npy for one.")
+@click.option("--input", "input_file", type=_PATH, required=True, help="Inputs: .npz, .npy or a folder.")
+@click.option("-o", "--output", type=_PATH, required=True, help="Outputs: .npz, or .npy for one.")
 @click.option("--provider", default="cpu", show_default=True, metavar="|".join(_PROVIDERS), help="Where to run.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Files of a folder run at once.")
 @click.option("--time", "repeats", type=click.IntRange(1), help="Run this often and print the times.")
@@ -340,6 +346,7 @@ def run(model: Path, input_file: Path, output: Path, provider: str, force: bool,
     from wnsurgery.inout import read_arrays, write_arrays
     from wnsurgery.parity import open_session, run_session, time_session
 
+    _refuse_inputs(output, model, input_file)
     arrays = read_arrays(input_file)
     session = open_session(model, provider)
     outputs = run_session(session, arrays, model)
@@ -354,9 +361,10 @@ def run(model: Path, input_file: Path, output: Path, provider: str, force: bool,
 
 
 @cli.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=_PATH)
+@click.argument("b", type=_PATH)
 @_loading
+@_entry
 @_stored
 @_feeding
 @click.option("--rtol", type=float, help="Relative tolerance on outputs; default: by type.")
@@ -364,7 +372,7 @@ def run(model: Path, input_file: Path, output: Path, provider: str, force: bool,
 @click.option(
     "--random", "n_inputs", type=click.IntRange(1), default=3, show_default=True, help="Random sets of inputs."
 )
-@click.option("--more", type=click.Path(path_type=Path), multiple=True, help="A further file of inputs; repeat.")
+@click.option("--more", type=_PATH, multiple=True, help="A further file of inputs; repeat.")
 @click.option("--bisect", is_flag=True, help="If outputs differ, name the layer where the two part.")
 @click.option("--any-dtype", is_flag=True, help="Let the sides be of different types (fp16 against fp32).")
 @_common
@@ -400,13 +408,11 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
 @_loading
 @_stored
 @click.option("--lr", type=float, default=1.0, show_default=True, help="Learning rate to give the effective steps for.")
-@click.option(
-    "--reference", type=click.Path(path_type=Path), help="The same net earlier: print ||v|| and |g| against it."
-)
-@click.option("--against", type=click.Path(path_type=Path), help="Print what changed since this one.")
+@click.option("--reference", type=_PATH, help="The same net earlier: print ||v|| and |g| against it.")
+@click.option("--against", type=_PATH, help="Print what changed since this one.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print the result as CSV.")
-@click.option("--html", "page", type=click.Path(path_type=Path), help="Write the result as a page, too.")
-@click.option("--parity", type=click.Path(path_type=Path), help="JSON of a fold, export or verify to show on the page.")
+@click.option("--html", "page", type=_PATH, help="Write the result as a page, too.")
+@click.option("--parity", type=_PATH, help="JSON of a fold, export or verify to show on the page.")
 @click.option("--force", is_flag=True, help="Overwrite an existing page.")
 @click.option("--all", "everything", is_flag=True, help="On a terminal: every weight of a large net, not groups.")
 @_common
@@ -429,6 +435,7 @@ def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against:
         raise click.UsageError("--parity needs --html")
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
+    _refuse_inputs(page, model, against, options["reference"], parity)
     if against is not None:
         changes = _changes(model, against, options)
         if page is not None:
@@ -448,7 +455,7 @@ def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against:
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.argument("model", type=_PATH, required=False)
 @_loading
 @_entry
 @_stored
@@ -560,6 +567,14 @@ def _refuse_given(*names: str) -> None:
         if option.name in names and context.get_parameter_source(option.name) is not ParameterSource.DEFAULT:
             hint = "wnsurgery inspect shows what is there" if option.name == "dry_run" else None
             raise SelectionError(f"{option.opts[0]} does not apply to ONNX files", hint=hint)
+
+
+def _refuse_inputs(output: Path | None, *inputs: Path | None) -> None:
+    """Whatever --force says, no output replaces what is read."""
+    from wnsurgery.stores.commit import refuse_inputs
+
+    if output is not None:
+        refuse_inputs(output, *inputs)
 
 
 def _read_inputs(path: Path) -> Any:

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from wnsurgery import __version__
 from wnsurgery.checkpoint import AtOnce, CheckpointReport
-from wnsurgery.errors import InputError, VerificationError, printable
+from wnsurgery.errors import InputError, SelectionError, VerificationError, printable
 from wnsurgery.manifest import manifest_text
 from wnsurgery.promises import Promises
 from wnsurgery.proof import Proof
 from wnsurgery.ranks import Ranks
 from wnsurgery.states import every_tensor, flat_tensors
 from wnsurgery.stores import Stored, check_output, committed, format_for, is_file_name, map_store, write_store
+from wnsurgery.stores.commit import refuse_inputs
 from wnsurgery.stores.modules import modules_in
 from wnsurgery.stores.staging import check_output_directory
 
@@ -62,15 +63,23 @@ class Output:
 
     def check(self, src: Path_) -> None:
         """Refuse before any work what must not be written."""
+        if Path(self.path).suffix.lower() == ".onnx":
+            hint = "export_onnx (wnsurgery export) makes an ONNX graph of a model"
+            raise SelectionError(f"{self.path}: would be a checkpoint, and is called an ONNX graph", hint=hint)
         if Path(src).is_dir() and not is_file_name(self.path):
             if self.write:
                 check_output_directory(self.path, src, force=self.force, in_place=self.in_place)
         elif self.write:
             check_output(self.path, src, force=self.force, in_place=self.in_place)
+            if Path(src).is_dir():
+                refuse_inputs(self.path, src)
         if self.write and self.manifest is not None:
+            refuse_inputs(self.manifest, src)
             check_output(self.manifest, src, force=self.force)
             if Path(self.manifest).absolute() == Path(self.path).absolute():
                 raise InputError.of(self.manifest, "the manifest and the output are one file")
+            if Path(self.path).resolve() in Path(self.manifest).resolve().parents:
+                raise InputError.of(self.manifest, "the manifest lies in the output, which comes as a whole")
 
     def settle(self, report: CheckpointReport) -> None:
         """Raise VerificationError where warnings are errors and there are some."""

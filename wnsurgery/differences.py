@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from wnsurgery.errors import VerificationError, printable
+from wnsurgery.errors import SelectionError, VerificationError, printable
 from wnsurgery.text import by, columns
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "TensorsReport",
     "as_array",
     "bits_changed",
+    "check_tolerances",
     "compare_outputs",
     "compare_tensors",
     "is_float",
@@ -290,6 +291,18 @@ def tolerance(dtype: Any) -> tuple[float, float]:
     return (256 if dtype.itemsize >= 4 else 8) * eps, eps
 
 
+def check_tolerances(rtol: float | None, atol: float | None) -> None:
+    """Refuse tolerances under which nothing could fail, or nothing could pass; None stands for the default.
+
+    >>> check_tolerances(1e-3, None)
+
+    Raises SelectionError for a tolerance that is negative, infinite or NaN.
+    """
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if value is not None and not 0 <= value < np.inf:
+            raise SelectionError(f"{name}={value}: a tolerance is a number of 0 or more")
+
+
 def tolerance_reason(dtype: Any) -> str:
     """Why `tolerance` allows what it does, in a sentence.
 
@@ -406,7 +419,10 @@ def compare_outputs(
     Args:
         a, b: both mappings (compared by name) or both sequences (compared by position).
         rtol, atol: override `tolerance(dtype)`.
+
+    Raises SelectionError for tolerances that are none.
     """
+    check_tolerances(rtol, atol)
     if isinstance(a, Mapping) != isinstance(b, Mapping):
         a, b = (list(x.values()) if isinstance(x, Mapping) else list(x) for x in (a, b))
     if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -452,7 +468,7 @@ def _output_difference(name: str, a: Array, b: Array, rtol: float | None, atol: 
     if not finite.all():
         return verdict(f"{int((~finite).sum())} infinities differ (first at {worst})", *figures)
     figures = (*figures, _smallest(max_abs, atol, scale))
-    if max_abs > atol + rtol * scale:
+    if not max_abs <= atol + rtol * scale:
         return verdict(f"off by {max_abs:.3g}, more than {atol + rtol * scale:.3g} (at {worst})", *figures)
     return verdict("", *figures)
 

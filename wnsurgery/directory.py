@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -23,14 +25,14 @@ from torch import Tensor
 from wnsurgery import __version__
 from wnsurgery.checkpoint import CheckpointReport
 from wnsurgery.delivery import Output, every_name, figures, watch
-from wnsurgery.errors import InputError, printable
+from wnsurgery.errors import InputError, OutputError, OutputExistsError, printable
 from wnsurgery.manifest import file_digest, manifest_text
 from wnsurgery.promises import Promises
 from wnsurgery.ranks import Ranks
 from wnsurgery.stores import Stored, committed, map_store
 from wnsurgery.stores.commit import check_space
 from wnsurgery.stores.dcp import Distributed, map_distributed
-from wnsurgery.stores.hub import Hub, Shards, list_files, new_index, read_index
+from wnsurgery.stores.hub import Hub, Shards, empty_directories, list_files, new_index, read_index
 from wnsurgery.stores.mapped import Source
 from wnsurgery.stores.safetensors_file import planned_size, write_safetensors
 from wnsurgery.stores.staging import Staging, staged
@@ -41,6 +43,7 @@ __all__ = ["Folder", "deliver_directory", "map_directory"]
 
 _SHARD = re.compile(r"(?P<stem>.*?)-\d+-of-\d+(?P<suffix>\.safetensors|\.bin)")
 _WEIGHTS = re.compile(r".*\.safetensors|(?:.*/)?(?:diffusion_)?(?:pytorch_model|adapter_model)[^/]*\.bin")
+_OWN = re.compile(rf"{_WEIGHTS.pattern}|.*\.(?:safetensors|bin)\.index\.json|[^/]*\.distcp|\.metadata")
 _DATA = "__0_0.distcp"
 
 
@@ -161,6 +164,9 @@ def deliver_directory(
     target = Path(output.path)
     lay = folder.layout
     files = _hub_files(src, lay, report, maker) if isinstance(lay, Hub) else _distributed_files(folder, lay, maker)
+    files += [(name, (src / name).stat().st_size, _copier(src / name)) for name in lay.others]
+    if not output.in_place:
+        _refuse_strangers(target, {name for name, _, _ in files})
     check_space(target, sum(size for _, size, _ in files))
     ranks = output.ranks
     mine = _share(files, ranks) if isinstance(lay, Hub) else files if ranks.rank == 0 else []
@@ -169,6 +175,8 @@ def deliver_directory(
             sink = stack.enter_context(committed(output.manifest, force=output.force))
         work = _digest_of_work(output, src, report)
         with _staged_by_first(output, target, work) as staging:
+            for name in empty_directories(src):
+                staging.directory(name)
             _write_all(staging, mine, maker)
             maker.learn(ranks.gather(maker.findings()))
             if ranks.rank == 0:
@@ -189,6 +197,23 @@ def deliver_directory(
             again.source.close()
     ranks.gather(None)
     return replace(whole(), proof=figures(output, whole(), maker, folder.source.size, written))
+
+
+def _refuse_strangers(target: Path, written: set[str]) -> None:
+    """Raise where an output directory to be replaced holds files that no such output would."""
+
+    def fail(error: OSError) -> None:
+        raise OutputError(f"{target}: cannot be looked through ({error.strerror})")
+
+    for folder, inner, names in os.walk(target, onerror=fail) if target.exists() else ():
+        for path in (Path(folder, name) for name in (*names, *inner)):
+            name = path.relative_to(target).as_posix()
+            if (path.is_dir() and not path.is_symlink()) or name in written or _OWN.fullmatch(name):
+                continue
+            raise OutputExistsError(
+                f"{target}: holds {printable(name)}, which is no part of a checkpoint; nothing was written",
+                hint="name another directory, or remove this one",
+            )
 
 
 @contextmanager
@@ -233,7 +258,7 @@ def _digest_of_work(output: Output, src: Path, report: CheckpointReport) -> str:
 
 
 def _hub_files(src: Path, hub: Hub, report: CheckpointReport, values: Values) -> list[Planned]:
-    """Every file of the new directory, its size and what writes it: weights, indexes, everything else."""
+    """The weights and indexes of the new directory, their sizes and what writes them."""
     planned: list[Planned] = []
     for shards, (label, tensors) in zip(hub.sets, hub.content.items(), strict=True):
         path = label if len(hub.sets) > 1 else ""
@@ -245,8 +270,6 @@ def _hub_files(src: Path, hub: Hub, report: CheckpointReport, values: Values) ->
         if shards.index:
             short = {key: owner.rpartition("/")[2] for key, owner in owners.items()}
             planned.append(_bytes_file(shards.index, new_index(shards, short, sizes)))
-    for name in hub.others:
-        planned.append((name, (src / name).stat().st_size, _copier(src / name)))
     return planned
 
 
@@ -275,9 +298,14 @@ def _bytes_file(name: str, data: bytes) -> Planned:
 
 
 def _copier(path: Path) -> Writer:
+    """What carries a file along, byte for byte, executable where it was."""
+
     def copy(file: Any) -> None:
         with path.open("rb") as source:
             shutil.copyfileobj(source, file, 1 << 22)
+            if os.name == "posix" and os.fstat(source.fileno()).st_mode & stat.S_IXUSR:
+                mode = os.fstat(file.fileno()).st_mode
+                os.fchmod(file.fileno(), mode | (mode & 0o444) >> 2)
 
     return copy
 

@@ -24,7 +24,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from wnsurgery.errors import ExportError, InputError, SelectionError, VerificationError, first_line, printable
+from wnsurgery.differences import check_tolerances
+from wnsurgery.errors import (
+    ExportError,
+    InputError,
+    OutputError,
+    SelectionError,
+    VerificationError,
+    first_line,
+    printable,
+)
 from wnsurgery.parity import OutputsReport, compare_outputs, open_session, run_session
 from wnsurgery.runs import Case, Inputs, copy_of, rng_kept, tracking, where
 from wnsurgery.surgery import fold_weight_norm
@@ -139,7 +148,7 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
         rtol, atol: tolerance on outputs, see `differences.tolerance`.
 
     Raises:
-        SelectionError: there is no such opset.
+        SelectionError: there is no such opset, or a tolerance is none.
         ExportError: the model cannot be traced or translated; the module where it happens is named if known.
         VerificationError: onnxruntime's outputs differ from the model's, or hold NaN. Nothing is written then.
         OutputExistsError, OutputError: about `path`.
@@ -147,7 +156,9 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
     from wnsurgery.stores.commit import check_output
 
     path = check_output(path, force=force)
+    _check_name(path)
     _check_opset(opset)
+    check_tolerances(rtol, atol)
     with torch.no_grad(), rng_kept(model):
         original, plain = copy_of(model).eval(), copy_of(model).eval()
         folded = _count_folded(plain)
@@ -223,6 +234,13 @@ def _axes(arguments: Mapping[str, Any], dynamic: bool | Mapping[str, Sequence[in
             if wrong:
                 raise SelectionError(f"dynamic: {name} has no axis {wrong[0]}, it has {tensor.ndim}")
     return {name: tuple(axes) for name, axes in dynamic.items()}
+
+
+def _check_name(path: Path) -> None:
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise OutputError(f"{path}: onnx takes no name that is not UTF-8") from error
 
 
 def _check_opset(opset: int | None) -> None:

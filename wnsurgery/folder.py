@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from wnsurgery.differences import as_array
 from wnsurgery.errors import InputError, InputMissingError, OutputError, OutputExistsError, SelectionError, printable
 from wnsurgery.inout import read_arrays, write_arrays
 from wnsurgery.parity import open_session, run_session
+from wnsurgery.stores.commit import refuse_inputs
 
 __all__ = ["FolderReport", "run_folder"]
 
@@ -73,6 +75,8 @@ def run_folder(
         force: overwrite existing outputs.
         progress: called with (files done, files in all).
 
+    Where a file fails, the outputs written before it go again, unless `force` let them replace others.
+
     Raises as `run_onnx`; InputMissingError without inputs; OutputExistsError, before anything runs, where an output
     exists.
     """
@@ -82,24 +86,41 @@ def run_folder(
     if not paths:
         raise InputMissingError(f"{source}: no .npz or .npy file in it")
     outputs = [_output(Path(target), path, paths, force) for path in paths]
+    for output in outputs:
+        refuse_inputs(output, model)
     session = open_session(model, provider)
-    try:
-        Path(target).mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{target}: {error.strerror}") from error
     times: list[float] = []
-    done = 0
-    for group in _groups(paths, batch):
-        started = time.perf_counter()
-        found = _run(session, [arrays for _, arrays in group], model)
-        times.append(1e3 * (time.perf_counter() - started))
-        for result in found:
-            write_arrays(outputs[done], result, force=force)
-            done += 1
-        if progress is not None:
-            progress(done, len(paths))
+    with _target(Path(target), keep=force) as written:
+        for group in _groups(paths, batch):
+            started = time.perf_counter()
+            found = _run(session, [arrays for _, arrays in group], model)
+            times.append(1e3 * (time.perf_counter() - started))
+            for result in found:
+                write_arrays(outputs[len(written)], result, force=force)
+                written.append(outputs[len(written)])
+            if progress is not None:
+                progress(len(written), len(paths))
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
     return FolderReport(tuple(outputs), len(times), session.get_providers()[0], middle, low, high)
+
+
+@contextmanager
+def _target(target: Path, *, keep: bool) -> Iterator[list[Path]]:
+    """The folder for the outputs, and a list to note them in: after a failure none stays unless told."""
+    there, written = target.exists(), list[Path]()
+    try:
+        target.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{target}: {error.strerror}") from error
+    try:
+        yield written
+    except BaseException:
+        with suppress(OSError):
+            for path in () if keep else written:
+                path.unlink()
+            if not there:
+                target.rmdir()
+        raise
 
 
 def _folder(source: Path_) -> Path:

@@ -153,9 +153,13 @@ def fold_onnx(
         PairError: a row has v = 0 and g != 0, and `zero_norm` does not say what that becomes.
         UnsafeFileError: its weights lie outside its directory.
         OutputExistsError, OutputError: `dst` exists, or could not be written.
+        SelectionError: `dst` has the suffix of a checkpoint.
     """
+    from wnsurgery.stores import is_file_name
     from wnsurgery.stores.commit import check_output, committed
 
+    if is_file_name(dst):
+        raise SelectionError(f"{dst}: would be an ONNX graph, and is called a checkpoint", hint="call it .onnx")
     if zero_norm not in ("error", "zero", "nan"):
         raise SelectionError(f'zero_norm must be "error", "zero" or "nan", not {zero_norm!r}')
     check_output(dst, src, force=force, in_place=in_place)

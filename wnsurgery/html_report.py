@@ -80,14 +80,16 @@ def html_page(
 def _read(path: str | os.PathLike[str]) -> Any:
     from pathlib import Path
 
+    from wnsurgery.stores import open_regular
+
+    with open_regular(Path(path)) as file:
+        text = file.read(_LARGEST + 1)
+    if len(text) > _LARGEST:
+        raise InputError.of(path, "is too large for a parity report")
     try:
-        if Path(path).stat().st_size > _LARGEST:
-            raise InputError.of(path, "is too large for a parity report")
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(text)
         json.dumps(found, indent=1)
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
+    except (ValueError, RecursionError) as error:
         raise InputError.of(path, f"cannot be read as JSON: {printable(error)}") from error
     return found
 

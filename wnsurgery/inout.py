@@ -6,6 +6,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from wnsurgery.batches import NamedArrays
-from wnsurgery.errors import InputError, InputMissingError, SelectionError, first_line, printable
+from wnsurgery.errors import InputError, SelectionError, first_line, printable
+from wnsurgery.stores import open_regular
 from wnsurgery.stores.commit import check_output, committed
 
 __all__ = ["example_inputs", "random_inputs", "read_arrays", "read_batch", "write_arrays"]
@@ -27,23 +29,23 @@ _LONGEST_NAME = 0xFFFF  # bytes; names in zip files have their length in two
 def read_arrays(path: str | os.PathLike[str]) -> Arrays:
     """Named arrays of an .npz; a list of arrays for an .npy, or an .npz with numpy's own names (arr_0, arr_1, ...).
 
-    Raises InputMissingError, or InputError for anything numpy cannot read without running code.
+    Raises InputMissingError, or InputError for anything numpy cannot read without running code or has no memory for.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputMissingError.at(path)
-    if path.suffix.lower() not in (".npy", ".npz"):
-        raise InputError.of(path, "not an .npz or .npy file")
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return [loaded]
-        with loaded:
-            named = {name: loaded[name] for name in loaded.files}
-            numbered = all(name == f"arr_{i}" for i, name in enumerate(named))
-            return list(named.values()) if numbered else NamedArrays(named)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError.of(path, f"damaged or not numbers: {' '.join(str(error).split())}") from error
+    with open_regular(path) as file:
+        if path.suffix.lower() not in (".npy", ".npz"):
+            raise InputError.of(path, "not an .npz or .npy file")
+        try:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return [loaded]
+            with loaded:
+                named = {name: loaded[name] for name in loaded.files}
+        except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds on what they cannot read
+            reason = printable(" ".join(str(error).split()) or type(error).__name__)
+            raise InputError.of(path, f"damaged, too large or not numbers: {reason}") from error
+    numbered = all(name == f"arr_{i}" for i, name in enumerate(named))
+    return list(named.values()) if numbered else NamedArrays(named)
 
 
 def read_batch(path: str | os.PathLike[str]) -> Any:
@@ -56,11 +58,19 @@ def read_batch(path: str | os.PathLike[str]) -> Any:
     if path.suffix.lower() in (".npy", ".npz"):
         arrays = read_arrays(path)
         if isinstance(arrays, list):
-            return _unwrap([torch.from_numpy(value) for value in arrays])
-        return NamedArrays((name, torch.from_numpy(value)) for name, value in arrays.items())
+            return _unwrap([_tensor(value, path) for value in arrays])
+        return NamedArrays((name, _tensor(value, path)) for name, value in arrays.items())
     from wnsurgery.files import load_object
 
     return _unwrap(load_object(path))
+
+
+def _tensor(array: Any, path: Path) -> Tensor:
+    """An array of a file as a tensor, in this machine's byte order."""
+    try:
+        return torch.from_numpy(np.asarray(array).astype(array.dtype.newbyteorder("="), copy=False))
+    except (TypeError, ValueError) as error:
+        raise InputError.of(path, f"holds {array.dtype}, of which torch makes no tensor") from error
 
 
 def _unwrap(batch: Any) -> Any:
@@ -79,13 +89,14 @@ def random_inputs(shapes: Sequence[str], seed: int = 0) -> tuple[Tensor, ...]:
     for text in shapes:
         sizes, _, kind = text.partition(":")
         dtype = getattr(torch, kind or "float32", None)
-        if not isinstance(dtype, torch.dtype) or not all(s.isdigit() for s in sizes.split("x")):
+        if not isinstance(dtype, torch.dtype) or not all(s.isascii() and s.isdecimal() for s in sizes.split("x")):
             raise SelectionError(f"{text!r} is not a shape such as 1x3x32x32 or 4x16:int64")
-        shape = [int(s) for s in sizes.split("x")]
-        if dtype.is_floating_point:
-            tensors.append(torch.randn(shape, generator=generator).to(dtype))
-        else:
-            tensors.append(torch.randint(0, 2, shape, generator=generator).to(dtype))
+        try:
+            shape = [int(s) for s in sizes.split("x")]
+            made = torch.randn if dtype.is_floating_point else partial(torch.randint, 0, 2)
+            tensors.append(made(shape, generator=generator).to(dtype))
+        except (RuntimeError, TypeError, ValueError, MemoryError) as error:  # too large, or no type of numbers
+            raise SelectionError(f"{text!r}: no such input can be made ({first_line(error)})") from error
     return tuple(tensors)
 
 

@@ -22,14 +22,23 @@ from typing import Literal
 
 from wnsurgery.errors import PairError, printable
 
-__all__ = ["Found", "Layout", "Pair", "find_pairs", "flat_pairs", "is_lookup_name", "is_weight_name", "pair_of"]
+__all__ = [
+    "Found",
+    "Layout",
+    "Pair",
+    "find_pairs",
+    "flat_pairs",
+    "is_lookup_name",
+    "is_weight_name",
+    "pair_of",
+]
 
 Layout = Literal["parametrized", "legacy"]
 Shape = Sequence[int]
 Fits = Callable[[Shape, Shape], bool]
 
-_STEM = re.compile(r"(?:(?P<prefix>.+)\.)?parametrizations\.(?P<name>[^.]+)\.(?P<tail>.+)", re.DOTALL)
-_HALF = re.compile(r"(?:(?P<prefix>.*)\.)?(?P<name>[^.]+)_(?P<half>[gv])", re.DOTALL)
+_STEM = re.compile(r"(?P<prefix>(?:.*\.)?)parametrizations\.(?P<name>[^.]*)\.(?P<tail>.+)", re.DOTALL)
+_HALF = re.compile(r"(?P<prefix>(?:.*\.)?)(?P<name>[^.]*)_(?P<half>[gv])", re.DOTALL)
 _SIBLING = re.compile(r"(?P<stem>.+)_(?:[a-fh-uw-z]|orig|bar)", re.DOTALL)
 _WEIGHT_NAME = re.compile(r"weight(?:_(?:ih|hh|hr)(?:_l\d+)?(?:_reverse)?)?|in_proj_weight|[qkv]_proj_weight")
 _MARK = "0.log_scale"
@@ -40,13 +49,13 @@ _LOOKUP_NAME = re.compile(r"embed|(?:^|[._])(?:emb|wte|wpe)(?:[._]|$)", re.IGNOR
 class Pair:
     """One weight under weight norm in a state dict.
 
-    >>> Pair("ups.0", "weight", "legacy").g_key
+    >>> Pair("ups.0.", "weight", "legacy").g_key
     'ups.0.weight_g'
     >>> Pair("", "h_mat", "parametrized").v_key
     'parametrizations.h_mat.original1'
 
     Attributes:
-        prefix: qualified name of the module, "" at the root.
+        prefix: qualified name of the module with the dot behind it, "" at the root: a name may itself begin with a dot.
         name: the tensor's name ("weight", "weight_hh_l0", "h_mat").
         layout: how the two halves are named.
         log: whether the state dict says that it stores the logarithm of g.
@@ -88,7 +97,7 @@ class Pair:
         return replace(self, layout=layout, log=log)
 
     def _join(self, tail: str) -> str:
-        return f"{self.prefix}.{tail}" if self.prefix else tail
+        return self.prefix + tail
 
 
 @dataclass(frozen=True)
@@ -105,8 +114,8 @@ def pair_of(plain_key: str, layout: Layout, *, log: bool = False) -> Pair:
     >>> pair_of("rnn.weight_hh_l0", "legacy").v_key
     'rnn.weight_hh_l0_v'
     """
-    prefix, _, name = plain_key.rpartition(".")
-    return Pair(prefix, name, layout, log)
+    prefix, dot, name = plain_key.rpartition(".")
+    return Pair(prefix + dot, name, layout, log)
 
 
 def is_weight_name(key: str) -> bool:
@@ -187,7 +196,7 @@ def _parametrized_tails(keys: Iterable[str]) -> dict[Pair, list[str]]:
     for key in keys:
         m = _STEM.fullmatch(key)
         if m:
-            stems.setdefault(Pair(m["prefix"] or "", m["name"], "parametrized"), []).append(m["tail"])
+            stems.setdefault(Pair(m["prefix"], m["name"], "parametrized"), []).append(m["tail"])
     return stems
 
 
@@ -197,7 +206,7 @@ def _legacy_halves(keys: Iterable[str]) -> dict[Pair, list[str]]:
     for key in keys:
         m = _HALF.fullmatch(key)
         if m and not _STEM.fullmatch(key):
-            halves.setdefault(Pair(m["prefix"] or "", m["name"], "legacy"), []).append(key)
+            halves.setdefault(Pair(m["prefix"], m["name"], "legacy"), []).append(key)
     return halves
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import logging
@@ -15,18 +14,29 @@ from typing import NoReturn
 import click
 
 from wnsurgery.errors import WnsurgeryError
-from wnsurgery.report import escape, quiet, say, verbose
+from wnsurgery.report import discard, escape, quiet, say, verbose
 
 __all__ = ["leave"]
+
+_REFUSALS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)  # of the system, at the mere look at an input
 
 
 def leave(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
     """Run a command and end the process with its exit code, whatever happens."""
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _fill_in_stderr()
     _show_warnings()
     _spell_out_what_cannot_be_written()
     sys.exit(_run(command, arguments, debug))
+
+
+def _fill_in_stderr() -> None:
+    """Where stderr was closed before the start, messages go nowhere, rather than into the next file that is opened."""
+    if sys.stderr is None:
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 2)
+        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
 
 
 def _show_warnings() -> None:
@@ -59,6 +69,9 @@ def _run(command: click.Command, arguments: list[str] | None, debug: bool) -> in
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # of click from 8.2 on; before, it ends as --help does
+            say(error.message)
+            return 2
         return _fail(error.format_message(), None, 2, debug)
     except WnsurgeryError as error:
         return _fail(error.message, error.hint, error.exit_code, debug)
@@ -67,12 +80,14 @@ def _run(command: click.Command, arguments: list[str] | None, debug: bool) -> in
     except SystemExit as stop:
         if stop.code != 1:  # that is what click makes of a closed pipe; nothing of ours raises it
             raise
-        _discard_stdout()
+        discard(sys.stdout)
         return 141
     except OSError as error:
+        if error.filename is not None and error.errno in _REFUSALS:
+            return _fail(f"{os.fsdecode(error.filename)}: {error.strerror}", None, 3, debug)
         if not _is_stdout(error):
             return _bug(error, debug)
-        _discard_stdout()
+        discard(sys.stdout)
         return 141 if _is_closed(error) else _fail(f"stdout: {error.strerror}", None, 5, debug)
     except Exception as error:
         return _bug(error, debug)
@@ -92,12 +107,6 @@ def _is_closed(error: BaseException | None) -> bool:
 def _is_stdout(error: OSError) -> bool:
     """Whether an error came from writing results: files are written under names, and say so."""
     return error.filename is None and error.errno in (errno.EPIPE, errno.EINVAL, errno.ENOSPC, errno.EIO, errno.EBADF)
-
-
-def _discard_stdout() -> None:
-    """Let the interpreter's own last flush go nowhere, instead of failing once more."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, hint: str | None, code: int, debug: bool) -> int:

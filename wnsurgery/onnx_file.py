@@ -10,7 +10,6 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from wnsurgery.errors import (
     InputError,
     InputMissingError,
     OutputError,
-    OutputExistsError,
     UnsafeFileError,
     printable,
 )
@@ -96,7 +94,7 @@ def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: 
         OutputExistsError: the output exists and `force` is not given.
         OutputError: it could not be written; what stood there is intact.
     """
-    from wnsurgery.stores.commit import check_output
+    from wnsurgery.stores.commit import beside, check_output
 
     path = Path(path)
     data = path.with_name(f"{path.name}.data")
@@ -104,7 +102,7 @@ def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: 
     for output in (path, data) if external else (path,):
         # the old file may still be read from: renaming over it is safe where writing would not be
         check_output(output, force=force)
-    work = path.with_name(f".{path.name[:64]}.{secrets.token_hex(6)}.tmp")
+    work = beside(path, f".{secrets.token_hex(6)}.tmp")
     try:
         with _output_errors(path):
             work.mkdir()
@@ -138,10 +136,10 @@ def weight_files(model: ir.Model) -> set[Path]:
 
 def refuse_sources(path: Path_, sources: Iterable[Path_]) -> None:
     """Raise OutputExistsError where a graph written to `path`, or its weights file, would replace one of these."""
-    outputs = [Path(path), Path(f"{os.fspath(path)}.data")]
-    for output, source in product(outputs, sources):
-        if is_same_file(output, source):
-            raise OutputExistsError(f"{output}: this is a file of the input", hint="choose another output")
+    from wnsurgery.stores.commit import refuse_inputs
+
+    for output in (path, f"{os.fspath(path)}.data"):
+        refuse_inputs(output, *sources)
 
 
 def is_same_file(a: Path_, b: Path_) -> bool:
@@ -342,15 +340,15 @@ def _publish(work: Path, directory: Path, names: list[str]) -> None:
     done: list[str] = []
     for name in names[:-1]:
         with contextlib.suppress(OSError):
-            os.link(directory / name, work / f"{name}.old")
+            os.link(directory / name, work / ".old")
         (work / name).replace(directory / name)
         done.append(name)
     try:
         (work / names[-1]).replace(directory / names[-1])
     except OSError:
         for name in done:
-            if (work / f"{name}.old").exists():
-                (work / f"{name}.old").replace(directory / name)
+            if (work / ".old").exists():
+                (work / ".old").replace(directory / name)
             else:
                 (directory / name).unlink()
         raise

@@ -342,7 +342,8 @@ def _checked(declared: Any, array: Array, path: Path_) -> Array:
         raise InputError.of(path, f"{printable(declared.name)}: takes {_declared(declared)}, not {seen}")
     if kind == "bfloat16":
         raise InputError.of(path, f"{printable(declared.name)}: onnxruntime takes no bfloat16 from Python")
-    return np.ascontiguousarray(array).reshape(array.shape)
+    # onnxruntime takes bytes of the other order for its own
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
 
 
 def _declared(declared: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from wnsurgery.errors import InputError, SelectionError
+from wnsurgery.errors import InputError, SelectionError, first_line
 
 __all__ = ["OtherRankError", "Ranks", "launched"]
 
@@ -85,11 +85,22 @@ class Ranks:
 
 @contextmanager
 def launched() -> Iterator[Ranks]:
-    """The group `torchrun` has started this process in, for as long as the block lasts; alone where nothing has."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    """The group `torchrun` has started this process in, for as long as the block lasts; alone where nothing has.
+
+    Raises SelectionError where what torchrun leaves in the environment makes no group.
+    """
+    try:
+        alone = "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2
+        if not alone:
+            torch.distributed.init_process_group("gloo")
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise SelectionError(
+            f"the processes that torchrun started do not meet ({first_line(error)})",
+            hint="TORCHELASTIC_RUN_ID, WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT in the environment are torchrun's",
+        ) from error
+    if alone:
         yield Ranks()
         return
-    torch.distributed.init_process_group("gloo")
     try:
         yield Ranks.of()
     finally:

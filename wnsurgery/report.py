@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-__all__ = ["counting", "escape", "quiet", "say", "show", "speak", "to_jsonable", "verbose", "working"]
+__all__ = ["counting", "discard", "escape", "quiet", "say", "show", "speak", "to_jsonable", "verbose", "working"]
 
 
 def escape(text: str) -> str:
@@ -28,8 +28,17 @@ def escape(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """A message for the person at the terminal, on stderr."""
-    print(text, file=sys.stderr)
+    """A message for the person at the terminal, on stderr; a stderr that takes none changes nothing else."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
+
+
+def discard(stream: Any) -> None:
+    """Let what is still to come on a stream go nowhere, the interpreter's own last flush included."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def speak(manner: str) -> Callable[[click.Context, Any, bool], None]:

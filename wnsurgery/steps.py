@@ -105,6 +105,8 @@ def run_step(
     mark = (torch.ones((), dtype=torch.bool),) if step.log else ()
     if step.action == "rekeyed":
         return (*tensors[:2], *mark)
+    if len({t.is_meta for t in tensors[:2]}) > 1:
+        raise PairError(f"{printable(step.name)}: one half of its pair is a meta tensor, which has no values")
     made: tuple[Tensor, ...]
     try:
         with torch.no_grad():
@@ -251,7 +253,8 @@ def pair_step(
 
 
 def _refuse_collisions(state: StateDict, steps: Iterable[Step]) -> None:
+    made: dict[str, Step] = {}
     for step in steps:
         for key in step.targets:
-            if key in state.entries and key not in step.sources:
+            if (key in state.entries and key not in step.sources) or made.setdefault(key, step) is not step:
                 raise PairError(f"{printable(state.full(key))}: would be overwritten by {printable(step.sources[0])}")

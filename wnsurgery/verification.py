@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from wnsurgery.differences import (
     OutputsReport,
     TensorsReport,
     as_array,
+    check_tolerances,
     compare_outputs,
     compare_tensors,
     is_float,
@@ -128,6 +129,7 @@ def verify(  # noqa: PLR0913 - what is compared, how, and how it is loaded; all 
     any_dtype: bool = False,
     arch: Arch | None = None,
     trust_pickle: bool = False,
+    entry: str | None = None,
     magnitude: Magnitude = "linear",
 ) -> VerifyReport:
     """Compare two artefacts: plain weights bit for bit, outputs within tolerance.
@@ -153,15 +155,19 @@ def verify(  # noqa: PLR0913 - what is compared, how, and how it is loaded; all 
             judged by the coarser type, and weights are not compared bit for bit.
         arch: what builds the model for a checkpoint, see `files.load_model`.
         trust_pickle: let a file's pickle run code.
+        entry: dotted path of the state dict or module to take, where a side holds several ("ema").
         magnitude: "log" when pairs store the logarithm of g without saying so, as our own do.
 
     Returns a report; it does not raise where they differ, `raise_for_status()` does.
 
     Raises:
         InputMissingError, InputError, UnsafeFileError: about the files, or inputs on which neither side runs.
-        SelectionError: `arch` is given but neither side is a checkpoint.
+        SelectionError: `arch` or `entry` is given but fits neither side, or a tolerance is none.
     """
-    first, second = (_side(x, arch, trust_pickle, magnitude) for x in (a, b))
+    check_tolerances(rtol, atol)
+    first, second = (_side(x, arch, trust_pickle, magnitude, entry) for x in (a, b))
+    if entry is not None and not (first.entered or second.entered):
+        raise SelectionError(f"entry={entry!r}: no state dict or module of this name on either side")
     if arch is not None and not (first.built or second.built):
         raise SelectionError("arch is given, but neither side is a checkpoint that it could build a model for")
     notes: list[str] = []
@@ -186,6 +192,7 @@ class _Side:
     module: nn.Module | None = None
     session: Any = None
     built: bool = field(default=False)
+    entered: bool = field(default=False)
 
     @property
     def is_graph(self) -> bool:
@@ -214,13 +221,15 @@ class _Side:
         return [""] * len(values), list(values)
 
 
-def _side(artefact: Artefact, arch: Arch | None, trust_pickle: bool, magnitude: Magnitude) -> _Side:
+def _side(artefact: Artefact, arch: Arch | None, trust_pickle: bool, magnitude: Magnitude, entry: str | None) -> _Side:
     if isinstance(artefact, nn.Module):
         return _of_module(artefact, type(artefact).__name__)
     path = Path(artefact)
     if not path.exists():
         raise InputMissingError.at(path)
-    return _of_graph(path) if path.suffix.lower() == ".onnx" else _of_checkpoint(path, arch, trust_pickle, magnitude)
+    if path.suffix.lower() == ".onnx":
+        return _of_graph(path)
+    return _of_checkpoint(path, arch, trust_pickle, magnitude, entry)
 
 
 def _of_module(model: nn.Module, name: str, *, built: bool = False) -> _Side:
@@ -247,21 +256,26 @@ def _of_graph(path: Path) -> _Side:
     return _Side(str(path), tensors, session=session)
 
 
-def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool, magnitude: Magnitude) -> _Side:
+def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool, magnitude: Magnitude, entry: str | None) -> _Side:
     from wnsurgery.checkpoint import flat_tensors, fold_state, state_dicts
     from wnsurgery.files import load_model, load_object
     from wnsurgery.stores.modules import modules_in
 
     content = _of_directory(path) if path.is_dir() and arch is None else load_object(path, trust_pickle=trust_pickle)
-    if modules_in(content):
-        return _of_module(load_model(path, trust_pickle=trust_pickle), str(path))
+    modules = modules_in(content)
+    names = [where for where, _ in modules] or [state.path for state in state_dicts(content)]
+    entry = entry if entry in names else None  # the other side may hold nothing but what is meant
+    if modules:
+        side = _of_module(load_model(path, trust_pickle=trust_pickle, entry=entry), str(path))
+        return replace(side, entered=entry is not None)
     if arch is not None:
-        model = load_model(path, arch=arch, trust_pickle=trust_pickle, magnitude=magnitude)
-        return _of_module(model, str(path), built=True)
+        model = load_model(path, arch=arch, trust_pickle=trust_pickle, magnitude=magnitude, entry=entry)
+        return replace(_of_module(model, str(path), built=True), entered=entry is not None)
     fold_state(content, magnitude=magnitude)
-    states = state_dicts(content)
+    states = [state for state in state_dicts(content) if entry in (None, state.path)]
     # a wrapper around the only state dict ({"model": ...}) is no part of the names
-    return _Side(str(path), states[0].tensors if len(states) == 1 else flat_tensors(content))
+    tensors = states[0].tensors if len(states) == 1 else flat_tensors(content)
+    return _Side(str(path), tensors, entered=entry is not None)
 
 
 def _of_directory(path: Path) -> Any:
@@ -380,7 +394,10 @@ def _outputs(
         report = _output_report if a.is_graph or b.is_graph else _report_by_name
         reports.append(report(results[0], results[1], limits, any_dtype))
         values += (as_array(value) for value in results[0][1])
-    if values and all(value.dtype.kind not in "iub" and bool(np.isnan(value).all()) for value in values):
+    full = [value for value in values if value.size]
+    if values and not full:
+        failures.append("every output is empty, which proves nothing")
+    elif full and all(value.dtype.kind not in "iub" and bool(np.isnan(value).all()) for value in full):
         failures.append("every output is NaN, which proves nothing")
     return tuple(reports)
 

@@ -42,6 +42,7 @@ __all__ = [
     "format_for",
     "is_file_name",
     "map_store",
+    "open_regular",
     "read_store",
     "write_store",
 ]
@@ -83,7 +84,7 @@ def map_store(path: str | os.PathLike[str]) -> Stored | None:
     Raises InputMissingError, InputError as `read_store`; damage inside a tensor is found when it is read.
     """
     path = Path(path)
-    file = _open(path)
+    file = open_regular(path)
     stored = None
     try:
         start = file.read(len(LEGACY_MAGIC))
@@ -124,7 +125,7 @@ def read_store(path: str | os.PathLike[str], *, trust_pickle: bool = False, allo
         UnsafeFileError: its pickle would run code.
     """
     path = Path(path)
-    with _open(path) as file:
+    with open_regular(path) as file:
         start = file.read(len(LEGACY_MAGIC))
         file.seek(0)
         if _is_safetensors(file, path, start):
@@ -198,8 +199,11 @@ def _refuse_unflat(content: Any, path: Path) -> None:
         raise InputError.of(path, f"{reason} into a .safetensors file", "write a .pt file instead")
 
 
-def _open(path: Path) -> BinaryIO:
-    """Open a regular file; FIFOs and devices are refused before anything waits on them."""
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading; FIFOs and devices are refused before anything waits on them.
+
+    Raises InputMissingError, InputError.
+    """
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):

@@ -16,7 +16,9 @@ from typing import Any, BinaryIO, cast
 
 from wnsurgery.errors import InputError, OutputError, OutputExistsError
 
-__all__ = ["check_output", "check_space", "committed"]
+__all__ = ["beside", "check_output", "check_space", "committed", "refuse_inputs"]
+
+_MAX_START = 200  # bytes, of the 255 that names may have nearly everywhere
 
 
 def check_output(
@@ -57,6 +59,35 @@ def check_output(
     return path
 
 
+def beside(path: Path, ending: str) -> Path:
+    """A hidden path beside another: the start of its name, no longer in bytes than names may be, and an ending.
+
+    >>> beside(Path("models/a.pt"), ".tmp").name
+    '.a.pt.tmp'
+    """
+    name = path.name[:64]
+    while len(os.fsencode(name)) > _MAX_START:
+        name = name[:-1]
+    return path.with_name(f".{name}{ending}")
+
+
+def refuse_inputs(output: str | os.PathLike[str], *inputs: str | os.PathLike[str] | None) -> None:
+    """Refuse an output that is one of the inputs, under whatever name, or a file in a directory that is one.
+
+    >>> refuse_inputs("report.html", "model.pt", None)
+
+    Raises OutputExistsError.
+    """
+    path = Path(output)
+    try:
+        places = [path, *path.resolve(strict=True).parents]
+    except (OSError, RuntimeError, ValueError):  # nothing is there, or nothing that can be looked at
+        return
+    for source in inputs:
+        if source is not None and any(_same_file(place, source) for place in places):
+            raise OutputExistsError(f"{path}: this is the input, or a part of it; nothing was written")
+
+
 def check_space(output: str | os.PathLike[str], needed: int) -> None:
     """Raise OutputError where the file system has less room than `needed` bytes, before any work is done."""
     try:
@@ -86,7 +117,7 @@ def committed(output: str | os.PathLike[str], *, force: bool) -> Iterator[Binary
         OutputExistsError: it exists and `force` is not given.
     """
     path = Path(output)
-    temporary = path.with_name(f".{path.name[:64]}.{secrets.token_hex(6)}.tmp")
+    temporary = beside(path, f".{secrets.token_hex(6)}.tmp")
     try:
         try:
             with _create(temporary, path) as file:
@@ -160,7 +191,7 @@ def _sync_directory(directory: Path) -> None:
 def _same_file(path: Path, source: str | os.PathLike[str]) -> bool:
     try:
         return path.samefile(source)
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from wnsurgery.errors import InputError, UnsafeFileError, printable
-from wnsurgery.stores.hub import check_regular, plain_name
+from wnsurgery.stores.hub import check_regular, list_files, plain_name
 from wnsurgery.stores.mapped import Assembly, MappedFile, Source
 from wnsurgery.stores.nesting import flattened, nested
 from wnsurgery.stores.torch_file import read_torch
@@ -28,6 +28,7 @@ from wnsurgery.stores.torch_map import NotPlainError, map_torch
 
 __all__ = ["Distributed", "map_distributed"]
 
+_METADATA = ".metadata"
 _MAX_METADATA = 1 << 30
 _MAX_CHUNKS = 4096
 _RECORDS = frozenset({
@@ -46,11 +47,12 @@ _RECORDS = frozenset({
 
 @dataclass
 class Distributed:
-    """A checkpoint as one flat dict, the nesting its names stood for, and the files it lies in."""
+    """A checkpoint as one flat dict, the nesting its names stood for, the files it lies in, and all other files."""
 
     content: dict[str, Any]
     paths: dict[str, tuple[Any, ...]]
     source: Source
+    others: list[str]
 
     def nested(self) -> dict[Any, Any]:
         """The containers the names stood for."""
@@ -137,8 +139,9 @@ def map_distributed(directory: Path) -> Distributed:
         InputError: damaged, incomplete, or written with transforms.
         UnsafeFileError: its metadata names other classes, or files outside the directory.
     """
-    facts = _metadata(directory / ".metadata")
+    facts = _metadata(directory / _METADATA)
     files: dict[str, MappedFile] = {}
+    others = [name for name in list_files(directory) if name != _METADATA and not _is_data(name)]
     done = False
     try:
         content, assemblies = _content(directory, facts, files)
@@ -146,15 +149,20 @@ def map_distributed(directory: Path) -> Distributed:
         nested(content, paths)  # raises where they contradict each other
         source = Source([*files.values()], assemblies)
         done = True
-        return Distributed(content, paths, source)
+        return Distributed(content, paths, source, [name for name in others if name not in files])
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, InputError | UnsafeFileError):
             raise
-        raise InputError.of(directory / ".metadata", f"damaged ({printable(error)})") from error
+        raise InputError.of(directory / _METADATA, f"damaged ({printable(error)})") from error
     finally:
         if not done:
             for file in files.values():
                 file.file.close()
+
+
+def _is_data(name: str) -> bool:
+    """Whether a name is that of a data file, of which some may hold nothing that the metadata mentions."""
+    return "/" not in name and name.endswith(".distcp")
 
 
 def _metadata(path: Path) -> _Record:
@@ -254,7 +262,10 @@ def _object(
         raise InputError.of(directory, f"{printable(name)} is not in its files exactly once")
     mapped, start, length = _place(directory, name, found[0][1], files)
     data = io.BytesIO(mapped.read(start, start + length).numpy().tobytes())
-    return read_torch(data, mapped.path)
+    try:
+        return read_torch(data, mapped.path)
+    except UnsafeFileError as error:  # directories are read without trust, whatever is asked for
+        raise UnsafeFileError(error.message, hint=f"save the checkpoint without {printable(name)}") from error
 
 
 def _place(directory: Path, name: str, info: _Record, files: dict[str, MappedFile]) -> tuple[MappedFile, int, int]:

@@ -7,6 +7,7 @@ refused wherever they stand.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import Tensor
 from wnsurgery.errors import InputError, UnsafeFileError, printable
 from wnsurgery.stores.mapped import Source
 
-__all__ = ["Hub", "Shards", "list_files", "new_index", "plain_name", "read_index"]
+__all__ = ["Hub", "Shards", "empty_directories", "list_files", "new_index", "plain_name", "read_index"]
 
 _MAX_INDEX = 1 << 28
 _MAX_FILES = 100_000
@@ -108,6 +109,12 @@ def list_files(directory: Path) -> list[str]:
     return sorted(found)
 
 
+def empty_directories(directory: Path) -> list[str]:
+    """Every directory below a directory that holds nothing, with forward slashes."""
+    empty = (Path(path) for path, inner, files in os.walk(directory) if not inner and not files)
+    return sorted(path.relative_to(directory).as_posix() for path in empty)
+
+
 def read_index(directory: Path, name: str) -> tuple[dict[str, str], dict[str, Any]]:
     """The weight map of an index (tensor -> checked file name) and everything else in it.
 
@@ -117,7 +124,9 @@ def read_index(directory: Path, name: str) -> tuple[dict[str, str], dict[str, An
     if path.stat().st_size > _MAX_INDEX:
         raise InputError.of(path, "larger than any index")
     try:
-        table = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
+        table = json.loads(
+            path.read_bytes(), object_pairs_hook=_no_duplicates, parse_float=_number, parse_constant=_number
+        )
         weights = table.pop("weight_map")
         if not isinstance(weights, dict):
             raise ValueError("weight_map is no table")
@@ -139,6 +148,12 @@ def new_index(shards: Shards, owners: dict[str, str], sizes: dict[str, int]) -> 
     metadata["total_size"] = sum(sizes.values())
     table = {"metadata": metadata, **facts, "weight_map": dict(sorted(owners.items()))}
     return (json.dumps(table, indent=2, sort_keys=False) + "\n").encode()
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(float(text)):  # Python reads and writes them, JSON has none
+        raise ValueError(f"{text} is no number that JSON can hold")
+    return float(text)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from wnsurgery.errors import InputError, printable
 
-__all__ = ["Assembly", "MappedFile", "Record", "Source", "byte_span", "is_plain", "no_bytes"]
+__all__ = ["Assembly", "MappedFile", "Record", "Source", "byte_span", "is_plain", "no_bytes", "resolved"]
 
 _BLOCK = 1 << 22
 _LARGE = 1 << 20  # bytes from which fresh memory costs more than reading into it
@@ -200,6 +200,8 @@ class Source:
     def fetch(self, tensor: Tensor) -> Tensor:
         """A tensor in fresh memory with the same shape, strides, type and values; itself where it lies in no file.
 
+        Tensors marked as conjugated or negated are carried out, see `resolved`.
+
         Raises InputError when the file is shorter than it was, cannot be read, or its checksum does not fit.
         """
         if self.holds(tensor):
@@ -210,12 +212,12 @@ class Source:
             return whole
         if not is_plain(tensor) or not tensor.numel():
             return tensor
-        span = byte_span(tensor)
-        data = self.read(*span)
+        data = self.read(*byte_span(tensor))
         if data is None:
-            return tensor
-        flat = data.view(tensor.dtype)
-        return flat.as_strided(tensor.shape, tensor.stride()) if flat.numel() else tensor
+            return resolved(tensor)
+        made = data.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+        made = made.conj() if tensor.is_conj() else made
+        return resolved(torch._neg_view(made) if tensor.is_neg() else made)
 
     def read(self, start: int, stop: int) -> Tensor | None:
         """The bytes between two addresses, where they lie in one of the files."""
@@ -239,6 +241,20 @@ def no_bytes() -> torch.UntypedStorage:
 def _buffer(data: Tensor) -> memoryview:
     """The memory of a tensor of bytes."""
     return memoryview(data.numpy())  # type: ignore[arg-type]
+
+
+def resolved(tensor: Tensor) -> Tensor:
+    """A tensor with its conjugate and negative bits, by which torch puts work off, carried out in its memory.
+
+    >>> resolved(torch.tensor([1j]).conj()).is_conj()
+    False
+
+    Raises InputError where the type has no negative.
+    """
+    try:
+        return tensor.resolve_conj().resolve_neg()
+    except NotImplementedError as error:
+        raise InputError(f"a {tensor.dtype} tensor is marked as negated, which that type cannot be") from error
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from wnsurgery.errors import OutputError, OutputExistsError
-from wnsurgery.stores.commit import committed
+from wnsurgery.stores.commit import beside, committed
 
 __all__ = ["Staging", "check_output_directory", "staged"]
 
 _NOREPLACE, _EXCHANGE, _HERE = 1, 2, -100
+_MAX_NAME = 240  # bytes of an output's name to which more can be added
 
 
 def check_output_directory(
@@ -32,7 +34,15 @@ def check_output_directory(
 
     Raises OutputExistsError, OutputError as `check_output`; an output inside the input, or around it, is refused.
     """
-    path, src = Path(output), Path(source).absolute()
+    try:
+        return _checked(Path(output), Path(source).absolute(), force, in_place)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{output}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _checked(path: Path, src: Path, force: bool, in_place: bool) -> Path:
     if path.is_symlink():
         raise OutputError(f"{path}: a link; name the directory itself")
     if not path.parent.is_dir():
@@ -62,6 +72,10 @@ class Staging:
         """Whether an earlier run completed this file."""
         return (self.payload / name).is_file()
 
+    def directory(self, name: str) -> None:
+        """A directory, which may stay empty."""
+        (self.payload / name).mkdir(parents=True, exist_ok=True)
+
     @contextmanager
     def file(self, name: str) -> Iterator[BinaryIO]:
         """A file to write, complete under its name or not there at all."""
@@ -83,7 +97,7 @@ def staged(output: Path, work: str, *, force: bool, resume: bool) -> Iterator[St
         force: replace an existing directory, in one exchange where the system can.
         resume: keep complete files of the same work.
     """
-    root = output.with_name(f".{output.name}.partial")
+    root = _root_of(output)
     mine = _Root(root)
     try:
         mine.lock(output)
@@ -104,6 +118,13 @@ def staged(output: Path, work: str, *, force: bool, resume: bool) -> Iterator[St
             mine.remove()
     with contextlib.suppress(OSError):
         _sync(output.parent)
+
+
+def _root_of(output: Path) -> Path:
+    """The staging directory of an output: a digest stands for the end of a name that leaves no room for more."""
+    if len(os.fsencode(output.name)) <= _MAX_NAME:
+        return output.with_name(f".{output.name}.partial")
+    return beside(output, f".{hashlib.sha256(os.fsencode(output.name)).hexdigest()[:12]}.partial")
 
 
 class _Root:
