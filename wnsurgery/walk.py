@@ -139,8 +139,12 @@ def _is_parametrized(module: nn.Module) -> bool:
     if "parametrizations" not in module._modules or isinstance(module, torch.jit.ScriptModule):
         return False  # the tables of TorchScript are not dicts
     table = module._modules["parametrizations"]
-    lists = table._modules.values() if isinstance(table, nn.ModuleDict) else ()
-    return bool(lists) and all(isinstance(entry, ParametrizationList) for entry in lists)
+    if not isinstance(table, nn.ModuleDict):
+        return False
+    for entry in table._modules.values():  # asked several times of every layer: no generator
+        if not isinstance(entry, ParametrizationList):
+            return False
+    return bool(table._modules)
 
 
 def has_own_parametrizations(module: nn.Module) -> bool:
