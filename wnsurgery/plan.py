@@ -275,13 +275,7 @@ def _shared_memory(found: list[Slot]) -> dict[int, str]:
     places: dict[int, _Place] = {}
     for slot in found:
         for t in (slot.tensor, slot.magnitude):
-            if (
-                t is None
-                or id(t) in places
-                or (type(t) not in _ORDINARY and (is_lazy(t) or type(t.data) is not Tensor))
-            ):
-                continue
-            if t.layout == torch.strided and not t.is_meta and t.numel():
+            if t is not None and id(t) not in places and _has_place(t):
                 start = t.data_ptr()
                 places[id(t)] = _Place(str(t.device), start, start + _span(t) * t.element_size(), slot.fqn, t)
     shared: dict[int, str] = {}
@@ -293,6 +287,7 @@ def _shared_memory(found: list[Slot]) -> dict[int, str]:
 
 
 def _has_place(t: Tensor) -> bool:
+    """Whether a tensor is an ordinary one with elements in memory."""
     if type(t) not in _ORDINARY and (is_lazy(t) or type(t.data) is not Tensor):
         return False
     return t.layout == torch.strided and not t.is_meta and t.numel() > 0
