@@ -327,6 +327,13 @@ def test_missing_input(run: Any, tmp_path: Path) -> None:
         assert "no." in err
 
 
+def test_a_missing_input_in_a_missing_directory(run: Any, tmp_path: Path) -> None:
+    """What is missing is the input, not the directory beside it that the output would go to."""
+    for command in ("fold", "convert"):
+        code, _, err = run(command, tmp_path / "none" / "m.pt")
+        assert (code, err) == (3, f"wnsurgery: error: {tmp_path / 'none' / 'm.pt'}: no such file\n")
+
+
 def test_usage_errors(run: Any, model_file: Path) -> None:
     """Wrong options, patterns that match nothing and bad axes are exit 2."""
     for arguments in (

@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wnsurgery import __version__
 from wnsurgery.checkpoint import AtOnce, CheckpointReport
-from wnsurgery.errors import InputError, SelectionError, VerificationError, printable
+from wnsurgery.errors import InputError, InputMissingError, SelectionError, VerificationError, printable
 from wnsurgery.manifest import manifest_text
 from wnsurgery.promises import Promises
 from wnsurgery.proof import Proof
@@ -62,7 +62,10 @@ class Output:
     ranks: Ranks = field(default_factory=Ranks)
 
     def check(self, src: Path_) -> None:
-        """Refuse before any work what must not be written."""
+        """Refuse before any work what must not be written, and an input that is not there."""
+        with suppress(PermissionError):  # what keeps a file from being read is told when it is read
+            if not Path(src).exists():
+                raise InputMissingError.at(src)
         if Path(self.path).suffix.lower() == ".onnx":
             hint = "export_onnx (wnsurgery export) makes an ONNX graph of a model"
             raise SelectionError(f"{self.path}: would be a checkpoint, and is called an ONNX graph", hint=hint)
