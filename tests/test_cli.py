@@ -708,6 +708,22 @@ def test_options_that_mean_nothing_for_a_graph_are_refused(run: Any, tmp_path: P
     assert run("fold", graph, "--zero-norm", "nan")[0] == 3
 
 
+def test_zero_norm_is_for_graphs_too(run: Any, tmp_path: Path) -> None:
+    """A row of v = 0 in a graph is exit code 3, unless the option says what it becomes."""
+    import onnx.parser
+
+    text = """<ir_version: 9, opset_import: ["" : 18]> g (float[N, 2] x) => (float[N, 2] y)
+        <float[2, 2] v = {3.0, 4.0, 0.0, 0.0}, int64[1] axes = {1}>
+        { n = ReduceL2(v, axes) w = Div(v, n) y = Gemm <transB = 1> (x, w) }"""
+    graph, output = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    graph.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    code, _, err = run("fold", graph, "-o", output)
+    assert (code, "--zero-norm" in err, output.exists()) == (3, True, False)
+    for choice in ("zero", "nan"):
+        code, out, _ = run("fold", graph, "-o", output, "--zero-norm", choice, "--force")
+        assert (code, f"1 of 2 rows have v = 0 and g != 0; folded to {choice}" in out) == (0, True)
+
+
 def test_export_does_not_replace_what_it_exports(run: Any, model_file: Path, tmp_path: Path) -> None:
     """A model whose name is that of the output, or of its weights file, is refused and stays, --force or not."""
     model = model_file.rename(tmp_path / "m.onnx.data")

@@ -140,7 +140,8 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
             checked with twice the size).
         half: ship float16: the folded weights are rounded once and inputs and outputs become float16. The file is held
             to the rounded model as always, and to the original within 32 eps of float16.
-        external: put the weights into `PATH.data` even if they would fit into the file.
+        external: put the weights into `PATH.data` even if they would fit into the file; `PATH.HASH.data` where a graph
+            that is replaced reads that one for other weights.
         exporter: "torchscript" runs the model once and writes down what it did. It takes some models that the other
             cannot; branches that depend on values are then fixed, which the check with one input cannot see.
         force: overwrite an existing output.

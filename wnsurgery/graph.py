@@ -56,7 +56,7 @@ class Found:
     Attributes:
         value: name of the computed weight in the graph.
         g: name of the magnitude's initializer; None when the weight is v / ||v||.
-        v: name of the direction's initializer.
+        v: name of the direction's initializer, or of the value that constants make it by.
         magnitude: "linear", or "log" when the initializer holds the logarithm of g.
         nodes: the nodes that compute it and nothing else, which folding removes.
         shape, dtype: of the weight.
@@ -142,7 +142,8 @@ def fold_onnx(
 
     Args:
         src: ONNX file, weights inside or in files beside it.
-        dst: the output; with external weights, `dst.data` beside it is written too.
+        dst: the output; with external weights, `dst.data` beside it is written too, or `dst.HASH.data` where a graph
+            that is replaced reads that one for other weights.
         zero_norm: what a row with v = 0 and g != 0 becomes, for which the graph gives 0 / 0: "error", "zero" or "nan".
         force: overwrite an existing output.
         in_place: let the output be the input.
@@ -152,7 +153,7 @@ def fold_onnx(
         InputMissingError, InputError: `src` or its weights are missing or damaged.
         PairError: a row has v = 0 and g != 0, and `zero_norm` does not say what that becomes.
         UnsafeFileError: its weights lie outside its directory.
-        OutputExistsError, OutputError: `dst` exists, or could not be written.
+        OutputExistsError, OutputError: `dst` exists, is a file of the input, or could not be written.
         SelectionError: `dst` has the suffix of a checkpoint.
     """
     from wnsurgery.stores import is_file_name
@@ -391,7 +392,8 @@ class _Matcher:
                     return math.inf, 0
         except (Unknown, PairError, ValueError):
             return math.inf, 0
-        return misfit if empty < weight.size else math.inf, empty
+        row = weight.size // max(1, math.prod(match.g_shape))  # 0 / 0 is a matter of whole rows
+        return misfit if empty < weight.size and empty % row == 0 else math.inf, empty
 
     def settle_rows_without_direction(self) -> tuple[str, ...]:
         """What becomes of rows with v = 0 and g != 0, as `zero_norm` says; warnings where they fold to something.
