@@ -261,28 +261,33 @@ _ORDINARY = (nn.Parameter, Tensor)
 
 
 class _Place(NamedTuple):
-    """Where a tensor lies in the memory of its device, in bytes."""
+    """Where a tensor lies in the memory of a device, in bytes."""
 
-    device: str
+    device: int
     start: int
     end: int
-    name: str
+    number: int  # in the order of the walk
     tensor: Tensor
+    slot: Slot
 
 
 def _shared_memory(found: list[Slot]) -> dict[int, str]:
     """Of tensors that have memory in common with another tensor of the model, by identity: the name of one such."""
-    places: dict[int, _Place] = {}
+    seen: set[int] = set()
+    places: list[_Place] = []
     for slot in found:
-        for t in (slot.tensor, slot.magnitude):
-            if t is not None and id(t) not in places and _has_place(t):
+        for t in slot[4:6]:
+            if t is not None and id(t) not in seen and _has_place(t):
+                seen.add(id(t))
                 start = t.data_ptr()
-                places[id(t)] = _Place(str(t.device), start, start + _span(t) * t.element_size(), slot.fqn, t)
+                end = start + (t.nbytes if t.is_contiguous() else _span(t) * t.element_size())
+                places.append(_Place(t.get_device(), start, end, len(places), t, slot))
+    places.sort()
     shared: dict[int, str] = {}
-    for group in _touching(sorted(places.values(), key=lambda place: place[:2])):
+    for group in _touching(places):
         for one, other in _overlaps(group):
-            shared.setdefault(id(one.tensor), other.name)
-            shared.setdefault(id(other.tensor), one.name)
+            shared.setdefault(id(one.tensor), other.slot.fqn)
+            shared.setdefault(id(other.tensor), one.slot.fqn)
     return shared
 
 
@@ -302,17 +307,16 @@ def _span(t: Tensor) -> int:
 
 def _touching(places: list[_Place]) -> Iterator[list[_Place]]:
     """Groups of two or more sorted places whose ranges hang together."""
-    group: list[_Place] = []
-    reach = 0
-    for place in places:
-        if group and (place.device != group[0].device or place.start >= reach):
-            if len(group) > 1:
-                yield group
-            group = []
-        reach = max(reach, place.end) if group else place.end
-        group.append(place)
-    if len(group) > 1:
-        yield group
+    device, reach, first = -2, 0, 0
+    for i, (where, start, end, *_) in enumerate(places):
+        if where != device or start >= reach:
+            if i - first > 1:
+                yield places[first:i]
+            device, reach, first = where, end, i
+        elif end > reach:
+            reach = end
+    if len(places) - first > 1:
+        yield places[first:]
 
 
 def _overlaps(group: list[_Place]) -> Iterator[tuple[_Place, _Place]]:
@@ -327,7 +331,7 @@ def _overlaps(group: list[_Place]) -> Iterator[tuple[_Place, _Place]]:
     start, end = group[0].start, max(place.end for place in group)
     unit = gcd(*(n for place in group for n in (place.tensor.element_size(), place.start - start)))
     owners = torch.full(((end - start) // unit,), -1, dtype=torch.int32)
-    for number, (_, begin, _, _, t) in enumerate(group):
+    for number, (_, begin, _, _, t, _) in enumerate(group):
         width = t.element_size() // unit
         axes = [(n, stride * width) for n, stride in zip(t.shape, t.stride(), strict=True) if stride] + [(width, 1)]
         sizes, strides = zip(*axes, strict=True)
