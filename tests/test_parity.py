@@ -266,19 +266,6 @@ def test_inputs_of_the_other_byte_order(doubler: Path) -> None:
     assert all(np.array_equal(plain[name], swapped[name]) for name in plain)
 
 
-@pytest.mark.parametrize(
-    ("operation", "kind", "what"),
-    [("Cast <to = 8>", "string[2]", "text"), ("SequenceConstruct", "seq(float[2])", "a list")],
-)
-def test_outputs_that_are_no_numbers(tmp_path: Path, operation: str, kind: str, what: str) -> None:
-    """Text and sequences can be neither compared nor written, and are told by name."""
-    name, _, more = operation.partition(" ")
-    text = f'<ir_version: 9, opset_import: ["": 18]> g (float[2] x) => ({kind} y) {{y = {name} {more}(x)}}'
-    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
-    with pytest.raises(InputError, match=f"its output y is no tensor of numbers, but {what}"):
-        run_onnx(tmp_path / "m.onnx", [np.ones(2, "f4")])
-
-
 def test_names_that_no_npz_holds(tmp_path: Path) -> None:
     """A name beyond what a zip file can hold is told, and nothing is written."""
     with pytest.raises(InputError, match="too long for an"):

@@ -555,6 +555,7 @@ def test_applying_twice_is_harmless() -> None:
 @pytest.mark.parametrize("made_by", [wn.apply_weight_norm, lambda m: parametrizations.weight_norm(m[0]) and m])
 def test_wishes_that_do_not_reach_weights_converted_before_are_logged(made_by: Any, caplog: Any) -> None:
     """Applying again with an initialisation or frozen magnitudes changes nothing of what is converted, and says so."""
+    caplog.set_level("WARNING", logger="wnsurgery")
     model = made_by(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
     before = copy.deepcopy(model.state_dict())
     for options, words in (
