@@ -26,11 +26,11 @@ from wnsurgery import __version__
 from wnsurgery.checkpoint import CheckpointReport
 from wnsurgery.delivery import Output, every_name, figures, watch
 from wnsurgery.errors import InputError, OutputError, OutputExistsError, printable
-from wnsurgery.manifest import file_digest, manifest_text
+from wnsurgery.manifest import manifest_text
 from wnsurgery.promises import Promises
 from wnsurgery.ranks import Ranks
 from wnsurgery.stores import Stored, committed, map_store
-from wnsurgery.stores.commit import check_space
+from wnsurgery.stores.commit import check_space, file_digest
 from wnsurgery.stores.dcp import Distributed, map_distributed
 from wnsurgery.stores.hub import Hub, Shards, empty_directories, list_files, new_index, read_index
 from wnsurgery.stores.mapped import Source

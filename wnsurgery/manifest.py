@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from wnsurgery.checkpoint import CheckpointReport
 from wnsurgery.states import dtype_name
 
-__all__ = ["file_digest", "manifest_text", "tensor_digest"]
+__all__ = ["manifest_text", "tensor_digest"]
 
 
 def manifest_text(
@@ -57,15 +56,6 @@ def manifest_text(
     )
     table["warnings"] = list(report.warnings)
     return (json.dumps(table, indent=1, ensure_ascii=True) + "\n").encode()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def tensor_digest(tensor: Tensor) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import secrets
@@ -183,9 +182,11 @@ def _named_data(work: Path, path: Path, taken: set[str]) -> str | None:
         return None
     if not taken:
         return data.name
-    digest = _digest(data)
+    from wnsurgery.stores.commit import file_digest
+
+    digest = file_digest(data)
     old = (path.with_name(name) for name in sorted(taken))
-    same = [file.name for file in old if file.is_file() and _digest(file) == digest]
+    same = [file.name for file in old if file.is_file() and file_digest(file) == digest]
     name = same[0] if same else f"{path.name}.{digest[:16]}.data" if data.name in taken else data.name
     if name == data.name:
         return name
@@ -200,14 +201,6 @@ def _named_data(work: Path, path: Path, taken: set[str]) -> str | None:
     ir.save(model, work / path.name, format="protobuf")
     data.rename(work / name)
     return name
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _release_previous() -> Callable[[Any, Any], None]:

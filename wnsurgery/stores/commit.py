@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import secrets
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO, cast
 
 from wnsurgery.errors import InputError, OutputError, OutputExistsError
 
-__all__ = ["beside", "check_output", "check_space", "committed", "refuse_inputs"]
+__all__ = ["beside", "check_output", "check_space", "committed", "file_digest", "refuse_inputs"]
 
 _MAX_START = 200  # bytes, of the 255 that names may have nearly everywhere
 
@@ -199,3 +200,12 @@ def _reason(error: OSError | ValueError) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space left on the device"
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
