@@ -295,7 +295,6 @@ def export(model: Path, as_json: bool, **options: Any) -> None:
 
     output = options.pop("output") or model.with_suffix(".onnx")
     example, file = options.pop("example"), options.pop("input_file")
-    refuse_sources(output, [model] if file is None else [model, file])
     inputs = _inputs(file, options.pop("input_shape"))
     if example is not None:
         from wnsurgery.inout import example_inputs
@@ -310,6 +309,7 @@ def export(model: Path, as_json: bool, **options: Any) -> None:
         raise click.UsageError("--dynamic and --dynamic-axes exclude each other")
     options["dynamic"] = axes or options["dynamic"]
     module = load_model(model, **{name: options.pop(name) for name in ("arch", "trust_pickle", "entry", "magnitude")})
+    refuse_sources(output, [model] if file is None else [model, file])
     with working(f"exporting {model.name}"):
         report = export_onnx(module, inputs, output, **options)
     show(report, as_json=as_json)

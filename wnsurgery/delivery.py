@@ -66,7 +66,8 @@ class Output:
         with suppress(PermissionError):  # what keeps a file from being read is told when it is read
             if not Path(src).exists():
                 raise InputMissingError.at(src)
-        if Path(self.path).suffix.lower() == ".onnx":
+        graphs = [Path(path).suffix.lower() == ".onnx" for path in (src, self.path)]
+        if graphs == [False, True]:  # an input that is a graph is told when it is read
             hint = "export_onnx (wnsurgery export) makes an ONNX graph of a model"
             raise SelectionError(f"{self.path}: would be a checkpoint, and is called an ONNX graph", hint=hint)
         if Path(src).is_dir() and not is_file_name(self.path):

@@ -38,6 +38,8 @@ def blamed_on(path: Path_) -> Iterator[None]:
             cause = cause.__cause__
         if _raised_under(cause.__traceback__) == "wnsurgery":
             raise
+        if isinstance(cause, OSError) and cause.strerror:
+            raise InputError.of(path, cause.strerror) from error
         raise InputError.of(path, f"damaged, or not an ONNX file that can be read: {one_line(cause)}") from error
 
 
