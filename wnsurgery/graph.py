@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from wnsurgery.errors import PairError, SelectionError, printable
 from wnsurgery.onnx_checks import blamed_on
-from wnsurgery.onnx_file import is_same_file, read_onnx, refuse_sources, weight_files, write_onnx
+from wnsurgery.onnx_file import read_onnx, refuse_sources, weight_files, write_onnx
 from wnsurgery.onnx_functions import function_norms, open_norm_functions
 from wnsurgery.onnx_layout import drop_unused, put_initializer, settle
 from wnsurgery.onnx_nodes import all_graphs
@@ -157,7 +157,7 @@ def fold_onnx(
         SelectionError: `dst` has the suffix of a checkpoint.
     """
     from wnsurgery.stores import is_file_name
-    from wnsurgery.stores.commit import check_output, committed
+    from wnsurgery.stores.commit import check_output, committed, is_same_file
 
     if is_file_name(dst):
         raise SelectionError(f"{dst}: would be an ONNX graph, and is called a checkpoint", hint="call it .onnx")

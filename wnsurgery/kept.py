@@ -26,6 +26,7 @@ __all__ = [
     "Kept",
     "Probes",
     "Rooms",
+    "extent",
     "holders",
     "is_alone",
     "looked_at",
@@ -225,7 +226,7 @@ class Probes:
     def __init__(self, g: Tensor, v: Tensor, whole: int = _WHOLE) -> None:
         self.at = g.data_ptr(), v.data_ptr()
         self.places = [*_places(g, (2,), whole), *_places(v, (1, 3), whole)]
-        self.see_all = max(map(_extent, (g, v))) <= whole
+        self.see_all = max(map(extent, (g, v))) <= whole
 
 
 def probes_of(owner: Any, g: Tensor, v: Tensor, whole: int = _WHOLE) -> Probes:
@@ -242,14 +243,14 @@ def _places(tensor: Tensor, quarters: tuple[int, ...], whole: int = _WHOLE) -> l
     if not tensor.is_cpu or not tensor.numel():
         return []
     start = tensor.data_ptr()
-    size = _extent(tensor)
+    size = extent(tensor)
     if size <= whole:
         return [(ctypes.c_char * size).from_address(start)]
     length = min(size, _PROBE)
     return [(ctypes.c_char * length).from_address(start + (size - length) * quarter // 4) for quarter in quarters]
 
 
-def _extent(tensor: Tensor) -> int:
+def extent(tensor: Tensor) -> int:
     """Bytes from the first element of a tensor to its last, both included."""
     if tensor.is_contiguous():
         return tensor.nbytes

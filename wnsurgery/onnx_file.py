@@ -26,7 +26,6 @@ from wnsurgery.onnx_nodes import all_graphs
 
 __all__ = [
     "external_tensors",
-    "is_same_file",
     "read_onnx",
     "refuse_sources",
     "staged_onnx",
@@ -139,14 +138,6 @@ def refuse_sources(path: Path_, sources: Iterable[Path_]) -> None:
 
     for output in (path, f"{os.fspath(path)}.data"):
         refuse_inputs(output, *sources)
-
-
-def is_same_file(a: Path_, b: Path_) -> bool:
-    """Whether both are there and are one file."""
-    try:
-        return Path(a).samefile(b)
-    except (OSError, ValueError):
-        return False
 
 
 def _bring_in(model: ir.Model) -> None:

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from wnsurgery.dtensors import is_spread
 from wnsurgery.errors import PairError, SelectionError
+from wnsurgery.kept import extent
 from wnsurgery.layers import Layer, layer_of
 from wnsurgery.reparam import Axes
 from wnsurgery.text import by, columns
@@ -280,8 +281,7 @@ def _shared_memory(found: list[Slot]) -> dict[int, str]:
             if t is not None and id(t) not in seen and _has_place(t):
                 seen.add(id(t))
                 start = t.data_ptr()
-                end = start + (t.nbytes if t.is_contiguous() else _span(t) * t.element_size())
-                places.append(_Place(t.get_device(), start, end, len(places), t, slot))
+                places.append(_Place(t.get_device(), start, start + extent(t), len(places), t, slot))
     places.sort()
     shared: dict[int, str] = {}
     for group in _touching(places):
@@ -296,13 +296,6 @@ def _has_place(t: Tensor) -> bool:
     if type(t) not in _ORDINARY and (is_lazy(t) or type(t.data) is not Tensor):
         return False
     return t.layout == torch.strided and not t.is_meta and t.numel() > 0
-
-
-def _span(t: Tensor) -> int:
-    """The elements from the first to the last of a tensor, those between them that are none of its own included."""
-    if t.is_contiguous():
-        return t.numel()
-    return 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
 
 
 def _touching(places: list[_Place]) -> Iterator[list[_Place]]:
@@ -321,7 +314,7 @@ def _touching(places: list[_Place]) -> Iterator[list[_Place]]:
 
 def _overlaps(group: list[_Place]) -> Iterator[tuple[_Place, _Place]]:
     """Pairs of places with memory in common, so that each place that has some is in a pair."""
-    if all(_span(place.tensor) == place.tensor.numel() for place in group):
+    if all(extent(place.tensor) == place.tensor.nbytes for place in group):
         furthest = group[0]
         for place in group[1:]:
             yield place, furthest

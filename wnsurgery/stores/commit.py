@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 
 from wnsurgery.errors import InputError, OutputError, OutputExistsError
 
-__all__ = ["beside", "check_output", "check_space", "committed", "file_digest", "refuse_inputs"]
+__all__ = ["beside", "check_output", "check_space", "committed", "file_digest", "is_same_file", "refuse_inputs"]
 
 _MAX_START = 200  # bytes, of the 255 that names may have nearly everywhere
 
@@ -52,7 +52,7 @@ def check_output(
     if not stat.S_ISREG(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
         raise OutputError(f"{path}: {kind}; nothing was written")
-    if source is not None and _same_file(path, source):
+    if source is not None and is_same_file(path, source):
         if not in_place:
             raise OutputExistsError(f"{path}: this is the input", hint="in_place=True (--in-place) replaces it")
     elif not force:
@@ -85,7 +85,7 @@ def refuse_inputs(output: str | os.PathLike[str], *inputs: str | os.PathLike[str
     except (OSError, RuntimeError, ValueError):  # nothing is there, or nothing that can be looked at
         return
     for source in inputs:
-        if source is not None and any(_same_file(place, source) for place in places):
+        if source is not None and any(is_same_file(place, source) for place in places):
             raise OutputExistsError(f"{path}: this is the input, or a part of it; nothing was written")
 
 
@@ -189,9 +189,10 @@ def _sync_directory(directory: Path) -> None:
             os.close(handle)
 
 
-def _same_file(path: Path, source: str | os.PathLike[str]) -> bool:
+def is_same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
+    """Whether both are there and are one file."""
     try:
-        return path.samefile(source)
+        return Path(a).samefile(b)
     except (OSError, ValueError):
         return False
 
