@@ -432,7 +432,7 @@ def test_a_step_of_another_optimizer_leaves_what_waits(monkeypatch: pytest.Monke
         "gradients",
         lambda many, grads, *rest: calls.append(len(grads)) or original(many, grads, *rest),
     )
-    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in (first, second)]
+    optimizers = [torch.optim.Adam(net.parameters(), lr=0.1) for net in (first, second)]
     (first(torch.ones(1, 6)).sum() + second(torch.ones(1, 6)).sum()).backward()
     leaf = first.weight
     nn.init.constant_(leaf, 0.5)

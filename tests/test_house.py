@@ -19,7 +19,8 @@ PACKAGE = ROOT / "wnsurgery"
 LAYERS = [
     {"fused_kernels", "norms", "row_threads"},
     {"errors", "fused", "kept", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"}
-    | {"csv_text", "ownership", "dtensors", "compiled", "loaded_keys", "placed", "onnx_nodes"},
+    | {"csv_text", "ownership", "dtensors", "compiled", "loaded_keys", "placed", "onnx_nodes"}
+    | {"sgd_kernels"},
     {"keys", "loans", "reparam", "stores", "differences", "onnx_values", "optimizer_state", "blocked_linear"}
     | {"charts", "page", "onnx_checks"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm", "outputs"},
@@ -36,6 +37,7 @@ LAYERS = [
         "looked_up",
         "large_linear",
         "spread",
+        "sgd_step",
     }
     | {"onnx_layout", "onnx_functions", "onnx_guard"},
     {"graph", "parity", "choice", "following", "multi_tensor", "joint_graph"},

@@ -12,8 +12,10 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, compress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,8 @@ from torch.optim import optimizer as optimizers
 from wnsurgery.errors import ModeError, NonFiniteWeightError, PairError
 from wnsurgery.kept import Kept, is_alone
 from wnsurgery.multi_tensor import Item, ManyWeights
-from wnsurgery.reparam import WeightNorm, direction_of, first_order_gradients
+from wnsurgery.reparam import WeightNorm, direction_of, first_order_gradients, is_plain
+from wnsurgery.sgd_step import Rule, StepsOfPairs, fits, momentum_of, rules_of
 
 __all__ = ["OWNER", "DeferredGroup", "DeferredParameter", "DeferredWeight"]
 
@@ -51,7 +54,10 @@ class DeferredParameter(nn.Parameter):
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        self._pass_on()
+        reference = self.__dict__.get(OWNER)
+        weight = None if reference is None else reference()
+        if weight is not None and (leaf := weight.leaf) is not None and leaf.grad is not None:
+            weight.settle()
         _hold(self, value)
 
     @grad.deleter
@@ -139,6 +145,7 @@ class DeferredWeight:
                 _set_plain(old)
         self.g, self.v, self.kept, self.norms, self.lengths, self.then = g, v, None, None, None, None
         self.group.forget()
+        _adoptions.count += 1
         if not _can_defer(g, v):
             self.leaf = self.shown = None
             return
@@ -249,6 +256,44 @@ class DeferredWeight:
             else:
                 held.add_(part)
 
+    def move(self, rules: Mapping[int, Rule], states: Mapping[Any, Any]) -> Move | None:
+        """How an optimizer with these rules and states is to move g and v, where a gradient waits that the kernels can
+        read and of which nobody has seen anything yet; else None. The weight itself has not been written to."""
+        leaf, g, v, kept = self.leaf, self.g, self.v, self.kept
+        grad = None if leaf is None else leaf.grad
+        of_g, of_v = rules.get(id(g)), rules.get(id(v))
+        if (
+            grad is None
+            or kept is None
+            or of_g is None
+            or of_v is None
+            or self.norms is None
+            or not is_plain(grad)
+            or grad.dtype is not torch.float32
+            or not grad.is_contiguous()
+            or grad.is_neg()
+            or grad.requires_grad
+            or not (_is_wanted(g) and _is_wanted(v))
+            or _held_by(g) is not None
+            or _held_by(v) is not None
+            or not kept.was_of(g, v)
+        ):
+            return None
+        past_v, past_g = (momentum_of(half, states) if r.keep else None for half, r in ((v, of_v), (g, of_g)))
+        if (of_v.keep and past_v is None) or (of_g.keep and past_g is None):
+            return None
+        return Move(self, (of_v, of_g), (past_v, past_g))
+
+    def moved(self) -> None:
+        """g and v were moved, and the weight and ||v|| in `norms` made anew, each in its memory."""
+        self.lengths = None
+        if self.kept is not None:
+            self.kept.renew()
+
+    def lose(self) -> None:
+        """g and v were moved, and the weight is to be made anew."""
+        self.kept = self.norms = self.lengths = None
+
     def item(self) -> Item:
         assert self.leaf is not None
         return Item(self.g, self.v, self.rule.axes, self.rule.magnitude, self.leaf)
@@ -261,6 +306,14 @@ class DeferredWeight:
             self.kept = Kept(self.leaf, self.g, self.v, count_steps=False)
         else:
             self.kept.renew()
+
+
+class Move(NamedTuple):
+    """A weight whose pair is to be moved, with rule and momentum of v and of g."""
+
+    weight: DeferredWeight
+    rules: tuple[Rule, Rule]
+    pasts: tuple[Tensor | None, Tensor | None]
 
 
 def _can_defer(g: Tensor, v: Tensor) -> bool:
@@ -291,6 +344,8 @@ class DeferredGroup:
     def __init__(self) -> None:
         self._weights: list[weakref.ref[DeferredWeight]] = []
         self._many: dict[tuple[int, ...], ManyWeights] = {}
+        self._steps: tuple[tuple[int, ...], list[bool], StepsOfPairs] | None = None
+        self._stepped: list[tuple[DeferredWeight, tuple[Tensor, Tensor], bool]] = []  # in the step going on
         self._lock = threading.RLock()
         _watch_steps(self)
 
@@ -355,17 +410,63 @@ class DeferredGroup:
             for weight, parts in zip(waiting, self._together(waiting).gradients(grads, norms, private), strict=True):
                 weight.add_grads(*parts)
 
-    def before_step(self, optimizer: optimizers.Optimizer) -> None:
+    def before_step(
+        self, optimizer: optimizers.Optimizer, arguments: tuple[Any, ...], options: Mapping[str, Any]
+    ) -> None:
         """An optimizer is about to move its parameters: let writes that reached a leaf reach its pair. Gradients follow
-        when it asks for them."""
-        written = {id(w) for w in self.weights if w.kept is not None and w.kept.is_written()}
-        for weight in self._moved_by(optimizer) if written else ():
-            if id(weight) in written:
-                weight.settle()
+        when it asks for them, unless the kernels move all at once in its place."""
+        weights = self.weights
+        written = [weight for weight in weights if weight.kept is not None and weight.kept.is_written()]
+        if written:
+            moved = set(map(id, self._moved_by(optimizer)))
+            for weight in written:
+                if id(weight) in moved:
+                    weight.settle()
+        rules = rules_of(optimizer, arguments, options)
+        moves = [move for w in weights if (move := w.move(rules, optimizer.state)) is not None] if rules else []
+        self._stepped = self._step(moves) if moves else []
+
+    def _step(self, moves: Sequence[Move]) -> list[tuple[DeferredWeight, tuple[Tensor, Tensor], bool]]:
+        """Move g and v in an optimizer's place and make their weights anew, all in one pass, where the kernels take
+        them; which they did, dL/dg and dL/dv, and whether the weight is there.
+
+        Until the optimizer's step ends they have no gradients for it to see.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            taken, pairs = self._pairs_of(moves)
+            weights, rules, pasts = zip(*compress(moves, taken), strict=True) if pairs.count else ((), (), ())
+            if not weights or not pairs.are_where_they_were():
+                return []
+            grads, private = zip(*[weight.take_grad() for weight in weights], strict=True)
+            done = pairs.step(grads, [w.norms for w in weights], [w.leaf for w in weights], rules, pasts, private)
+            written = chain.from_iterable((w.leaf, w.g, w.v, *past) for w, past in zip(weights, pasts, strict=True))
+            torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
+            torch._foreach_copy_([w.then for w in weights], [w.g for w in weights])
+            for weight, fine in zip(weights, done.fine, strict=True):
+                weight.moved() if fine else weight.lose()
+            return list(zip(weights, done.grads, done.fine, strict=True))
+
+    def _pairs_of(self, moves: Sequence[Move]) -> tuple[list[bool], StepsOfPairs]:
+        """Which pairs the kernels take, none with a half that other weights have, too, and these as they see them;
+        remembered."""
+        key = _adoptions.count, *(id(move.weight) for move in moves)
+        if self._steps is None or self._steps[0] != key:
+            weights = [move.weight for move in moves]
+            owners = Counter(id(half) for group in _groups for w in group.weights for half in (w.g, w.v))
+            taken = [
+                owners[id(w.g)] == owners[id(w.v)] == 1 and fits(w.g, w.v, w.rule.axes, w.rule.magnitude)
+                for w in weights
+            ]
+            self._steps = key, taken, StepsOfPairs([(w.g, w.v) for w in compress(weights, taken)])
+        return self._steps[1:]
 
     def after_step(self, optimizer: optimizers.Optimizer) -> None:
         """An optimizer has moved its parameters: also one whose kernels leave tensor versions as they are."""
-        self.renew(self._moved_by(optimizer))
+        stepped, self._stepped = self._stepped, []
+        for weight, parts, _ in stepped:
+            weight.add_grads(*parts)
+        ready = {id(weight) for weight, _, fine in stepped if fine}
+        self.renew([weight for weight in self._moved_by(optimizer) if id(weight) not in ready])
 
     def _moved_by(self, optimizer: optimizers.Optimizer) -> list[DeferredWeight]:
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -373,6 +474,15 @@ class DeferredGroup:
 
 
 _groups: weakref.WeakSet[DeferredGroup] = weakref.WeakSet()
+
+
+class _Adoptions:
+    """How often a weight took a pair, in any group: who shares halves with whom may have changed."""
+
+    count = 0
+
+
+_adoptions = _Adoptions()
 
 
 def _watch_steps(group: DeferredGroup) -> None:
@@ -384,9 +494,9 @@ def _watch_steps(group: DeferredGroup) -> None:
     _groups.add(group)
 
 
-def _before_step(optimizer: Any, *_: Any) -> None:
+def _before_step(optimizer: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     for group in list(_groups):
-        group.before_step(optimizer)
+        group.before_step(optimizer, arguments, options)
 
 
 def _after_step(optimizer: Any, *_: Any) -> None:

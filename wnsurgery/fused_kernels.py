@@ -22,15 +22,28 @@ from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 __all__ = [
+    "EIGHT",
     "JOBS",
+    "coefficients",
     "columns_backward",
     "columns_forward",
+    "compiled",
+    "factor_of",
+    "floats_at",
     "in_parallel",
+    "is_zero",
+    "kernel",
     "many_backward",
     "many_forward",
+    "numbers_at",
+    "product",
     "rows_backward",
     "rows_forward",
+    "settle",
+    "squares",
+    "take_one",
     "worker",
+    "write_past_cache",
 ]
 
 _log = logging.getLogger("wnsurgery")
@@ -49,23 +62,23 @@ JOBS = {  # how a job names its kernel
     "many_forward": _MANY_FORWARD,
     "many_backward": _MANY_BACKWARD,
 }
-_EIGHT = 8  # elements written at a time past the cache
+EIGHT = 8  # elements written at a time past the cache
 
 _fast = njit(nogil=True, fastmath={"reassoc", "contract"})  # sums in any order; nothing else is given up
 _exact = njit(nogil=True)
 
 
-def _kernel(function):
+def kernel(function):
     """Compile at the first call, or take what an earlier process has compiled."""
     options = {"nogil": True, "fastmath": {"reassoc", "contract"}}
     try:
-        kernel = njit(cache=True, **options)(function)
+        made = njit(cache=True, **options)(function)
     except RuntimeError:  # no place to write to
         return njit(**options)(function)
-    cache = kernel._cache
+    cache = made._cache
     for name in ("load_overload", "save_overload"):
         setattr(cache, name, _or_start_anew(cache, getattr(cache, name)))
-    return kernel
+    return made
 
 
 def _or_start_anew(cache, method):
@@ -84,7 +97,7 @@ def _or_start_anew(cache, method):
 
 
 @intrinsic
-def _floats_at(_context, address):
+def floats_at(_context, address):
     """The float32 pointer at an address."""
 
     def generate(context, builder, signature, arguments):
@@ -94,7 +107,7 @@ def _floats_at(_context, address):
 
 
 @intrinsic
-def _numbers_at(_context, address):
+def numbers_at(_context, address):
     """The int64 pointer at an address."""
 
     def generate(context, builder, signature, arguments):
@@ -105,11 +118,11 @@ def _numbers_at(_context, address):
 
 def _eight_at(builder, pointer, index):
     """The place of eight elements of a float32 pointer."""
-    return builder.bitcast(builder.gep(pointer, [index]), ir.VectorType(ir.FloatType(), _EIGHT).as_pointer())
+    return builder.bitcast(builder.gep(pointer, [index]), ir.VectorType(ir.FloatType(), EIGHT).as_pointer())
 
 
 def _store_past_cache(builder, value, place):
-    store = builder.store(value, place, align=_EIGHT * 4)
+    store = builder.store(value, place, align=EIGHT * 4)
     store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
 
 
@@ -147,7 +160,7 @@ def _subtract_past_cache(_context, to, i, a, p, b, q):
 
 
 @intrinsic
-def _take_one(_context, at):
+def take_one(_context, at):
     """The number at an address, which another thread that asks finds greater by one."""
 
     def generate(_context, builder, _signature, arguments):
@@ -175,7 +188,7 @@ def _call_parallel(_context, parallel_at, worker_at, job_at, threads):
 
 
 @intrinsic
-def _settle(_context):
+def settle(_context):
     """Everything written is there for other threads to read, also what went past the cache."""
 
     def generate(context, builder, _signature, _arguments):
@@ -186,7 +199,7 @@ def _settle(_context):
 
 
 @_exact
-def _factor(g, norm):
+def factor_of(g, norm):
     """g / ||v|| in float32, a power of two exactly where g is the stored value of that multiple of ||v||; NaN where the
     row is not an ordinary one."""
     if not 2.0**-30 < norm < 2.0**30:
@@ -208,7 +221,7 @@ def _factor(g, norm):
 
 
 @_fast
-def _squares(v, start, stop):
+def squares(v, start, stop):
     total = 0.0
     for begin in range(start, stop, _CHUNK):
         part = 0.0
@@ -220,7 +233,7 @@ def _squares(v, start, stop):
 
 
 @_fast
-def _product(a, b, start, stop):
+def product(a, b, start, stop):
     total = 0.0
     for begin in range(start, stop, _SHORT_CHUNK):
         part = np.float32(0.0)
@@ -231,7 +244,7 @@ def _product(a, b, start, stop):
 
 
 @_fast
-def _is_zero(up, start, stop):
+def is_zero(up, start, stop):
     """Whether a row is all zeros."""
     for begin in range(start, stop, _SHORT_PIECE):
         part = np.float32(0.0)
@@ -245,87 +258,87 @@ def _is_zero(up, start, stop):
 @_exact
 def _whole_eights(at, start, stop):
     """From where to where, between two elements, eight of them at a time lie at multiples of 32 bytes."""
-    first = min(stop, start + -(at // 4 + start) % _EIGHT)
-    return first, stop - (stop - first) % _EIGHT
+    first = min(stop, start + -(at // 4 + start) % EIGHT)
+    return first, stop - (stop - first) % EIGHT
 
 
 @_fast
-def _write_past_cache(w_at, v_at, factors_at, moving, start, stop):
+def write_past_cache(w_at, v_at, factors_at, moving, start, stop):
     """w[i] = v[i] * factors[(i - start) * moving] from `start` to before `stop`; at least eight factors are there."""
-    w, v, factors = _floats_at(w_at), _floats_at(v_at), _floats_at(factors_at)
+    w, v, factors = floats_at(w_at), floats_at(v_at), floats_at(factors_at)
     first, last = _whole_eights(w_at, start, stop)
     for i in range(start, first):
         w[i] = v[i] * factors[(i - start) * moving]
-    for i in range(first, last, _EIGHT):
+    for i in range(first, last, EIGHT):
         _scale_past_cache(w, i, v, factors, (i - start) * moving)
     for i in range(last, stop):
         w[i] = v[i] * factors[(i - start) * moving]
 
 
 @_exact
-def _coefficients(product, g, norm):
+def coefficients(product, g, norm):
     """dL/dg, and what dL/dw and v are multiplied by in dL/dv."""
     size, length = np.float64(g), np.float64(norm)
     radial = product / length
     return np.float32(radial), np.float32(size / length), np.float32(size * radial / (length * length))
 
 
-@_kernel
+@kernel
 def rows_forward(v_at, g_at, w_at, norms_at, columns, far, first, last):
     """w = g * v / ||v|| and ||v|| for the rows from `first` to before `last`; whether each is an ordinary one, else
     nothing of it is of use.
 
     With `far`, w is written past the cache: what is to be overwritten is not read first, nor kept near for a reader.
     """
-    v, g, w, norms = _floats_at(v_at), _floats_at(g_at), _floats_at(w_at), _floats_at(norms_at)
-    factors = np.empty(_EIGHT, np.float32)
+    v, g, w, norms = floats_at(v_at), floats_at(g_at), floats_at(w_at), floats_at(norms_at)
+    factors = np.empty(EIGHT, np.float32)
     for r in range(first, last):
         start, stop = r * columns, (r + 1) * columns
-        norm = math.sqrt(_squares(v, start, stop))
-        factor = _factor(g[r], norm)
+        norm = math.sqrt(squares(v, start, stop))
+        factor = factor_of(g[r], norm)
         if math.isnan(factor):
             return False
         norms[r] = np.float32(norm)
         if far:
             factors[:] = factor
-            _write_past_cache(w_at, v_at, factors.ctypes.data, 0, start, stop)
+            write_past_cache(w_at, v_at, factors.ctypes.data, 0, start, stop)
         else:
             for i in range(start, stop):
                 w[i] = v[i] * factor
     if far:
-        _settle()
+        settle()
     return True
 
 
-@_kernel
+@kernel
 def rows_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, columns, far, first, last):
     """dL/dg and dL/dv from dL/dw; dL/dv may take the place of dL/dw. With `far`, it is else written past the cache.
 
     Rows without a gradient, as most of a lookup table's, are not read any further.
     """
-    up, v, grad_v = _floats_at(up_at), _floats_at(v_at), _floats_at(grad_v_at)
-    g, norms, grad_g = _floats_at(g_at), _floats_at(norms_at), _floats_at(grad_g_at)
-    factors = np.empty(2 * _EIGHT, np.float32)
+    up, v, grad_v = floats_at(up_at), floats_at(v_at), floats_at(grad_v_at)
+    g, norms, grad_g = floats_at(g_at), floats_at(norms_at), floats_at(grad_g_at)
+    factors = np.empty(2 * EIGHT, np.float32)
     across_at = factors.ctypes.data
-    p, q = _floats_at(across_at), _floats_at(across_at + 4 * _EIGHT)
+    p, q = floats_at(across_at), floats_at(across_at + 4 * EIGHT)
     for r in range(first, last):
         start, stop = r * columns, (r + 1) * columns
-        if up[start] == 0 and _is_zero(up, start, stop):
+        if up[start] == 0 and is_zero(up, start, stop):
             grad_g[r] = 0.0
             if up_at != grad_v_at:
                 for i in range(start, stop):
                     grad_v[i] = 0.0
             continue
-        grad_g[r], across, along = _coefficients(_product(up, v, start, stop), g[r], norms[r])
+        grad_g[r], across, along = coefficients(product(up, v, start, stop), g[r], norms[r])
         if up_at == grad_v_at:  # a loop of its own, which the compiler knows to be safe in any order
             for i in range(start, stop):
                 up[i] = up[i] * across - v[i] * along
         elif far:
-            factors[:_EIGHT], factors[_EIGHT:] = across, along
+            factors[:EIGHT], factors[EIGHT:] = across, along
             begin, end = _whole_eights(grad_v_at, start, stop)
             for i in range(start, begin):
                 grad_v[i] = up[i] * across - v[i] * along
-            for i in range(begin, end, _EIGHT):
+            for i in range(begin, end, EIGHT):
                 _subtract_past_cache(grad_v, i, up, p, v, q)
             for i in range(end, stop):
                 grad_v[i] = up[i] * across - v[i] * along
@@ -333,26 +346,26 @@ def rows_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, columns, fa
             for i in range(start, stop):
                 grad_v[i] = up[i] * across - v[i] * along
     if far:
-        _settle()
+        settle()
 
 
-@_kernel
+@kernel
 def many_forward(table_at, weights_at, norms_at, first, last):
     """`rows_forward` of many weights, from the line `first` of a table to before `last`: a line holds the addresses of
     v and g, the place of the norms in their block, rows and columns. The address of w is taken from a list, where the
     answer takes its place: 0 for a weight with a row that is not an ordinary one."""
-    t, w = _numbers_at(table_at), _numbers_at(weights_at)
+    t, w = numbers_at(table_at), numbers_at(weights_at)
     for i in range(first, last):
         k = i * _LINE
         if not rows_forward(t[k], t[k + 1], w[i], norms_at + t[k + 2], t[k + 4], 0, 0, t[k + 3]):
             w[i] = 0
 
 
-@_kernel
+@kernel
 def many_backward(table_at, places_at, count, first, last):
     """`rows_backward` of many weights, by the same table of `count` lines; the addresses of dL/dw, norms, dL/dg and
     dL/dv are taken from four lists, one after the other. No dL/dw, no gradients."""
-    t, p = _numbers_at(table_at), _numbers_at(places_at)
+    t, p = numbers_at(table_at), numbers_at(places_at)
     for i in range(first, last):
         if p[i]:
             k = i * _LINE
@@ -360,12 +373,12 @@ def many_backward(table_at, places_at, count, first, last):
             rows_backward(*places, t[k + 4], 0, 0, t[k + 3])
 
 
-@_kernel
+@kernel
 def columns_forward(v_at, g_at, w_at, norms_at, inputs, outputs, taps, far, first, last):
     """`rows_forward` with axis 1 kept, for the kept indices from `first` to before `last`."""
-    v, g, w, norms = _floats_at(v_at), _floats_at(g_at), _floats_at(w_at), _floats_at(norms_at)
+    v, g, w, norms = floats_at(v_at), floats_at(g_at), floats_at(w_at), floats_at(norms_at)
     width = (last - first) * taps
-    sums, factors = np.zeros(width, np.float64), np.empty(width + _EIGHT, np.float32)
+    sums, factors = np.zeros(width, np.float64), np.empty(width + EIGHT, np.float32)
     for i in range(inputs):
         start = (i * outputs + first) * taps
         for j in range(width):
@@ -376,7 +389,7 @@ def columns_forward(v_at, g_at, w_at, norms_at, inputs, outputs, taps, far, firs
         for j in range(o * taps, (o + 1) * taps):
             total += sums[j]
         norm = math.sqrt(total)
-        factor = _factor(g[first + o], norm)
+        factor = factor_of(g[first + o], norm)
         if math.isnan(factor):
             return False
         norms[first + o] = np.float32(norm)
@@ -385,20 +398,20 @@ def columns_forward(v_at, g_at, w_at, norms_at, inputs, outputs, taps, far, firs
     for i in range(inputs):
         start = (i * outputs + first) * taps
         if far:
-            _write_past_cache(w_at, v_at, factors.ctypes.data, 1, start, start + width)
+            write_past_cache(w_at, v_at, factors.ctypes.data, 1, start, start + width)
         else:
             for j in range(width):
                 w[start + j] = v[start + j] * factors[j]
     if far:
-        _settle()
+        settle()
     return True
 
 
-@_kernel
+@kernel
 def columns_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, inputs, outputs, taps, first, last):
     """`rows_backward` with axis 1 kept, for the kept indices from `first` to before `last`."""
-    up, v, grad_v = _floats_at(up_at), _floats_at(v_at), _floats_at(grad_v_at)
-    g, norms, grad_g = _floats_at(g_at), _floats_at(norms_at), _floats_at(grad_g_at)
+    up, v, grad_v = floats_at(up_at), floats_at(v_at), floats_at(grad_v_at)
+    g, norms, grad_g = floats_at(g_at), floats_at(norms_at), floats_at(grad_g_at)
     width = (last - first) * taps
     sums = np.zeros(width, np.float64)
     across, along = np.empty(width, np.float32), np.empty(width, np.float32)
@@ -410,7 +423,7 @@ def columns_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, inputs, 
         total = 0.0
         for j in range(o * taps, (o + 1) * taps):
             total += sums[j]
-        grad_g[first + o], a, b = _coefficients(total, g[first + o], norms[first + o])
+        grad_g[first + o], a, b = coefficients(total, g[first + o], norms[first + o])
         for j in range(o * taps, (o + 1) * taps):
             across[j], along[j] = a, b
     for i in range(inputs):
@@ -427,20 +440,20 @@ def _work(job):
     """Take parts of the rows of a job while there are any. A job holds the address of the next number, that number, the
     number of parts, whether a part said False, the kernel, the number of rows, and what the kernel takes."""
     while True:
-        part = _take_one(job[0])
+        part = take_one(job[0])
         if part >= job[2]:
             return
-        first, last, kernel, fine = job[5] * part // job[2], job[5] * (part + 1) // job[2], job[4], True
+        first, last, which, fine = job[5] * part // job[2], job[5] * (part + 1) // job[2], job[4], True
         a, b, c, d, e, f = job[6], job[7], job[8], job[9], job[10], job[11]  # as many as the kernel takes
-        if kernel == _ROWS_FORWARD:
+        if which == _ROWS_FORWARD:
             fine = rows_forward(a, b, c, d, e, f, first, last)
-        elif kernel == _ROWS_BACKWARD:
+        elif which == _ROWS_BACKWARD:
             rows_backward(a, b, c, d, e, f, job[12], job[13], first, last)
-        elif kernel == _COLUMNS_FORWARD:
+        elif which == _COLUMNS_FORWARD:
             fine = columns_forward(a, b, c, d, e, f, job[12], job[13], first, last)
-        elif kernel == _COLUMNS_BACKWARD:
+        elif which == _COLUMNS_BACKWARD:
             columns_backward(a, b, c, d, e, f, job[12], job[13], job[14], first, last)
-        elif kernel == _MANY_FORWARD:
+        elif which == _MANY_FORWARD:
             many_forward(a, b, c, first, last)
         else:
             many_backward(a, b, c, first, last)
@@ -449,19 +462,24 @@ def _work(job):
 
 
 def worker():
+    """The C function that does its share of a job of these kernels."""
+    return compiled(_work)
+
+
+def compiled(work):
     """A C function that does its share of a job, for `in_parallel`; it must be kept as long as its address is used."""
     signature = types.void(types.CPointer(types.int64))
     try:
-        found = cfunc(signature, cache=True)(_work)
+        found = cfunc(signature, cache=True)(work)
     except Exception as error:  # no place to write to, or a damaged file
         _log.info("numba's cache is of no use (%s): compiling anew", error)
         with suppress(Exception):
-            FunctionCache(_work).flush()
-        found = cfunc(signature)(_work)
+            FunctionCache(work).flush()
+        found = cfunc(signature)(work)
     return found
 
 
-@_kernel
+@kernel
 def in_parallel(parallel_at, worker_at, job_at, threads):
     """Let so many threads of an OpenMP library work on a job, this one among them, until it is done."""
     _call_parallel(parallel_at, worker_at, job_at, threads)

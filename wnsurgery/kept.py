@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -160,7 +160,7 @@ class Kept:
         """The weight was computed anew from the same g and v, in the same memory."""
         self._version, self._g_version, self._v_version = self.w._version, self._g._version, self._v._version
         self._seen = looked_at(self._places)
-        self._own = self._seen[: len(self._own_places)]
+        self._own = looked_at(self._own_places)
         self._step = self._counted.count
 
     def is_where_it_was(self) -> bool:
@@ -171,7 +171,7 @@ class Kept:
     def is_written(self) -> bool:
         """Whether somebody wrote into the weight itself, or put other memory under it."""
         w = self.w
-        return w._version != self._version or w.data_ptr() != self._w_at or self._own != self._own_places
+        return w._version != self._version or w.data_ptr() != self._w_at or looked_at(self._own_places) != self._own
 
     def was_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether this pair has not been written to since, so that a write into the weight is the latest word."""
@@ -191,7 +191,7 @@ class Kept:
             and g.data_ptr() == self._g_at  # before the bytes, which are read where the pair was
             and v.data_ptr() == self._v_at
             and self.w.data_ptr() == self._w_at
-            and self._seen == self._places
+            and looked_at(self._places) == self._seen
         )
 
     @staticmethod
@@ -200,9 +200,7 @@ class Kept:
         return v.device.type == "cpu" and g.device.type == "cpu" and not (v.is_inference() or g.is_inference())
 
 
-def looked_at(places: Iterable[Any]) -> list[bytearray]:
-    """What is at places in memory now: a list that equals that of the places for as long as they hold it."""
-    return list(map(bytearray, places))
+looked_at: Callable[[Iterable[Any]], bytes] = b"".join  # what is at places in memory now
 
 
 def places_in(w: Tensor) -> list[Any]:
@@ -217,7 +215,7 @@ class Probes:
     >>> probes = Probes(g, v)
     >>> before = looked_at(probes.places)
     >>> _ = v.data.mul_(2.0)
-    >>> before == probes.places, probes.see_all
+    >>> before == looked_at(probes.places), probes.see_all
     (False, True)
     """
 

@@ -73,7 +73,7 @@ class Ahead:
     shared: bool
     lasting: bool
     _of: Probes
-    _seen: list[bytearray]
+    _seen: bytes
     _g: Tensor
     _v: Tensor
     _g_version: int
@@ -91,7 +91,7 @@ class Ahead:
             and (self._g.data_ptr(), self._v.data_ptr()) == self._of.at
             and self._g.requires_grad << 1 | self._v.requires_grad == self._flags
             and steps.count == self._steps
-            and self._seen == self._of.places
+            and looked_at(self._of.places) == self._seen
         )
 
     def use(self) -> Tensor:
@@ -144,7 +144,7 @@ class Loan(weakref.ref[Tensor]):
 
     ahead: Ahead
     views: dict[int, _View]
-    own: tuple[list[bytearray], list[Any]] | None  # some of its bytes, and where they are, once they were looked at
+    own: tuple[bytes, list[Any]] | None  # some of its bytes, and where they are, once they were looked at
     _alias: Tensor
     _owner: weakref.ref[Any]
     _g: Tensor
@@ -163,7 +163,7 @@ class Loan(weakref.ref[Tensor]):
     def is_written(self) -> bool:
         """Whether somebody wrote into the weight itself."""
         own = self.own
-        return self._alias._version != self._version or (own is not None and own[0] != own[1])
+        return self._alias._version != self._version or (own is not None and looked_at(own[1]) != own[0])
 
     def look(self) -> None:
         """From now on look at some of its bytes, too: a write through `.data` leaves no count, and may come when the

@@ -29,8 +29,9 @@ _PROCESS = os.getpid()
 
 
 def on_all_rows(kernels: Any, elements: int, rows: int, name: str, *numbers: int) -> bool:
-    """Run a kernel of `fused_kernels` on all rows of a weight, or all lines of a table of weights, in as many threads
-    as torch has where it pays; whether no part says False. `numbers` are what it takes before the two rows.
+    """Run a kernel of `fused_kernels` or `sgd_kernels` on all rows of a weight, or all lines of a table of weights, in
+    as many threads as torch has where it pays; whether no part says False. `numbers` are what it takes before the two
+    rows.
     """
     kernel = getattr(kernels, name)
     if elements < 2 * _SPREAD or (threads := torch.get_num_threads()) == 1:
@@ -70,7 +71,7 @@ def _openmp(process: int) -> int | None:
     return None
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _worker(kernels: Any) -> Any:
     return kernels.worker()
 

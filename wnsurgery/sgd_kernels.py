@@ -1,0 +1,171 @@
+"""Steps of gradient descent on pairs, from dL/dw that goes in to w that comes out, in one pass over memory.
+
+A row is read once: its gradients are those of `fused_kernels.rows_backward`, its weight is that of `rows_forward`; in
+between v and g move by the operations of `torch.optim.SGD`, in its order and rounded after each as there.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+from wnsurgery.fused_kernels import (
+    EIGHT,
+    coefficients,
+    compiled,
+    factor_of,
+    floats_at,
+    in_parallel,
+    is_zero,
+    kernel,
+    numbers_at,
+    product,
+    settle,
+    squares,
+    take_one,
+    write_past_cache,
+)
+
+__all__ = ["JOBS", "PLACES", "RULE", "in_parallel", "many_step", "rows_step", "worker"]
+
+PLACES = ("up", "v", "g", "norms", "grad_g", "grad_v", "w", "past_v", "past_g", "rows", "columns")
+RULE = ("rate", "decay", "keep", "add", "ahead")
+_ROWS_STEP, _MANY_STEP = range(2)
+JOBS = {"rows_step": _ROWS_STEP, "many_step": _MANY_STEP}  # how a job names its kernel
+_LINE, _RULE = len(PLACES), len(RULE)
+_W, _ROWS = PLACES.index("w"), PLACES.index("rows")
+
+
+@intrinsic
+def _fma(_context, a, b, c):
+    """a * b + c in float32, rounded once."""
+
+    def generate(_context, builder, _signature, arguments):
+        return builder.fma(*arguments)
+
+    number = types.float32
+    return number(number, number, number), generate
+
+
+@njit(nogil=True)
+def _move(x, grad, past, rule, start, stop):
+    """Some elements of a parameter by one step, with their momentum if they have any."""
+    rate, decay, keep, add, ahead = rule[0], rule[1], rule[2], rule[3], rule[4]
+    if keep == 0:
+        if decay == 0:
+            for i in range(start, stop):
+                x[i] = _fma(grad[i], rate, x[i])
+        else:
+            for i in range(start, stop):
+                x[i] = _fma(_fma(x[i], decay, grad[i]), rate, x[i])
+    elif decay == 0 and ahead == 0:
+        for i in range(start, stop):
+            move = _fma(grad[i], add, past[i] * keep)
+            past[i] = move
+            x[i] = _fma(move, rate, x[i])
+    else:
+        for i in range(start, stop):
+            now = grad[i] if decay == 0 else _fma(x[i], decay, grad[i])
+            move = _fma(now, add, past[i] * keep)
+            past[i] = move
+            x[i] = _fma(move if ahead == 0 else _fma(move, ahead, now), rate, x[i])
+
+
+@njit(nogil=True, fastmath={"contract"})
+def _pass_on(up, v, grad_v, across, along, start, stop):
+    """dL/dv of a row."""
+    for i in range(start, stop):
+        grad_v[i] = up[i] * across - v[i] * along
+
+
+@njit(nogil=True, fastmath={"contract"})
+def _pass_on_and_move(up, v, across, along, rate, start, stop):
+    """dL/dv of a row in the place of dL/dw, and v moved by it and nothing else."""
+    for i in range(start, stop):
+        slope = up[i] * across - v[i] * along
+        up[i] = slope
+        v[i] = _fma(slope, rate, v[i])
+
+
+@kernel
+def rows_step(places_at, rules_at, far, first, last):
+    """One step of the rows of a weight from `first` to before `last`; whether each is an ordinary one afterwards. If
+    not, g and v have moved and nothing in w is of use.
+
+    At `places_at` stand `PLACES`, addresses but for the two numbers at the end; at `rules_at` the `RULE` of v, then
+    that of g. Where `keep` is 0 there is no momentum. ||v|| is that of before, and becomes that of afterwards; dL/dv
+    may take the place of dL/dw. Rows without a gradient that do not move without one stay as they are. With `far`, w is
+    written past the cache.
+    """
+    p = numbers_at(places_at)
+    up, v, g, norms, grad_g = floats_at(p[0]), floats_at(p[1]), floats_at(p[2]), floats_at(p[3]), floats_at(p[4])
+    grad_v, w, past_v, past_g = floats_at(p[5]), floats_at(p[6]), floats_at(p[7]), floats_at(p[8])
+    columns, of_v, of_g = p[10], floats_at(rules_at), floats_at(rules_at + 4 * _RULE)
+    in_place, bare = p[0] == p[5], of_v[1] == 0 and of_v[2] == 0
+    rests = bare and of_g[1] == 0 and of_g[2] == 0
+    factors, fine = np.empty(EIGHT, np.float32), True
+    for r in range(first, last):
+        start, stop = r * columns, (r + 1) * columns
+        if up[start] == 0 and is_zero(up, start, stop):
+            grad_g[r], across, along = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+            if rests:
+                if not in_place:
+                    _pass_on(up, v, grad_v, across, along, start, stop)
+                continue
+        else:
+            grad_g[r], across, along = coefficients(product(up, v, start, stop), g[r], norms[r])
+        if in_place and bare:
+            _pass_on_and_move(up, v, across, along, of_v[0], start, stop)
+        else:
+            if in_place:  # told to be one array, which is safe in any order
+                _pass_on(up, v, up, across, along, start, stop)
+            else:
+                _pass_on(up, v, grad_v, across, along, start, stop)
+            _move(v, grad_v, past_v, of_v, start, stop)
+        _move(g, grad_g, past_g, of_g, r, r + 1)
+        norm = math.sqrt(squares(v, start, stop))
+        factor = factor_of(g[r], norm)
+        if math.isnan(factor):
+            fine = False
+        norms[r] = np.float32(norm)
+        if far:
+            factors[:] = factor
+            write_past_cache(p[6], p[1], factors.ctypes.data, 0, start, stop)
+        else:
+            for i in range(start, stop):
+                w[i] = v[i] * factor
+    if far:
+        settle()
+    return fine
+
+
+@kernel
+def many_step(places_at, rules_at, first, last):
+    """`rows_step` of many weights, from the line `first` to before `last`; 0 takes the place of the address of w for a
+    weight with a row that is not an ordinary one."""
+    p = numbers_at(places_at)
+    for i in range(first, last):
+        if not rows_step(places_at + 8 * _LINE * i, rules_at + 8 * _RULE * i, 0, 0, p[_LINE * i + _ROWS]):
+            p[_LINE * i + _W] = 0
+
+
+def _work(job):
+    """Take parts of a job while there are any; a job as `fused_kernels` has it."""
+    while True:
+        part = take_one(job[0])
+        if part >= job[2]:
+            return
+        first, last = job[5] * part // job[2], job[5] * (part + 1) // job[2]
+        if job[4] == _MANY_STEP:
+            many_step(job[6], job[7], first, last)
+        elif not rows_step(job[6], job[7], job[8], first, last):
+            job[3] = 1
+
+
+def worker():
+    """The C function that does its share of a job of these kernels."""
+    return compiled(_work)
