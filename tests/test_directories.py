@@ -327,6 +327,25 @@ def distributed(tmp_path: Path) -> Path:
     return tmp_path / "dcp"
 
 
+def test_a_run_killed_between_data_and_metadata_goes_on(distributed: Path, tmp_path: Path) -> None:
+    """The file that says where each tensor begins is written though an earlier run wrote the tensors."""
+    fold_checkpoint(distributed, tmp_path / "expected")
+    kill = (
+        "import os, signal, sys, wnsurgery.directory as d\n"
+        "d._metadata = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from wnsurgery.files import fold_checkpoint\n"
+        "fold_checkpoint(sys.argv[1], sys.argv[2])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", kill, distributed, tmp_path / "out"], check=False, cwd=Path.cwd())
+    assert done.returncode == -signal.SIGKILL
+    (data,) = (tmp_path / ".out.partial" / "payload").glob("*.distcp")
+    stamp = data.stat().st_mtime_ns
+    time.sleep(0.01)
+    fold_checkpoint(distributed, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert (tmp_path / "out" / data.name).stat().st_mtime_ns == stamp
+
+
 def test_a_distributed_checkpoint_folds_to_one_torch_loads(distributed: Path, tmp_path: Path) -> None:
     """torch's own reader finds the folded weight, the bias and the number in the new directory."""
     fold_checkpoint(distributed, tmp_path / "out")

@@ -326,9 +326,29 @@ def _distributed_files(folder: Folder, spread: Distributed, values: Values) -> l
             places[name] = (start, file.tell() - start)
 
     def tell(file: Any) -> None:
+        if not places:  # an earlier run has written the data
+            write(_Nowhere())
         file.write(_metadata(content, paths, places))
 
     return [(_DATA, sum(p.size for p in plans.values()), write), (".metadata", 256 * len(plans), tell)]
+
+
+class _Nowhere:
+    """A file that keeps nothing of what is written to it but the length."""
+
+    def __init__(self) -> None:
+        self._length = 0
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        self._length += size
+        return size
+
+    def tell(self) -> int:
+        return self._length
+
+    def flush(self) -> None:
+        pass
 
 
 def _metadata(
