@@ -98,24 +98,18 @@ def rows_step(places_at, rules_at, far, first, last):
 
     At `places_at` stand `PLACES`, addresses but for the two numbers at the end; at `rules_at` the `RULE` of v, then
     that of g. Where `keep` is 0 there is no momentum. ||v|| is that of before, and becomes that of afterwards; dL/dv
-    may take the place of dL/dw. Rows without a gradient that do not move without one stay as they are. With `far`, w is
-    written past the cache.
+    may take the place of dL/dw. With `far`, w is written past the cache.
     """
     p = numbers_at(places_at)
     up, v, g, norms, grad_g = floats_at(p[0]), floats_at(p[1]), floats_at(p[2]), floats_at(p[3]), floats_at(p[4])
     grad_v, w, past_v, past_g = floats_at(p[5]), floats_at(p[6]), floats_at(p[7]), floats_at(p[8])
     columns, of_v, of_g = p[10], floats_at(rules_at), floats_at(rules_at + 4 * _RULE)
     in_place, bare = p[0] == p[5], of_v[1] == 0 and of_v[2] == 0
-    rests = bare and of_g[1] == 0 and of_g[2] == 0
     factors, fine = np.empty(EIGHT, np.float32), True
     for r in range(first, last):
         start, stop = r * columns, (r + 1) * columns
         if up[start] == 0 and is_zero(up, start, stop):
             grad_g[r], across, along = np.float32(0.0), np.float32(0.0), np.float32(0.0)
-            if rests:
-                if not in_place:
-                    _pass_on(up, v, grad_v, across, along, start, stop)
-                continue
         else:
             grad_g[r], across, along = coefficients(product(up, v, start, stop), g[r], norms[r])
         if in_place and bare:
