@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as optimizers
 
+from wnsurgery import fused
 from wnsurgery.errors import ModeError, NonFiniteWeightError, PairError
 from wnsurgery.kept import Kept, is_alone
 from wnsurgery.multi_tensor import Item, ManyWeights
 from wnsurgery.reparam import WeightNorm, direction_of, first_order_gradients, is_plain
-from wnsurgery.sgd_step import Rule, StepsOfPairs, fits, momentum_of, rules_of
+from wnsurgery.sgd_step import Rule, StepsOfPairs, momentum_of, rules_of
 
 __all__ = ["OWNER", "DeferredGroup", "DeferredParameter", "DeferredWeight"]
 
@@ -453,11 +454,12 @@ class DeferredGroup:
         if self._steps is None or self._steps[0] != key:
             weights = [move.weight for move in moves]
             owners = Counter(id(half) for group in _groups for w in group.weights for half in (w.g, w.v))
-            taken = [
-                owners[id(w.g)] == owners[id(w.v)] == 1 and fits(w.g, w.v, w.rule.axes, w.rule.magnitude)
-                for w in weights
-            ]
-            self._steps = key, taken, StepsOfPairs([(w.g, w.v) for w in compress(weights, taken)])
+            alone = [owners[id(w.g)] == owners[id(w.v)] == 1 for w in weights]
+            how = [(w.g, w.v, w.rule.axes.kept, w.rule.axes.groups, w.rule.magnitude) for w in weights]
+            sizes = [fused.plan(*one) if is_alone else None for one, is_alone in zip(how, alone, strict=True)]
+            taken = [one is not None for one in sizes]
+            pairs = [(w.g, w.v) for w in compress(weights, taken)]
+            self._steps = key, taken, StepsOfPairs(pairs, [one for one in sizes if one is not None])
         return self._steps[1:]
 
     def after_step(self, optimizer: optimizers.Optimizer) -> None:

@@ -131,6 +131,7 @@ class Kept:
         "_g_at",
         "_g_version",
         "_own",
+        "_own_length",
         "_own_places",
         "_places",
         "_seen",
@@ -152,6 +153,7 @@ class Kept:
         self.used = False  # for whoever keeps weights ahead of their use
         self._counted = steps if count_steps else _no_steps
         self._own_places = places_in(w)
+        self._own_length = sum(map(len, self._own_places))
         self._places = self._own_places + (Probes(g, v) if probes is None else probes).places
         self._g_at, self._v_at, self._w_at = g.data_ptr(), v.data_ptr(), w.data_ptr()
         self.renew()
@@ -160,7 +162,7 @@ class Kept:
         """The weight was computed anew from the same g and v, in the same memory."""
         self._version, self._g_version, self._v_version = self.w._version, self._g._version, self._v._version
         self._seen = looked_at(self._places)
-        self._own = looked_at(self._own_places)
+        self._own = self._seen[: self._own_length]
         self._step = self._counted.count
 
     def is_where_it_was(self) -> bool:

@@ -5,6 +5,7 @@ between v and g move by the operations of `torch.optim.SGD`, in its order and ro
 """
 
 # mypy: ignore-errors
+# ruff: noqa: PLR0912 - loops
 from __future__ import annotations
 
 import math
@@ -30,12 +31,12 @@ from wnsurgery.fused_kernels import (
     write_past_cache,
 )
 
-__all__ = ["JOBS", "PLACES", "RULE", "in_parallel", "many_step", "rows_step", "worker"]
+__all__ = ["JOBS", "PLACES", "RULE", "columns_step", "in_parallel", "many_step", "rows_step", "worker"]
 
-PLACES = ("up", "v", "g", "norms", "grad_g", "grad_v", "w", "past_v", "past_g", "rows", "columns")
+PLACES = ("up", "v", "g", "norms", "grad_g", "grad_v", "w", "past_v", "past_g", "inputs", "rows", "columns")
 RULE = ("rate", "decay", "keep", "add", "ahead")
-_ROWS_STEP, _MANY_STEP = range(2)
-JOBS = {"rows_step": _ROWS_STEP, "many_step": _MANY_STEP}  # how a job names its kernel
+_ROWS_STEP, _COLUMNS_STEP, _MANY_STEP = range(3)
+JOBS = {"rows_step": _ROWS_STEP, "columns_step": _COLUMNS_STEP, "many_step": _MANY_STEP}  # how a job names its kernel
 _LINE, _RULE = len(PLACES), len(RULE)
 _W, _ROWS = PLACES.index("w"), PLACES.index("rows")
 
@@ -96,14 +97,14 @@ def rows_step(places_at, rules_at, far, first, last):
     """One step of the rows of a weight from `first` to before `last`; whether each is an ordinary one afterwards. If
     not, g and v have moved and nothing in w is of use.
 
-    At `places_at` stand `PLACES`, addresses but for the two numbers at the end; at `rules_at` the `RULE` of v, then
-    that of g. Where `keep` is 0 there is no momentum. ||v|| is that of before, and becomes that of afterwards; dL/dv
-    may take the place of dL/dw. With `far`, w is written past the cache.
+    At `places_at` stand `PLACES`, addresses but for the three numbers at the end, which are `fused.Sizes`; at
+    `rules_at` the `RULE` of v, then that of g. Where `keep` is 0 there is no momentum. ||v|| is that of before, and
+    becomes that of afterwards; dL/dv may take the place of dL/dw. With `far`, w is written past the cache.
     """
     p = numbers_at(places_at)
     up, v, g, norms, grad_g = floats_at(p[0]), floats_at(p[1]), floats_at(p[2]), floats_at(p[3]), floats_at(p[4])
     grad_v, w, past_v, past_g = floats_at(p[5]), floats_at(p[6]), floats_at(p[7]), floats_at(p[8])
-    columns, of_v, of_g = p[10], floats_at(rules_at), floats_at(rules_at + 4 * _RULE)
+    columns, of_v, of_g = p[11], floats_at(rules_at), floats_at(rules_at + 4 * _RULE)
     in_place, bare = p[0] == p[5], of_v[1] == 0 and of_v[2] == 0
     factors, fine = np.empty(EIGHT, np.float32), True
     for r in range(first, last):
@@ -138,6 +139,64 @@ def rows_step(places_at, rules_at, far, first, last):
 
 
 @kernel
+def columns_step(places_at, rules_at, far, first, last):
+    """`rows_step` with axis 1 kept, for the kept indices from `first` to before `last`."""
+    p = numbers_at(places_at)
+    up, v, g, norms, grad_g = floats_at(p[0]), floats_at(p[1]), floats_at(p[2]), floats_at(p[3]), floats_at(p[4])
+    grad_v, w, past_v, past_g = floats_at(p[5]), floats_at(p[6]), floats_at(p[7]), floats_at(p[8])
+    inputs, outputs, taps = p[9], p[10], p[11]
+    of_v, of_g = floats_at(rules_at), floats_at(rules_at + 4 * _RULE)
+    width, in_place, fine = (last - first) * taps, p[0] == p[5], True
+    sums, factors = np.zeros(width, np.float64), np.empty(width + EIGHT, np.float32)
+    across, along = np.empty(width, np.float32), np.empty(width, np.float32)
+    for i in range(inputs):
+        start = (i * outputs + first) * taps
+        for j in range(width):
+            sums[j] += np.float64(up[start + j] * v[start + j])
+    for o in range(last - first):
+        total = 0.0
+        for j in range(o * taps, (o + 1) * taps):
+            total += sums[j]
+        grad_g[first + o], a, b = coefficients(total, g[first + o], norms[first + o])
+        for j in range(o * taps, (o + 1) * taps):
+            across[j], along[j], sums[j] = a, b, 0.0
+    _move(g, grad_g, past_g, of_g, first, last)
+    for i in range(inputs):
+        start = (i * outputs + first) * taps
+        if in_place:
+            for j in range(width):
+                up[start + j] = up[start + j] * across[j] - v[start + j] * along[j]
+        else:
+            for j in range(width):
+                grad_v[start + j] = up[start + j] * across[j] - v[start + j] * along[j]
+        _move(v, grad_v, past_v, of_v, start, start + width)
+        for j in range(width):
+            x = np.float64(v[start + j])
+            sums[j] += x * x
+    for o in range(last - first):
+        total = 0.0
+        for j in range(o * taps, (o + 1) * taps):
+            total += sums[j]
+        norm = math.sqrt(total)
+        factor = factor_of(g[first + o], norm)
+        if math.isnan(factor):
+            fine = False
+        norms[first + o] = np.float32(norm)
+        for j in range(o * taps, (o + 1) * taps):
+            factors[j] = factor
+    for i in range(inputs):
+        start = (i * outputs + first) * taps
+        if far:
+            write_past_cache(p[6], p[1], factors.ctypes.data, 1, start, start + width)
+        else:
+            for j in range(width):
+                w[start + j] = v[start + j] * factors[j]
+    if far:
+        settle()
+    return fine
+
+
+@kernel
 def many_step(places_at, rules_at, first, last):
     """`rows_step` of many weights, from the line `first` to before `last`; 0 takes the place of the address of w for a
     weight with a row that is not an ordinary one."""
@@ -154,9 +213,14 @@ def _work(job):
         if part >= job[2]:
             return
         first, last = job[5] * part // job[2], job[5] * (part + 1) // job[2]
+        fine = True
         if job[4] == _MANY_STEP:
             many_step(job[6], job[7], first, last)
-        elif not rows_step(job[6], job[7], job[8], first, last):
+        elif job[4] == _ROWS_STEP:
+            fine = rows_step(job[6], job[7], job[8], first, last)
+        else:
+            fine = columns_step(job[6], job[7], job[8], first, last)
+        if not fine:
             job[3] = 1
 
 

@@ -24,14 +24,13 @@ from torch.optim.sgd import sgd
 from wnsurgery import fused
 from wnsurgery.kept import LARGE
 from wnsurgery.placed import Placed
-from wnsurgery.reparam import Axes
 from wnsurgery.row_threads import on_all_rows
 
-__all__ = ["Rule", "Stepped", "StepsOfPairs", "fits", "momentum_of", "rules_of"]
+__all__ = ["Rule", "Stepped", "StepsOfPairs", "momentum_of", "rules_of"]
 
 _log = logging.getLogger("wnsurgery")
-_LINE = 11  # numbers that `sgd_kernels.PLACES` names
-_PAIR, _WEIGHT, _SIZES = slice(1, 3), 6, slice(9, 11)  # where among them: v and g, w, rows and columns
+_LINE = 12  # numbers that `sgd_kernels.PLACES` names
+_PAIR, _WEIGHT, _SIZES = slice(1, 3), 6, slice(9, 12)  # where among them: v and g, w, inputs, rows and columns
 
 
 class Rule(NamedTuple):
@@ -43,6 +42,9 @@ class Rule(NamedTuple):
     keep: float
     add: float
     ahead: float
+
+
+_RULE = len(Rule._fields)
 
 
 class Stepped(NamedTuple):
@@ -102,17 +104,11 @@ def momentum_of(parameter: Tensor, states: Mapping[Any, Any]) -> Tensor | None:
     return past if plain and past.is_contiguous() and not (past.is_neg() or past.is_inference()) else None
 
 
-def fits(g: Tensor, v: Tensor, axes: Axes, magnitude: str) -> bool:
-    """Whether the kernels take a pair."""
-    sizes = fused.plan(g, v, axes.kept, axes.groups, magnitude)
-    return sizes is not None and not sizes.inputs
-
-
 class StepsOfPairs:
     """The pairs of a net that are moved together, as the kernels see them.
 
     >>> v, w, norms = torch.tensor([[3.0, 4.0]]), torch.tensor([[6.0, 8.0]]), torch.tensor([[5.0]])
-    >>> pairs = StepsOfPairs([(torch.tensor([[10.0]]), v)])
+    >>> pairs = StepsOfPairs([(torch.tensor([[10.0]]), v)], [fused.Sizes(0, 1, 2)])
     >>> rule = Rule(-0.5, 0.0, 0.0, 1.0, 0.0)
     >>> ready = fused.start()
     >>> pairs.step([torch.tensor([[1.0, 0.0]])], [norms], [w], [(rule, rule)], [(None, None)], [False]).fine
@@ -121,16 +117,16 @@ class StepsOfPairs:
     tensor([[2.3600, 4.4800]])
     """
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[fused.Sizes]) -> None:
         self._pairs = pairs
         self._lines = np.zeros((len(pairs), _LINE), np.int64)
-        for line, (g, v) in zip(self._lines, pairs, strict=True):
-            line[_PAIR], line[_SIZES] = (v.data_ptr(), g.data_ptr()), (g.numel(), v.numel() // g.numel())
+        for line, (g, v), three in zip(self._lines, pairs, sizes, strict=True):
+            line[_PAIR], line[_SIZES] = (v.data_ptr(), g.data_ptr()), three
         self._placed = Placed(half for pair in pairs for half in pair)
-        sizes = [v.numel() for _, v in pairs]
-        self._small = [i for i, size in enumerate(sizes) if size <= LARGE]
-        self._large = [i for i, size in enumerate(sizes) if size > LARGE]
-        self._elements = sum(sizes[i] for i in self._small)
+        self._elements = [v.numel() for _, v in pairs]
+        small = [n <= LARGE and not one.inputs for n, one in zip(self._elements, sizes, strict=True)]
+        self._small = [i for i, is_small in enumerate(small) if is_small]
+        self._others = [i for i, is_small in enumerate(small) if not is_small]
 
     @property
     def count(self) -> int:
@@ -167,24 +163,24 @@ class StepsOfPairs:
         for column, tensors in enumerate(columns):
             if tensors is not None:
                 lines[:, column] = [0 if t is None else t.data_ptr() for t in tensors]
-        told = np.array(rules, np.float32)
-        fine = _run(lines, told, self._small, self._large, self._elements)
+        numbers = chain.from_iterable(chain.from_iterable(rules))
+        told = np.fromiter(numbers, np.float32, len(rules) * 2 * _RULE).reshape(-1, 2 * _RULE)
+        fine = [True] * len(lines)
+        if self._small:
+            some, elements = lines[self._small], sum(self._elements[i] for i in self._small)
+            _run("many_step", elements, len(some), some, told[self._small])
+            for i, written in zip(self._small, some[:, _WEIGHT].tolist(), strict=True):
+                fine[i] = written != 0
+        for i in self._others:
+            inputs, rows, _ = lines[i, _SIZES].tolist()
+            name, past_cache = "columns_step" if inputs else "rows_step", int(self._elements[i] >= fused.far())
+            fine[i] = _run(name, self._elements[i], rows, lines[i], told[i], past_cache)
         return Stepped(list(zip(to_g, to_v, strict=True)), fine)
 
 
-def _run(lines: Any, rules: Any, small: Sequence[int], large: Sequence[int], elements: int) -> list[bool]:
-    kernels, fine = _kernels(), [True] * len(lines)
-    if small:
-        some, theirs = lines[small], rules[small]
-        on_all_rows(kernels, elements, len(some), "many_step", some.ctypes.data, theirs.ctypes.data)
-        for i, written in zip(small, some[:, _WEIGHT].tolist(), strict=True):
-            fine[i] = written != 0
-    for i in large:
-        rows, columns = lines[i, _SIZES].tolist()
-        past_cache = int(rows * columns >= fused.far())
-        places = lines[i].ctypes.data, rules[i].ctypes.data, past_cache
-        fine[i] = on_all_rows(kernels, rows * columns, rows, "rows_step", *places)
-    return fine
+def _run(name: str, elements: int, rows: int, places: Any, rules: Any, *rest: int) -> bool:
+    """Call a kernel for rows, or lines, of so many elements in all."""
+    return on_all_rows(_kernels(), elements, rows, name, places.ctypes.data, rules.ctypes.data, *rest)
 
 
 @cache
@@ -196,7 +192,10 @@ def _kernels() -> Any:
 
 # Whether the kernels do what torch does ------------------------------------------------------------------
 
-_TRIED = ((3, 7), (2, 131), (2, 1030))  # shapes: below, beside and above what is done at a time
+_TRIED = [  # below, beside and above what is done at a time
+    *(fused.Sizes(0, 3, 7), fused.Sizes(0, 2, 131), fused.Sizes(0, 2, 1030)),
+    *(fused.Sizes(5, 3, 4), fused.Sizes(3, 33, 8)),
+]
 _MOMENTA = ((0.0, 1.0, 0.0), (0.9, 1.0, 0.0), (0.9, 0.7, 0.0), (0.9, 1.0, 0.9))
 _RULES = [Rule(-0.1, decay, keep, add, ahead) for decay, (keep, add, ahead) in product((0.0, 0.01), _MOMENTA)]
 
@@ -205,24 +204,25 @@ _RULES = [Rule(-0.1, decay, keep, add, ahead) for decay, (keep, add, ahead) in p
 def _agree() -> bool:
     """Whether steps by the kernels and steps by torch's operations end in the same bits, in this process."""
     with torch.inference_mode(False), torch.no_grad():
-        agree = all(_agree_on(shape, rule) for shape in _TRIED for rule in _RULES)
+        agree = all(_agree_on(sizes, rule) for sizes in _TRIED for rule in _RULES)
     if not agree:
         _log.info("torch's SGD rounds in another way than the kernels here: it moves deferred weights itself")
     return agree
 
 
-def _agree_on(shape: tuple[int, int], rule: Rule) -> bool:
+def _agree_on(sizes: fused.Sizes, rule: Rule) -> bool:
+    inputs, rows, columns = sizes
+    shape, shape_of_g = ((inputs, rows, columns), (1, rows, 1)) if inputs else ((rows, columns), (rows, 1))
+
     def wave(phase: float, size: float) -> Tensor:
-        return torch.sin(torch.arange(shape[0] * shape[1]) * 0.7 + phase).mul_(size).view(shape)
+        return torch.sin(torch.arange(math.prod(shape)) * 0.7 + phase).mul_(size).view(shape)
 
     def made() -> list[Tensor]:
-        v = wave(0.0, 1.0)
-        g = v.norm(dim=1, keepdim=True) * 1.3
+        v, g = wave(0.0, 1.0), torch.linspace(-1.0, 2.0, rows).view(shape_of_g)
         past = (wave(1.0, 0.01), torch.full_like(g, 0.01)) if rule.keep else ()
         return [g, v, wave(2.0, 0.1), torch.empty_like(v), *past]
 
     g, v, grad, w, *past = theirs = made()
-    sizes = fused.Sizes(0, *shape)
     norms = fused.forward(g, v, sizes, w)
     if norms is None:
         return False
@@ -242,9 +242,9 @@ def _agree_on(shape: tuple[int, int], rule: Rule) -> bool:
     norms_then = fused.forward(g, v, sizes, w)
     ours = made()
     pasts: tuple[Tensor | None, Tensor | None] = (ours[4], ours[5]) if past else (None, None)
-    found = norms.clone()
-    stepped = StepsOfPairs([(ours[0], ours[1])]).step([ours[2]], [found], [ours[3]], [(rule, rule)], [pasts], [True])
+    pairs = StepsOfPairs([(ours[0], ours[1])], [sizes])
+    stepped = pairs.step([ours[2]], [norms], [ours[3]], [(rule, rule)], [pasts], [True])
     if norms_then is None:
         return False
-    same = zip((*theirs, norms_then, grad_g), (*ours, found, stepped.grads[0][0]), strict=True)
+    same = zip((*theirs, norms_then, grad_g), (*ours, norms, stepped.grads[0][0]), strict=True)
     return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in same)
