@@ -329,6 +329,24 @@ def test_rows_without_a_gradient_stay(runs: list[int]) -> None:
     assert torch.equal(model.table.weight[20], -before[2][20])
 
 
+def test_rows_of_magnitude_zero(runs: list[int]) -> None:
+    """g = 0, of which v gets no gradient, and g gets one that may wake the row."""
+    ours, theirs = made(), made()
+    a, b = (torch.optim.SGD(m.parameters(), lr=0.01) for m in (ours, theirs))
+    by_torch(b)
+    for model, optimizer in ((ours, a), (theirs, b)):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith("original0"):
+                    p.view(-1)[::2] = 0.0
+        for _ in range(3):
+            train(model, optimizer, 1)
+            model(torch.arange(18).view(2, 9)).sum().backward()
+            optimizer.step()
+    same(ours, theirs)
+    assert len(runs) > 3
+
+
 def test_the_kernels_are_used_only_where_they_give_torchs_bits(
     runs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
