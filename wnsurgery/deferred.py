@@ -356,6 +356,7 @@ class DeferredGroup:
     def forget(self) -> None:
         """Some pair became another, or of another type, or another weight's: a new one may have a lost one's `id`."""
         self._many.clear()
+        self._steps = None
 
     @property
     def weights(self) -> list[DeferredWeight]:
