@@ -24,6 +24,7 @@ from numba.extending import intrinsic
 __all__ = [
     "EIGHT",
     "JOBS",
+    "add_products",
     "coefficients",
     "columns_backward",
     "columns_forward",
@@ -42,7 +43,9 @@ __all__ = [
     "settle",
     "squares",
     "take_one",
+    "total_of",
     "worker",
+    "write_columns",
     "write_past_cache",
 ]
 
@@ -275,6 +278,39 @@ def write_past_cache(w_at, v_at, factors_at, moving, start, stop):
         w[i] = v[i] * factors[(i - start) * moving]
 
 
+@_fast
+def add_products(a, b, sums, inputs, outputs, taps, first):
+    """Add products over the inputs to one sum for each column, those of the kept index `first` and of more after it."""
+    for i in range(inputs):
+        start = (i * outputs + first) * taps
+        for j in range(len(sums)):
+            sums[j] += np.float64(a[start + j] * b[start + j])
+
+
+@_fast
+def total_of(sums, o, taps):
+    """The sum over the columns of one kept index."""
+    total = 0.0
+    for j in range(o * taps, (o + 1) * taps):
+        total += sums[j]
+    return total
+
+
+@_fast
+def write_columns(w_at, v_at, factors, width, inputs, outputs, taps, first, far):
+    """w = v * factors for so many columns, from the kept index `first` on; at least eight factors more are there."""
+    w, v = floats_at(w_at), floats_at(v_at)
+    for i in range(inputs):
+        start = (i * outputs + first) * taps
+        if far:
+            write_past_cache(w_at, v_at, factors.ctypes.data, 1, start, start + width)
+        else:
+            for j in range(width):
+                w[start + j] = v[start + j] * factors[j]
+    if far:
+        settle()
+
+
 @_exact
 def coefficients(product, g, norm):
     """dL/dg, and what dL/dw and v are multiplied by in dL/dv."""
@@ -376,7 +412,7 @@ def many_backward(table_at, places_at, count, first, last):
 @kernel
 def columns_forward(v_at, g_at, w_at, norms_at, inputs, outputs, taps, far, first, last):
     """`rows_forward` with axis 1 kept, for the kept indices from `first` to before `last`."""
-    v, g, w, norms = floats_at(v_at), floats_at(g_at), floats_at(w_at), floats_at(norms_at)
+    v, g, norms = floats_at(v_at), floats_at(g_at), floats_at(norms_at)
     width = (last - first) * taps
     sums, factors = np.zeros(width, np.float64), np.empty(width + EIGHT, np.float32)
     for i in range(inputs):
@@ -385,25 +421,14 @@ def columns_forward(v_at, g_at, w_at, norms_at, inputs, outputs, taps, far, firs
             x = np.float64(v[start + j])
             sums[j] += x * x
     for o in range(last - first):
-        total = 0.0
-        for j in range(o * taps, (o + 1) * taps):
-            total += sums[j]
-        norm = math.sqrt(total)
+        norm = math.sqrt(total_of(sums, o, taps))
         factor = factor_of(g[first + o], norm)
         if math.isnan(factor):
             return False
         norms[first + o] = np.float32(norm)
         for j in range(o * taps, (o + 1) * taps):
             factors[j] = factor
-    for i in range(inputs):
-        start = (i * outputs + first) * taps
-        if far:
-            write_past_cache(w_at, v_at, factors.ctypes.data, 1, start, start + width)
-        else:
-            for j in range(width):
-                w[start + j] = v[start + j] * factors[j]
-    if far:
-        settle()
+    write_columns(w_at, v_at, factors, width, inputs, outputs, taps, first, far)
     return True
 
 
@@ -415,15 +440,9 @@ def columns_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, inputs, 
     width = (last - first) * taps
     sums = np.zeros(width, np.float64)
     across, along = np.empty(width, np.float32), np.empty(width, np.float32)
-    for i in range(inputs):
-        start = (i * outputs + first) * taps
-        for j in range(width):
-            sums[j] += np.float64(up[start + j] * v[start + j])
+    add_products(up, v, sums, inputs, outputs, taps, first)
     for o in range(last - first):
-        total = 0.0
-        for j in range(o * taps, (o + 1) * taps):
-            total += sums[j]
-        grad_g[first + o], a, b = coefficients(total, g[first + o], norms[first + o])
+        grad_g[first + o], a, b = coefficients(total_of(sums, o, taps), g[first + o], norms[first + o])
         for j in range(o * taps, (o + 1) * taps):
             across[j], along[j] = a, b
     for i in range(inputs):

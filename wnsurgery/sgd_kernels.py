@@ -5,7 +5,6 @@ between v and g move by the operations of `torch.optim.SGD`, in its order and ro
 """
 
 # mypy: ignore-errors
-# ruff: noqa: PLR0912 - loops
 from __future__ import annotations
 
 import math
@@ -16,6 +15,7 @@ from numba.extending import intrinsic
 
 from wnsurgery.fused_kernels import (
     EIGHT,
+    add_products,
     coefficients,
     compiled,
     factor_of,
@@ -28,6 +28,8 @@ from wnsurgery.fused_kernels import (
     settle,
     squares,
     take_one,
+    total_of,
+    write_columns,
     write_past_cache,
 )
 
@@ -143,21 +145,15 @@ def columns_step(places_at, rules_at, far, first, last):
     """`rows_step` with axis 1 kept, for the kept indices from `first` to before `last`."""
     p = numbers_at(places_at)
     up, v, g, norms, grad_g = floats_at(p[0]), floats_at(p[1]), floats_at(p[2]), floats_at(p[3]), floats_at(p[4])
-    grad_v, w, past_v, past_g = floats_at(p[5]), floats_at(p[6]), floats_at(p[7]), floats_at(p[8])
+    grad_v, past_v, past_g = floats_at(p[5]), floats_at(p[7]), floats_at(p[8])
     inputs, outputs, taps = p[9], p[10], p[11]
     of_v, of_g = floats_at(rules_at), floats_at(rules_at + 4 * _RULE)
     width, in_place, fine = (last - first) * taps, p[0] == p[5], True
     sums, factors = np.zeros(width, np.float64), np.empty(width + EIGHT, np.float32)
     across, along = np.empty(width, np.float32), np.empty(width, np.float32)
-    for i in range(inputs):
-        start = (i * outputs + first) * taps
-        for j in range(width):
-            sums[j] += np.float64(up[start + j] * v[start + j])
+    add_products(up, v, sums, inputs, outputs, taps, first)
     for o in range(last - first):
-        total = 0.0
-        for j in range(o * taps, (o + 1) * taps):
-            total += sums[j]
-        grad_g[first + o], a, b = coefficients(total, g[first + o], norms[first + o])
+        grad_g[first + o], a, b = coefficients(total_of(sums, o, taps), g[first + o], norms[first + o])
         for j in range(o * taps, (o + 1) * taps):
             across[j], along[j], sums[j] = a, b, 0.0
     _move(g, grad_g, past_g, of_g, first, last)
@@ -174,25 +170,14 @@ def columns_step(places_at, rules_at, far, first, last):
             x = np.float64(v[start + j])
             sums[j] += x * x
     for o in range(last - first):
-        total = 0.0
-        for j in range(o * taps, (o + 1) * taps):
-            total += sums[j]
-        norm = math.sqrt(total)
+        norm = math.sqrt(total_of(sums, o, taps))
         factor = factor_of(g[first + o], norm)
         if math.isnan(factor):
             fine = False
         norms[first + o] = np.float32(norm)
         for j in range(o * taps, (o + 1) * taps):
             factors[j] = factor
-    for i in range(inputs):
-        start = (i * outputs + first) * taps
-        if far:
-            write_past_cache(p[6], p[1], factors.ctypes.data, 1, start, start + width)
-        else:
-            for j in range(width):
-                w[start + j] = v[start + j] * factors[j]
-    if far:
-        settle()
+    write_columns(p[6], p[1], factors, width, inputs, outputs, taps, first, far)
     return fine
 
 
