@@ -25,7 +25,7 @@ from wnsurgery import fused
 from wnsurgery.errors import ModeError, NonFiniteWeightError, PairError
 from wnsurgery.kept import Kept, is_alone
 from wnsurgery.multi_tensor import Item, ManyWeights
-from wnsurgery.reparam import WeightNorm, direction_of, first_order_gradients, is_plain
+from wnsurgery.reparam import WeightNorm, direction_of, first_order_gradients, is_readable
 from wnsurgery.sgd_step import Rule, StepsOfPairs, momentum_of, rules_of
 
 __all__ = ["OWNER", "DeferredGroup", "DeferredParameter", "DeferredWeight"]
@@ -55,10 +55,7 @@ class DeferredParameter(nn.Parameter):
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        reference = self.__dict__.get(OWNER)
-        weight = None if reference is None else reference()
-        if weight is not None and (leaf := weight.leaf) is not None and leaf.grad is not None:
-            weight.settle()
+        self._pass_on()
         _hold(self, value)
 
     @grad.deleter
@@ -146,7 +143,6 @@ class DeferredWeight:
                 _set_plain(old)
         self.g, self.v, self.kept, self.norms, self.lengths, self.then = g, v, None, None, None, None
         self.group.forget()
-        _adoptions.count += 1
         if not _can_defer(g, v):
             self.leaf = self.shown = None
             return
@@ -269,10 +265,7 @@ class DeferredWeight:
             or of_g is None
             or of_v is None
             or self.norms is None
-            or not is_plain(grad)
-            or grad.dtype is not torch.float32
-            or not grad.is_contiguous()
-            or grad.is_neg()
+            or not is_readable(grad)
             or grad.requires_grad
             or not (_is_wanted(g) and _is_wanted(v))
             or _held_by(g) is not None
@@ -356,7 +349,8 @@ class DeferredGroup:
     def forget(self) -> None:
         """Some pair became another, or of another type, or another weight's: a new one may have a lost one's `id`."""
         self._many.clear()
-        self._steps = None
+        for group in list(_groups):  # in any of which another weight may have a half of this one's
+            group._steps = None
 
     @property
     def weights(self) -> list[DeferredWeight]:
@@ -451,7 +445,7 @@ class DeferredGroup:
     def _pairs_of(self, moves: Sequence[Move]) -> tuple[list[bool], StepsOfPairs]:
         """Which pairs the kernels take, none with a half that other weights have, too, and these as they see them;
         remembered."""
-        key = _adoptions.count, *(id(move.weight) for move in moves)
+        key = tuple([id(move.weight) for move in moves])
         if self._steps is None or self._steps[0] != key:
             weights = [move.weight for move in moves]
             owners = Counter(id(half) for group in _groups for w in group.weights for half in (w.g, w.v))
@@ -477,15 +471,6 @@ class DeferredGroup:
 
 
 _groups: weakref.WeakSet[DeferredGroup] = weakref.WeakSet()
-
-
-class _Adoptions:
-    """How often a weight took a pair, in any group: who shares halves with whom may have changed."""
-
-    count = 0
-
-
-_adoptions = _Adoptions()
 
 
 def _watch_steps(group: DeferredGroup) -> None:

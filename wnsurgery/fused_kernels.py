@@ -47,6 +47,7 @@ __all__ = [
     "worker",
     "write_columns",
     "write_past_cache",
+    "write_row",
 ]
 
 _log = logging.getLogger("wnsurgery")
@@ -279,6 +280,18 @@ def write_past_cache(w_at, v_at, factors_at, moving, start, stop):
 
 
 @_fast
+def write_row(w_at, v_at, factor, factors, start, stop, far):
+    """w = v * factor for one row; `factors` is room for eight of them."""
+    w, v = floats_at(w_at), floats_at(v_at)
+    if far:
+        factors[:] = factor
+        write_past_cache(w_at, v_at, factors.ctypes.data, 0, start, stop)
+    else:
+        for i in range(start, stop):
+            w[i] = v[i] * factor
+
+
+@_fast
 def add_products(a, b, sums, inputs, outputs, taps, first):
     """Add products over the inputs to one sum for each column, those of the kept index `first` and of more after it."""
     for i in range(inputs):
@@ -326,7 +339,7 @@ def rows_forward(v_at, g_at, w_at, norms_at, columns, far, first, last):
 
     With `far`, w is written past the cache: what is to be overwritten is not read first, nor kept near for a reader.
     """
-    v, g, w, norms = floats_at(v_at), floats_at(g_at), floats_at(w_at), floats_at(norms_at)
+    v, g, norms = floats_at(v_at), floats_at(g_at), floats_at(norms_at)
     factors = np.empty(EIGHT, np.float32)
     for r in range(first, last):
         start, stop = r * columns, (r + 1) * columns
@@ -335,12 +348,7 @@ def rows_forward(v_at, g_at, w_at, norms_at, columns, far, first, last):
         if math.isnan(factor):
             return False
         norms[r] = np.float32(norm)
-        if far:
-            factors[:] = factor
-            write_past_cache(w_at, v_at, factors.ctypes.data, 0, start, stop)
-        else:
-            for i in range(start, stop):
-                w[i] = v[i] * factor
+        write_row(w_at, v_at, factor, factors, start, stop, far)
     if far:
         settle()
     return True

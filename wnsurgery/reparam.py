@@ -401,6 +401,11 @@ def is_plain(grad: Tensor) -> bool:
     return type(grad) is Tensor and torch._C._has_storage(grad)
 
 
+def is_readable(grad: Tensor) -> bool:
+    """Whether the kernels can read a gradient where it lies."""
+    return is_plain(grad) and grad.dtype is torch.float32 and grad.is_contiguous() and not grad.is_neg()
+
+
 def _fills_its_memory(grad: Tensor) -> bool:
     plain = is_plain(grad) and grad.layout is torch.strided and grad.is_contiguous()
     return plain and grad.dtype == torch.float32 and grad.untyped_storage().nbytes() == grad.nbytes

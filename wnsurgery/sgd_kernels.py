@@ -30,7 +30,7 @@ from wnsurgery.fused_kernels import (
     take_one,
     total_of,
     write_columns,
-    write_past_cache,
+    write_row,
 )
 
 __all__ = ["JOBS", "PLACES", "RULE", "columns_step", "in_parallel", "many_step", "rows_step", "worker"]
@@ -105,7 +105,7 @@ def rows_step(places_at, rules_at, far, first, last):
     """
     p = numbers_at(places_at)
     up, v, g, norms, grad_g = floats_at(p[0]), floats_at(p[1]), floats_at(p[2]), floats_at(p[3]), floats_at(p[4])
-    grad_v, w, past_v, past_g = floats_at(p[5]), floats_at(p[6]), floats_at(p[7]), floats_at(p[8])
+    grad_v, past_v, past_g = floats_at(p[5]), floats_at(p[7]), floats_at(p[8])
     columns, of_v, of_g = p[11], floats_at(rules_at), floats_at(rules_at + 4 * _RULE)
     in_place, bare = p[0] == p[5], of_v[1] == 0 and of_v[2] == 0
     factors, fine = np.empty(EIGHT, np.float32), True
@@ -129,12 +129,7 @@ def rows_step(places_at, rules_at, far, first, last):
         if math.isnan(factor):
             fine = False
         norms[r] = np.float32(norm)
-        if far:
-            factors[:] = factor
-            write_past_cache(p[6], p[1], factors.ctypes.data, 0, start, stop)
-        else:
-            for i in range(start, stop):
-                w[i] = v[i] * factor
+        write_row(p[6], p[1], factor, factors, start, stop, far)
     if far:
         settle()
     return fine

@@ -214,11 +214,13 @@ def _agree_on(sizes: fused.Sizes, rule: Rule) -> bool:
     inputs, rows, columns = sizes
     shape, shape_of_g = ((inputs, rows, columns), (1, rows, 1)) if inputs else ((rows, columns), (rows, 1))
 
+    like: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+
     def wave(phase: float, size: float) -> Tensor:
-        return torch.sin(torch.arange(math.prod(shape)) * 0.7 + phase).mul_(size).view(shape)
+        return torch.sin(torch.arange(math.prod(shape), **like) * 0.7 + phase).mul_(size).view(shape)
 
     def made() -> list[Tensor]:
-        v, g = wave(0.0, 1.0), torch.linspace(-1.0, 2.0, rows).view(shape_of_g)
+        v, g = wave(0.0, 1.0), torch.linspace(-1.0, 2.0, rows, **like).view(shape_of_g)
         past = (wave(1.0, 0.01), torch.full_like(g, 0.01)) if rule.keep else ()
         return [g, v, wave(2.0, 0.1), torch.empty_like(v), *past]
 

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from wnsurgery import fused
 from wnsurgery.kept import Rooms, steps
 from wnsurgery.loans import LASTING
-from wnsurgery.reparam import Axes, compose_in_one_pass, first_order_gradients, is_plain, with_graph
+from wnsurgery.reparam import Axes, compose_in_one_pass, first_order_gradients, is_readable, with_graph
 
 __all__ = ["Straight"]
 
@@ -109,14 +109,7 @@ class _ComposeStraight(torch.autograd.Function):
         straight: Straight = ctx.straight
         g, v, norms = ctx.saved_tensors
         differentiable = _grad_enabled()
-        if (
-            differentiable
-            or not is_plain(grad)  # from here on, what the kernels cannot read where it lies
-            or grad.dtype is not torch.float32
-            or not grad.is_contiguous()
-            or grad.is_neg()
-            or not straight.is_of(g, v)
-        ):
+        if differentiable or not is_readable(grad) or not straight.is_of(g, v):
             norms = None if differentiable else norms
             return *first_order_gradients(grad, g, v, norms, straight.axes, "linear"), None, None
         return *straight.gradients(grad, norms), None, None
