@@ -255,19 +255,21 @@ def test_an_index_with_numbers_that_json_has_not(number: str, tmp_path: Path) ->
     assert not (tmp_path / "b").exists()
 
 
+def kill_fold(patch: str, source: Path, output: Path) -> None:
+    """Fold a directory in a process that kills itself by what a patch of `wnsurgery.directory`, called d, does."""
+    code = (
+        f"import os, signal, sys, wnsurgery.directory as d\n{patch}\n"
+        "from wnsurgery.files import fold_checkpoint\nfold_checkpoint(sys.argv[1], sys.argv[2])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, source, output], check=False, cwd=Path.cwd())
+    assert done.returncode == -signal.SIGKILL
+
+
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     """After SIGKILL the old output stands; --resume keeps what is complete and ends with the same bytes."""
     source = hub(tmp_path / "a")
     fold_checkpoint(source, tmp_path / "expected")
-    kill = (
-        "import os, signal, sys, wnsurgery.directory as d\n"
-        "original = d._copier\n"
-        "d._copier = lambda path: (lambda file: os.kill(os.getpid(), signal.SIGKILL))\n"
-        "from wnsurgery.files import fold_checkpoint\n"
-        "fold_checkpoint(sys.argv[1], sys.argv[2])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", kill, source, tmp_path / "out"], check=False, cwd=Path.cwd())
-    assert done.returncode == -signal.SIGKILL
+    kill_fold("d._copier = lambda path: (lambda file: os.kill(os.getpid(), signal.SIGKILL))", source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     staged = tmp_path / ".out.partial" / "payload"
     stamp = (staged / f"{B}.safetensors").stat().st_mtime_ns
@@ -330,14 +332,7 @@ def distributed(tmp_path: Path) -> Path:
 def test_a_run_killed_between_data_and_metadata_goes_on(distributed: Path, tmp_path: Path) -> None:
     """The file that says where each tensor begins is written though an earlier run wrote the tensors."""
     fold_checkpoint(distributed, tmp_path / "expected")
-    kill = (
-        "import os, signal, sys, wnsurgery.directory as d\n"
-        "d._metadata = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from wnsurgery.files import fold_checkpoint\n"
-        "fold_checkpoint(sys.argv[1], sys.argv[2])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", kill, distributed, tmp_path / "out"], check=False, cwd=Path.cwd())
-    assert done.returncode == -signal.SIGKILL
+    kill_fold("d._metadata = lambda *_: os.kill(os.getpid(), signal.SIGKILL)", distributed, tmp_path / "out")
     (data,) = (tmp_path / ".out.partial" / "payload").glob("*.distcp")
     stamp = data.stat().st_mtime_ns
     time.sleep(0.01)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,13 +43,7 @@ X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(64, 2, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and lose much when the machine is busy."""
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(kept)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def mlp(dtype: torch.dtype = torch.float32) -> nn.Module:
