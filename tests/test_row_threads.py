@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import subprocess
@@ -77,6 +78,29 @@ def test_the_number_of_threads_decides_no_bit(
 def test_one_part_that_says_no_is_heard(shape: tuple[int, ...], kept: tuple[int, ...], threads: str) -> None:
     torch.set_num_threads(2)
     assert everything(shape, kept, extreme=True) is None
+
+
+@pytest.mark.parametrize(("shape", "kept"), SHAPES, ids=str)
+def test_a_thread_that_comes_alone_does_the_shares_of_all(
+    shape: tuple[int, ...], kept: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As inside of a parallel region, where OpenMP gives no other threads."""
+    torch.set_num_threads(1)
+    wanted = everything(shape, kept)
+    if row_threads._openmp(os.getpid()) is None:
+        pytest.skip("torch does not run its threads with OpenMP here")
+    calls = list[int]()
+
+    def alone(_parallel: int, worker: int, job: int, threads: int) -> None:
+        calls.append(threads)
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(worker)(job)
+
+    monkeypatch.setattr(fused._Kernels.module, "in_parallel", alone)
+    torch.set_num_threads(3)
+    found = everything(shape, kept)
+    assert wanted is not None and found is not None and calls == [3, 3]
+    for a, b in zip(wanted, found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_several_python_threads_at_once(threads: str) -> None:

@@ -41,8 +41,9 @@ __all__ = [
     "rows_backward",
     "rows_forward",
     "settle",
+    "share_of_thread",
     "squares",
-    "take_one",
+    "take_part",
     "total_of",
     "worker",
     "write_columns",
@@ -189,6 +190,18 @@ def _call_parallel(_context, parallel_at, worker_at, job_at, threads):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def _number_of_thread(_context, number_at):
+    """omp_get_thread_num(), which lies there."""
+
+    def generate(_context, builder, _signature, arguments):
+        word = ir.IntType(32)
+        function = builder.inttoptr(arguments[0], ir.FunctionType(word, []).as_pointer())
+        return builder.sext(builder.call(function, []), ir.IntType(64))
+
+    return types.int64(types.int64), generate
 
 
 @intrinsic
@@ -463,29 +476,55 @@ def columns_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, inputs, 
                 grad_v[start + j] = up[start + j] * across[j] - v[start + j] * along[j]
 
 
+@_exact
+def share_of_thread(job):
+    """The share of a job that this thread begins with."""
+    return _number_of_thread(job[1])
+
+
+@_exact
+def take_part(job, share):
+    """A part of a job that no other thread does, its first row and the one after its last, and the share to go on with;
+    no rows where nothing is left. What others have not come to is taken last, so that one that is held up does less."""
+    shares, pieces, rows = job[2], job[3], job[6]
+    while share < 2 * shares:
+        piece = take_one(job[0] + 8 * (share % shares))
+        if piece < pieces:
+            part = share % shares * pieces + piece
+            return rows * part // (shares * pieces), rows * (part + 1) // (shares * pieces), share
+        share += 1
+    return rows, rows, share
+
+
 def _work(job):
-    """Take parts of the rows of a job while there are any. A job holds the address of the next number, that number, the
-    number of parts, whether a part said False, the kernel, the number of rows, and what the kernel takes."""
+    """Take parts of the rows of a job while there are any.
+
+    Each of its threads has a share, rows that lie one after the other, as torch's own operations divide them: so most
+    of what a thread reads is what it wrote before. A job holds the address of the numbers of the next pieces of the
+    shares, that of `omp_get_thread_num`, the number of shares, of pieces to a share, whether a part said False, the
+    kernel, the number of rows, what the kernel takes, and at the end those numbers.
+    """
+    share = share_of_thread(job)
     while True:
-        part = take_one(job[0])
-        if part >= job[2]:
+        first, last, share = take_part(job, share)
+        if first == last:
             return
-        first, last, which, fine = job[5] * part // job[2], job[5] * (part + 1) // job[2], job[4], True
-        a, b, c, d, e, f = job[6], job[7], job[8], job[9], job[10], job[11]  # as many as the kernel takes
+        which, fine = job[5], True
+        a, b, c, d, e, f = job[7], job[8], job[9], job[10], job[11], job[12]  # as many as the kernel takes
         if which == _ROWS_FORWARD:
             fine = rows_forward(a, b, c, d, e, f, first, last)
         elif which == _ROWS_BACKWARD:
-            rows_backward(a, b, c, d, e, f, job[12], job[13], first, last)
+            rows_backward(a, b, c, d, e, f, job[13], job[14], first, last)
         elif which == _COLUMNS_FORWARD:
-            fine = columns_forward(a, b, c, d, e, f, job[12], job[13], first, last)
+            fine = columns_forward(a, b, c, d, e, f, job[13], job[14], first, last)
         elif which == _COLUMNS_BACKWARD:
-            columns_backward(a, b, c, d, e, f, job[12], job[13], job[14], first, last)
+            columns_backward(a, b, c, d, e, f, job[13], job[14], job[15], first, last)
         elif which == _MANY_FORWARD:
             many_forward(a, b, c, first, last)
         else:
             many_backward(a, b, c, first, last)
         if not fine:
-            job[3] = 1
+            job[4] = 1
 
 
 def worker():

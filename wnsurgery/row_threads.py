@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,8 +22,9 @@ __all__ = ["on_all_rows"]
 
 _SPREAD = 1 << 15  # elements for which another of torch's threads is worth its call
 _PYTHONS = 1 << 17  # the same of Python's threads
-_NUMBERS = 16  # to a job
-_PARTS = 4  # parts of the work for each thread, so that one that is held up does less
+_NUMBERS = 16  # to a job, before those of its shares
+_FIRST = 7  # of them are not the kernel's
+_PARTS = 4  # parts of the work for each thread, so that others can take some from one that is held up
 _LIBRARIES = ("libgomp", "libiomp5", "libomp")
 _PROCESS = os.getpid()
 
@@ -37,26 +38,35 @@ def on_all_rows(kernels: Any, elements: int, rows: int, name: str, *numbers: int
     if elements < 2 * _SPREAD or (threads := torch.get_num_threads()) == 1:
         return kernel(*numbers, 0, rows) is not False
     library = _openmp(os.getpid())
-    pieces = 1 if library is None or name.startswith("columns") else _PARTS  # strips of columns are narrow enough
-    parts = min(pieces * threads, elements // (_PYTHONS if library is None else _SPREAD), rows)
+    columns = name.startswith("columns")  # their strips are narrow enough
+    parts = min(threads if columns else _PARTS * threads, elements // (_PYTHONS if library is None else _SPREAD), rows)
     if parts < 2:
         return kernel(*numbers, 0, rows) is not False
     if library is not None:
-        unused = [0] * (_NUMBERS - 6 - len(numbers))
-        job = array("q", [0, 0, parts, 0, kernels.JOBS[name], rows, *numbers, *unused])
+        shares = min(threads, parts)
+        unused = [0] * (_NUMBERS - _FIRST - len(numbers))
+        told = 0, library.number_of_thread, shares, parts // shares, 0, kernels.JOBS[name], rows
+        job = array("q", [*told, *numbers, *unused, *[0] * shares])
         at, _ = job.buffer_info()
-        job[0] = at + 8
-        kernels.in_parallel(library, _worker(kernels).address, at, threads)
-        return not job[3]
+        job[0] = at + 8 * _NUMBERS
+        kernels.in_parallel(library.parallel, _worker(kernels).address, at, threads)
+        return not job[4]
     bounds = [rows * i // parts for i in range(parts + 1)]
     waiting = [_pool(os.getpid(), parts - 1).submit(kernel, *numbers, *pair) for pair in pairwise(bounds[1:])]
     found = [kernel(*numbers, 0, bounds[1]), *(one.result() for one in waiting)]
     return all(one is not False for one in found)
 
 
+class _OpenMP(NamedTuple):
+    """Where an OpenMP library takes work, and where it tells a thread which it is."""
+
+    parallel: int
+    number_of_thread: int
+
+
 @lru_cache(maxsize=4)
-def _openmp(process: int) -> int | None:
-    """Where the OpenMP library of torch takes work; None where there is none, or its threads did not survive a fork."""
+def _openmp(process: int) -> _OpenMP | None:
+    """The OpenMP library of torch; None where there is none, or its threads did not survive a fork."""
     if process != _PROCESS or "OpenMP" not in torch.__config__.parallel_info() or not hasattr(os, "RTLD_NOLOAD"):
         return None
     home = Path(torch.__file__).parent
@@ -65,10 +75,14 @@ def _openmp(process: int) -> int | None:
     for path in own or ("libgomp.so.1", "libiomp5.so"):  # the system's, where torch comes without one
         try:
             library = ctypes.CDLL(path, mode=os.RTLD_NOLOAD)
-            return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value
+            return _OpenMP(_address(library.GOMP_parallel), _address(library.omp_get_thread_num))
         except (OSError, AttributeError):
             continue
     return None
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 @lru_cache(maxsize=2)

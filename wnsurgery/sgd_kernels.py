@@ -26,8 +26,9 @@ from wnsurgery.fused_kernels import (
     numbers_at,
     product,
     settle,
+    share_of_thread,
     squares,
-    take_one,
+    take_part,
     total_of,
     write_columns,
     write_row,
@@ -188,20 +189,20 @@ def many_step(places_at, rules_at, first, last):
 
 def _work(job):
     """Take parts of a job while there are any; a job as `fused_kernels` has it."""
+    share = share_of_thread(job)
     while True:
-        part = take_one(job[0])
-        if part >= job[2]:
+        first, last, share = take_part(job, share)
+        if first == last:
             return
-        first, last = job[5] * part // job[2], job[5] * (part + 1) // job[2]
         fine = True
-        if job[4] == _MANY_STEP:
-            many_step(job[6], job[7], first, last)
-        elif job[4] == _ROWS_STEP:
-            fine = rows_step(job[6], job[7], job[8], first, last)
+        if job[5] == _MANY_STEP:
+            many_step(job[7], job[8], first, last)
+        elif job[5] == _ROWS_STEP:
+            fine = rows_step(job[7], job[8], job[9], first, last)
         else:
-            fine = columns_step(job[6], job[7], job[8], first, last)
+            fine = columns_step(job[7], job[8], job[9], first, last)
         if not fine:
-            job[3] = 1
+            job[4] = 1
 
 
 def worker():
