@@ -38,8 +38,8 @@ def on_all_rows(kernels: Any, elements: int, rows: int, name: str, *numbers: int
     if elements < 2 * _SPREAD or (threads := torch.get_num_threads()) == 1:
         return kernel(*numbers, 0, rows) is not False
     library = _openmp(os.getpid())
-    columns = name.startswith("columns")  # their strips are narrow enough
-    parts = min(threads if columns else _PARTS * threads, elements // (_PYTHONS if library is None else _SPREAD), rows)
+    pieces = 1 if library is None or name.startswith("columns") else _PARTS  # strips of columns are narrow enough
+    parts = min(pieces * threads, elements // (_PYTHONS if library is None else _SPREAD), rows)
     if parts < 2:
         return kernel(*numbers, 0, rows) is not False
     if library is not None:
