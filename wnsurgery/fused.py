@@ -26,11 +26,9 @@ __all__ = [
     "Sizes",
     "backward",
     "backward_call",
-    "backward_of_rows",
     "far",
     "forward",
     "forward_call",
-    "forward_of_rows",
     "many_backward",
     "many_forward",
     "plan",
@@ -156,37 +154,6 @@ def backward(up: Tensor, g: Tensor, v: Tensor, norms: Tensor, sizes: Sizes, grad
     places = (up.data_ptr(), v.data_ptr(), g.data_ptr(), norms.data_ptr(), grad_g.data_ptr(), grad_v.data_ptr())
     call(*places, *rest)
     return grad_g
-
-
-def forward_of_rows(g: Tensor, v: Tensor, norms: Tensor, w: Tensor) -> Callable[[int, int], bool]:
-    """A function of first row and number of rows that writes them to the beginning of `w`, and their ||v|| into
-    `norms`, where the rows of v are pieces of memory (`Sizes.inputs` is 0); whether each is an ordinary one."""
-    columns = v.numel() // g.numel()
-    v_at, g_at, norms_at, w_at, width = v.data_ptr(), g.data_ptr(), norms.data_ptr(), w.data_ptr(), 4 * columns
-
-    def write(first: int, rows: int) -> bool:
-        at = 4 * first
-        places = (v_at + width * first, g_at + at, w_at, norms_at + at)
-        return on_all_rows(_Kernels.module, rows * columns, rows, "rows_forward", *places, columns, 0)
-
-    return write
-
-
-def backward_of_rows(
-    up: Tensor, g: Tensor, v: Tensor, norms: Tensor, grad_g: Tensor, grad_v: Tensor, *, past_cache: bool
-) -> Callable[[int, int], None]:
-    """A function of first row and number of rows that takes their dL/dw from the beginning of `up` and writes them into
-    `grad_g` and `grad_v`; for rows as in `forward_of_rows`. `past_cache`: nobody reads dL/dv for some time."""
-    columns, past = v.numel() // g.numel(), int(past_cache)
-    up_at, v_at, grad_v_at, width = up.data_ptr(), v.data_ptr(), grad_v.data_ptr(), 4 * columns
-    g_at, norms_at, grad_g_at = g.data_ptr(), norms.data_ptr(), grad_g.data_ptr()
-
-    def write(first: int, rows: int) -> None:
-        at, far = 4 * first, width * first
-        places = (up_at, v_at + far, g_at + at, norms_at + at, grad_g_at + at, grad_v_at + far)
-        on_all_rows(_Kernels.module, rows * columns, rows, "rows_backward", *places, columns, past)
-
-    return write
 
 
 def table_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> array[int]:

@@ -36,6 +36,7 @@ __all__ = [
     "kernel",
     "many_backward",
     "many_forward",
+    "number_of_thread",
     "numbers_at",
     "product",
     "rows_backward",
@@ -193,7 +194,7 @@ def _call_parallel(_context, parallel_at, worker_at, job_at, threads):
 
 
 @intrinsic
-def _number_of_thread(_context, number_at):
+def number_of_thread(_context, number_at):
     """omp_get_thread_num(), which lies there."""
 
     def generate(_context, builder, _signature, arguments):
@@ -479,7 +480,7 @@ def columns_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, inputs, 
 @_exact
 def share_of_thread(job):
     """The share of a job that this thread begins with."""
-    return _number_of_thread(job[1])
+    return number_of_thread(job[1])
 
 
 @_exact

@@ -397,8 +397,8 @@ class _Compose(torch.autograd.Function):
 
 
 def is_plain(grad: Tensor) -> bool:
-    """Whether a gradient is what it seems: no batch of gradients, no subclass."""
-    return type(grad) is Tensor and torch._C._has_storage(grad)
+    """Whether a gradient is what it seems: no batch of gradients, no subclass, no zeros without memory."""
+    return type(grad) is Tensor and torch._C._has_storage(grad) and not grad._is_zerotensor()
 
 
 def is_readable(grad: Tensor) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["on_all_rows"]
+__all__ = ["on_all_rows", "thread_number_at"]
 
 _SPREAD = 1 << 15  # elements for which another of torch's threads is worth its call
 _PYTHONS = 1 << 17  # the same of Python's threads
@@ -30,9 +30,9 @@ _PROCESS = os.getpid()
 
 
 def on_all_rows(kernels: Any, elements: int, rows: int, name: str, *numbers: int) -> bool:
-    """Run a kernel of `fused_kernels` or `sgd_kernels` on all rows of a weight, or all lines of a table of weights, in
-    as many threads as torch has where it pays; whether no part says False. `numbers` are what it takes before the two
-    rows.
+    """Run a kernel of `fused_kernels`, `sgd_kernels` or `linear_kernels` on all rows of a weight, stretches of them or
+    lines of a table of weights, in as many threads as torch has where it pays; whether no part says False. `numbers`
+    are what it takes before the first and the last.
     """
     kernel = getattr(kernels, name)
     if elements < 2 * _SPREAD or (threads := torch.get_num_threads()) == 1:
@@ -55,6 +55,12 @@ def on_all_rows(kernels: Any, elements: int, rows: int, name: str, *numbers: int
     waiting = [_pool(os.getpid(), parts - 1).submit(kernel, *numbers, *pair) for pair in pairwise(bounds[1:])]
     found = [kernel(*numbers, 0, bounds[1]), *(one.result() for one in waiting)]
     return all(one is not False for one in found)
+
+
+def thread_number_at() -> int | None:
+    """Where a thread that runs a kernel can ask which of torch's threads it is; None where they are Python's."""
+    library = _openmp(os.getpid())
+    return None if library is None else library.number_of_thread
 
 
 class _OpenMP(NamedTuple):
