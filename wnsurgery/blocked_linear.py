@@ -176,13 +176,13 @@ def _stretches(v: Tensor, rows: int, most: int) -> int:
 @lru_cache(maxsize=4096)
 def _rows(weight: torch.Size, elements: int, threads: int) -> int | None:
     """Rows of a weight to a block of about so many elements, such that blocks of the output begin at multiples of
-    `_LINE` bytes and each thread has as many; None where the rows are too few for that."""
+    `_LINE` bytes and each thread has as many; None where a quarter of the threads would have none."""
     outputs, columns = weight
     multiple = _LINE // 4
     most = min(_MOST_ROWS, max(1, elements // columns))
     blocks = -(-outputs // (most * threads)) * threads
     rows = -(-outputs // (blocks * multiple)) * multiple
-    return min(outputs, rows) if outputs > rows * (threads - 1) else None
+    return min(outputs, rows) if 4 * -(-outputs // rows) >= 3 * threads else None
 
 
 @lru_cache(maxsize=4096)
