@@ -15,9 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import wnsurgery as wn
 from wnsurgery import fused, row_threads
 from wnsurgery.norms import norm
 from wnsurgery.reparam import Axes
+
+from nets import large_layer
 
 SHAPES = [((64, 900), (0,)), ((3, 30000), (0,)), ((2000, 40), (0,)), ((90, 64, 9), (1,)), ((300, 2, 100), (1,))]
 
@@ -172,3 +175,20 @@ def test_torch_finds_its_threads_as_it_left_them() -> None:
     if code == 9:
         pytest.skip("torch does not run its threads with OpenMP here")
     assert code == 0
+
+
+def test_workers_are_compiled_once_however_many_modules_take_turns() -> None:
+    if row_threads._openmp(os.getpid()) is None:
+        pytest.skip("torch does not run its threads with OpenMP here")
+    torch.set_num_threads(2)
+    module = large_layer(1100, 600)
+    twin = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(8)))
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    wn.apply_weight_norm(twin, optimizer=optimizer, mode="deferred")
+    before = row_threads._worker.cache_info().misses
+    for _ in range(3):
+        assert everything(*SHAPES[0]) is not None
+        module(torch.randn(4, 600)).sum().backward()
+        twin(torch.randn(4, 64)).sum().backward()
+        optimizer.step()
+    assert row_threads._worker.cache_info().misses - before <= 3

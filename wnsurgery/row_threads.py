@@ -11,7 +11,7 @@ import ctypes
 import os
 from array import array
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,7 +91,7 @@ def _address(function: Any) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-@lru_cache(maxsize=2)
+@cache
 def _worker(kernels: Any) -> Any:
     return kernels.worker()
 
