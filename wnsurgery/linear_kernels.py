@@ -121,13 +121,13 @@ def linear_backward(table_at, first, last):
         for at in range(start, stop, block):
             count = min(block, stop - at)
             v_at, up_at = t[_V] + 4 * at * columns, t[_UP] + 4 * at
-            if t[_SCALED]:
-                sizes, beta, of_y = (columns, inputs, count), 1.0 if at > start else 0.0, t[_SCALED] + 4 * at
-                _multiply(t[_SGEMM], memory, _N, _N, *sizes, v_at, columns, of_y, outputs, beta, part, columns)
             sizes = columns, count, inputs
             _multiply(t[_SGEMM], memory, _N, _T, *sizes, t[_X], columns, up_at, outputs, 0.0, room, columns)
             places = v_at, t[_G] + 4 * at, t[_NORMS] + 4 * at, t[_GRAD_G] + 4 * at, t[_GRAD_V] + 4 * at * columns
             rows_backward(room, *places, columns, t[_FAR], 0, count)
+            if t[_SCALED]:  # last, when these rows of v have come near
+                sizes, beta, of_y = (columns, inputs, count), 1.0 if at > start else 0.0, t[_SCALED] + 4 * at
+                _multiply(t[_SGEMM], memory, _N, _N, *sizes, v_at, columns, of_y, outputs, beta, part, columns)
 
 
 def _work(job):
