@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from wnsurgery import blocked_linear as subject
 from wnsurgery import fused
@@ -153,6 +154,22 @@ def test_many_inputs() -> None:
     wanted = torch.autograd.grad(y.square().sum(), [x, *halves(module)])
     for a, b in zip(torch.autograd.grad(module(x).square().sum(), [x, *halves(module)]), wanted, strict=True):
         torch.testing.assert_close(a / b.abs().max(), b / b.abs().max(), rtol=1e-4, atol=1e-5)
+
+
+def test_who_counts_products_sees_them() -> None:
+    module, x = layer(1100, 600), torch.randn(4, 600, requires_grad=True)
+    y = module(x).sum()
+    with FlopCounterMode(display=False) as count:  # type: ignore[no-untyped-call]
+        y.backward()
+    assert count.get_total_flops() == 2 * 2 * 4 * 1100 * 600
+
+
+def test_another_default_device_by_the_time_of_the_gradients() -> None:
+    module, x, up = layer(1100, 600), torch.randn(4, 600, requires_grad=True), torch.randn(4, 1100)
+    wanted = torch.autograd.grad(module(x), [x, *halves(module)], up)
+    y = module(x)
+    with torch.device("meta"):
+        assert all(map(torch.equal, torch.autograd.grad(y, [x, *halves(module)], up), wanted))
 
 
 def test_a_layer_gives_the_same_gradients_again_and_again() -> None:

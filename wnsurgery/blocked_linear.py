@@ -124,7 +124,7 @@ def _run(kernel: str, tensors: Mapping[str, Tensor], **numbers: int) -> bool:
     """Run a kernel of `linear_kernels` on all stretches; whether no row is out of the ordinary."""
     kernels, product, (outputs, columns) = _kernels(), _product(), tensors["v"].shape
     assert product is not None  # as `rows_for_output` and `rows_for_gradients` have found
-    room = torch.empty(torch.get_num_threads(), numbers["rows"], columns, dtype=torch.float32)
+    room = tensors["v"].new_empty(torch.get_num_threads(), numbers["rows"], columns)  # whatever the default device
     places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     given = {**product._asdict(), **numbers, **places, "outputs": outputs, "columns": columns, "room": room.data_ptr()}
     table = array("q", [given.get(name, 0) for name in kernels.PLACES])
@@ -140,8 +140,10 @@ class _Product(NamedTuple):
 
 
 def _product() -> _Product | None:
-    """Where threads can multiply each for itself as torch does; None where they cannot, or are to round more."""
-    if torch.backends.mkldnn.matmul.fp32_precision not in {"none", "ieee"}:  # type: ignore[attr-defined]
+    """Where threads can multiply each for itself as torch does; None where they cannot, where somebody wants to see
+    torch's operations, and where these are to round more."""
+    precision: str = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    if precision not in {"none", "ieee"} or torch._C._len_torch_dispatch_stack():
         return None
     sgemm, thread = _sgemm(), thread_number_at()
     if not sgemm or (thread is None and torch.get_num_threads() > 1):
