@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -435,6 +436,16 @@ def test_metadata_is_read_as_data(distributed: Path, tmp_path: Path, monkeypatch
         fold_checkpoint(distributed, tmp_path / "out")
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("put", [b"r\xff\xff\xff\x0f", b"p268435455\n"], ids=["binary", "text"])
+def test_metadata_that_asks_for_memory_out_of_proportion_is_damaged(distributed: Path, put: bytes) -> None:
+    """pickle would make a table of two gigabytes before it sees that there is one object."""
+    (distributed / ".metadata").write_bytes(b"\x80\x02]" + put + b".")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match="out of all proportion"):
+        map_distributed(distributed)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
 
 
 @hypothesis.settings(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import pickletools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -170,7 +171,9 @@ def _metadata(path: Path) -> _Record:
     if path.stat().st_size > _MAX_METADATA:
         raise InputError.of(path, "larger than any checkpoint's metadata")
     try:
-        facts = _Restricted(io.BytesIO(path.read_bytes())).load()
+        data = path.read_bytes()
+        _check_memo(data)
+        facts = _Restricted(io.BytesIO(data)).load()
     except _ForbiddenError as error:
         raise UnsafeFileError(
             f"{path}: refused, its pickle names {printable(error)}, which no such file needs"
@@ -180,6 +183,13 @@ def _metadata(path: Path) -> _Record:
     if not isinstance(facts, _Record) or facts.kind != "Metadata":
         raise InputError.of(path, "holds no checkpoint metadata")
     return facts
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuse a pickle that numbers an object higher than it has instructions: pickle makes a table that long."""
+    for count, (opcode, index, _) in enumerate(pickletools.genops(data)):
+        if opcode.name in {"PUT", "BINPUT", "LONG_BINPUT"} and int(index) > count:  # type: ignore[arg-type]
+            raise ValueError("an object with a number out of all proportion")
 
 
 def _content(
