@@ -36,8 +36,12 @@ PLACES = (
 )
 _FORWARD, _BACKWARD = range(2)
 JOBS = {"linear_forward": _FORWARD, "linear_backward": _BACKWARD}  # how a job names its kernel
-(_SGEMM, _THREAD, _STRETCHES, _INPUTS, _OUTPUTS, _COLUMNS, _ROWS, _V, _G, _NORMS, _X, _ROOM) = range(12)
-(_Y, _BIAS, _UP, _SCALED, _PARTS, _GRAD_G, _GRAD_V, _FAR) = range(12, 20)
+_AT = {name: place for place, name in enumerate(PLACES)}
+_SGEMM, _THREAD, _STRETCHES, _ROOM = _AT["sgemm"], _AT["thread"], _AT["stretches"], _AT["room"]
+_INPUTS, _OUTPUTS, _COLUMNS, _ROWS = _AT["inputs"], _AT["outputs"], _AT["columns"], _AT["rows"]
+_V, _G, _NORMS, _X, _Y, _BIAS = _AT["v"], _AT["g"], _AT["norms"], _AT["x"], _AT["y"], _AT["bias"]
+_UP, _SCALED, _PARTS, _FAR = _AT["up"], _AT["scaled"], _AT["parts"], _AT["far"]
+_GRAD_G, _GRAD_V = _AT["grad_g"], _AT["grad_v"]
 _N, _T = ord("N"), ord("T")
 
 
