@@ -34,6 +34,12 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def openmp() -> None:
+    if row_threads._openmp(os.getpid()) is None:
+        pytest.skip("torch does not run its threads with OpenMP here")
+
+
 @pytest.fixture(params=["torch's", "Python's"])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "Python's":
@@ -83,6 +89,7 @@ def test_one_part_that_says_no_is_heard(shape: tuple[int, ...], kept: tuple[int,
     assert everything(shape, kept, extreme=True) is None
 
 
+@pytest.mark.usefixtures("openmp")
 @pytest.mark.parametrize(("shape", "kept"), SHAPES, ids=str)
 def test_a_thread_that_comes_alone_does_the_shares_of_all(
     shape: tuple[int, ...], kept: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
@@ -90,8 +97,6 @@ def test_a_thread_that_comes_alone_does_the_shares_of_all(
     """As inside of a parallel region, where OpenMP gives no other threads."""
     torch.set_num_threads(1)
     wanted = everything(shape, kept)
-    if row_threads._openmp(os.getpid()) is None:
-        pytest.skip("torch does not run its threads with OpenMP here")
     calls = list[int]()
 
     def alone(_parallel: int, worker: int, job: int, threads: int) -> None:
@@ -177,9 +182,8 @@ def test_torch_finds_its_threads_as_it_left_them() -> None:
     assert code == 0
 
 
+@pytest.mark.usefixtures("openmp")
 def test_workers_are_compiled_once_however_many_modules_take_turns() -> None:
-    if row_threads._openmp(os.getpid()) is None:
-        pytest.skip("torch does not run its threads with OpenMP here")
     torch.set_num_threads(2)
     module = large_layer(1100, 600)
     twin = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(8)))

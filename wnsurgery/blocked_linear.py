@@ -18,14 +18,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from wnsurgery import fused
-from wnsurgery.row_threads import on_all_rows, thread_number_at
+from wnsurgery.row_threads import address_of, on_all_rows, thread_number_at
 
 __all__ = ["backward", "forward", "rows_for_gradients", "rows_for_output", "scale"]
 
@@ -48,14 +48,14 @@ def rows_for_output(x: Tensor, v: Tensor, bias: Tensor | None) -> int | None:
     """
     if x.numel() > _FEW * v.shape[1] or x.ndim == 1 or x.data_ptr() % _LINE or not _is_readable(x):
         return None
-    if (bias is not None and not _is_readable(bias)) or _product() is None:
+    if (bias is not None and not _is_readable(bias)) or not _threads_can_multiply():
         return None
     return _tried_out(x.shape, v.shape, bias is not None, x.requires_grad, torch.get_num_threads())
 
 
 def rows_for_gradients(x: Tensor, v: Tensor) -> int | None:
     """How many rows of dL/dw to make at a time for an input that is a matrix; None where it is to be made whole."""
-    if len(x) > _FEW_GRADIENTS or not _is_readable(x) or _product() is None:
+    if len(x) > _FEW_GRADIENTS or not _is_readable(x) or not _threads_can_multiply():
         return None
     slim = len(x) in _SLIM_INPUTS and v.shape[1] >= _SLIM_COLUMNS
     return _rows(v.shape, _SLIM if slim else _BLOCK, torch.get_num_threads())
@@ -122,33 +122,23 @@ def _is_readable(x: Tensor) -> bool:
 
 def _run(kernel: str, tensors: Mapping[str, Tensor], **numbers: int) -> bool:
     """Run a kernel of `linear_kernels` on all stretches; whether no row is out of the ordinary."""
-    kernels, product, (outputs, columns) = _kernels(), _product(), tensors["v"].shape
-    assert product is not None  # as `rows_for_output` and `rows_for_gradients` have found
+    kernels, (outputs, columns) = _kernels(), tensors["v"].shape
     room = tensors["v"].new_empty(torch.get_num_threads(), numbers["rows"], columns)  # whatever the default device
     places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    given = {**product._asdict(), **numbers, **places, "outputs": outputs, "columns": columns, "room": room.data_ptr()}
+    given = {**numbers, **places, "outputs": outputs, "columns": columns, "room": room.data_ptr()}
+    given |= {"sgemm": _sgemm(), "thread": thread_number_at() or 0}
     table = array("q", [given.get(name, 0) for name in kernels.PLACES])
     at, _ = table.buffer_info()
     return on_all_rows(kernels, outputs * columns, numbers["stretches"], kernel, at)
 
 
-class _Product(NamedTuple):
-    """Where torch's matrix product is to be called, and a function that says which thread of it one is (0: none)."""
-
-    sgemm: int
-    thread: int
-
-
-def _product() -> _Product | None:
-    """Where threads can multiply each for itself as torch does; None where they cannot, where somebody wants to see
-    torch's operations, and where these are to round more."""
+def _threads_can_multiply() -> bool:
+    """Whether threads can multiply each for itself as torch does; not where somebody wants to see torch's operations,
+    nor where these are to round more."""
     precision: str = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
     if precision not in {"none", "ieee"} or torch._C._len_torch_dispatch_stack():
-        return None
-    sgemm, thread = _sgemm(), thread_number_at()
-    if not sgemm or (thread is None and torch.get_num_threads() > 1):
-        return None
-    return _Product(sgemm, thread or 0)
+        return False
+    return bool(_sgemm()) and (torch.get_num_threads() == 1 or thread_number_at() is not None)
 
 
 @cache
@@ -158,7 +148,7 @@ def _sgemm() -> int:
         return 0
     for path in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
         with suppress(OSError, AttributeError):
-            return ctypes.cast(ctypes.CDLL(str(path)).sgemm_, ctypes.c_void_p).value or 0
+            return address_of(ctypes.CDLL(str(path)).sgemm_)
     return 0
 
 

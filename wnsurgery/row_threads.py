@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["on_all_rows", "thread_number_at"]
+__all__ = ["address_of", "on_all_rows", "thread_number_at"]
 
 _SPREAD = 1 << 15  # elements for which another of torch's threads is worth its call
 _PYTHONS = 1 << 17  # the same of Python's threads
@@ -81,13 +81,14 @@ def _openmp(process: int) -> _OpenMP | None:
     for path in own or ("libgomp.so.1", "libiomp5.so"):  # the system's, where torch comes without one
         try:
             library = ctypes.CDLL(path, mode=os.RTLD_NOLOAD)
-            return _OpenMP(_address(library.GOMP_parallel), _address(library.omp_get_thread_num))
+            return _OpenMP(address_of(library.GOMP_parallel), address_of(library.omp_get_thread_num))
         except (OSError, AttributeError):
             continue
     return None
 
 
-def _address(function: Any) -> int:
+def address_of(function: Any) -> int:
+    """Where a function of a loaded library lies."""
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
