@@ -40,8 +40,8 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     ways: list[bool] = []
     real = WeightNormList._go_straight
 
-    def go(self: Any, way: Straight) -> Tensor | None:
-        w = real(self, way)
+    def go(self: Any, way: Straight, private: bool) -> Tensor | None:
+        w = real(self, way, private)
         ways.append(w is not None)
         return w
 
@@ -150,39 +150,6 @@ def test_others_who_look_on_see_the_weight_computed(found: list[bool]) -> None:
     handle.remove()
     torch.nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh())
     assert torch.equal(layer(x), nn.functional.linear(x, compose(*one.pair(), one[0].axes).tanh(), layer.bias))
-
-
-@pytest.mark.parametrize("uses", [3, 5])
-def test_small_weights_used_again_are_computed_once(uses: int, found: list[bool]) -> None:
-    """Micro-batches and unrolled steps share a weight; once nothing uses any twice, layers go straight again."""
-    torch.manual_seed(0)
-    net = wn.apply_weight_norm(nn.Sequential(*[nn.Linear(6, 6) for _ in range(3)]))
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.001)
-    x = torch.randn(2, 6)
-
-    def step(times: int) -> list[bool]:
-        found.clear()
-        for _ in range(times):
-            net(x).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return found.copy()
-
-    step(1)
-    assert step(1) == step(1) == [True] * 3
-    assert step(2) == step(2) == [True] * 6  # that is not worth the trouble
-    step(uses)
-    for _ in range(3):
-        step(uses)
-        shared = [entry(layer)._again for layer in net]
-        assert None not in shared
-        w = [loan.ahead.w for loan in shared]
-        optimizer.zero_grad()
-    assert not any(step(uses))
-    assert all(loan.ahead.w is not old for loan, old in zip((entry(layer)._again for layer in net), w, strict=True))
-    for _ in range(3):
-        step(1)
-    assert step(1) == [True] * 3
 
 
 def test_gradients_of_micro_batches_are_those_of_one(found: list[bool]) -> None:

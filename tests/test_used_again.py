@@ -1,4 +1,4 @@
-"""A small weight that is used several times before its pair changes is made once, and nobody can tell."""
+"""A weight that is used several times before its pair changes: what is written in between, and who holds what."""
 
 from __future__ import annotations
 
@@ -54,9 +54,8 @@ def net(request: pytest.FixtureRequest) -> nn.Sequential:
     return made
 
 
-def test_it_is_made_once(net: nn.Sequential) -> None:
+def test_each_use_has_its_own_place_in_the_graph(net: nn.Sequential) -> None:
     for layer in net:
-        assert len({place(layer) for _ in range(5)}) == 1
         first, second = layer.weight, layer.weight
         assert first.requires_grad
         assert first.grad_fn is not second.grad_fn  # hooks on one use see that use
@@ -221,7 +220,7 @@ def test_copies_and_files_are_independent(net: nn.Sequential) -> None:
 
 def test_nothing_is_left_for_the_collector(net: nn.Sequential) -> None:
     net(X).sum().backward()
-    gone = [weakref.ref(layer.parametrizations["weight"].__dict__["_again"].ahead.w) for layer in net]  # type: ignore[index]
+    gone = [weakref.ref(layer.weight) for layer in net]
     entries = [weakref.ref(layer.parametrizations["weight"]) for layer in net]  # type: ignore[index]
     gc.collect()
     gc.disable()
@@ -232,12 +231,10 @@ def test_nothing_is_left_for_the_collector(net: nn.Sequential) -> None:
         gc.enable()
 
 
-def test_larger_weights_are_made_anew() -> None:
-    """Not all their bytes are looked at, so a write that nobody counts could go unseen."""
+def test_a_write_that_nobody_counts_into_a_larger_weight_is_seen() -> None:
     layer: Any = wn.apply_weight_norm(nn.Linear(80, 80))
     for _ in range(4):
         layer(torch.ones(2, 80)).sum().backward()
-    assert "_again" not in layer.parametrizations["weight"].__dict__
     pair(layer)[1].data[17, 3] += 1.0
     assert same(layer)
 
@@ -279,7 +276,7 @@ def test_data_that_is_held_and_written_to_later(net: nn.Sequential) -> None:
     assert same(layer)
 
 
-@pytest.mark.parametrize("width", [4, 60, 300, 400])
+@pytest.mark.parametrize("width", [4, 60, 300, 800])
 def test_looking_at_weights_takes_no_memory(width: int) -> None:
     """As penalties do at every step, outside of any forward pass."""
     layer: Any = wn.apply_weight_norm(nn.Linear(width, width))
@@ -293,7 +290,7 @@ def test_looking_at_weights_takes_no_memory(width: int) -> None:
         assert len(state.get("_handed_out", ())) < 3
     layer.state_dict()
     assert "_handed_out" not in state
-    assert len(places) <= 3 or width < 256  # memory that is kept is kept for its next use
+    assert len(places) <= 3 or width < 800  # memory that is kept is kept for its next use
 
 
 def test_evaluation_after_a_step_is_that_of_each_weight_alone() -> None:

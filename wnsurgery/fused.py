@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wnsurgery.row_threads import on_all_rows
+from wnsurgery.row_threads import is_for_one, on_all_rows
 
 __all__ = [
     "Sizes",
@@ -124,17 +124,22 @@ def forward_call(sizes: Sizes, elements: int) -> tuple[Callable[..., bool], tupl
     says whether each row is an ordinary one, and the arguments that come after these."""
     inputs, rows, columns = sizes
     past = int(elements >= far())
-    if inputs:
-        return partial(on_all_rows, _Kernels.module, elements, rows, "columns_forward"), (inputs, rows, columns, past)
-    return partial(on_all_rows, _Kernels.module, elements, rows, "rows_forward"), (columns, past)
+    name, rest = ("columns_forward", (inputs, rows, columns, past)) if inputs else ("rows_forward", (columns, past))
+    return _call(name, elements, rows, rest)
 
 
 def backward_call(sizes: Sizes, elements: int) -> tuple[Callable[..., bool], tuple[int, ...]]:
     """The same of `backward`: of the addresses of dL/dw, v, g, ||v||, dL/dg and dL/dv."""
     inputs, rows, columns = sizes
-    if inputs:
-        return partial(on_all_rows, _Kernels.module, elements, rows, "columns_backward"), (inputs, rows, columns)
-    return partial(on_all_rows, _Kernels.module, elements, rows, "rows_backward"), (columns, int(elements >= _FAR))
+    far = int(elements >= _FAR)
+    name, rest = ("columns_backward", (inputs, rows, columns)) if inputs else ("rows_backward", (columns, far))
+    return _call(name, elements, rows, rest)
+
+
+def _call(name: str, elements: int, rows: int, rest: tuple[int, ...]) -> tuple[Callable[..., bool], tuple[int, ...]]:
+    if is_for_one(elements):
+        return getattr(_Kernels.module, name), (*rest, 0, rows)
+    return partial(on_all_rows, _Kernels.module, elements, rows, name), rest
 
 
 def forward(g: Tensor, v: Tensor, sizes: Sizes, w: Tensor) -> Tensor | None:

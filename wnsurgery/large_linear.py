@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from wnsurgery import blocked_linear, fused
@@ -19,9 +20,10 @@ from wnsurgery.blocked_linear import rows_for_gradients, rows_for_output, scale
 from wnsurgery.kept import Rooms
 from wnsurgery.reparam import Axes, compose, compose_in_one_pass, first_order_gradients, is_plain
 
-__all__ = ["LARGE_WEIGHT", "HowLarge", "large_linear", "takes_input"]
+__all__ = ["LARGE_WEIGHT", "HowLarge", "large_linear", "nobody_looks_on", "takes_input"]
 
 LARGE_WEIGHT = 3 << 16  # elements above which memory is what a layer waits for
+_saving_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 _FRESH = 1 << 20  # elements from which blocks are at times given back to the system
 
 
@@ -55,6 +57,13 @@ def takes_input(x: Tensor, v: Tensor, bias: Tensor | None) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._is_torch_function_mode_enabled()
     )
+
+
+def nobody_looks_on() -> bool:
+    """Whether nobody wants to see the weight computed: not where somebody watches what each layer saves for its
+    backward pass, as activation checkpointing does, in forward or inference mode, or in a function transform."""
+    seen = _saving_hooks(True) is not None or forward_ad._current_level >= 0
+    return not (seen or torch.is_inference_mode_enabled() or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
 def large_linear(x: Tensor, g: Tensor, v: Tensor, bias: Tensor | None, how: HowLarge) -> Tensor | None:

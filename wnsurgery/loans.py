@@ -1,4 +1,4 @@
-"""A weight with its graph: made ahead of its use, handed out for one or several, and watched while somebody holds it.
+"""A weight with its graph that was handed out, watched while somebody holds it.
 
 In-place writes into `module.weight`, as `torch.nn.init` does them, go into a computed tensor. Its version counter tells
 of them; when the last who holds the tensor lets it go, they are taken over into g and v.
@@ -10,17 +10,13 @@ import weakref
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from wnsurgery.errors import WnsurgeryError
-from wnsurgery.kept import Probes, holders, looked_at, places_in, steps
+from wnsurgery.kept import holders, looked_at, places_in
 
-__all__ = ["LASTING", "Ahead", "Loan", "lend_out", "made_ahead", "outstanding"]
-
-LASTING = 1 << 14  # bytes of a half up to which all are looked at before each of several uses: under 1 us
-_next_number: Any = torch._C._autograd._get_sequence_nr
+__all__ = ["Loan", "lend_out", "outstanding"]
 
 
 class _Outstanding:
@@ -59,73 +55,10 @@ class _Outstanding:
 outstanding = _Outstanding()
 
 
-class Ahead:
-    """A weight that waits for its use, the pair it was computed from, and the state of that at the time.
-
-    `shared` says whether its node of the graph is another weight's, too; `lasting`, whether it serves further uses,
-    whose backward passes the node can all take. Made by `made_ahead`.
-    """
-
-    # a class with an __init__ of its own, or with properties, would cost a small layer a tenth of its weight norm
-    __slots__ = ("_flags", "_g", "_g_version", "_of", "_seen", "_steps", "_v", "_v_version", "lasting", "shared", "w")
-
-    w: Tensor
-    shared: bool
-    lasting: bool
-    _of: Probes
-    _seen: bytes
-    _g: Tensor
-    _v: Tensor
-    _g_version: int
-    _v_version: int
-    _flags: int
-    _steps: int
-
-    def serves(self, g: Tensor | None, v: Tensor | None) -> bool:
-        """Whether it is what a use of this pair would compute now, as far as anything tells of a change."""
-        return (
-            g is self._g
-            and v is self._v
-            and self._g._version == self._g_version
-            and self._v._version == self._v_version
-            and (self._g.data_ptr(), self._v.data_ptr()) == self._of.at
-            and self._g.requires_grad << 1 | self._v.requires_grad == self._flags
-            and steps.count == self._steps
-            and looked_at(self._of.places) == self._seen
-        )
-
-    def use(self) -> Tensor:
-        """The weight, for its use, or the first; in the backward pass its turn comes as if it had been made now."""
-        w = self.w
-        node = w.grad_fn
-        if node is not None:
-            node._set_sequence_nr(_next_number())  # type: ignore[attr-defined]
-        return w
-
-
-def made_ahead(
-    w: Tensor, pair: tuple[Tensor, Tensor], probes: Probes, *, shared: bool = False, lasting: bool = False
-) -> Ahead:
-    """A record of a weight computed from a pair for uses to come; none of them tensors of inference mode, whose writes
-    nobody counts.
-
-    `lasting` is for several uses; only where the probes of the pair see all its bytes.
-    """
-    g, v = pair
-    ahead = Ahead()
-    ahead.w, ahead.shared, ahead.lasting = w, shared, lasting
-    ahead._of, ahead._seen = probes, looked_at(probes.places)
-    ahead._g, ahead._v, ahead._g_version, ahead._v_version = g, v, g._version, v._version
-    ahead._flags = g.requires_grad << 1 | v.requires_grad
-    ahead._steps = steps.count
-    return ahead
-
-
 class Loan(weakref.ref[Tensor]):
     """A weight that was handed out, and the versions of it and its pair at the time; made by `lend_out`.
 
-    One that serves several uses has its record as `ahead`, and the views that these got. The owner has `absorb()`,
-    which takes writes over into its pair, and `unwatch()`.
+    The owner has `absorb()`, which takes writes over into its pair, and `unwatch()`.
     """
 
     __slots__ = (
@@ -137,13 +70,9 @@ class Loan(weakref.ref[Tensor]):
         "_v_version",
         "_version",
         "_without",
-        "ahead",
         "own",
-        "views",
     )
 
-    ahead: Ahead
-    views: dict[int, _View]
     own: tuple[bytes, list[Any]] | None  # some of its bytes, and where they are, once they were looked at
     _alias: Tensor
     _owner: weakref.ref[Any]
@@ -165,6 +94,11 @@ class Loan(weakref.ref[Tensor]):
         own = self.own
         return self._alias._version != self._version or (own is not None and looked_at(own[1]) != own[0])
 
+    def is_as_it_was(self) -> bool:
+        """Whether there is nothing to see to: its version tells that nobody wrote into the weight, and nothing else
+        would."""
+        return self.own is None and self._alias._version == self._version
+
     def look(self) -> None:
         """From now on look at some of its bytes, too: a write through `.data` leaves no count, and may come when the
         weight itself is gone."""
@@ -181,26 +115,9 @@ class Loan(weakref.ref[Tensor]):
         """The weight's values, also when nobody holds it any more."""
         return self._alias
 
-    def view(self) -> Tensor:
-        """A lasting weight, for one use: a view of it, on which hooks see that use alone."""
-        shown = self.ahead.w.view_as(self.ahead.w)
-        view = _View(shown, _view_gone)
-        view.of = self
-        self.views[id(view)] = view
-        return shown
 
-
-class _View(weakref.ref[Tensor]):
-    __slots__ = ("of",)
-
-    of: Loan
-
-
-def lend_out(w: Tensor, owner: Any, g: Tensor, v: Tensor, ahead: Ahead | None = None) -> Loan | None:
-    """A record of a weight computed from a pair and handed out; None for tensors of inference mode.
-
-    Given the record of a lasting weight, it is for several uses.
-    """
+def lend_out(w: Tensor, owner: Any, g: Tensor, v: Tensor) -> Loan | None:
+    """A record of a weight computed from a pair and handed out; None for tensors of inference mode."""
     if w.is_inference() or g.is_inference() or v.is_inference():
         return None
     loan = Loan(w, _let_go)
@@ -208,8 +125,6 @@ def lend_out(w: Tensor, owner: Any, g: Tensor, v: Tensor, ahead: Ahead | None = 
     loan._owner, loan._g, loan._v = weakref.ref(owner), g, v
     loan._version, loan._g_version, loan._v_version = alias._version, g._version, v._version
     loan.own = None
-    if ahead is not None:
-        loan.ahead, loan.views = ahead, {}
     return loan
 
 
@@ -224,20 +139,7 @@ def _let_go(loan: Loan) -> None:
         if loan.own is None:
             owner.unwatch(loan)
         return
-    _take_over(owner, "_handed_out", watched)
-
-
-def _view_gone(view: _View) -> None:
-    loan = view.of
-    del loan.views[id(view)]
-    owner = loan._owner() if loan._alias._version != loan._version else None
-    if owner is not None:  # a write that left no count is seen at the next use
-        _take_over(owner, "_again", loan)
-
-
-def _take_over(owner: Any, name: str, watched: Any) -> None:
-    """Let a write reach the owner's pair; where it is no weight, it goes on being watched under its name."""
     try:
         owner.absorb()
     except WnsurgeryError:  # a callback cannot raise: the next access does
-        owner.__dict__[name] = watched
+        owner.__dict__["_handed_out"] = watched

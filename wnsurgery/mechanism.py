@@ -19,14 +19,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 from wnsurgery import fused
 from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import PairError
-from wnsurgery.joint_graph import is_in_backward, is_joint, wants_own_node
 from wnsurgery.kept import AHEAD, Kept, Rooms, probes_of, steps
-from wnsurgery.large_linear import HowLarge, large_linear, takes_input
-from wnsurgery.loans import Ahead, Loan, lend_out, made_ahead, outstanding
+from wnsurgery.large_linear import HowLarge, large_linear, nobody_looks_on, takes_input
+from wnsurgery.loans import Loan, lend_out, outstanding
 from wnsurgery.looked_up import look_up, serves
 from wnsurgery.multi_tensor import Item
-from wnsurgery.preparation import Preparation, may_make
-from wnsurgery.reparam import Ready, compose_eagerly, compose_in_one_pass, copied_module
+from wnsurgery.preparation import Preparation
+from wnsurgery.reparam import compose_in_one_pass, copied_module
 from wnsurgery.straight import Straight
 
 __all__ = ["PASSING", "WeightNormList", "at_hand", "unchanged"]
@@ -34,8 +33,8 @@ __all__ = ["PASSING", "WeightNormList", "at_hand", "unchanged"]
 _MAX_HANDLES = 63  # weights handed out and still alive that are watched for writes
 PASSING = frozenset(
     {
-        *("_again", "_deferred", "_evaluation", "_handed_out", "_kept", "_lent"),
-        *("_made", "_nested", "_once", "_probes", "_ready", "_round", "_way"),
+        *("_deferred", "_evaluation", "_handed_out", "_kept", "_lent"),
+        *("_once", "_probes", "_ready", "_round", "_way"),
     }
 )  # attributes that belong to this process and this moment
 _is_compiling, _is_tracing, _grad_enabled = torch.compiler.is_compiling, torch._C._is_tracing, torch.is_grad_enabled
@@ -44,10 +43,8 @@ _is_compiling, _is_tracing, _grad_enabled = torch.compiler.is_compiling, torch._
 class WeightNormList(ParametrizationList):
     """`module.parametrizations.weight` of a converted module: original0 is g, original1 is v."""
 
-    _again: Loan | None = None  # handed out in training, for further uses
     _deferred: DeferredWeight | None = None  # in deferred mode
     _kept: Kept | None = None
-    _made: Ahead | None = None  # for the next use in training
     _preparation: Preparation | None = None  # with the other weights of its net
     _way: Straight | None = None  # for its layer's own use in training
 
@@ -69,45 +66,36 @@ class WeightNormList(ParametrizationList):
         """The weight with its graph, for one use, while nothing is compiled; `private` for the layer's own, which hands
         it to nobody who could write into it."""
         made = None if self._deferred is None else self.leaf_as_it_is()
-        if private and made is None and self._way is not None:
-            made = self._go_straight(self._way)
-        if made is None and self._again is not None:
-            made = self._use_again(private)
-        if made is None and self._made is not None:
-            made = self._take_made(private)
+        if made is None and self._way is not None:
+            made = self._go_straight(self._way, private)
         return self._computed(private) if made is None else made
 
-    def _go_straight(self, way: Straight) -> Tensor | None:
-        """The weight by the way that was found for it; None where something else is to be seen to, and where a small
-        weight is used again and again as it is: that is computed once for all its uses."""
+    def _go_straight(self, way: Straight, private: bool) -> Tensor | None:
+        """The weight by the way that was found for it; None where something else is to be seen to."""
         if not self._is_quiet():
             return None
-        net = self._preparation
-        if net is not None and way.small and ((way.is_used_again() and net.last()) or net.lasting):
-            return None
         halves = self._parameters
-        return way.weight(halves.get("original0"), halves.get("original1"))
+        g: Any = halves.get("original0")
+        v: Any = halves.get("original1")
+        w = way.weight(g, v)
+        if w is not None and not private:
+            self._hand_out(w, g, v)
+        return w
 
     def _is_quiet(self) -> bool:
-        """Whether no weight of its pair waits, is kept or handed out, and nobody looks on at its rule."""
+        """Whether no weight of its pair is kept, those handed out are as they were, and nobody looks on at its rule."""
         state = self.__dict__
         modules = state["_modules"]
         rule = modules["0"]
         return not (
             len(modules) != 1
-            or "_made" in state
-            or "_again" in state
+            or _is_tracing()
             or "_kept" in state
-            or "_handed_out" in state
+            or ("_handed_out" in state and not all(loan.is_as_it_was() for loan in state["_handed_out"]))
             or "_deferred" in state
             or rule._forward_hooks
             or rule._forward_pre_hooks
         )
-
-    def goes_straight(self) -> bool:
-        """Whether its layer makes it at its use, for that use alone."""
-        way, net = self._way, self._preparation
-        return way is not None and not (way.small and net is not None and net.lasting)
 
     def _computed(self, private: bool = False) -> Tensor:
         rule: Any = self._modules["0"]
@@ -190,122 +178,34 @@ class WeightNormList(ParametrizationList):
         self._keep(w, g, v)
         return w
 
-    def _use_again(self, private: bool) -> Tensor | None:
-        """The weight of the last use in training, None where this one must have its own."""
-        state, again = self.__dict__, self._again
-        if "_kept" in state or "_handed_out" in state or (again is not None and again.is_written()):
-            self.absorb()
-            again = self._again
-        net = self._preparation
-        if again is not None and net is not None and net.lasting and self._may_use(again.ahead):
-            net.reused = True
-            return again.ahead.w if private else again.view()
-        if net is not None:
-            net.expire()
-        state.pop("_again", None)
-        return None
-
-    def _may_use(self, made: Ahead) -> bool:
-        """Whether a weight that is there is what a use in training would compute, with a graph that serves it."""
-        state = self.__dict__
-        modules, halves = state["_modules"], state["_parameters"]
-        g: Any = halves.get("original0")
-        v: Any = halves.get("original1")
-        return (
-            len(modules) == 1
-            and "_kept" not in state
-            and "_deferred" not in state
-            and not _hooked(modules["0"])
-            and not _is_tracing()
-            and may_make()
-            and made.serves(g, v)
-            and not (made.shared and wants_own_node(g, v))
-        )
-
     def outside(self, w: Tensor) -> Tensor:
-        """A weight just handed out in training, for somebody else than a forward pass, who may write through `.data` or
-        hang a hook on it without using it: a node that is others', too, would call that without a gradient."""
-        again = self._again
-        if again is not None:
-            again.look()
-            return w
-        if is_joint(w):
-            w = w.clone()
-            self._hand_out(w, *self.pair())
+        """A weight just handed out in training to somebody else than a forward pass, who may write through `.data`."""
         for loan in self.__dict__.get("_handed_out", ()):
             if loan() is w:
                 loan.look()
         return w
 
-    def _take_made(self, private: bool) -> Tensor | None:
-        """The weight that was made ahead for this use, None if it does not serve it; it serves no other."""
-        state = self.__dict__
-        if "_handed_out" in state or "_kept" in state:
-            self.absorb()
-        made: Ahead | None = state.pop("_made", None)  # None where another thread was quicker
-        return self._hand_over(made, private) if made is not None and self._may_use(made) else None
-
-    def _hand_over(self, made: Ahead, private: bool) -> Tensor:
-        net = self._preparation
-        if net is not None:
-            net.use(self)
-        w = made.w if made.shared else made.use()
-        if made.lasting:
-            again = lend_out(w, self, *self.pair(), made)
-            if again is not None:
-                self.__dict__["_again"] = again
-                outstanding.add(self)
-                return w if private else again.view()
-        if not private:
-            self._hand_out(w, *self.pair())
-        return w
-
     def _for_training(self, rule: Any, g: Tensor, v: Tensor, private: bool) -> Tensor:
-        """The weight with its graph: made by itself, or with those that the last pass used."""
+        """The weight with its graph: by the shortest way, or with those that the last pass used."""
         net, ready = self._preparation, None
-        if is_in_backward():
-            self.__dict__["_nested"] = True
-            if net is not None:
-                net.nest()
         hooked = _hooked(rule)  # whoever looks on sees its forward pass
         if v.dtype is torch.float32 and (g.requires_grad or v.requires_grad):
             fused.start()  # before the first weight: a pass that runs again must save for its gradients what it saved
         sizes = None if hooked else fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
-        if private and sizes is not None and (self._way is None or not self._way.is_of(g, v)):
-            self.__dict__["_way"] = Straight(g, v, sizes, rule.axes, self._rooms())
+        w: Tensor | None = None
         if sizes is not None:
-            made = net.make(self) if net is not None and v.numel() <= AHEAD and may_make() else None
-            if made is not None:
-                return self._hand_over(made, private)
-            ready = compose_in_one_pass(g, v, sizes, self._rooms())
+            way = self._way
+            if way is None or not way.is_of(g, v):
+                way = self.__dict__["_way"] = Straight(g, v, sizes, rule.axes, self._rooms())
+            w = way.weight(g, v)
+            ready = compose_in_one_pass(g, v, sizes, self._rooms()) if w is None else None
         elif net is not None and not hooked:
             ready = net.take(self, g, v)
-        w: Tensor = rule.compose(g, v, self._rooms(), ready)
+        if w is None:
+            w = rule.compose(g, v, self._rooms(), ready)
         if not private:
             self._hand_out(w, g, v)
         return w
-
-    def make(self, ready: Ready | None = None) -> Ahead | None:
-        """The weight for a use in training to come, None where only the use itself can tell what it is.
-
-        `ready` is what somebody has computed of it, from the pair as it is.
-        """
-        g, v = self.pair()
-        rule: Any = self._modules["0"]
-        if len(self._modules) != 1 or _hooked(rule):
-            return None
-        if ready is None:
-            if _is_watched(g, v):
-                return None
-            sizes = fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
-            ready = None if sizes is None else compose_in_one_pass(g, v, sizes, self._rooms())
-        if ready is None or ready.w is None:
-            return None
-        w = compose_eagerly(g, v, rule.axes, rule.magnitude, self._rooms(), ready)
-        if w.is_inference() or g.is_inference() or v.is_inference():
-            return None
-        steps.start()
-        return made_ahead(w, (g, v), probes_of(self, g, v))
 
     def item(self) -> Item | None:
         """Its pair and rule, None where the factor cannot be told from the row norms in passing."""
@@ -341,8 +241,7 @@ class WeightNormList(ParametrizationList):
             how = self._large_way()
         if how is None or not takes_input(x, v, bias) or not (g.requires_grad or v.requires_grad):
             return None
-        quiet = may_make() and torch._C._functorch.peek_interpreter_stack() is None
-        return large_linear(x, g, v, bias, how) if quiet else None
+        return large_linear(x, g, v, bias, how) if nobody_looks_on() else None
 
     def _large_way(self) -> HowLarge | None:
         """How a linear layer computes its weight with its output, from the pair as it is; None where that is not for
@@ -427,7 +326,7 @@ class WeightNormList(ParametrizationList):
     def is_out(self) -> bool:
         """Whether a weight is kept or handed out."""
         state = self.__dict__
-        return "_kept" in state or "_handed_out" in state or "_again" in state
+        return "_kept" in state or "_handed_out" in state
 
     def unwatch(self, gone: Loan) -> None:
         """A weight was let go as it was handed out."""
@@ -465,19 +364,14 @@ class WeightNormList(ParametrizationList):
             self._deferred.settle()
             return
         kept = self.__dict__.get("_kept")
-        again, loans = self._again, self.__dict__.pop("_handed_out", None)
-        if kept is None and again is None and not loans:
+        loans = self.__dict__.pop("_handed_out", None)
+        if kept is None and not loans:
             return
         now_g, now_v = self.pair()
         if kept is not None and kept.is_written():
             self.__dict__.pop("_kept", None)
             if kept.was_of(now_g, now_v):
                 self._store(kept.w)
-                return
-        if again is not None and again.is_written():
-            self.__dict__.pop("_again", None)
-            if again.is_of(now_g, now_v):
-                self._store(again.written())
                 return
         if not loans:
             return
@@ -509,7 +403,7 @@ class WeightNormList(ParametrizationList):
             new_g, new_v = rule.right_inverse(value.detach().to(v.dtype))
             g.copy_(new_g)
             v.copy_(new_v)
-        for name in ("_again", "_handed_out", "_kept"):
+        for name in ("_handed_out", "_kept"):
             self.__dict__.pop(name, None)
         self._refresh()
 

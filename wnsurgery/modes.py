@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from wnsurgery.deferred import DeferredGroup, DeferredWeight
 from wnsurgery.errors import ModeError, SelectionError
-from wnsurgery.joint_graph import has_hooks
 from wnsurgery.mechanism import WeightNormList
 from wnsurgery.pairs import pairs
 
@@ -61,7 +60,7 @@ def set_weight_norm_mode(model: M, mode: Mode) -> M:
         if entry._deferred is not None:
             known[key] = entry._deferred
             entry._refresh()
-        elif any(map(has_hooks, entry.pair())):
+        elif any(map(_has_hooks, entry.pair())):
             raise ModeError("g or v has a hook on its gradient, which deferred mode would not run")
     group = next((weight.group for weight in known.values() if weight is not None), None) or DeferredGroup()
     for entry, key in entries:
@@ -69,6 +68,10 @@ def set_weight_norm_mode(model: M, mode: Mode) -> M:
             known[key] = entry.defer(known.get(key), group)
     group.renew(weight for weight in group.weights if weight.kept is None)
     return model
+
+
+def _has_hooks(half: Tensor) -> bool:
+    return bool(half._backward_hooks or half._post_accumulate_grad_hooks)
 
 
 def check_mode(mode: str) -> None:

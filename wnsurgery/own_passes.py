@@ -25,7 +25,7 @@ __all__ = ["forward_of", "read_before"]
 _is_compiling, _is_tracing, _grad_enabled = torch.compiler.is_compiling, torch._C._is_tracing, torch.is_grad_enabled
 _in_function_mode, _dispatch_modes = torch._C._is_torch_function_mode_enabled, torch._C._len_torch_dispatch_stack
 _READERS = (  # which read some weight several times, or by `self.weight` alone
-    *(nn.RNN, nn.LSTM, nn.GRU, nn.MultiheadAttention),
+    *(nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell, nn.MultiheadAttention, nn.Bilinear),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 

@@ -1,50 +1,35 @@
 """What a pass needs of a net's weights, made for all of them when it comes to the first.
 
 By the time a pass comes to the next layer, the processor has forgotten the code that makes a weight, and finding it
-again costs a small layer many times the arithmetic. A `Preparation` makes at one go what the last pass used: whole
-weights where the compiled kernels take them, else the factors g / ||v||. What it makes serves one use of each weight,
-or several of a small one in a net that asks again, and only while its g and v are what they were. Layers that make
-their weight at its use, by a shorter way of their own (`straight`), come here with those that are used again and again.
+again costs a small layer many times the arithmetic. A `Preparation` makes at one go what the last pass used: the
+weights that evaluation keeps, and for training without compiled kernels the factors g / ||v||, each of which serves one
+use, and only while its g and v are what they were.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.autograd import forward_ad
 
 from wnsurgery import fused
-from wnsurgery.joint_graph import all_may_share, is_in_backward, may_share, with_joint_graph
-from wnsurgery.kept import AHEAD, LARGE, Probes, Rooms, steps
-from wnsurgery.loans import LASTING, Ahead, made_ahead
+from wnsurgery.kept import AHEAD, LARGE, Rooms, steps
 from wnsurgery.multi_tensor import row_factors
 from wnsurgery.norms import SMALL
 from wnsurgery.placed import Placed
 from wnsurgery.reparam import Ready
 from wnsurgery.small_weights import SmallWeights, is_small
 
-__all__ = ["Preparation", "may_make"]
+__all__ = ["Preparation"]
 
 _PLANS = 8  # sets of weights used together that are remembered
-_SHARING = 64  # weights with one node of the graph in common: gradients come by so many at a time
-
-
-_saving_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
-_inference_mode = torch.is_inference_mode_enabled
-
-
-def may_make() -> bool:
-    """Whether weights may be made ahead of use: not where somebody watches what each layer saves for its backward pass,
-    as activation checkpointing does, nor in forward or inference mode."""
-    return _saving_hooks(True) is None and forward_ad._current_level < 0 and not _inference_mode()
+_TOGETHER = 64  # small weights that one call of the kernels makes
 
 
 class _Rounds:
@@ -75,21 +60,14 @@ class _Rounds:
 class Preparation:
     """The weights of one net that are used together, told by the passes themselves.
 
-    An *entry* is whoever owns a pair: an object with attributes `_made`, `_ready`, `_round` and `_evaluation` to spare,
-    with `pair()`, `item()`, its pair and rule, `settle()`, before its weight is made anew, `make()`, its weight as
-    a record that is `Ahead` or None, `goes_straight()`, whether it is better made at its use, `is_to_keep()`, whether
-    its weight is to be kept for evaluation and is not, and `keep()`, which does that. One that was used in a backward
-    pass has `_nested`.
+    An *entry* is whoever owns a pair: an object with attributes `_ready`, `_round` and `_evaluation` to spare, with
+    `pair()`, `item()`, its pair and rule, `is_to_keep()`, whether its weight is to be kept for evaluation and is not,
+    and `keep()`, which does that.
     """
 
     def __init__(self) -> None:
         self._training, self._evaluation = _Rounds("_round"), _Rounds("_evaluation")
-        self.use = self._training.use  # a training pass uses a weight
         self._plans: list[_Plan] = []  # the last one used is the first
-        self._began: tuple[int, int, int] | None = None  # the last entry that was made at its use, and its versions
-        self.lasting = False  # whether small weights are used again while their pairs stay as they are
-        self.reused, self._period = False, -1  # whether one has been, and the optimizer steps there were by then
-        self._nested = False
         self.rooms = Rooms()  # for what is needed by one layer after the other
         self.elements = 0  # of all weights, as they were when the net was put under weight norm
 
@@ -104,49 +82,8 @@ class Preparation:
         if waiting is None or waiting[0] != _moment(g, v):
             self._prepare(self._training.together(entry))
             waiting = entry.__dict__.pop("_ready", None)
-        self.use(entry)
+        self._training.use(entry)
         return None if waiting is None else waiting[1]
-
-    def make(self, entry: Any) -> Ahead | None:
-        """One weight, for one use, with those that were used together with it; None where nothing is to be gained."""
-        together = self._training.together(entry)
-        self.use(entry)
-        g, v = entry.pair()
-        began = id(entry), g._version, v._version
-        if began == self._began:
-            self.last()
-        self._began = began
-        if len(together) == 1 and not (self.lasting and v.nbytes <= LASTING):
-            return None
-        needed = []
-        for one in together:
-            state = one.__dict__
-            if "_handed_out" in state or "_kept" in state:
-                one.settle()
-            if one is entry or not (_has_made(one) or one.goes_straight()):
-                needed.append(one)
-        plan = self._plan(needed)
-        for one in _make_small(needed, plan, lasting=self.lasting):
-            one.__dict__["_made"] = one.make()
-        made: Ahead | None = entry.__dict__.pop("_made", None)  # None where another thread was quicker
-        return made
-
-    def last(self) -> bool:
-        """A weight is used again with its pair as it was: from now on small ones are made for all their uses, where
-        that may be; whether it may."""
-        self.lasting = self.reused = not self._nested
-        return self.lasting
-
-    def expire(self) -> None:
-        """A weight that was made for several uses serves no more: if none of the net's had a second use since the
-        optimizer's step before the last, weights are made for one use again."""
-        if self._period != steps.count:
-            self._period = steps.count
-            self.lasting, self.reused = self.lasting and self.reused, False
-
-    def nest(self) -> None:
-        """A weight of the net is used in a backward pass: each pass from now on is to have its own."""
-        self._nested, self.lasting = True, False
 
     def keep(self, entry: Any) -> None:
         """An evaluation pass needs a weight that is not kept: keep it, and those that the last pass used with it and
@@ -185,37 +122,6 @@ class Preparation:
                     entries[i].__dict__["_ready"] = (_moment(*entries[i].pair()), ready)
 
 
-def _make_small(entries: list[Any], plan: _Plan, *, lasting: bool) -> list[Any]:
-    """Make the small weights of a plan, with nodes of the graph in common where they may; returns the other entries.
-
-    They may not in a backward pass, which ends before others that would share a node, nor where processes exchange
-    gradients, which count every call.
-    """
-    steps.start()
-    apart = is_in_backward() or (dist.is_available() and dist.is_initialized())
-    others = [entries[i] for i in plan.not_small_at]
-    for few in plan.small:
-        small, made, states = few.small, few.small.make(), [entries[i].__dict__ for i in few.at]
-        sharing: Sequence[int] = () if apart else few.all
-        if not (all(made.fine) and all_may_share(small)):
-            sharing = [k for k in sharing if made.fine[k] and may_share(small.g[k], small.v[k])]
-        if any("_nested" in state for state in states):
-            sharing = [k for k in sharing if "_nested" not in states[k]]
-        if sharing:
-            pairs = few.lasting if lasting else few.pairs
-            for k, w in zip(sharing, with_joint_graph(small, sharing, made), strict=True):
-                pair, probes = pairs[k]
-                states[k]["_made"] = made_ahead(w, pair, probes, shared=True, lasting=lasting and probes.see_all)
-        if len(sharing) < len(states):
-            for k in set(few.all).difference(sharing):
-                one = entries[few.at[k]]
-                if made.fine[k]:
-                    states[k]["_made"] = one.make(small.ready(k, made))
-                else:
-                    others.append(one)
-    return others
-
-
 def _keep_small(entries: list[Any], plan: _Plan) -> list[Any]:
     """Keep the small weights of a plan; returns the other entries."""
     others = [entries[i] for i in plan.not_small_at]
@@ -230,22 +136,11 @@ def _keep_small(entries: list[Any], plan: _Plan) -> list[Any]:
     return others
 
 
-def _has_made(entry: Any) -> bool:
-    made = entry.__dict__.get("_made")
-    return made is not None and made.serves(*entry.pair())
+class _Few(NamedTuple):
+    """Small weights that are made together, those of the entries `at` these places of a plan."""
 
-
-class _Few:
-    """Small weights with one node of the graph in common, those of the entries `at` these places of a plan."""
-
-    def __init__(self, at: list[int], pairs: list[tuple[Tensor, Tensor]]) -> None:
-        self.at, self.all, self.small = at, range(len(at)), SmallWeights(pairs)
-        self.pairs = [(pair, Probes(*pair)) for pair in pairs]
-
-    @cached_property
-    def lasting(self) -> list[tuple[tuple[Tensor, Tensor], Probes]]:
-        """The pairs with the probes for weights of several uses."""
-        return [(pair, Probes(*pair, LASTING)) for pair, _ in self.pairs]
+    at: list[int]
+    small: SmallWeights
 
 
 class _Plan:
@@ -261,8 +156,8 @@ class _Plan:
             for i, it in known.items()
             if is_small(it.g, it.v, it.axes, it.magnitude, few) and not (it.g.is_inference() or it.v.is_inference())
         ]
-        several = [chosen[first : first + _SHARING] for first in range(0, len(chosen), _SHARING)]
-        self.small = [_Few(at, [pairs[i] for i in at]) for at in several]
+        several = [chosen[first : first + _TOGETHER] for first in range(0, len(chosen), _TOGETHER)]
+        self.small = [_Few(at, SmallWeights([pairs[i] for i in at])) for at in several]
         small = set(chosen)
         self.others_at = [i for i in known if i not in small]
         self.not_small_at = [i for i in range(len(entries)) if i not in small]

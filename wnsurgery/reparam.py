@@ -43,6 +43,7 @@ __all__ = ["Axes", "Magnitude", "Ready", "WeightNorm", "blank_module", "compose"
 Magnitude = Literal["linear", "log"]
 
 _FRESH = 1 << 23  # elements from which the allocator gives fresh pages each time, which cost more than a pass
+_BY_TORCH = 1 << 17  # elements up to which torch's own node costs less, though it makes a weight of its own first
 _WIDENED = 1 << 18  # elements widened at a time
 _BLOCK = 1 << 19  # elements a block of the backward pass has: few enough for a core's cache, enough for its calls
 
@@ -130,7 +131,7 @@ def _checked(axes: Axes, shape: tuple[int, ...]) -> Axes:
     return Axes(kept, axes.groups)
 
 
-_COLUMNS = Axes((1,))
+_ROWS, _COLUMNS = Axes((0,)), Axes((1,))
 
 
 def magnitude_dtype_for(weight_dtype: torch.dtype) -> torch.dtype:
@@ -386,7 +387,7 @@ class _Compose(torch.autograd.Function):
         else:
             size = v.numel() if v.dtype == torch.float32 else 0
             big = size >= _FRESH
-            over = big or (size >= LARGE and fused.started())
+            over = big or (size > _BY_TORCH and fused.started())
             room = None
             if over and _fills_its_memory(grad_w) and is_private(grad_w, count):
                 room = grad_w
@@ -394,6 +395,13 @@ class _Compose(torch.autograd.Function):
                 room = rooms.take("grad", v)
             grad_g, grad_v = _plain_gradients(grad_w, g, v, norms, axes, magnitude, room, _FRESH)
         return grad_g, grad_v, None, None
+
+
+def is_by_torch(g: Tensor, v: Tensor, axes: Axes, magnitude: str) -> bool:
+    """Whether gradients of ordinary rows are those of torch's own operation, in whichever way a weight was made: its
+    node of the graph costs small weights less than any other (`torch_node`)."""
+    fits = axes == _ROWS and magnitude == "linear" and 1 < v.ndim == g.ndim and v.numel() <= _BY_TORCH
+    return fits and v.dtype is g.dtype is torch.float32 and v.is_cpu and v.is_contiguous()
 
 
 def is_plain(grad: Tensor) -> bool:
@@ -492,6 +500,9 @@ def _plain_gradients(
     large: int,
 ) -> tuple[Tensor, Tensor]:
     """The paper's equation 3 for ordinary rows, first order only, in as few passes as torch offers."""
+    if room is None and is_by_torch(g, v, axes, magnitude):
+        grad_v, grad_g = _fused_backward(grad_w.contiguous(), v, g.contiguous(), norms.view(g.shape), 0)
+        return grad_g, grad_v
     sizes = fused.plan(g, v, axes.kept, axes.groups, magnitude)
     if sizes is not None and grad_w.dtype == torch.float32 and is_plain(grad_w):
         grad_v = torch.empty_like(v) if room is None else room

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["address_of", "on_all_rows", "thread_number_at"]
+__all__ = ["address_of", "is_for_one", "on_all_rows", "thread_number_at"]
 
 _SPREAD = 1 << 15  # elements for which another of torch's threads is worth its call
 _PYTHONS = 1 << 17  # the same of Python's threads
@@ -29,13 +29,18 @@ _LIBRARIES = ("libgomp", "libiomp5", "libomp")
 _PROCESS = os.getpid()
 
 
+def is_for_one(elements: int) -> bool:
+    """Whether a weight of so many elements is too small to be the work of several threads."""
+    return elements < 2 * _SPREAD
+
+
 def on_all_rows(kernels: Any, elements: int, rows: int, name: str, *numbers: int) -> bool:
     """Run a kernel of `fused_kernels`, `sgd_kernels` or `linear_kernels` on all rows of a weight, stretches of them or
     lines of a table of weights, in as many threads as torch has where it pays; whether no part says False. `numbers`
     are what it takes before the first and the last.
     """
     kernel = getattr(kernels, name)
-    if elements < 2 * _SPREAD or (threads := torch.get_num_threads()) == 1:
+    if is_for_one(elements) or (threads := torch.get_num_threads()) == 1:
         return kernel(*numbers, 0, rows) is not False
     library = _openmp(os.getpid())
     pieces = 1 if library is None or name.startswith("columns") else _PARTS  # strips of columns are narrow enough

@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from wnsurgery import fused
-from wnsurgery.kept import Rooms, steps
-from wnsurgery.loans import LASTING
-from wnsurgery.reparam import Axes, compose_in_one_pass, first_order_gradients, is_readable, with_graph
+from wnsurgery.kept import Rooms
+from wnsurgery.reparam import Axes, compose_in_one_pass, first_order_gradients, is_by_torch, is_readable, with_graph
+from wnsurgery.torch_node import TorchNode, takes
 
 __all__ = ["Straight"]
 
 _ROOMY = 1 << 19  # elements from which memory of its own, though out of the cache, is better than the allocator's
-_TWICE = 2  # uses up to which making a weight anew costs less than keeping it
 _inference_mode, _transforms = torch.is_inference_mode_enabled, torch._C._functorch.peek_interpreter_stack
 _empty_like, _grad_enabled = torch.empty_like, torch.is_grad_enabled
 
@@ -38,53 +37,46 @@ class Straight:
     """
 
     __slots__ = (
-        *("_at", "_backward", "_count", "_forward", "_g", "_rooms", "_shapes", "_used", "_uses", "_v"),
-        *("axes", "large", "sizes", "small"),
+        *("_at", "_backward", "_count", "_forward", "_g", "_node", "_rooms", "_roomy", "_shapes", "_v"),
+        *("axes", "large", "sizes"),
     )
 
     def __init__(self, g: Tensor, v: Tensor, sizes: fused.Sizes, axes: Axes, rooms: Rooms) -> None:
-        steps.start()
         self._g, self._v, self.sizes, self.axes, self._rooms = g, v, sizes, axes, rooms
-        self._at, self._shapes, self._count = (g.data_ptr(), v.data_ptr()), (g.shape, v.shape), v.numel()
+        self._at, self._count = (g.data_ptr(), v.data_ptr()), v.numel()
+        self._shapes = g.shape, v.shape, g.stride(), v.stride()
+        self._node = TorchNode(g, v, axes) if takes(g, v, axes) else None
+        self._roomy = self._count >= _ROOMY or (self._node is None and is_by_torch(g, v, axes, "linear"))
         self._forward, self._backward = fused.forward_call(sizes, self._count), fused.backward_call(sizes, self._count)
-        self._used, self._uses = (-1, -1, -1), 0
         self.large: Any = None  # how a linear layer computes it with its output
-        self.small = max(g.nbytes, v.nbytes) <= LASTING  # may be computed once for several uses
 
-    def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
+    def is_of(self, g: Any, v: Any) -> bool:
         """Whether this is its pair, in the same memory, with the same shapes, in the same order."""
         return (
             g is self._g
             and v is self._v
-            and (self._g.data_ptr(), self._v.data_ptr()) == self._at
-            and (self._g.shape, self._v.shape) == self._shapes
-            and self._g.is_contiguous()
-            and self._v.is_contiguous()
-            and self._v.dtype is torch.float32 is self._g.dtype
+            and (g.data_ptr(), v.data_ptr()) == self._at
+            and (g.shape, v.shape, g.stride(), v.stride()) == self._shapes
+            and v.dtype is torch.float32 is g.dtype
         )
-
-    def is_used_again(self) -> bool:
-        """Whether its weight has been made `_TWICE` before from the pair as it is, as far as versions and steps tell;
-        this use counts."""
-        now = self._g._version, self._v._version, steps.count
-        self._uses = self._uses + 1 if now == self._used else 0
-        self._used = now
-        return self._uses >= _TWICE
 
     def weight(self, g: Tensor | None, v: Tensor | None) -> Tensor | None:
         """The weight of this pair with its graph, None where it must go the long way: another pair, a row that is not
         an ordinary one, forward or inference mode, a function transform."""
         if not self.is_of(g, v) or forward_ad._current_level >= 0 or _inference_mode() or _transforms() is not None:
             return None
-        if self._count >= _ROOMY:
+        if self._roomy:
             ready = compose_in_one_pass(self._g, self._v, self.sizes, self._rooms)
             how = self.axes, "linear", self._rooms
             return None if ready.w is None else with_graph(self._g, self._v, how, ready)
-        w, norms = _empty_like(self._v), _empty_like(self._g)
-        call, rest = self._forward
-        g_at, v_at = self._at
-        fine = call(v_at, g_at, w.data_ptr(), norms.data_ptr(), *rest)
-        return _apply(self._g, self._v, self, (w, norms)) if fine else None
+        node, (call, rest), (g_at, v_at) = self._node, self._forward, self._at
+        w, norms = node.begin() if node is not None else (_empty_like(self._v), _empty_like(self._g))
+        if not call(v_at, g_at, w.data_ptr(), norms.data_ptr(), *rest):
+            return None
+        if node is None:
+            return _apply(self._g, self._v, self, (w, norms))  # type: ignore[no-any-return]
+        node.finish(w)
+        return w
 
     def gradients(self, grad: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
         """dL/dg and dL/dv from dL/dw, which lies in memory as v, while `is_of` holds."""

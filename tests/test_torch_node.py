@@ -1,4 +1,4 @@
-"""Small weights with a node of the autograd graph in common do what they would do with nodes of their own."""
+"""Small weights whose node of the autograd graph is torch's: gradients of every kind, and whatever comes in between."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from wnsurgery import fused
 from wnsurgery.reparam import Axes, compose
 from wnsurgery.small_weights import SmallWeights
 
+NODE = "WeightNormInterfaceBackward0"
+
 
 class Branches(nn.Module):
     """Layers by name, so that a pass can leave some out."""
@@ -31,20 +33,19 @@ class Branches(nn.Module):
         return self.d(self.c(self.b(self.a(x).tanh()).tanh()).tanh())  # type: ignore[no-any-return]
 
 
-@pytest.fixture(params=["for one use", "for several", "straight"])
+@pytest.fixture(params=["straight", "long way"])
 def net(request: pytest.FixtureRequest) -> Branches:
-    """A net whose next pass makes all its weights when it comes to the first; or each at its use."""
+    """A net some passes into its training."""
     made = wn.apply_weight_norm(Branches())
-    if request.param == "for one use":
+    if request.param == "long way":
         request.getfixturevalue("long_way")
-    for last in (False, False, False, False, True):
+    for _ in range(3):
         made(torch.ones(2, 6)).sum().backward()
-        if last or request.param != "for several":  # as after every step
-            with torch.no_grad():
-                for half in (half for layer in made.children() for half in halves(layer)):
-                    half.mul_(1.0)
+        with torch.no_grad():  # as after every step
+            for half in (half for layer in made.children() for half in halves(layer)):
+                half.mul_(1.0)
     made.zero_grad()
-    made.each_by_itself = request.param == "straight"  # type: ignore[assignment]
+    assert made.a.weight.grad_fn.name() == NODE  # type: ignore[union-attr]
     return made
 
 
@@ -56,28 +57,15 @@ def halves(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return entry(layer).pair()  # type: ignore[no-any-return]
 
 
-def loan(layer: nn.Module) -> Any:
-    """The weight that waits for its use, or for another."""
-    state = entry(layer).__dict__
-    return state["_made"] if "_made" in state else state["_again"].ahead
-
-
 def by_itself(layer: nn.Module) -> Tensor:
     """The layer's weight with a graph of plain operations."""
     g, v = halves(layer)
     return g * v / v.norm(dim=1, keepdim=True)
 
 
-def share(net: Branches, x: Tensor) -> Tensor:
-    """The first layer's output; all layers' weights are made then, with one node, or each by itself."""
-    found: Tensor = net.a(x).tanh()
-    if net.each_by_itself:
-        assert not any("_made" in entry(layer).__dict__ for layer in (net.b, net.c, net.d))
-        return found
-    others = [loan(layer) for layer in (net.b, net.c, net.d)]
-    assert all(one.shared for one in others)
-    assert len({id(one.w.grad_fn) for one in others}) == 1
-    return found
+def first(net: Branches, x: Tensor) -> Tensor:
+    """The first layer's output."""
+    return net.a(x).tanh()  # type: ignore[no-any-return]
 
 
 def check(net: Branches, loss: Callable[[list[Tensor]], Tensor], used: str) -> None:
@@ -110,36 +98,35 @@ X = torch.linspace(-1, 1, 12).view(2, 6)
 
 
 def test_one_pass(net: Branches) -> None:
-    h = share(net, X)
+    h = first(net, X)
     net.d(net.c(net.b(h).tanh()).tanh()).tanh().square().sum().backward()
     check(net, lambda w: run(w, X.double(), "abcd").square().sum(), "abcd")
 
 
 def test_a_layer_left_out_gets_no_gradient(net: Branches) -> None:
-    h = share(net, X)
+    h = first(net, X)
     net.c(h).tanh().square().sum().backward()
     check(net, lambda w: run(w, X.double(), "ac").square().sum(), "ac")
 
 
-def test_two_losses_with_nothing_in_common_but_the_node(net: Branches) -> None:
-    """The second pass finds what it needs, as it would with nodes apart."""
-    first = share(net, X).square().sum()
-    second = net.d(net.c(X).tanh()).tanh().square().sum()
-    first.backward()
+def test_two_losses(net: Branches) -> None:
+    one = first(net, X).square().sum()
+    other = net.d(net.c(X).tanh()).tanh().square().sum()
+    one.backward()
     assert halves(net.c)[1].grad is None
-    second.backward()
+    other.backward()
     check(net, lambda w: run(w, X.double(), "a").square().sum() + run(w, X.double(), "cd").square().sum(), "acd")
 
 
 def test_a_graph_that_is_kept_gives_its_gradients_twice(net: Branches) -> None:
-    loss = net.b(share(net, X)).tanh().square().sum()
+    loss = net.b(first(net, X)).tanh().square().sum()
     loss.backward(retain_graph=True)
     loss.backward()
     check(net, lambda w: 2 * run(w, X.double(), "ab").square().sum(), "ab")
 
 
 def test_gradients_asked_for_by_name(net: Branches) -> None:
-    y = net.d(net.c(net.b(share(net, X)).tanh()).tanh()).tanh().square().sum()
+    y = net.d(net.c(net.b(first(net, X)).tanh()).tanh()).tanh().square().sum()
     g, v = halves(net.c)
     got = torch.autograd.grad(y, [v, g])
     wide = copy.deepcopy(net).double()
@@ -150,7 +137,7 @@ def test_gradients_asked_for_by_name(net: Branches) -> None:
 
 
 def test_gradients_of_gradients(net: Branches) -> None:
-    y = net.b(share(net, X)).tanh().square().sum()
+    y = net.b(first(net, X)).tanh().square().sum()
     (grad,) = torch.autograd.grad(y, [halves(net.b)[1]], create_graph=True)
     grad.square().sum().backward()
     wide = copy.deepcopy(net).double()
@@ -166,7 +153,7 @@ def test_gradients_of_gradients(net: Branches) -> None:
 
 
 def test_a_batch_of_gradients(net: Branches) -> None:
-    y = net.b(share(net, X)).tanh().sum(0)
+    y = net.b(first(net, X)).tanh().sum(0)
     got = torch.autograd.grad(y, halves(net.b), torch.eye(6), is_grads_batched=True)
     wide = copy.deepcopy(net).double()
     values = [w for layer in (wide.a, wide.b, wide.c, wide.d) for w in (by_itself(layer), layer.bias)]
@@ -178,7 +165,7 @@ def test_a_batch_of_gradients(net: Branches) -> None:
 
 
 def test_a_pair_written_to_before_the_backward_pass_is_refused(net: Branches) -> None:
-    y = net.b(share(net, X)).tanh().sum()
+    y = net.b(first(net, X)).tanh().sum()
     with torch.no_grad():
         halves(net.b)[1].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -186,7 +173,7 @@ def test_a_pair_written_to_before_the_backward_pass_is_refused(net: Branches) ->
 
 
 def test_a_pair_written_to_that_has_no_part_is_none_of_its_business(net: Branches) -> None:
-    y = net.b(share(net, X)).tanh().square().sum()
+    y = net.b(first(net, X)).tanh().square().sum()
     with torch.no_grad():
         halves(net.d)[1].mul_(2)
     y.backward()
@@ -208,28 +195,13 @@ def test_hooks_are_called_with_gradients_only(net: Branches, half: int) -> None:
 
 
 def test_a_hook_that_comes_between(net: Branches) -> None:
-    h = share(net, X)
+    h = first(net, X)
     seen: list[Any] = []
     halves(net.c)[1].register_hook(seen.append)  # type: ignore[no-untyped-call]
     net.c(h).tanh().square().sum().backward()
     check(net, lambda w: run(w, X.double(), "ac").square().sum(), "ac")
     assert len(seen) == 1
     assert isinstance(seen[0], Tensor)
-
-
-@pytest.mark.parametrize("net", ["for one use", "for several"], indirect=True)
-def test_a_hook_that_comes_while_a_weight_waits_for_a_later_pass(net: Branches) -> None:
-    """The node of weights that were left out lives on with those that were not; no hook is called with None."""
-    share(net, X).sum().backward()
-    seen: list[Any] = []
-    halves(net.c)[1].register_hook(lambda grad: seen.append(grad) or grad * 2)  # type: ignore[no-untyped-call,func-returns-value]
-    net.zero_grad()
-    net.b(X).tanh().square().sum().backward()
-    assert len(seen) == 1
-    assert isinstance(seen[0], Tensor)
-    assert not bool(seen[0].any())
-    assert halves(net.d)[1].grad is None
-    assert halves(net.b)[1].grad is not None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -249,17 +221,6 @@ def test_checkpointed_layers(net: Branches, reentrant: bool) -> None:
         check(net, lambda w: run(w, X.double(), "abcd").square().sum(), "abcd")
         if step:  # in the first, weights are there that were made before anybody saw a checkpoint
             assert sorted(calls) == [0, 1, 2, 3]
-
-
-def test_where_processes_exchange_gradients_each_weight_has_a_node_of_its_own(
-    net: Branches, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Exchanges start as gradients come, and count every one of them."""
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    net.a(X)
-    waiting = [entry(layer).__dict__.get("_made") for layer in (net.b, net.c, net.d)]
-    assert net.each_by_itself or None not in waiting
-    assert not any(one is not None and one.shared for one in waiting)
 
 
 def test_one_half_frozen(net: Branches) -> None:
@@ -315,21 +276,6 @@ def test_tied_weights_add_up() -> None:
     torch.testing.assert_close(halves(net.b)[1].grad.double(), v.grad, rtol=1e-5, atol=1e-6)  # type: ignore[union-attr]
 
 
-def test_more_weights_than_share_a_node() -> None:
-    net = wn.apply_weight_norm(nn.Sequential(*[nn.Linear(4, 4) for _ in range(150)]))
-    for _ in range(3):
-        net.zero_grad()
-        x = net[0](torch.ones(1, 4))
-        net[1:](x).sum().backward()
-    net.zero_grad()
-    net[0](torch.ones(1, 4))
-    nodes = [loan(layer).w.grad_fn for layer in list(net)[1:]]
-    assert len({id(node) for node in nodes}) == 3
-    for layer in net:
-        w = compose(*halves(layer), Axes((0,)))
-        assert torch.equal(layer.weight, w)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("setting", ["float64", "meta"])
 def test_defaults_of_the_process_do_not_change_what_is_made(net: Branches, setting: str) -> None:
     wanted = [compose(*halves(layer), Axes((0,))) for layer in (net.a, net.b, net.c, net.d)]
@@ -350,7 +296,6 @@ def test_defaults_of_the_process_do_not_change_what_is_made(net: Branches, setti
         torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("net", ["for one use", "straight"], indirect=True)
 def test_memory_is_let_go(net: Branches) -> None:
     """The graph of a pass is gone with what it computed: no cycle is left for the collector."""
     import gc
@@ -359,8 +304,8 @@ def test_memory_is_let_go(net: Branches) -> None:
     gc.collect()
     gc.disable()
     try:
-        h = share(net, X)
-        made = weakref.ref(net.d.weight if net.each_by_itself else entry(net.b).__dict__["_made"].w)
+        h = first(net, X)
+        made = weakref.ref(net.d.weight)
         y = net.d(net.c(net.b(h)))
         y.sum().backward()
         del y, h
@@ -369,32 +314,89 @@ def test_memory_is_let_go(net: Branches) -> None:
         gc.enable()
 
 
-def test_a_direction_replaced_through_data_in_between(net: Branches) -> None:
-    """What the kernels read is looked at again: another size or layout takes another way, or is refused."""
-    assert fused.started()
-    y = net.b(share(net, X)).tanh().square().sum()
+@pytest.mark.parametrize("other", ["layout", "more", "fewer", "type", "magnitudes"])
+def test_a_pair_replaced_through_data_in_between_is_refused(net: Branches, other: str) -> None:
+    """torch's node reads what lies there: another shape or order is an error, not memory past the end."""
+    y = net.b(first(net, X)).tanh().square().sum()
+    g, v = halves(net.b)
+    if other == "magnitudes":
+        g.data = torch.ones(900, 1)
+    else:
+        v.data = {
+            "layout": v.data.t().contiguous().t(),
+            "more": torch.randn(900, 900),
+            "fewer": v.data[:2],
+            "type": v.data.double(),
+        }[other]
+    with pytest.raises(RuntimeError, match=r"contiguous|another shape or type"):
+        y.backward()
+
+
+def test_a_pair_replaced_by_another_of_its_kind_gives_gradients_at_that(net: Branches) -> None:
+    """As with torch's own weight norm."""
+    y = net.b(first(net, X)).tanh().square().sum()
     v = halves(net.b)[1]
-    old = v.data
-    v.data = old.t().contiguous().t()
+    v.data = v.data.clone()
     y.backward()
     check(net, lambda w: run(w, X.double(), "ab").square().sum(), "ab")
 
 
-@pytest.mark.parametrize("net", ["for one use"], indirect=True)
-def test_evaluation_in_between_leaves_the_weights_together(net: Branches) -> None:
-    """As in a loop that looks at a validation loss after every step."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    for _ in range(3):
-        with torch.no_grad():
-            net(X)
-        h = share(net, X)
-        nodes = [entry(layer).__dict__["_made"].w.grad_fn for layer in (net.b, net.c, net.d)]
-        loss = net.d(net.c(net.b(h).tanh()).tanh()).square().sum()
-        assert [layer.parametrizations["weight"].__dict__.get("_made") for layer in (net.b, net.c, net.d)] == [None] * 3
-        assert nodes[0] is nodes[2]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+@pytest.mark.parametrize("kept", [True, False])
+def test_second_and_third_derivatives_of_a_layer_used_twice(net: Branches, kept: bool) -> None:
+    """Also where the graph is not kept, if nothing but the weight depends on the pair."""
+
+    def derivative(
+        b: Callable[[Tensor], Tensor], x: Tensor, pair: tuple[Tensor, Tensor], retain_graph: bool = True
+    ) -> list[Tensor]:
+        y = b(b(x).tanh()).tanh().square().sum() if kept else b(x).sum()
+        once = torch.autograd.grad(y, pair, create_graph=True, retain_graph=retain_graph)
+        twice = torch.autograd.grad(sum(one.square().sum() for one in once), pair, create_graph=True)
+        return [*once, *twice, *torch.autograd.grad(sum(one.sin().sum() for one in twice), pair)]
+
+    wide = copy.deepcopy(net.b).double()
+    pair: Any = halves(wide)
+    plain: list[Tensor] = derivative(lambda x: nn.functional.linear(x, by_itself(wide), wide.bias), X.double(), pair)
+    found = derivative(net.b, X, halves(net.b), kept)
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+    loss = net.b(X).square().sum()
+    once = torch.autograd.grad(loss, halves(net.b), create_graph=True)
+    again = torch.autograd.grad(loss, halves(net.b))  # the same node, once more and without
+    for one, other in zip(once, again, strict=True):
+        assert one.requires_grad and not other.requires_grad
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_have_the_same_bits_by_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first pass of a resumed run is not made as later ones are, nor is one of a weight that somebody holds."""
+    torch.manual_seed(0)
+    shapes: list[tuple[nn.Module, tuple[int, ...]]] = [
+        (nn.Linear(300, 37), (5, 300)),
+        (nn.Linear(7, 5), (2, 7)),
+        (nn.Conv2d(3, 8, 3), (1, 3, 9, 9)),
+        (nn.Conv1d(5, 6, 1), (2, 5, 4)),
+        (nn.ConvTranspose1d(6, 4, 3), (1, 6, 8)),
+        (nn.Linear(400, 400), (3, 400)),
+    ]
+    for layer, size in shapes:
+        module: Any = wn.apply_weight_norm(layer)
+        x, found = torch.randn(size), []
+        for held in (False, False, True, False):
+            module.zero_grad()
+            w = module.weight if held else None
+            module(x).square().sum().backward()
+            found.append([half.grad.clone() for half in halves(module)])  # type: ignore[union-attr]
+            del w
+        with monkeypatch.context() as patch:
+            patch.setattr(type(entry(module)), "_go_straight", lambda self, way, private: None)
+            module.zero_grad()
+            module(x).square().sum().backward()
+            found.append([half.grad.clone() for half in halves(module)])  # type: ignore[union-attr]
+            entry(module)[0].register_forward_hook(lambda *_: None)
+            module.zero_grad()
+            module(x).square().sum().backward()
+            found.append([half.grad.clone() for half in halves(module)])  # type: ignore[union-attr]
+        assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True)), layer
 
 
 def test_threads_that_run_one_net_do_not_write_into_each_others_weights() -> None:
