@@ -35,7 +35,7 @@ __all__ = [
     "steps",
 ]
 
-AHEAD = 1 << 17  # elements above which a weight that was made ahead would have left the cache by its use
+AHEAD = 1 << 17  # elements above which a weight that is kept ahead of its use would have left the cache by then
 LARGE = 1 << 16  # elements from which memory is worth keeping; smaller blocks come warm from the allocator
 _PROBE = 32  # bytes compared at each of a few places
 _WHOLE = 1 << 11  # bytes of a tensor up to which all are compared
@@ -211,40 +211,38 @@ def places_in(w: Tensor) -> list[Any]:
 
 
 class Probes:
-    """Where to look whether a pair was written to: all bytes of a half that has up to `whole`, else a few.
+    """Where to look whether a pair was written to: all bytes of a small half, a few of a larger one.
 
     >>> g, v = torch.ones(2, 1), torch.ones(2, 3)
     >>> probes = Probes(g, v)
     >>> before = looked_at(probes.places)
     >>> _ = v.data.mul_(2.0)
-    >>> before == looked_at(probes.places), probes.see_all
-    (False, True)
+    >>> before == looked_at(probes.places)
+    False
     """
 
-    __slots__ = ("at", "places", "see_all")
+    __slots__ = ("at", "places")
 
-    def __init__(self, g: Tensor, v: Tensor, whole: int = _WHOLE) -> None:
+    def __init__(self, g: Tensor, v: Tensor) -> None:
         self.at = g.data_ptr(), v.data_ptr()
-        self.places = [*_places(g, (2,), whole), *_places(v, (1, 3), whole)]
-        self.see_all = max(map(extent, (g, v))) <= whole
+        self.places = [*_places(g, (2,)), *_places(v, (1, 3))]
 
 
-def probes_of(owner: Any, g: Tensor, v: Tensor, whole: int = _WHOLE) -> Probes:
+def probes_of(owner: Any, g: Tensor, v: Tensor) -> Probes:
     """The probes of an owner's pair, made anew where it has moved."""
-    known: dict[int, Probes] = owner.__dict__.setdefault("_probes", {})
-    probes = known.get(whole)
+    probes: Probes | None = owner.__dict__.get("_probes")
     if probes is None or probes.at != (g.data_ptr(), v.data_ptr()):
-        probes = known[whole] = Probes(g, v, whole)
+        probes = owner.__dict__["_probes"] = Probes(g, v)
     return probes
 
 
-def _places(tensor: Tensor, quarters: tuple[int, ...], whole: int = _WHOLE) -> list[Any]:
-    """A few bytes inside a tensor's memory, some quarters of the way in; all of up to `whole` bytes."""
+def _places(tensor: Tensor, quarters: tuple[int, ...]) -> list[Any]:
+    """A few bytes inside a tensor's memory, some quarters of the way in; all of few."""
     if not tensor.is_cpu or not tensor.numel():
         return []
     start = tensor.data_ptr()
     size = extent(tensor)
-    if size <= whole:
+    if size <= _WHOLE:
         return [(ctypes.c_char * size).from_address(start)]
     length = min(size, _PROBE)
     return [(ctypes.c_char * length).from_address(start + (size - length) * quarter // 4) for quarter in quarters]

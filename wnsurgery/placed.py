@@ -11,21 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Placed", "addresses", "versions"]
+__all__ = ["Placed", "addresses"]
 
 _address, _count, _is_dense = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
 _type: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
-_version: Any = Tensor._version.__get__  # type: ignore[attr-defined]
 
 
 def addresses(tensors: Iterable[Tensor]) -> list[int]:
     """Where each begins."""
     return list(map(_address, tensors))
-
-
-def versions(tensors: Iterable[Tensor]) -> list[int]:
-    """How often each was written to in place, as torch counts it."""
-    return list(map(_version, tensors))
 
 
 class Placed:

@@ -384,10 +384,12 @@ class _Compose(torch.autograd.Function):
         axes, magnitude, rooms = ctx.how
         if norms is None or torch.is_grad_enabled() or not torch._C._has_storage(grad_w):  # a batch of gradients
             grad_g, grad_v = _gradients(grad_w, g, v, axes, magnitude)
+        elif is_by_torch(g, v, axes, magnitude):
+            grad_v, grad_g = _fused_backward(grad_w.contiguous(), v, g.contiguous(), norms.view(g.shape), 0)
         else:
             size = v.numel() if v.dtype == torch.float32 else 0
             big = size >= _FRESH
-            over = big or (size > _BY_TORCH and fused.started())
+            over = big or (size >= LARGE and fused.started())
             room = None
             if over and _fills_its_memory(grad_w) and is_private(grad_w, count):
                 room = grad_w
@@ -500,9 +502,6 @@ def _plain_gradients(
     large: int,
 ) -> tuple[Tensor, Tensor]:
     """The paper's equation 3 for ordinary rows, first order only, in as few passes as torch offers."""
-    if room is None and is_by_torch(g, v, axes, magnitude):
-        grad_v, grad_g = _fused_backward(grad_w.contiguous(), v, g.contiguous(), norms.view(g.shape), 0)
-        return grad_g, grad_v
     sizes = fused.plan(g, v, axes.kept, axes.groups, magnitude)
     if sizes is not None and grad_w.dtype == torch.float32 and is_plain(grad_w):
         grad_v = torch.empty_like(v) if room is None else room

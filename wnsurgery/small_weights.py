@@ -142,22 +142,21 @@ class SmallWeights:
 
     def compute(self) -> list[Ready | None]:
         """All weights, in memory of their own; None for one with a row that is not an ordinary one."""
-        if fused.started():
-            with torch.inference_mode(False), torch.no_grad():
-                made = self.make()
-            return [self.ready(i, made) if fine else None for i, fine in enumerate(made.fine)]
-        weights, norms = self._by_torch()
+        weights, norms = self._weights_and_norms()
         parts = norms.split_with_sizes(self.rows)
         shaped = (n.view(g.shape) for n, g in zip(parts, self.g, strict=True))
         return [None if w is None else Ready(n, None, w) for n, w in zip(shaped, weights, strict=True)]
 
     def weights(self) -> list[Tensor | None]:
         """The weights of `compute` alone."""
+        return self._weights_and_norms()[0]
+
+    def _weights_and_norms(self) -> tuple[list[Tensor | None], Tensor]:
         if not fused.started():
-            return self._by_torch()[0]
+            return self._by_torch()
         with torch.inference_mode(False), torch.no_grad():
             made = self.make()
-        return [w if fine else None for w, fine in zip(made.weights, made.fine, strict=True)]
+        return [w if fine else None for w, fine in zip(made.weights, made.fine, strict=True)], made.norms
 
     def _by_torch(self) -> tuple[list[Tensor | None], Tensor]:
         """The weights, by torch's and numpy's operations, and ||v|| of all their rows."""
@@ -198,18 +197,6 @@ class SmallWeights:
         """Like the block of norms."""
         return torch.empty(self._all_rows, dtype=torch.float32, device="cpu")
 
-    def norms_of(self, i: int, block: Tensor) -> Tensor:
-        """The norms of one weight, from the block of `make`."""
-        return block[self._firsts[i] :][: self.rows[i]].view(self.g[i].shape)
-
-    def ready(self, i: int, made: Made) -> Ready:
-        """One weight of those that were made, by itself."""
-        return Ready(self.norms_of(i, made.norms), None, made.weights[i])
-
-    def norms_at(self, block: int) -> list[int]:
-        """Where the norms of each weight lie whose block, that of `make`, has this address."""
-        return [block + 4 * first for first in self._firsts]
-
     def pass_on(
         self, grads: Sequence[Tensor | None], norms_at: Sequence[int], private: Sequence[bool] = ()
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -220,7 +207,7 @@ class SmallWeights:
 
         >>> small = SmallWeights([(torch.tensor([[10.0]]), torch.tensor([[3.0, 4.0]]))])
         >>> made = small.make() if fused.start() else None
-        >>> small.pass_on([torch.tensor([[1.0, 0.0]])], small.norms_at(made.norms.data_ptr()))
+        >>> small.pass_on([torch.tensor([[1.0, 0.0]])], [made.norms.data_ptr()])
         ([tensor([[0.6000]])], [tensor([[ 1.2800, -0.9600]])])
         """
         if not (_are_all_plain(grads) and self.placed.are_as_they_were()):
