@@ -234,3 +234,46 @@ def test_a_failed_pass_leaves_nothing_behind() -> None:
             half.mul_(2)
     wanted = wn.fold_weight_norm(copy.deepcopy(layer))(x)[0]
     assert torch.equal(layer(x)[0], wanted)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_evaluation_once_a_step_goes_straight_and_keeps_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a discriminator that looks at one fake batch a step; with a hook on the rule, or a row of zeros, not."""
+    x = torch.randn(INPUTS[name])
+    layer = trained(LAYERS[name](), x)
+    made: list[bool] = []
+    real = Straight.without_graph
+
+    def without_graph(self: Straight, *arguments: Any) -> Tensor | None:
+        w = real(self, *arguments)
+        made.append(w is not None)
+        return w
+
+    monkeypatch.setattr(Straight, "without_graph", without_graph)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+
+    def step() -> None:
+        layer(x).square().sum().backward()
+        optimizer.step()
+        wanted = wn.fold_weight_norm(copy.deepcopy(layer))(x)
+        with torch.no_grad():
+            assert torch.equal(layer(x), wanted)
+
+    for _ in range(4):
+        step()
+    usual = name != "transposed"  # which reads its weight as any forward pass does
+    assert made == ([True] * 3 if usual else [])
+    assert entry(layer)._kept is None or not usual
+    with torch.no_grad():
+        layer(x)
+        layer(x)
+    assert entry(layer)._kept is not None
+    seen: list[Any] = []
+    entry(layer)[0].register_forward_hook(lambda *given: seen.append(given))
+    step()
+    assert len(made) == 3 * usual and seen
+    entry(layer)[0]._forward_hooks.clear()
+    with torch.no_grad():
+        entry(layer).original1[0] = 0
+    step()
+    assert len(made) <= 4 and all(made[:3])

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from wnsurgery import fused
 from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import PairError
-from wnsurgery.kept import AHEAD, Kept, Rooms, probes_of, steps
+from wnsurgery.kept import Kept, Rooms, probes_of, steps
 from wnsurgery.large_linear import HowLarge, large_linear, nobody_looks_on, takes_input
 from wnsurgery.loans import Loan, lend_out, outstanding
 from wnsurgery.looked_up import look_up, serves
@@ -83,8 +84,11 @@ class WeightNormList(ParametrizationList):
         return w
 
     def _is_quiet(self) -> bool:
-        """Whether no weight of its pair is kept, those handed out are as they were, and nobody looks on at its rule."""
+        """Whether its weights that are kept and handed out are as they were, of which the former gives its memory, and
+        nobody looks on at its rule."""
         state = self.__dict__
+        if "_kept" in state:
+            self._let_go_of_kept()
         modules = state["_modules"]
         rule = modules["0"]
         return not (
@@ -117,15 +121,19 @@ class WeightNormList(ParametrizationList):
         return self._for_training(rule, g, v, private) if training else self._for_evaluation(rule, g, v, private)
 
     def _for_evaluation(self, rule: Any, g: Tensor, v: Tensor, private: bool) -> Tensor:
-        """The weight without a graph, kept until its pair changes; a large one for its layer's own use not where the
-        last that was kept had no second use, as in a discriminator that sees one fake batch a step."""
+        """The weight without a graph, kept until its pair changes; for its layer's own use not where the last that was
+        kept had no second use, as in a discriminator that sees one fake batch a step."""
         net = self._preparation
         if net is None or not Kept.can_hold(g, v):
             return self._without_graph(rule, g, v)
         state, now = self.__dict__, (g._version, v._version, steps.count)
-        is_large, is_second = v.numel() > AHEAD, state.get("_once") == now
-        if private and is_large and "_once" in state and not is_second:
+        is_second = state.get("_once") == now
+        if private and "_once" in state and not is_second:
             state["_once"] = now
+            way = None if self._way is None or _hooked(rule) else self._way
+            w = None if way is None else way.without_graph(g, v, net.rooms)
+            if w is not None:
+                return _as_parameter(w, g, v)
             with torch.inference_mode(False), torch.no_grad():
                 return _as_parameter(rule.compose(g, v, net.rooms), g, v)
         state.pop("_once", None)
@@ -134,7 +142,7 @@ class WeightNormList(ParametrizationList):
         if kept is None:
             return self._without_graph(rule, g, v)
         self._evaluated(kept)
-        kept.used = not is_large or is_second
+        kept.used = is_second
         return kept.w
 
     def _evaluated(self, kept: Kept) -> None:
@@ -223,7 +231,7 @@ class WeightNormList(ParametrizationList):
         """Rows of the weight in training, None where the whole weight must be computed, or be there already."""
         g, v = self.pair()
         rule: Any = self._modules["0"]
-        if self._is_shown() or _is_watched(g, v) or torch.autograd.forward_ad._current_level >= 0:
+        if self._is_shown() or _is_watched(g, v) or forward_ad._current_level >= 0:
             return None
         if not (serves(ids, v, rule.axes) and rule.axes.fit(g, v) and g.ndim == 2):
             return None
@@ -347,12 +355,16 @@ class WeightNormList(ParametrizationList):
 
     def settle(self) -> None:
         """Get ready for a weight computed anew: writes reach g and v, and a kept weight gives its memory."""
+        self._let_go_of_kept()
+        self.absorb()
+
+    def _let_go_of_kept(self) -> None:
+        """A weight that is kept gives its memory, unless somebody has written into it."""
         kept = self.__dict__.get("_kept")
         if kept is not None and not kept.is_written():
             self.__dict__.pop("_kept", None)
             if not kept.used:
                 self.__dict__["_once"] = None
-        self.absorb()
 
     def absorb(self) -> None:
         """Let in-place writes into weights handed out reach g and v.

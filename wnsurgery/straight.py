@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from wnsurgery import fused
-from wnsurgery.kept import Rooms
+from wnsurgery.kept import LARGE, Rooms
 from wnsurgery.reparam import Axes, compose_in_one_pass, first_order_gradients, is_by_torch, is_readable, with_graph
 from wnsurgery.torch_node import TorchNode, takes
 
@@ -77,6 +77,16 @@ class Straight:
             return _apply(self._g, self._v, self, (w, norms))  # type: ignore[no-any-return]
         node.finish(w)
         return w
+
+    def without_graph(self, g: Tensor, v: Tensor, rooms: Rooms) -> Tensor | None:
+        """The weight of this pair without a graph, outside of training; None as for `weight`."""
+        if not self.is_of(g, v) or forward_ad._current_level >= 0 or _inference_mode() or _transforms() is not None:
+            return None
+        if self._count >= LARGE:
+            return compose_in_one_pass(g, v, self.sizes, rooms).w
+        w, norms = _empty_like(v), _empty_like(g)
+        call, rest = self._forward
+        return w if call(*self._at[::-1], w.data_ptr(), norms.data_ptr(), *rest) else None
 
     def gradients(self, grad: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
         """dL/dg and dL/dv from dL/dw, which lies in memory as v, while `is_of` holds."""
