@@ -367,6 +367,28 @@ def test_second_and_third_derivatives_of_a_layer_used_twice(net: Branches, kept:
         torch.testing.assert_close(one, other)
 
 
+def read(module: Any, x: Tensor) -> Tensor:
+    """The layer's output, by somebody else's hand."""
+    w = module.weight
+    if isinstance(module, nn.Linear):
+        return nn.functional.linear(x, w, module.bias)
+    if isinstance(module, nn.ConvTranspose1d):
+        return nn.functional.conv_transpose1d(x, w, module.bias)
+    return module._conv_forward(x, w, module.bias)  # type: ignore[no-any-return]
+
+
+def test_a_pair_written_to_while_a_weight_of_several_uses_waits_is_refused() -> None:
+    layer: Any = wn.apply_weight_norm(nn.Linear(6, 6))
+    for _ in range(4):
+        layer.weight.sum().backward()
+    loss = layer.weight.sin().sum() + layer.weight.cos().sum()
+    assert loss.grad_fn.name() and entry(layer)._again is not None  # type: ignore[union-attr]
+    with torch.no_grad():
+        halves(layer)[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_gradients_have_the_same_bits_by_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first pass of a resumed run is not made as later ones are, nor is one of a weight that somebody holds."""
     torch.manual_seed(0)
@@ -387,6 +409,11 @@ def test_gradients_have_the_same_bits_by_every_way(monkeypatch: pytest.MonkeyPat
             module(x).square().sum().backward()
             found.append([half.grad.clone() for half in halves(module)])  # type: ignore[union-attr]
             del w
+        for _ in range(5):  # read again and again, it is made once for all of them
+            module.zero_grad()
+            y = read(module, x)
+            y.square().sum().backward()
+        found.append([half.grad.clone() for half in halves(module)])  # type: ignore[union-attr]
         with monkeypatch.context() as patch:
             patch.setattr(type(entry(module)), "_go_straight", lambda self, way, private: None)
             module.zero_grad()

@@ -43,15 +43,35 @@ def place(layer: Any) -> int:
     return layer.weight.data_ptr()  # type: ignore[no-any-return]
 
 
-@pytest.fixture(params=[1, 3])
+class Reading(nn.Linear):
+    """A layer of the user's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.fixture(params=[(1, nn.Linear), (3, nn.Linear), (2, Reading)], ids=["one", "three", "reading"])
 def net(request: pytest.FixtureRequest) -> nn.Sequential:
-    """A net that has seen its weights used again."""
+    """A net that has seen its weights used again, and read."""
     torch.manual_seed(0)
-    made = wn.apply_weight_norm(nn.Sequential(*[nn.Linear(6, 6) for _ in range(request.param)]))
+    count, kind = request.param
+    made = wn.apply_weight_norm(nn.Sequential(*[kind(6, 6) for _ in range(count)]))
     for _ in range(4):
         made(X).sum().backward()
+        for layer in made:
+            layer.weight.sum().backward()  # type: ignore[operator]
     made.zero_grad()
+    assert all(layer.parametrizations["weight"]._again is not None for layer in made)  # type: ignore[index,union-attr]
     return made
+
+
+def test_one_that_is_read_is_made_once(net: nn.Sequential) -> None:
+    for layer in net:
+        assert len({place(layer) for _ in range(5)}) == 1
+    net(X)
+    with torch.no_grad():
+        pair(net[0])[0].mul_(2.0)
+    assert same(net[0])
 
 
 def test_each_use_has_its_own_place_in_the_graph(net: nn.Sequential) -> None:
@@ -220,7 +240,7 @@ def test_copies_and_files_are_independent(net: nn.Sequential) -> None:
 
 def test_nothing_is_left_for_the_collector(net: nn.Sequential) -> None:
     net(X).sum().backward()
-    gone = [weakref.ref(layer.weight) for layer in net]
+    gone = [weakref.ref(layer.parametrizations["weight"].__dict__["_again"].lasting.w) for layer in net]  # type: ignore[index]
     entries = [weakref.ref(layer.parametrizations["weight"]) for layer in net]  # type: ignore[index]
     gc.collect()
     gc.disable()

@@ -374,7 +374,10 @@ def _computed(name: str) -> property:
             if (w := read_before(self, name, entry)) is not None:
                 return w
             w = entry.in_training()
-            return w if _frame(1).f_code.co_name == "forward" else entry.outside(w)
+            if _frame(1).f_code.co_name == "forward":
+                return w
+            again = entry._again
+            return w if again is not None and again.own is not None else entry.outside(w)
         if entry is None:
             if name in self.__dict__:
                 return self.__dict__[name]  # type: ignore[no-any-return]

@@ -211,7 +211,7 @@ def places_in(w: Tensor) -> list[Any]:
 
 
 class Probes:
-    """Where to look whether a pair was written to: all bytes of a small half, a few of a larger one.
+    """Where to look whether a pair was written to: all bytes of a half that has up to `whole`, else a few.
 
     >>> g, v = torch.ones(2, 1), torch.ones(2, 3)
     >>> probes = Probes(g, v)
@@ -223,9 +223,9 @@ class Probes:
 
     __slots__ = ("at", "places")
 
-    def __init__(self, g: Tensor, v: Tensor) -> None:
+    def __init__(self, g: Tensor, v: Tensor, whole: int = _WHOLE) -> None:
         self.at = g.data_ptr(), v.data_ptr()
-        self.places = [*_places(g, (2,)), *_places(v, (1, 3))]
+        self.places = [*_places(g, (2,), whole), *_places(v, (1, 3), whole)]
 
 
 def probes_of(owner: Any, g: Tensor, v: Tensor) -> Probes:
@@ -236,13 +236,13 @@ def probes_of(owner: Any, g: Tensor, v: Tensor) -> Probes:
     return probes
 
 
-def _places(tensor: Tensor, quarters: tuple[int, ...]) -> list[Any]:
-    """A few bytes inside a tensor's memory, some quarters of the way in; all of few."""
+def _places(tensor: Tensor, quarters: tuple[int, ...], whole: int = _WHOLE) -> list[Any]:
+    """A few bytes inside a tensor's memory, some quarters of the way in; all of up to `whole` bytes."""
     if not tensor.is_cpu or not tensor.numel():
         return []
     start = tensor.data_ptr()
     size = extent(tensor)
-    if size <= _WHOLE:
+    if size <= whole:
         return [(ctypes.c_char * size).from_address(start)]
     length = min(size, _PROBE)
     return [(ctypes.c_char * length).from_address(start + (size - length) * quarter // 4) for quarter in quarters]

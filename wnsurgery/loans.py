@@ -1,4 +1,4 @@
-"""A weight with its graph that was handed out, watched while somebody holds it.
+"""A weight with its graph that was handed out, for one use or for several, watched while somebody holds it.
 
 In-place writes into `module.weight`, as `torch.nn.init` does them, go into a computed tensor. Its version counter tells
 of them; when the last who holds the tensor lets it go, they are taken over into g and v.
@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from wnsurgery.errors import WnsurgeryError
-from wnsurgery.kept import holders, looked_at, places_in
+from wnsurgery.kept import Probes, holders, looked_at, places_in, steps
 
-__all__ = ["Loan", "lend_out", "outstanding"]
+__all__ = ["LASTING", "Lasting", "Loan", "lend_out", "outstanding"]
+
+LASTING = 1 << 14  # bytes of a half up to which all are looked at before each of several uses: under 1 us
 
 
 class _Outstanding:
@@ -55,10 +57,38 @@ class _Outstanding:
 outstanding = _Outstanding()
 
 
+class Lasting:
+    """A small weight that serves several uses, and the state of the pair that it was computed from: of halves that have
+    up to `LASTING` bytes, and none of them of inference mode, whose writes nobody counts."""
+
+    __slots__ = ("_flags", "_g", "_g_version", "_of", "_seen", "_steps", "_v", "_v_version", "w")
+
+    def __init__(self, w: Tensor, g: Tensor, v: Tensor) -> None:
+        steps.start()
+        self.w, self._g, self._v, self._g_version, self._v_version = w, g, v, g._version, v._version
+        self._of = Probes(g, v, LASTING)
+        self._seen, self._steps = looked_at(self._of.places), steps.count
+        self._flags = g.requires_grad << 1 | v.requires_grad
+
+    def serves(self, g: Any, v: Any) -> bool:
+        """Whether it is what a use of this pair would compute now, as far as anything tells of a change."""
+        return (
+            g is self._g
+            and v is self._v
+            and g._version == self._g_version
+            and v._version == self._v_version
+            and (g.data_ptr(), v.data_ptr()) == self._of.at
+            and g.requires_grad << 1 | v.requires_grad == self._flags
+            and steps.count == self._steps
+            and looked_at(self._of.places) == self._seen
+        )
+
+
 class Loan(weakref.ref[Tensor]):
     """A weight that was handed out, and the versions of it and its pair at the time; made by `lend_out`.
 
-    The owner has `absorb()`, which takes writes over into its pair, and `unwatch()`.
+    One that serves several uses has its record as `lasting`, and the views that these got. The owner has `absorb()`,
+    which takes writes over into its pair, and `unwatch()`.
     """
 
     __slots__ = (
@@ -70,9 +100,13 @@ class Loan(weakref.ref[Tensor]):
         "_v_version",
         "_version",
         "_without",
+        "lasting",
         "own",
+        "views",
     )
 
+    lasting: Lasting
+    views: dict[int, _View]
     own: tuple[bytes, list[Any]] | None  # some of its bytes, and where they are, once they were looked at
     _alias: Tensor
     _owner: weakref.ref[Any]
@@ -115,9 +149,26 @@ class Loan(weakref.ref[Tensor]):
         """The weight's values, also when nobody holds it any more."""
         return self._alias
 
+    def view(self) -> Tensor:
+        """A lasting weight, for one use: a view of it, on which hooks see that use alone."""
+        shown = self.lasting.w.view_as(self.lasting.w)
+        view = _View(shown, _view_gone)
+        view.of = self
+        self.views[id(view)] = view
+        return shown
 
-def lend_out(w: Tensor, owner: Any, g: Tensor, v: Tensor) -> Loan | None:
-    """A record of a weight computed from a pair and handed out; None for tensors of inference mode."""
+
+class _View(weakref.ref[Tensor]):
+    __slots__ = ("of",)
+
+    of: Loan
+
+
+def lend_out(w: Tensor, owner: Any, g: Tensor, v: Tensor, lasting: Lasting | None = None) -> Loan | None:
+    """A record of a weight computed from a pair and handed out; None for tensors of inference mode.
+
+    Given the record of a lasting weight, it is for several uses.
+    """
     if w.is_inference() or g.is_inference() or v.is_inference():
         return None
     loan = Loan(w, _let_go)
@@ -125,6 +176,8 @@ def lend_out(w: Tensor, owner: Any, g: Tensor, v: Tensor) -> Loan | None:
     loan._owner, loan._g, loan._v = weakref.ref(owner), g, v
     loan._version, loan._g_version, loan._v_version = alias._version, g._version, v._version
     loan.own = None
+    if lasting is not None:
+        loan.lasting, loan.views = lasting, {}
     return loan
 
 
@@ -139,7 +192,20 @@ def _let_go(loan: Loan) -> None:
         if loan.own is None:
             owner.unwatch(loan)
         return
+    _take_over(owner, "_handed_out", watched)
+
+
+def _view_gone(view: _View) -> None:
+    loan = view.of
+    del loan.views[id(view)]
+    owner = loan._owner() if loan._alias._version != loan._version else None
+    if owner is not None:  # a write that left no count is seen at the next use
+        _take_over(owner, "_again", loan)
+
+
+def _take_over(owner: Any, name: str, watched: Any) -> None:
+    """Let a write reach the owner's pair; where it is no weight, it goes on being watched under its name."""
     try:
         owner.absorb()
     except WnsurgeryError:  # a callback cannot raise: the next access does
-        owner.__dict__["_handed_out"] = watched
+        owner.__dict__[name] = watched

@@ -22,7 +22,7 @@ from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import PairError
 from wnsurgery.kept import Kept, Rooms, probes_of, steps
 from wnsurgery.large_linear import HowLarge, large_linear, nobody_looks_on, takes_input
-from wnsurgery.loans import Loan, lend_out, outstanding
+from wnsurgery.loans import Lasting, Loan, lend_out, outstanding
 from wnsurgery.looked_up import look_up, serves
 from wnsurgery.multi_tensor import Item
 from wnsurgery.preparation import Preparation
@@ -34,7 +34,7 @@ __all__ = ["PASSING", "WeightNormList", "at_hand", "unchanged"]
 _MAX_HANDLES = 63  # weights handed out and still alive that are watched for writes
 PASSING = frozenset(
     {
-        *("_deferred", "_evaluation", "_handed_out", "_kept", "_lent"),
+        *("_again", "_deferred", "_evaluation", "_handed_out", "_kept", "_lent"),
         *("_once", "_probes", "_ready", "_round", "_way"),
     }
 )  # attributes that belong to this process and this moment
@@ -44,6 +44,7 @@ _is_compiling, _is_tracing, _grad_enabled = torch.compiler.is_compiling, torch._
 class WeightNormList(ParametrizationList):
     """`module.parametrizations.weight` of a converted module: original0 is g, original1 is v."""
 
+    _again: Loan | None = None  # read in training by others than the layer, for further reads
     _deferred: DeferredWeight | None = None  # in deferred mode
     _kept: Kept | None = None
     _preparation: Preparation | None = None  # with the other weights of its net
@@ -67,6 +68,8 @@ class WeightNormList(ParametrizationList):
         """The weight with its graph, for one use, while nothing is compiled; `private` for the layer's own, which hands
         it to nobody who could write into it."""
         made = None if self._deferred is None else self.leaf_as_it_is()
+        if made is None and not private and self._again is not None:
+            made = self._read_again()
         if made is None and self._way is not None:
             made = self._go_straight(self._way, private)
         return self._computed(private) if made is None else made
@@ -78,10 +81,37 @@ class WeightNormList(ParametrizationList):
         halves = self._parameters
         g: Any = halves.get("original0")
         v: Any = halves.get("original1")
+        return self._by(way, g, v, private)
+
+    def _by(self, way: Straight, g: Tensor, v: Tensor, private: bool) -> Tensor | None:
+        if not private and way.is_read_again() and nobody_looks_on() and way.is_of(g, v):
+            return self._lend_for_long(way.lasting(), g, v)
         w = way.weight(g, v)
         if w is not None and not private:
             self._hand_out(w, g, v)
         return w
+
+    def _lend_for_long(self, w: Tensor | None, g: Tensor, v: Tensor) -> Tensor | None:
+        """A weight of several uses, for the first of them."""
+        again = None if w is None else lend_out(w, self, g, v, Lasting(w, g, v))
+        if again is None:
+            return None
+        self.__dict__["_again"] = again
+        outstanding.add(self)
+        return again.view()
+
+    def _read_again(self) -> Tensor | None:
+        """The weight that was read last in training, None where it must be made anew."""
+        quiet = self._is_quiet()
+        if not quiet:
+            self.settle()
+            quiet = self._is_quiet()
+        again, halves = self._again, self._parameters
+        looked_on = not quiet or not nobody_looks_on()
+        if again is not None and not looked_on and again.lasting.serves(*map(halves.get, ("original0", "original1"))):
+            return again.view()
+        self.__dict__.pop("_again", None)
+        return None
 
     def _is_quiet(self) -> bool:
         """Whether its weights that are kept and handed out are as they were, of which the former gives its memory, and
@@ -95,6 +125,7 @@ class WeightNormList(ParametrizationList):
             len(modules) != 1
             or _is_tracing()
             or "_kept" in state
+            or ("_again" in state and state["_again"].is_written())
             or ("_handed_out" in state and not all(loan.is_as_it_was() for loan in state["_handed_out"]))
             or "_deferred" in state
             or rule._forward_hooks
@@ -188,6 +219,10 @@ class WeightNormList(ParametrizationList):
 
     def outside(self, w: Tensor) -> Tensor:
         """A weight just handed out in training to somebody else than a forward pass, who may write through `.data`."""
+        again = self._again
+        if again is not None:
+            again.look()
+            return w
         for loan in self.__dict__.get("_handed_out", ()):
             if loan() is w:
                 loan.look()
@@ -200,17 +235,17 @@ class WeightNormList(ParametrizationList):
         if v.dtype is torch.float32 and (g.requires_grad or v.requires_grad):
             fused.start()  # before the first weight: a pass that runs again must save for its gradients what it saved
         sizes = None if hooked else fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
-        w: Tensor | None = None
         if sizes is not None:
             way = self._way
             if way is None or not way.is_of(g, v):
                 way = self.__dict__["_way"] = Straight(g, v, sizes, rule.axes, self._rooms())
-            w = way.weight(g, v)
-            ready = compose_in_one_pass(g, v, sizes, self._rooms()) if w is None else None
+            made = self._by(way, g, v, private)
+            if made is not None:
+                return made
+            ready = compose_in_one_pass(g, v, sizes, self._rooms())
         elif net is not None and not hooked:
             ready = net.take(self, g, v)
-        if w is None:
-            w = rule.compose(g, v, self._rooms(), ready)
+        w: Tensor = rule.compose(g, v, self._rooms(), ready)
         if not private:
             self._hand_out(w, g, v)
         return w
@@ -334,7 +369,7 @@ class WeightNormList(ParametrizationList):
     def is_out(self) -> bool:
         """Whether a weight is kept or handed out."""
         state = self.__dict__
-        return "_kept" in state or "_handed_out" in state
+        return "_kept" in state or "_handed_out" in state or "_again" in state
 
     def unwatch(self, gone: Loan) -> None:
         """A weight was let go as it was handed out."""
@@ -376,14 +411,19 @@ class WeightNormList(ParametrizationList):
             self._deferred.settle()
             return
         kept = self.__dict__.get("_kept")
-        loans = self.__dict__.pop("_handed_out", None)
-        if kept is None and not loans:
+        again, loans = self._again, self.__dict__.pop("_handed_out", None)
+        if kept is None and again is None and not loans:
             return
         now_g, now_v = self.pair()
         if kept is not None and kept.is_written():
             self.__dict__.pop("_kept", None)
             if kept.was_of(now_g, now_v):
                 self._store(kept.w)
+                return
+        if again is not None and again.is_written():
+            self.__dict__.pop("_again", None)
+            if again.is_of(now_g, now_v):
+                self._store(again.written())
                 return
         if not loans:
             return
@@ -415,7 +455,7 @@ class WeightNormList(ParametrizationList):
             new_g, new_v = rule.right_inverse(value.detach().to(v.dtype))
             g.copy_(new_g)
             v.copy_(new_v)
-        for name in ("_handed_out", "_kept"):
+        for name in ("_again", "_handed_out", "_kept"):
             self.__dict__.pop(name, None)
         self._refresh()
 

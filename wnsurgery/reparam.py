@@ -385,7 +385,7 @@ class _Compose(torch.autograd.Function):
         if norms is None or torch.is_grad_enabled() or not torch._C._has_storage(grad_w):  # a batch of gradients
             grad_g, grad_v = _gradients(grad_w, g, v, axes, magnitude)
         elif is_by_torch(g, v, axes, magnitude):
-            grad_v, grad_g = _fused_backward(grad_w.contiguous(), v, g.contiguous(), norms.view(g.shape), 0)
+            grad_g, grad_v = gradients_by_torch(grad_w, g, v, norms)
         else:
             size = v.numel() if v.dtype == torch.float32 else 0
             big = size >= _FRESH
@@ -404,6 +404,12 @@ def is_by_torch(g: Tensor, v: Tensor, axes: Axes, magnitude: str) -> bool:
     node of the graph costs small weights less than any other (`torch_node`)."""
     fits = axes == _ROWS and magnitude == "linear" and 1 < v.ndim == g.ndim and v.numel() <= _BY_TORCH
     return fits and v.dtype is g.dtype is torch.float32 and v.is_cpu and v.is_contiguous()
+
+
+def gradients_by_torch(grad_w: Tensor, g: Tensor, v: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """dL/dg and dL/dv from dL/dw and ||v|| where `is_by_torch`."""
+    grad_v, grad_g = _fused_backward(grad_w.contiguous(), v, g.contiguous(), norms.view(g.shape), 0)
+    return grad_g, grad_v
 
 
 def is_plain(grad: Tensor) -> bool:

@@ -14,13 +14,23 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from wnsurgery import fused
-from wnsurgery.kept import LARGE, Rooms
-from wnsurgery.reparam import Axes, compose_in_one_pass, first_order_gradients, is_by_torch, is_readable, with_graph
+from wnsurgery.kept import LARGE, Rooms, steps
+from wnsurgery.loans import LASTING
+from wnsurgery.reparam import (
+    Axes,
+    compose_in_one_pass,
+    first_order_gradients,
+    gradients_by_torch,
+    is_by_torch,
+    is_readable,
+    with_graph,
+)
 from wnsurgery.torch_node import TorchNode, takes
 
 __all__ = ["Straight"]
 
 _ROOMY = 1 << 19  # elements from which memory of its own, though out of the cache, is better than the allocator's
+_TWICE = 2  # reads up to which making a weight anew costs less than keeping it
 _inference_mode, _transforms = torch.is_inference_mode_enabled, torch._C._functorch.peek_interpreter_stack
 _empty_like, _grad_enabled = torch.empty_like, torch.is_grad_enabled
 
@@ -37,7 +47,8 @@ class Straight:
     """
 
     __slots__ = (
-        *("_at", "_backward", "_count", "_forward", "_g", "_node", "_rooms", "_roomy", "_shapes", "_v"),
+        *("_at", "_backward", "_count", "_forward", "_g", "_is_small", "_node"),
+        *("_read", "_reads", "_rooms", "_roomy", "_shapes", "_v"),
         *("axes", "large", "sizes"),
     )
 
@@ -48,6 +59,9 @@ class Straight:
         self._node = TorchNode(g, v, axes) if takes(g, v, axes) else None
         self._roomy = self._count >= _ROOMY or (self._node is None and is_by_torch(g, v, axes, "linear"))
         self._forward, self._backward = fused.forward_call(sizes, self._count), fused.backward_call(sizes, self._count)
+        self._is_small = max(g.nbytes, v.nbytes) <= LASTING
+        self._read, self._reads = (-1, -1, -1), 0
+        steps.start()
         self.large: Any = None  # how a linear layer computes it with its output
 
     def is_of(self, g: Any, v: Any) -> bool:
@@ -77,6 +91,22 @@ class Straight:
             return _apply(self._g, self._v, self, (w, norms))  # type: ignore[no-any-return]
         node.finish(w)
         return w
+
+    def is_read_again(self) -> bool:
+        """Whether others than the layer have read its small weight before from the pair as it is, as far as versions
+        and steps tell; this time counts."""
+        now = self._g._version, self._v._version, steps.count
+        self._reads = self._reads + 1 if now == self._read else 0
+        self._read = now
+        return self._is_small and self._reads >= _TWICE
+
+    def lasting(self) -> Tensor | None:
+        """The weight with a graph that takes any number of backward passes, None where a row is not an ordinary one;
+        while `weight` has one."""
+        w, norms = _empty_like(self._v), _empty_like(self._g)
+        call, rest = self._forward
+        fine = call(*self._at[::-1], w.data_ptr(), norms.data_ptr(), *rest)
+        return _apply_lasting(self._g, self._v, self, (w, norms)) if fine else None
 
     def without_graph(self, g: Tensor, v: Tensor, rooms: Rooms) -> Tensor | None:
         """The weight of this pair without a graph, outside of training; None as for `weight`."""
@@ -117,5 +147,29 @@ class _ComposeStraight(torch.autograd.Function):
         return *straight.gradients(grad, norms), None, None
 
 
+class _ComposeLasting(torch.autograd.Function):
+    """The same for a weight of several uses: nothing is freed after the first backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, v: Tensor, straight: Straight, made: tuple[Tensor, Tensor]) -> Tensor:
+        ctx.of = straight, g, v, made[1], g._version, v._version
+        return made[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        straight, g, v, norms, *then = ctx.of
+        if [g._version, v._version] != then:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"g or v of a weight of shape {list(v.shape)}"
+            )
+        if _grad_enabled() or not is_readable(grad) or not straight.is_of(g, v):
+            norms = None if _grad_enabled() or not straight.is_of(g, v) else norms
+            return *first_order_gradients(grad, g, v, norms, straight.axes, "linear"), None, None
+        by_torch = is_by_torch(g, v, straight.axes, "linear")
+        return *(gradients_by_torch(grad, g, v, norms) if by_torch else straight.gradients(grad, norms)), None, None
+
+
 # past the Python half of `Function.apply`, which unwraps what function transforms left: none is on
 _apply: Any = torch._C._FunctionBase.__dict__["apply"].__get__(None, _ComposeStraight)
+_apply_lasting: Any = torch._C._FunctionBase.__dict__["apply"].__get__(None, _ComposeLasting)
