@@ -206,7 +206,7 @@ def test_v_grad_takes_the_memory_of_a_private_gradient(compiled: bool, monkeypat
         return written(*arguments)
 
     monkeypatch.setattr(home, name, seen)
-    v = torch.randn(300, 400, requires_grad=True)
-    g = torch.ones(300, 1, requires_grad=True)
-    F.linear(torch.randn(2, 400), compose_eagerly(g, v, Axes((0,)), "linear", Rooms())).sum().backward()
+    v = torch.randn(400, 500, requires_grad=True)
+    g = torch.ones(400, 1, requires_grad=True)
+    F.linear(torch.randn(2, 500), compose_eagerly(g, v, Axes((0,)), "linear", Rooms())).sum().backward()
     assert v.grad is not None and starts == [v.grad.data_ptr()] * 2

@@ -367,6 +367,13 @@ def test_second_and_third_derivatives_of_a_layer_used_twice(net: Branches, kept:
         torch.testing.assert_close(one, other)
 
 
+def direct(module: Any) -> Tensor:
+    """The weight as its layer's own use has it."""
+    w = entry(module).in_training(private=True)
+    assert w.grad_fn is not None
+    return w  # type: ignore[no-any-return]
+
+
 def read(module: Any, x: Tensor) -> Tensor:
     """The layer's output, by somebody else's hand."""
     w = module.weight
@@ -414,6 +421,9 @@ def test_gradients_have_the_same_bits_by_every_way(monkeypatch: pytest.MonkeyPat
             y = read(module, x)
             y.square().sum().backward()
         found.append([half.grad.clone() for half in halves(module)])  # type: ignore[union-attr]
+        odd = torch.randn(()).expand_as(module.weight)  # in no order that anybody could read in place
+        grads = [torch.autograd.grad(w, halves(module), odd) for w in (module.weight, direct(module))]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
         with monkeypatch.context() as patch:
             patch.setattr(type(entry(module)), "_go_straight", lambda self, way, private: None)
             module.zero_grad()

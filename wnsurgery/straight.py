@@ -22,6 +22,7 @@ from wnsurgery.reparam import (
     first_order_gradients,
     gradients_by_torch,
     is_by_torch,
+    is_plain,
     is_readable,
     with_graph,
 )
@@ -47,7 +48,7 @@ class Straight:
     """
 
     __slots__ = (
-        *("_at", "_backward", "_count", "_forward", "_g", "_is_small", "_node"),
+        *("_at", "_backward", "_count", "_forward", "_g", "_is_by_torch", "_is_small", "_node"),
         *("_read", "_reads", "_rooms", "_roomy", "_shapes", "_v"),
         *("axes", "large", "sizes"),
     )
@@ -57,7 +58,8 @@ class Straight:
         self._at, self._count = (g.data_ptr(), v.data_ptr()), v.numel()
         self._shapes = g.shape, v.shape, g.stride(), v.stride()
         self._node = TorchNode(g, v, axes) if takes(g, v, axes) else None
-        self._roomy = self._count >= _ROOMY or (self._node is None and is_by_torch(g, v, axes, "linear"))
+        self._is_by_torch = is_by_torch(g, v, axes, "linear")
+        self._roomy = self._count >= _ROOMY or (self._node is None and self._is_by_torch)
         self._forward, self._backward = fused.forward_call(sizes, self._count), fused.backward_call(sizes, self._count)
         self._is_small = max(g.nbytes, v.nbytes) <= LASTING
         self._read, self._reads = (-1, -1, -1), 0
@@ -118,8 +120,17 @@ class Straight:
         call, rest = self._forward
         return w if call(*self._at[::-1], w.data_ptr(), norms.data_ptr(), *rest) else None
 
-    def gradients(self, grad: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """dL/dg and dL/dv from dL/dw, which lies in memory as v, while `is_of` holds."""
+    def gradients(self, grad: Tensor, g: Tensor, v: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+        """dL/dg and dL/dv from dL/dw, for the pair as the graph has saved it, and ||v|| as it was then."""
+        differentiable = _grad_enabled()
+        if not differentiable and self.is_of(g, v):
+            if self._is_by_torch and is_plain(grad):
+                return gradients_by_torch(grad, g, v, norms)
+            if is_readable(grad):
+                return self._by_kernel(grad, norms)
+        return first_order_gradients(grad, g, v, None if differentiable else norms, self.axes, "linear")
+
+    def _by_kernel(self, grad: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
         grad_g, grad_v = _empty_like(self._g), _empty_like(self._v)
         call, rest = self._backward
         g_at, v_at = self._at
@@ -140,11 +151,7 @@ class _ComposeStraight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         straight: Straight = ctx.straight
         g, v, norms = ctx.saved_tensors
-        differentiable = _grad_enabled()
-        if differentiable or not is_readable(grad) or not straight.is_of(g, v):
-            norms = None if differentiable else norms
-            return *first_order_gradients(grad, g, v, norms, straight.axes, "linear"), None, None
-        return *straight.gradients(grad, norms), None, None
+        return *straight.gradients(grad, g, v, norms), None, None
 
 
 class _ComposeLasting(torch.autograd.Function):
@@ -163,11 +170,7 @@ class _ComposeLasting(torch.autograd.Function):
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"g or v of a weight of shape {list(v.shape)}"
             )
-        if _grad_enabled() or not is_readable(grad) or not straight.is_of(g, v):
-            norms = None if _grad_enabled() or not straight.is_of(g, v) else norms
-            return *first_order_gradients(grad, g, v, norms, straight.axes, "linear"), None, None
-        by_torch = is_by_torch(g, v, straight.axes, "linear")
-        return *(gradients_by_torch(grad, g, v, norms) if by_torch else straight.gradients(grad, norms)), None, None
+        return *straight.gradients(grad, g, v, norms), None, None
 
 
 # past the Python half of `Function.apply`, which unwraps what function transforms left: none is on
