@@ -1,7 +1,7 @@
 """One weight under weight norm on its module: a list of torch's `parametrize` that holds (g, v) and hands out w.
 
-Each use gets the weight it would compute now: computed for it, made ahead with the other weights of its net, or kept
-from an earlier use. What is written into a weight handed out, as `torch.nn.init` does, reaches g and v.
+Each use gets the weight it would compute now: computed for it, or kept from an earlier use. What is written into a
+weight handed out, as `torch.nn.init` does, reaches g and v.
 """
 
 from __future__ import annotations
