@@ -163,6 +163,18 @@ def test_a_write_into_one_use_reaches_the_pair_when_it_is_let_go(net: nn.Sequent
     torch.testing.assert_close((g * v / v.norm(dim=1, keepdim=True)).flatten().detach(), torch.arange(36.0) + 1)
 
 
+def test_a_write_into_one_use_that_is_held_while_others_have_a_weight_of_their_own(net: nn.Sequential) -> None:
+    """As where a later read was in a checkpointed part."""
+    layer: Any = net[0]
+    w = layer.weight
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert layer.weight.data_ptr() != w.data_ptr()
+    with torch.no_grad():
+        w.mul_(2)
+    torch.testing.assert_close(used(layer), w.detach())
+    assert same(layer)
+
+
 def test_a_write_that_is_not_a_weight_is_an_error_once(net: nn.Sequential) -> None:
     layer: Any = net[0]
     before = used(layer)

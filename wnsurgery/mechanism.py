@@ -110,7 +110,8 @@ class WeightNormList(ParametrizationList):
         looked_on = not quiet or not nobody_looks_on()
         if again is not None and not looked_on and again.lasting.serves(*map(halves.get, ("original0", "original1"))):
             return again.view()
-        self.__dict__.pop("_again", None)
+        if self.__dict__.pop("_again", None) is not None and again is not None and again.views:
+            self.__dict__["_handed_out"] = [*self.__dict__.get("_handed_out", ()), again]  # who holds one may write yet
         return None
 
     def _is_quiet(self) -> bool:
