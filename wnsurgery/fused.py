@@ -131,8 +131,8 @@ def forward_call(sizes: Sizes, elements: int) -> tuple[Callable[..., bool], tupl
 def backward_call(sizes: Sizes, elements: int) -> tuple[Callable[..., bool], tuple[int, ...]]:
     """The same of `backward`: of the addresses of dL/dw, v, g, ||v||, dL/dg and dL/dv."""
     inputs, rows, columns = sizes
-    far = int(elements >= _FAR)
-    name, rest = ("columns_backward", (inputs, rows, columns)) if inputs else ("rows_backward", (columns, far))
+    past = int(elements >= _FAR)
+    name, rest = ("columns_backward", (inputs, rows, columns)) if inputs else ("rows_backward", (columns, past))
     return _call(name, elements, rows, rest)
 
 

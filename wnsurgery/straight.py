@@ -105,10 +105,8 @@ class Straight:
     def lasting(self) -> Tensor | None:
         """The weight with a graph that takes any number of backward passes, None where a row is not an ordinary one;
         while `weight` has one."""
-        w, norms = _empty_like(self._v), _empty_like(self._g)
-        call, rest = self._forward
-        fine = call(*self._at[::-1], w.data_ptr(), norms.data_ptr(), *rest)
-        return _apply_lasting(self._g, self._v, self, (w, norms)) if fine else None
+        made = self._made()
+        return None if made is None else _apply_lasting(self._g, self._v, self, made)
 
     def without_graph(self, g: Tensor, v: Tensor, rooms: Rooms) -> Tensor | None:
         """The weight of this pair without a graph, outside of training; None as for `weight`."""
@@ -116,9 +114,14 @@ class Straight:
             return None
         if self._count >= LARGE:
             return compose_in_one_pass(g, v, self.sizes, rooms).w
-        w, norms = _empty_like(v), _empty_like(g)
-        call, rest = self._forward
-        return w if call(*self._at[::-1], w.data_ptr(), norms.data_ptr(), *rest) else None
+        made = self._made()
+        return None if made is None else made[0]
+
+    def _made(self) -> tuple[Tensor, Tensor] | None:
+        """w and ||v|| in new memory, None where a row is not an ordinary one."""
+        w, norms = _empty_like(self._v), _empty_like(self._g)
+        (call, rest), (g_at, v_at) = self._forward, self._at
+        return (w, norms) if call(v_at, g_at, w.data_ptr(), norms.data_ptr(), *rest) else None
 
     def gradients(self, grad: Tensor, g: Tensor, v: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
         """dL/dg and dL/dv from dL/dw, for the pair as the graph has saved it, and ||v|| as it was then."""

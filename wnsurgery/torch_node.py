@@ -43,10 +43,10 @@ class TorchNode:
     [[0.0, 0.0]]
     """
 
-    __slots__ = ("_axes", "_g", "_hooks", "_v")
+    __slots__ = ("_g", "_hooks", "_v")
 
     def __init__(self, g: Tensor, v: Tensor, axes: Axes) -> None:
-        self._g, self._v, self._axes = g, v, axes
+        self._g, self._v = g, v
         self._hooks: Any = {0: _Differentiable(g, v, axes)}
 
     def begin(self) -> tuple[Tensor, Tensor]:
