@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
+from wnsurgery.lean_modules import LeanModule, blank_module, copied_module
 from wnsurgery.loaded_keys import take_out
 from wnsurgery.mechanism import WeightNormList, unchanged
 from wnsurgery.own_passes import forward_of, read_before
 from wnsurgery.preparation import Preparation
-from wnsurgery.reparam import ZERO_LOG, WeightNorm, blank_module, copied_module
+from wnsurgery.reparam import ZERO_LOG, WeightNorm
 
 __all__ = [
+    "WeightNormDict",
     "fresh_parameter",
     "install",
     "new_parameter",
@@ -39,6 +41,13 @@ __all__ = [
 _ORDER = "_parameter_order"  # on the ModuleDict `parametrizations`: the host's parameter order before
 _is_compiling, _grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 _frame = sys._getframe
+
+
+class WeightNormDict(LeanModule, nn.ModuleDict):
+    """`module.parametrizations` of a converted module."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightNormDict:
+        return copied_module(self, memo)
 
 
 # On and off ----------------------------------------------------------------------------------------------
@@ -66,7 +75,7 @@ def install(
     del module._parameters[name]
     table: Any = module._modules.get("parametrizations")
     if not isinstance(table, nn.ModuleDict) or not table._modules:
-        table = nn.ModuleDict.__new__(nn.ModuleDict)
+        table = WeightNormDict.__new__(WeightNormDict)
         blank_module(table, nn.ModuleDict)
         module._modules["parametrizations"] = table  # past any __setattr__ of the user's
         _give_class(module, (name,))
@@ -344,10 +353,8 @@ class _Copied:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         module = self._module
-        base, table = _made_by_parametrize(type(module)).__bases__[0], _table(module)
-        twin = memo[id(module)] = rebuild_parametrized(base, tuple(table._modules))
-        if type(table) is nn.ModuleDict:
-            copied_module(table, memo)
+        base = _made_by_parametrize(type(module)).__bases__[0]
+        twin = memo[id(module)] = rebuild_parametrized(base, tuple(_table(module)._modules))
         return copied_module(module, memo, twin)
 
 

@@ -28,7 +28,7 @@ from wnsurgery.errors import (
     first_line,
     printable,
 )
-from wnsurgery.hosts import rebuild_parametrized
+from wnsurgery.hosts import WeightNormDict, rebuild_parametrized
 from wnsurgery.mean_only import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from wnsurgery.mechanism import PASSING, WeightNormList
 from wnsurgery.ranks import OtherRankError
@@ -144,7 +144,15 @@ def read(path: Path_, trust_pickle: bool) -> Stored:
 
 def _policy() -> ModulePolicy:
     """torch.nn's classes and the ones this package puts into a converted module."""
-    own = (WeightNormList, WeightNorm, Axes, MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d)
+    own = (
+        WeightNormDict,
+        WeightNormList,
+        WeightNorm,
+        Axes,
+        MeanOnlyBatchNorm1d,
+        MeanOnlyBatchNorm2d,
+        MeanOnlyBatchNorm3d,
+    )
     rebuild = rebuild_parametrized
     return ModulePolicy(
         {f"{cls.__module__}.{cls.__qualname__}": cls for cls in own},
@@ -156,8 +164,9 @@ def _policy() -> ModulePolicy:
 def _fault(module: nn.Module) -> str:
     """What is wrong with a module from a file that claims to be under our weight norm; "" if nothing is."""
 
-    table = module._modules["parametrizations"]
-    for name, entry in table._modules.items() if type(table) is nn.ModuleDict else [("", None)]:
+    table: Any = module._modules["parametrizations"]
+    known = type(table) in (nn.ModuleDict, WeightNormDict)  # the former where torch made it first
+    for name, entry in table._modules.items() if known else [("", None)]:
         if type(entry) is not WeightNormList or list(entry._modules) != ["0"] or not PASSING.isdisjoint(vars(entry)):
             return "its parametrization is not weight norm"
         rule, g, v = entry._modules["0"], entry._parameters.get("original0"), entry._parameters.get("original1")

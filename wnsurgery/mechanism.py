@@ -22,11 +22,12 @@ from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import PairError
 from wnsurgery.kept import Kept, Rooms, probes_of, steps
 from wnsurgery.large_linear import HowLarge, large_linear, nobody_looks_on, takes_input
+from wnsurgery.lean_modules import LeanModule, copied_module
 from wnsurgery.loans import Lasting, Loan, lend_out, outstanding
 from wnsurgery.looked_up import look_up, serves
 from wnsurgery.multi_tensor import Item
 from wnsurgery.preparation import Preparation
-from wnsurgery.reparam import compose_in_one_pass, copied_module
+from wnsurgery.reparam import compose_in_one_pass
 from wnsurgery.straight import Straight
 
 __all__ = ["PASSING", "WeightNormList", "at_hand", "unchanged"]
@@ -38,10 +39,11 @@ PASSING = frozenset(
         *("_once", "_probes", "_ready", "_round", "_way"),
     }
 )  # attributes that belong to this process and this moment
+_OWN = PASSING | {"_preparation"}
 _is_compiling, _is_tracing, _grad_enabled = torch.compiler.is_compiling, torch._C._is_tracing, torch.is_grad_enabled
 
 
-class WeightNormList(ParametrizationList):
+class WeightNormList(LeanModule, ParametrizationList):
     """`module.parametrizations.weight` of a converted module: original0 is g, original1 is v."""
 
     _again: Loan | None = None  # read in training by others than the layer, for further reads
@@ -476,10 +478,11 @@ class WeightNormList(ParametrizationList):
 
     def __getstate__(self) -> dict[str, Any]:
         self.absorb()
-        return {n: value for n, value in self.__dict__.items() if n not in PASSING and n != "_preparation"}
+        return {n: value for n, value in super().__getstate__().items() if n not in _OWN}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WeightNormList:
-        twin = copied_module(self, memo)
+        self.absorb()
+        twin = copied_module(self, memo, without=_OWN)
         if self._preparation is not None:
             twin.__dict__["_preparation"] = copy.deepcopy(self._preparation, memo)
         return twin

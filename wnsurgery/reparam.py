@@ -7,13 +7,11 @@ Source: Salimans & Kingma 2016, "Weight Normalization", equations 2 and 3 (arXiv
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +22,7 @@ from wnsurgery.compiled import compose_compiled, is_for_compiler
 from wnsurgery.dtensors import count_not_finite, is_spread, local_rows, spread_over
 from wnsurgery.errors import NonFiniteWeightError, PairError
 from wnsurgery.kept import LARGE, Rooms
+from wnsurgery.lean_modules import LeanModule, blank_module, copied_module, shared_by_copies
 from wnsurgery.norms import (
     RowScale,
     norm,
@@ -38,7 +37,7 @@ from wnsurgery.norms import (
 from wnsurgery.ownership import counted, is_private
 from wnsurgery.ownership import prepare as prepare_counts
 
-__all__ = ["Axes", "Magnitude", "Ready", "WeightNorm", "blank_module", "compose", "decompose", "magnitude_dtype_for"]
+__all__ = ["Axes", "Magnitude", "Ready", "WeightNorm", "compose", "decompose", "magnitude_dtype_for"]
 
 Magnitude = Literal["linear", "log"]
 
@@ -50,6 +49,7 @@ _BLOCK = 1 << 19  # elements a block of the backward pass has: few enough for a 
 ZERO_LOG = -1000.0  # e^-1000 is 0 in float64: the logarithm stored for a row of zeros
 
 
+@shared_by_copies
 @dataclass(frozen=True)
 class Axes:
     """Which axes of a weight index its outputs (*kept*); a norm is taken over all the others.
@@ -621,7 +621,7 @@ def _extreme(norms: Tensor) -> bool:
     return norms.dtype != torch.float32 and bool(((n > 2.0**100) | (n < 2.0**-100)).any())
 
 
-class WeightNorm(nn.Module):
+class WeightNorm(LeanModule):
     """The parametrization: forward(g, v) -> w, right_inverse(w) -> (g, v), as `torch.nn.utils.parametrize` asks.
 
     Args:
@@ -668,44 +668,3 @@ class WeightNorm(nn.Module):
     def extra_repr(self) -> str:
         groups = f", groups={self.axes.groups}" if self.axes.groups > 1 else ""
         return f"kept={self.axes.kept}{groups}, magnitude={self.magnitude!r}"
-
-
-@cache
-def _blank(kind: Any) -> tuple[dict[str, Any], tuple[tuple[str, Any], ...]]:
-    """The attributes of a new module of a kind: those that all may share, and the empty tables each has of its own."""
-    made = kind().__dict__
-    empty = tuple((n, type(one)) for n, one in made.items() if type(one) in (dict, set, OrderedDict) and not one)
-    return {name: one for name, one in made.items() if name not in dict(empty)}, empty
-
-
-def blank_module(module: nn.Module, kind: type[nn.Module]) -> None:
-    """What `kind.__init__(module)` does, for modules that are made by the thousand."""
-    shared, empty = _blank(kind)  # type: ignore[arg-type]
-    attributes = module.__dict__
-    attributes.update(shared)
-    for name, make in empty:
-        attributes[name] = make()
-
-
-_SHARED = (bool, int, str, Axes, torch.dtype, type(None))  # what a copy may have in common with its original
-
-_Module = TypeVar("_Module", bound=nn.Module)
-
-
-def copied_module(module: _Module, memo: dict[int, Any], twin: _Module | None = None) -> _Module:
-    """A deep copy of a module that is copied as nn.Module is, whose dozen empty tables need no copier each.
-
-    The copy is `twin` where one is given, an object without attributes yet.
-    """
-    if twin is None:
-        twin = type(module).__new__(type(module))
-    memo[id(module)] = twin
-    state: dict[str, Any] = getattr(module, "__getstate__", lambda: module.__dict__)()  # not before Python 3.11
-    for name, value in state.items():
-        kind = type(value)
-        if kind in _SHARED:
-            twin.__dict__[name] = value
-        else:
-            empty = kind in (dict, set, OrderedDict) and not value
-            twin.__dict__[name] = kind() if empty else copy.deepcopy(value, memo)
-    return twin
