@@ -272,16 +272,19 @@ class _Place(NamedTuple):
     slot: Slot
 
 
+_Where = tuple[int, int, int, int, Tensor, Slot]  # the same for each tensor of a net, nearly all of which lie apart
+
+
 def _shared_memory(found: list[Slot]) -> dict[int, str]:
     """Of tensors that have memory in common with another tensor of the model, by identity: the name of one such."""
     seen: set[int] = set()
-    places: list[_Place] = []
+    places: list[_Where] = []
     for slot in found:
-        for t in slot[4:6]:
+        for t in (slot.tensor, slot.magnitude):
             if t is not None and id(t) not in seen and _has_place(t):
                 seen.add(id(t))
                 start = t.data_ptr()
-                places.append(_Place(t.get_device(), start, start + extent(t), len(places), t, slot))
+                places.append((t.get_device(), start, start + extent(t), len(places), t, slot))
     places.sort()
     shared: dict[int, str] = {}
     for group in _touching(places):
@@ -298,18 +301,18 @@ def _has_place(t: Tensor) -> bool:
     return t.layout == torch.strided and not t.is_meta and t.numel() > 0
 
 
-def _touching(places: list[_Place]) -> Iterator[list[_Place]]:
+def _touching(places: list[_Where]) -> Iterator[list[_Place]]:
     """Groups of two or more sorted places whose ranges hang together."""
     device, reach, first = -2, 0, 0
     for i, (where, start, end, *_) in enumerate(places):
         if where != device or start >= reach:
             if i - first > 1:
-                yield places[first:i]
+                yield [_Place(*place) for place in places[first:i]]
             device, reach, first = where, end, i
         elif end > reach:
             reach = end
     if len(places) - first > 1:
-        yield places[first:]
+        yield [_Place(*place) for place in places[first:]]
 
 
 def _overlaps(group: list[_Place]) -> Iterator[tuple[_Place, _Place]]:

@@ -69,8 +69,11 @@ def slots(model: nn.Module, *, plain: bool = True) -> list[Slot]:
     those under a parametrization alone."""
     check_module(model)
     found: list[Slot] = []
-    for module, names, ancestors in _modules(model):
-        for parameter, form, tensor, magnitude in _tensors(module) if plain else _under_parametrization(module):
+    for module, names, ancestors, entries in _modules(model):
+        if not (plain or entries or module._forward_pre_hooks):
+            continue
+        own = _tensors(module, entries) if plain else _under_parametrization(module, entries)
+        for parameter, form, tensor, magnitude in own:
             fqns = tuple([f"{n}.{parameter}" if n else parameter for n in names])
             found.append(Slot(module, parameter, fqns, form, tensor, magnitude, ancestors))
             if plain and form == "other":
@@ -102,70 +105,79 @@ def modules_of(model: nn.Module, *, machinery: bool = False) -> list[nn.Module]:
         if id(module) not in found:
             found[id(module)] = module
             children = module._modules
-            own = "parametrizations" if children and not machinery and _is_parametrized(module) else None
-            if children and not (own and len(children) == 1):
+            if not children:
+                continue
+            own = "parametrizations" if not machinery and _entries(module) else None
+            if not (own and len(children) == 1):
                 waiting += [child for name, child in children.items() if child is not None and name != own]
     return list(found.values())
 
 
-_Found = tuple[nn.Module, list[str], tuple[tuple[str, nn.Module], ...]]
+_Entries = dict[str, ParametrizationList]
+_Found = tuple[nn.Module, list[str], tuple[tuple[str, nn.Module], ...], _Entries]
 
 
 def _modules(model: nn.Module) -> Iterable[_Found]:
-    """Each module once, with all its names and its first chain of ancestors; parametrization machinery left out."""
+    """Each module once, with all its names, its first chain of ancestors and its parametrized tensors; the machinery of
+    these left out."""
     found: dict[int, _Found] = {}
 
     def visit(module: nn.Module, name: str, path: tuple[tuple[str, nn.Module], ...]) -> None:
         known = found.get(id(module))
         if known is None:
             path = (*path, (name, module))
-            found[id(module)] = module, [name], path
+            known = found[id(module)] = module, [name], path, _entries(module)
         else:
             names = known[1]
             if len(names) >= _MAX_NAMES or any(m is module for _, m in path):
                 return
             names.append(name)
             path = (*path, (name, module))
-        for child_name, child in module._modules.items():
-            if child is not None and not (child_name == "parametrizations" and _is_parametrized(module)):
+        children, entries = module._modules, known[3]
+        if entries and len(children) == 1:
+            return
+        for child_name, child in children.items():
+            if child is not None and not (entries and child_name == "parametrizations"):
                 visit(child, f"{name}.{child_name}" if name else child_name, path)
 
     visit(model, "", ())
     return found.values()
 
 
-def _is_parametrized(module: nn.Module) -> bool:
-    """Whether torch keeps parametrizations in a module; one may have something else of that name."""
+_NONE: _Entries = {}
+
+
+def _entries(module: nn.Module) -> _Entries:
+    """What torch keeps in a module for its parametrized tensors; one may have something else of that name."""
     if "parametrizations" not in module._modules or isinstance(module, torch.jit.ScriptModule):
-        return False  # the tables of TorchScript are not dicts
+        return _NONE  # the tables of TorchScript are not dicts
     table = module._modules["parametrizations"]
     if not isinstance(table, nn.ModuleDict):
-        return False
-    for entry in table._modules.values():  # asked several times of every layer: no generator
+        return _NONE
+    entries: Any = table._modules
+    for entry in entries.values():
         if not isinstance(entry, ParametrizationList):
-            return False
-    return bool(table._modules)
+            return _NONE
+    return entries  # type: ignore[no-any-return]
 
 
 def has_own_parametrizations(module: nn.Module) -> bool:
     """Whether a module has something of its own under the name that torch keeps parametrizations by."""
-    named = (module.__dict__, module._modules, module._parameters, module._buffers)
-    own = any("parametrizations" in names for names in named) or hasattr(type(module), "parametrizations")
-    return own and not _is_parametrized(module)
+    name = "parametrizations"
+    own = name in module.__dict__ or name in module._modules or name in module._parameters or name in module._buffers
+    return (own or hasattr(type(module), name)) and not _entries(module)
 
 
 _Tensor = tuple[str, str, Tensor | None, Tensor | None]  # parameter, form, tensor, magnitude
 
 
-def _under_parametrization(module: nn.Module) -> list[_Tensor]:
+def _under_parametrization(module: nn.Module, entries: _Entries) -> list[_Tensor]:
     """The parametrized tensors that a module holds itself."""
     found: list[_Tensor] = [
         (name, "legacy", module._parameters[f"{name}_v"], module._parameters[f"{name}_g"])
         for name in _legacy_names(module)
     ]
-    if _is_parametrized(module):
-        for name, entry in module._modules["parametrizations"]._modules.items():  # type: ignore[union-attr]
-            found.append((name, *_parametrized(entry)))  # type: ignore[arg-type]
+    found += [(name, *_parametrized(entry)) for name, entry in entries.items()]
     return found
 
 
@@ -175,25 +187,27 @@ def _legacy_names(module: nn.Module) -> list[str]:
     return sorted({hook.name for hook in legacy_hooks(module)})
 
 
-def _tensors(module: nn.Module) -> Iterator[_Tensor]:
+def _tensors(module: nn.Module, entries: _Entries) -> Iterator[_Tensor]:
     """Everything a module holds itself."""
     if isinstance(module, torch.jit.ScriptModule):
         yield from ((name, "plain", parameter, None) for name, parameter in module.named_parameters(recurse=False))
         yield from ((name, "buffer", buffer, None) for name, buffer in module.named_buffers(recurse=False))
         return
-    parts = {f"{name}{end}" for name in _legacy_names(module) for end in ("_g", "_v")}
+    under = _under_parametrization(module, entries) if entries or module._forward_pre_hooks else ()
+    parts = {f"{name}{end}" for name, form, _, _ in under if form == "legacy" for end in ("_g", "_v")}
     for name, parameter in module._parameters.items():
         if parameter is not None and name not in parts:
             yield name, "plain", parameter, None
-    yield from _under_parametrization(module)
+    yield from under
     for name, buffer in module._buffers.items():
         if buffer is not None:
             yield name, "buffer", buffer, None
-    home = type(module).__module__
-    if home.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")) and callable(
-        getattr(module, "weight", None)
-    ):
+    if _is_quantized(type(module)) and callable(getattr(module, "weight", None)):
         yield "weight", "quantized", None, None
+
+
+def _is_quantized(kind: type) -> bool:
+    return kind.__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"))
 
 
 def _parametrized(entry: ParametrizationList) -> tuple[str, Tensor | None, Tensor | None]:
