@@ -20,7 +20,7 @@ LAYERS = [
     {"fused_kernels", "norms", "row_threads"},
     {"errors", "fused", "kept", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"}
     | {"csv_text", "ownership", "dtensors", "compiled", "loaded_keys", "placed", "onnx_nodes"}
-    | {"sgd_kernels", "linear_kernels", "lean_modules"},
+    | {"sgd_kernels", "linear_kernels", "lean_modules", "safety"},
     {"keys", "loans", "reparam", "stores", "differences", "onnx_values", "optimizer_state", "blocked_linear"}
     | {"charts", "page", "onnx_checks"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm", "outputs"},

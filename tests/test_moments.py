@@ -117,6 +117,31 @@ def test_channels_that_do_not_vary_are_told_from_those_that_do() -> None:
     assert Moments.of(torch.randn(1, 3), 1).constant.all()
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_few_channels_far_from_zero_do_not_slow_down_or_blur_the_rest(
+    axis: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only those whose mean is far from zero in their deviations, or that do not vary, are summed in float64."""
+    torch.manual_seed(0)
+    values = torch.randn(400, 40)
+    values[:, 7] = 1e4 + 1e-2 * torch.randn(400)
+    values[:, 11] = 3.0
+    values[:, 13] = -20 + torch.randn(400)
+    exact, sizes = Moments._exactly.__func__, []  # type: ignore[attr-defined]
+
+    def counted(cls: Any, cube: Tensor, *rest: Any) -> Moments:
+        sizes.append(cube.shape[1])
+        return exact(cls, cube, *rest)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Moments, "_exactly", classmethod(counted))
+    laid = {0: values.T, 1: values, 2: values.reshape(20, 20, 40)}[axis].contiguous()
+    found = Moments.of(laid, axis)
+    assert sizes == [3]
+    assert_close(found, laid, axis, 1e-6)
+    assert found.constant.tolist() == [i == 11 for i in range(40)]
+    assert_close(Moments.merged([found, found]), torch.cat([laid, laid], (axis + 1) % 2), axis, 1e-6)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("sizes", [(400, 3), (2, 3, 100)])
 def test_values_that_are_not_finite_show(sizes: Any, bad: float) -> None:

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import wnsurgery as wn
 from wnsurgery import fused
+from wnsurgery.lean_modules import _LATE, LeanModule
 from wnsurgery.mechanism import PASSING
 
 from nets import NETS, effective, halves, net, same_bits
@@ -32,7 +33,7 @@ def state(model: nn.Module) -> dict[str, Any]:
     """All that surgery could leave a trace in."""
     return {
         "classes": {n: type(m) for n, m in model.named_modules()},
-        "attributes": {n: [a for a in m.__dict__ if a not in PASSING] for n, m in model.named_modules()},
+        "attributes": {n: _attributes(m) for n, m in model.named_modules()},
         "hooks": {n: [k for k, v in m.__dict__.items() if "hook" in k and v] for n, m in model.named_modules()},
         "parameters": [
             (n, type(p), p.requires_grad, p.stride(), p.dtype)
@@ -41,6 +42,11 @@ def state(model: nn.Module) -> dict[str, Any]:
         "ties": [n for n, _ in model.named_parameters()],
         "keys": list(model.state_dict()),
     }
+
+
+def _attributes(module: nn.Module) -> list[str]:
+    lazy = _LATE if isinstance(module, LeanModule) else {}  # come into being when somebody looks at them
+    return [name for name in module.__dict__ if name not in PASSING and name not in lazy]
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:

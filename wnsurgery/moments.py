@@ -28,6 +28,7 @@ _SAMPLE = 8  # one in so many values of the first block tells about where the me
 _ROUNDING = 8.0  # roundings by which the values of a channel may differ that does not vary
 _MARGIN = 2.0**10  # how far beyond that a deviation lies for which the largest value need not be known
 _NEAR = 4.0  # variances that the square of a mean may be for sums of float32
+_PART = 4  # one channel in so many may be measured exactly by itself
 _LINE = 1 << 13  # values of which BLAS sums the squares at once
 _FEW = 1 << 17  # values whose squares stay in the cache
 _CLEAR = 1 << 19  # values that cannot hide a channel's deviation behind their largest, if the mean is near zero
@@ -77,7 +78,8 @@ class Moments:
 
     @classmethod
     def _quickly(cls, cube: Tensor, count: int) -> Moments | None:
-        """By sums of float32, which lose next to nothing where no mean is far from zero in its deviations; else None.
+        """By sums of float32, which lose next to nothing where the mean is not far from zero in its deviations; a few
+        channels in which it is by sums of float64; None where these are many, or anything is not finite.
 
         torch sums in a tree, BLAS in many lanes, so that errors do not grow with the number of values.
         """
@@ -96,11 +98,22 @@ class Moments:
             return None
         mean = first / np.float64(count)
         far = mean * first
-        m2 = second - far
-        least, most = float(np.minimum.reduce(m2 - far / _NEAR)), float(np.add.reduce(second))
-        if least > count * _RANGE[0] and most < _RANGE[1]:  # not where anything is not finite
-            return cls(count, mean, m2, None, _eps(torch.float32))
-        return None
+        found = cls(count, mean, second - far, None, _eps(torch.float32))
+        clear = found.m2 - far / _NEAR
+        if not float(np.add.reduce(second)) < _RANGE[1]:
+            return None
+        if float(np.minimum.reduce(clear)) > count * _RANGE[0]:
+            return found
+        others = np.flatnonzero(~(clear > count * _RANGE[0]))
+        return found._with_exact(cube, others) if len(others) * _PART <= channels else None
+
+    def _with_exact(self, cube: Tensor, channels: Any) -> Moments:
+        """The same with these channels measured exactly."""
+        exact = self._exactly(cube[:, torch.from_numpy(channels)], self.count, self.eps)
+        peak = self._peaks
+        for mine, theirs in ((self.mean, exact.mean), (self.m2, exact.m2), (peak, exact.peak)):
+            mine[channels] = theirs
+        return Moments(self.count, self.mean, self.m2, peak, self.eps)
 
     @classmethod
     def _exactly(cls, cube: Tensor, count: int, eps: float) -> Moments:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import compress, zip_longest
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -27,6 +25,7 @@ from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
 from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, decompose
 from wnsurgery.resizing import guard_resizing
+from wnsurgery.safety import all_or_nothing, collecting_later, is_recurrent, plain_grad_mode
 from wnsurgery.small_weights import SmallWeights, is_small, small_magnitudes
 from wnsurgery.targets import normed
 from wnsurgery.tied_names import rename_tied
@@ -36,9 +35,6 @@ __all__ = ["apply_weight_norm", "fold_weight_norm", "is_weight_normed"]
 
 _log = logging.getLogger("wnsurgery")
 _WEIGHT_NORM = ("ours", "torch", "legacy")
-_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_load_state_dict_pre_hooks")
-_TABLES = ("_parameters", "_modules", *_HOOKS)  # of a module: what surgery writes to
-
 _FEW = 512  # small weights that are computed at a time
 
 M = TypeVar("M", bound=nn.Module)
@@ -115,12 +111,12 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
     sharding = FullyShard(model)
     follower = Follower(model, optimizer)
     with without_batch_norm(model, batch_norm, inputs, data=data) as norms:
-        with _collecting_later():
+        with collecting_later():
             plan = plan_weight_norm(model, include=include, exclude=exclude, dim=dim)
         asked = init != "preserve" or freeze_magnitude
         old = normed(slots(model, plain=False), include, exclude) if asked else []
         options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
-        with _all_or_nothing(attributes=init != "preserve") as save:
+        with all_or_nothing(attributes=init != "preserve") as save:
             options["freeze_magnitude"] = freeze_magnitude and init == "preserve"
             _carry_out(plan, **options, sharding=sharding, save=save)
             if init != "preserve" and plan.sites:
@@ -128,7 +124,7 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
                 init_options["include"] = lambda _, name: name in names
                 make = fan_init if init == "fan" else partial(data_dependent_init, data=data)
                 _finish_init(plan, make(model, **init_options), freeze_magnitude)
-            with _plain_grad_mode():
+            with plain_grad_mode():
                 changes = [f"init={init!r}"] if init != "preserve" else []
                 changes += [f"batch_norm={batch_norm!r}"] if norms.steps else []
                 follower.split(map(_swap_at, plan.sites), changed_by=" and ".join(changes))
@@ -180,7 +176,7 @@ def apply_plan(
     """Carry out a plan made by `plan_weight_norm` on the same model; see `apply_weight_norm`."""
     _unwrapped(model)
     sharding = FullyShard(model)
-    with _all_or_nothing() as save:
+    with all_or_nothing() as save:
         _carry_out(plan, magnitude, magnitude_dtype, freeze_magnitude, sharding, save)
     return model
 
@@ -199,7 +195,7 @@ def _carry_out(
     kind = magnitude_dtype
     if kind is not None and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise SelectionError(f"magnitude_dtype must be a floating-point torch.dtype, not {kind!r}")
-    with _plain_grad_mode(), _collecting_later():
+    with plain_grad_mode(), collecting_later():
         pairs = []
         plain = magnitude == "linear" and magnitude_dtype in (None, torch.float32)
         weights = [(site.weight, site.axes) for site in plan.sites] if plain else []
@@ -287,7 +283,7 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     Raises PairError when a pair does not fit together or another parametrization is stacked on it, SelectionError
     when the optimizer (LBFGS) cannot follow.
     """
-    with _plain_grad_mode(), _collecting_later():
+    with plain_grad_mode(), collecting_later():
         modules = _unwrapped(model)
         sharding = FullyShard(model)
         follower = Follower(model, optimizer)
@@ -297,11 +293,11 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
         deferred: list[WeightNormList] = []
         recurrent: list[nn.Module] = []
         halves = [_halves(pair.owners[0]) if sharding else None for pair in pairs]
-        with _all_or_nothing() as save, sharding.all_or_nothing():
+        with all_or_nothing() as save, sharding.all_or_nothing():
             for pair, weight in zip(pairs, weights, strict=True):
                 for slot in pair.owners:
                     save(slot.module)
-                    if _is_recurrent(slot.module):
+                    if is_recurrent(slot.module):
                         recurrent.append(slot.module)
                     if slot.form == "legacy":
                         _remove_legacy(slot, weight)
@@ -462,10 +458,6 @@ def _remove_legacy(slot: Slot, weight: nn.Parameter) -> None:
     reorder_parameters(module, (name, *order))
 
 
-def _is_recurrent(module: nn.Module) -> bool:
-    return isinstance(module.__dict__.get("_flat_weights_names"), list)
-
-
 def _recurrent_order(module: nn.Module) -> tuple[str, ...]:
     return tuple(module._flat_weights_names)  # type: ignore[arg-type]
 
@@ -477,9 +469,6 @@ def _refresh_recurrent(module: nn.Module) -> None:
         module._init_flat_weights()
         if any(p.is_cuda for p in module._parameters.values() if p is not None):
             module.flatten_parameters()
-
-
-# Safety --------------------------------------------------------------------------------------------------
 
 
 def _unwrapped(model: nn.Module) -> list[nn.Module]:
@@ -495,78 +484,3 @@ def _unwrapped(model: nn.Module) -> list[nn.Module]:
                 hint="do the surgery on the inner module before wrapping it",
             )
     return modules
-
-
-@contextmanager
-def _plain_grad_mode() -> Iterator[None]:
-    """Parameters made here are ordinary tensors, whatever mode the caller is in."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-@contextmanager
-def _all_or_nothing(*, attributes: bool = False) -> Iterator[Callable[[nn.Module], None]]:
-    """Gives a function to call before a module is changed; puts classes and tables of those modules back as they were
-    if anything goes wrong inside. With `attributes`, all that hangs on them, too, for what does more than exchange
-    parameters."""
-    before = _Before(attributes)
-    try:
-        yield before.save
-    except BaseException:
-        before.restore()
-        raise
-
-
-class _Before:
-    """Modules as they were before each of them was changed."""
-
-    def __init__(self, attributes: bool) -> None:
-        self._attributes = attributes
-        self._saved: dict[int, tuple[nn.Module, type, dict[str, Any], dict[str, Any], dict[str, Any] | None]] = {}
-
-    def save(self, module: nn.Module) -> None:
-        if id(module) in self._saved:
-            return
-        state = module.__dict__
-        tables = {name: dict(held) for name in _TABLES if (held := state.get(name))}
-        if self._attributes or "_forward_pre_hooks" in tables or _is_recurrent(module):  # which have weights there
-            state = state.copy()
-        entries = _parametrizations(module)
-        self._saved[id(module)] = module, type(module), state, tables, None if entries is None else dict(entries)
-
-    def restore(self) -> None:
-        for module, cls, state, tables, entries in self._saved.values():
-            module.__class__ = cls
-            if module.__dict__ is not state:
-                module.__dict__.clear()
-                module.__dict__.update(state)
-            for name in _TABLES:
-                if name in state:
-                    state[name].clear()
-                    state[name].update(tables.get(name, {}))
-            held = _parametrizations(module)
-            if held is not None and entries is not None:
-                held.clear()
-                held.update(entries)
-
-
-def _parametrizations(module: nn.Module) -> dict[str, Any] | None:
-    """The lists of a parametrized module by name, None of any other."""
-    table = module._modules.get("parametrizations")
-    return table._modules if isinstance(table, nn.ModuleDict) else None
-
-
-@contextmanager
-def _collecting_later() -> Iterator[None]:
-    """Without garbage collection meanwhile: among thousands of new objects it looks through all the old ones again and
-    again, and finds nothing. Afterwards it leaves the new ones until it looks through the old ones, too."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            if not gc.get_freeze_count():
-                gc.freeze()
-                gc.unfreeze()  # what was frozen counts as old
-            gc.enable()

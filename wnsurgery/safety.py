@@ -1,0 +1,97 @@
+"""What surgery is done under: modules are put back as they were if anything goes wrong, parameters made are ordinary
+ones whatever the caller's mode, and the collector waits."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["all_or_nothing", "collecting_later", "is_recurrent", "plain_grad_mode"]
+
+_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_load_state_dict_pre_hooks")
+_TABLES = ("_parameters", "_modules", *_HOOKS)  # of a module: what surgery writes to
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether a module keeps a second list of its weights, as RNNs do."""
+    return isinstance(module.__dict__.get("_flat_weights_names"), list)
+
+
+@contextmanager
+def plain_grad_mode() -> Iterator[None]:
+    """Parameters made here are ordinary tensors, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def all_or_nothing(*, attributes: bool = False) -> Iterator[Callable[[nn.Module], None]]:
+    """Gives a function to call before a module is changed; puts classes and tables of those modules back as they were
+    if anything goes wrong inside. With `attributes`, all that hangs on them, too, for what does more than exchange
+    parameters."""
+    before = _Before(attributes)
+    try:
+        yield before.save
+    except BaseException:
+        before.restore()
+        raise
+
+
+class _Before:
+    """Modules as they were before each of them was changed."""
+
+    def __init__(self, attributes: bool) -> None:
+        self._attributes = attributes
+        self._saved: dict[int, tuple[nn.Module, type, dict[str, Any], dict[str, Any], dict[str, Any] | None]] = {}
+
+    def save(self, module: nn.Module) -> None:
+        if id(module) in self._saved:
+            return
+        state = module.__dict__
+        tables = {name: dict(held) for name in _TABLES if (held := state.get(name))}
+        if self._attributes or "_forward_pre_hooks" in tables or is_recurrent(module):  # which have weights there
+            state = state.copy()
+        entries = _parametrizations(module)
+        self._saved[id(module)] = module, type(module), state, tables, None if entries is None else dict(entries)
+
+    def restore(self) -> None:
+        for module, cls, state, tables, entries in self._saved.values():
+            module.__class__ = cls
+            if module.__dict__ is not state:
+                module.__dict__.clear()
+                module.__dict__.update(state)
+            for name in _TABLES:
+                if name in state:
+                    state[name].clear()
+                    state[name].update(tables.get(name, {}))
+            held = _parametrizations(module)
+            if held is not None and entries is not None:
+                held.clear()
+                held.update(entries)
+
+
+def _parametrizations(module: nn.Module) -> dict[str, Any] | None:
+    """The lists of a parametrized module by name, None of any other."""
+    table = module._modules.get("parametrizations")
+    return table._modules if isinstance(table, nn.ModuleDict) else None
+
+
+@contextmanager
+def collecting_later() -> Iterator[None]:
+    """Without garbage collection meanwhile: among thousands of new objects it looks through all the old ones again and
+    again, and finds nothing. Afterwards it leaves the new ones until it looks through the old ones, too."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            if not gc.get_freeze_count():
+                gc.freeze()
+                gc.unfreeze()  # what was frozen counts as old
+            gc.enable()
