@@ -257,11 +257,11 @@ class DeferredWeight:
         """How an optimizer with these rules and states is to move g and v, where a gradient waits that the kernels can
         read and of which nobody has seen anything yet; else None. The weight itself has not been written to."""
         leaf, g, v, kept = self.leaf, self.g, self.v, self.kept
-        grad = None if leaf is None else leaf.grad
+        if leaf is None or (grad := leaf.grad) is None:
+            return None
         of_g, of_v = rules.get(id(g)), rules.get(id(v))
         if (
-            grad is None
-            or kept is None
+            kept is None
             or of_g is None
             or of_v is None
             or self.norms is None
@@ -273,7 +273,8 @@ class DeferredWeight:
             or not kept.was_of(g, v)
         ):
             return None
-        past_v, past_g = (momentum_of(half, states) if r.keep else None for half, r in ((v, of_v), (g, of_g)))
+        past_v = momentum_of(v, states) if of_v.keep else None
+        past_g = momentum_of(g, states) if of_g.keep else None
         if (of_v.keep and past_v is None) or (of_g.keep and past_g is None):
             return None
         return Move(self, (of_v, of_g), (past_v, past_g))
@@ -460,10 +461,12 @@ class DeferredGroup:
     def after_step(self, optimizer: optimizers.Optimizer) -> None:
         """An optimizer has moved its parameters: also one whose kernels leave tensor versions as they are."""
         stepped, self._stepped = self._stepped, []
-        for weight, parts, _ in stepped:
-            weight.add_grads(*parts)
+        for weight, (part_g, part_v), _ in stepped:
+            _hold(weight.g, part_g)  # neither had any: `move` saw to that
+            _hold(weight.v, part_v)
         ready = {id(weight) for weight, _, fine in stepped if fine}
-        self.renew([weight for weight in self._moved_by(optimizer) if id(weight) not in ready])
+        if len(ready) < len(self._weights):
+            self.renew([weight for weight in self._moved_by(optimizer) if id(weight) not in ready])
 
     def _moved_by(self, optimizer: optimizers.Optimizer) -> list[DeferredWeight]:
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}

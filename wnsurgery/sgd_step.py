@@ -23,7 +23,7 @@ from torch.optim.sgd import sgd
 
 from wnsurgery import fused
 from wnsurgery.kept import LARGE
-from wnsurgery.placed import Placed
+from wnsurgery.placed import Placed, addresses
 from wnsurgery.row_threads import on_all_rows
 
 __all__ = ["Rule", "Stepped", "StepsOfPairs", "momentum_of", "rules_of"]
@@ -31,6 +31,8 @@ __all__ = ["Rule", "Stepped", "StepsOfPairs", "momentum_of", "rules_of"]
 _log = logging.getLogger("wnsurgery")
 _LINE = 12  # numbers that `sgd_kernels.PLACES` names
 _PAIR, _WEIGHT, _SIZES = slice(1, 3), 6, slice(9, 12)  # where among them: v and g, w, inputs, rows and columns
+_GIVEN = (0, 3, 4, 5, _WEIGHT)  # dL/dw, ||v||, dL/dg, dL/dv, w
+_PAST = (7, 8)  # momentum of v and of g
 
 
 class Rule(NamedTuple):
@@ -159,16 +161,17 @@ class StepsOfPairs:
         to_g = [torch.empty_like(g) for g, _ in self._pairs]
         to_v = [grad if own else torch.empty_like(grad) for grad, own in zip(grads, private, strict=True)]
         lines = self._lines.copy()
-        columns = grads, None, None, norms, to_g, to_v, weights, *zip(*pasts, strict=True)
-        for column, tensors in enumerate(columns):
-            if tensors is not None:
-                lines[:, column] = [0 if t is None else t.data_ptr() for t in tensors]
+        for column, tensors in zip(_GIVEN, (grads, norms, to_g, to_v, weights), strict=True):
+            lines[:, column] = addresses(tensors)
+        for column, momenta in zip(_PAST, zip(*pasts, strict=True), strict=True):
+            if any(m is not None for m in momenta):
+                lines[:, column] = [0 if m is None else m.data_ptr() for m in momenta]
         numbers = chain.from_iterable(chain.from_iterable(rules))
         told = np.fromiter(numbers, np.float32, len(rules) * 2 * _RULE).reshape(-1, 2 * _RULE)
         fine = [True] * len(lines)
         if self._small:
-            some, elements = lines[self._small], sum(self._elements[i] for i in self._small)
-            _run("many_step", elements, len(some), some, told[self._small])
+            some, how = (lines[self._small], told[self._small]) if self._others else (lines, told)
+            _run("many_step", sum(self._elements[i] for i in self._small), len(some), some, how)
             for i, written in zip(self._small, some[:, _WEIGHT].tolist(), strict=True):
                 fine[i] = written != 0
         for i in self._others:
