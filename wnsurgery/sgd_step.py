@@ -33,6 +33,7 @@ _LINE = 12  # numbers that `sgd_kernels.PLACES` names
 _PAIR, _WEIGHT, _SIZES = slice(1, 3), 6, slice(9, 12)  # where among them: v and g, w, inputs, rows and columns
 _GIVEN = (0, 3, 4, 5, _WEIGHT)  # dL/dw, ||v||, dL/dg, dL/dv, w
 _PAST = (7, 8)  # momentum of v and of g
+_NUMBERS = {int, float}
 
 
 class Rule(NamedTuple):
@@ -80,20 +81,20 @@ def rules_of(optimizer: Any, arguments: tuple[Any, ...], options: Mapping[str, A
 
 def _is_observed(optimizer: Any) -> bool:
     """Whether somebody may look at gradients or weights between the parts of a step, or scales its gradients."""
-    hooks = chain(optimizers._global_optimizer_pre_hooks.values(), optimizers._global_optimizer_post_hooks.values())
-    return bool(
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or any(not str(getattr(hook, "__module__", "")).startswith("wnsurgery.") for hook in hooks)
-        or getattr(optimizer, "grad_scale", None) is not None
-        or getattr(optimizer, "found_inf", None) is not None
-    )
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return True
+    for hooks in (optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks):
+        for hook in hooks.values():
+            if not str(getattr(hook, "__module__", "")).startswith("wnsurgery."):
+                return True
+    return getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
 
 
 def _rule_of(group: Mapping[str, Any]) -> Rule | None:
-    rate, decay, keep, damping = (group[name] for name in ("lr", "weight_decay", "momentum", "dampening"))
-    others = any(group.get(name) for name in ("maximize", "foreach", "fused", "differentiable"))
-    if others or not all(type(n) in (int, float) and math.isfinite(n) for n in (rate, decay, keep, damping)):
+    if group.get("maximize") or group.get("foreach") or group.get("fused") or group.get("differentiable"):
+        return None
+    rate, decay, keep, damping = numbers = group["lr"], group["weight_decay"], group["momentum"], group["dampening"]
+    if not (_NUMBERS.issuperset(map(type, numbers)) and all(map(math.isfinite, numbers))):
         return None
     return Rule(-rate, decay, keep, 1 - damping, keep if group["nesterov"] else 0.0)
 
