@@ -38,6 +38,7 @@ class LeanModule(nn.Module):
         return {name: kind() for name, kind in _LATE.items()} | self.__dict__
 
 
+# the tables that a module of this version of torch has, but those that hold its tensors and children
 _LATE = {name: type(one) for name, one in nn.Module().__dict__.items() if type(one) in _TABLES and not one}
 for _name, _kind in _LATE.items():
     setattr(LeanModule, _name, _Table(_name, _kind))
@@ -82,11 +83,11 @@ def copied_module(
     memo[id(module)] = twin
     for name, value in list(module.__dict__.items()):
         kind = type(value)
+        if name in without:
+            continue
         if kind in _SAME:
-            if name not in without:
-                twin.__dict__[name] = value
-        elif kind in (dict, *_TABLES) and not value:
-            twin.__dict__[name] = kind()
-        elif name not in without:
-            twin.__dict__[name] = copy.deepcopy(value, memo)
+            twin.__dict__[name] = value
+        else:
+            empty = kind in (dict, *_TABLES) and not value
+            twin.__dict__[name] = kind() if empty else copy.deepcopy(value, memo)
     return twin
