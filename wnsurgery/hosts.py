@@ -46,9 +46,6 @@ _frame = sys._getframe
 class WeightNormDict(LeanModule, nn.ModuleDict):
     """`module.parametrizations` of a converted module."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> WeightNormDict:
-        return copied_module(self, memo)
-
 
 # On and off ----------------------------------------------------------------------------------------------
 

@@ -37,6 +37,9 @@ class LeanModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {name: kind() for name, kind in _LATE.items()} | self.__dict__
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copied_module(self, memo)
+
 
 # the tables that a module of this version of torch has, but those that hold its tensors and children
 _LATE = {name: type(one) for name, one in nn.Module().__dict__.items() if type(one) in _TABLES and not one}

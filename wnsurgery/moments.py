@@ -99,21 +99,19 @@ class Moments:
         mean = first / np.float64(count)
         far = mean * first
         found = cls(count, mean, second - far, None, _eps(torch.float32))
-        clear = found.m2 - far / _NEAR
-        if not float(np.add.reduce(second)) < _RANGE[1]:
+        others = np.flatnonzero(~(found.m2 - far / _NEAR > count * _RANGE[0]))
+        if len(others) * _PART > channels or not float(np.add.reduce(second)) < _RANGE[1]:
             return None
-        if float(np.minimum.reduce(clear)) > count * _RANGE[0]:
-            return found
-        others = np.flatnonzero(~(clear > count * _RANGE[0]))
-        return found._with_exact(cube, others) if len(others) * _PART <= channels else None
+        if len(others):
+            found._measure_exactly(others, cube)
+        return found
 
-    def _with_exact(self, cube: Tensor, channels: Any) -> Moments:
-        """The same with these channels measured exactly."""
+    def _measure_exactly(self, channels: Any, cube: Tensor) -> None:
+        """Put exact moments in the place of those of some channels."""
         exact = self._exactly(cube[:, torch.from_numpy(channels)], self.count, self.eps)
-        peak = self._peaks
-        for mine, theirs in ((self.mean, exact.mean), (self.m2, exact.m2), (peak, exact.peak)):
+        self.peak = self._peaks
+        for mine, theirs in ((self.mean, exact.mean), (self.m2, exact.m2), (self.peak, exact.peak)):
             mine[channels] = theirs
-        return Moments(self.count, self.mean, self.m2, peak, self.eps)
 
     @classmethod
     def _exactly(cls, cube: Tensor, count: int, eps: float) -> Moments:

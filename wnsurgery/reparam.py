@@ -22,7 +22,7 @@ from wnsurgery.compiled import compose_compiled, is_for_compiler
 from wnsurgery.dtensors import count_not_finite, is_spread, local_rows, spread_over
 from wnsurgery.errors import NonFiniteWeightError, PairError
 from wnsurgery.kept import LARGE, Rooms
-from wnsurgery.lean_modules import LeanModule, blank_module, copied_module, shared_by_copies
+from wnsurgery.lean_modules import LeanModule, blank_module, shared_by_copies
 from wnsurgery.norms import (
     RowScale,
     norm,
@@ -655,9 +655,6 @@ class WeightNorm(LeanModule):
 
     def right_inverse(self, w: Tensor) -> tuple[Tensor, Tensor]:
         return decompose(w, self.axes, magnitude=self.magnitude, magnitude_dtype=self.magnitude_dtype)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> WeightNorm:
-        return copied_module(self, memo)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], *rest: Any) -> None:
         """As any module's, which for one without entries, tensors and hooks does nothing, in many steps."""

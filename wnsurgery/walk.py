@@ -70,8 +70,6 @@ def slots(model: nn.Module, *, plain: bool = True) -> list[Slot]:
     check_module(model)
     found: list[Slot] = []
     for module, names, ancestors, entries in _modules(model):
-        if not (plain or entries or module._forward_pre_hooks):
-            continue
         own = _tensors(module, entries) if plain else _under_parametrization(module, entries)
         for parameter, form, tensor, magnitude in own:
             fqns = tuple([f"{n}.{parameter}" if n else parameter for n in names])
@@ -173,6 +171,8 @@ _Tensor = tuple[str, str, Tensor | None, Tensor | None]  # parameter, form, tens
 
 def _under_parametrization(module: nn.Module, entries: _Entries) -> list[_Tensor]:
     """The parametrized tensors that a module holds itself."""
+    if not (entries or module._forward_pre_hooks):  # as nearly all
+        return []
     found: list[_Tensor] = [
         (name, "legacy", module._parameters[f"{name}_v"], module._parameters[f"{name}_g"])
         for name in _legacy_names(module)
@@ -193,7 +193,7 @@ def _tensors(module: nn.Module, entries: _Entries) -> Iterator[_Tensor]:
         yield from ((name, "plain", parameter, None) for name, parameter in module.named_parameters(recurse=False))
         yield from ((name, "buffer", buffer, None) for name, buffer in module.named_buffers(recurse=False))
         return
-    under = _under_parametrization(module, entries) if entries or module._forward_pre_hooks else ()
+    under = _under_parametrization(module, entries)
     parts = {f"{name}{end}" for name, form, _, _ in under if form == "legacy" for end in ("_g", "_v")}
     for name, parameter in module._parameters.items():
         if parameter is not None and name not in parts:
