@@ -18,12 +18,12 @@ PACKAGE = ROOT / "wnsurgery"
 
 LAYERS = [
     {"fused_kernels", "norms", "row_threads"},
-    {"errors", "fused", "kept", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts", "moments"}
+    {"errors", "fused", "kept", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts"}
     | {"csv_text", "ownership", "dtensors", "compiled", "loaded_keys", "placed", "onnx_nodes"}
-    | {"sgd_kernels", "linear_kernels", "lean_modules", "safety"},
+    | {"sgd_kernels", "linear_kernels", "channel_kernels", "lean_modules", "safety"},
     {"keys", "loans", "reparam", "stores", "differences", "onnx_values", "optimizer_state", "blocked_linear"}
     | {"charts", "page", "onnx_checks"}
-    | {"batches", "masks", "lockstep", "own_state", "ranks", "joint_norm", "outputs"},
+    | {"batches", "masks", "lockstep", "own_state", "ranks", "channelwise"},
     {
         "fully_sharded",
         "layers",
@@ -39,8 +39,8 @@ LAYERS = [
         "spread",
         "sgd_step",
     }
-    | {"onnx_layout", "onnx_functions", "onnx_guard"},
-    {"graph", "parity", "choice", "following", "multi_tensor", "straight"},
+    | {"onnx_layout", "onnx_functions", "onnx_guard", "moments", "outputs"},
+    {"graph", "parity", "choice", "following", "multi_tensor", "straight", "joint_norm"},
     {"walk", "steps", "flat_magnitudes", "deferred", "preparation"},
     {"plan", "mechanism", "checkpoint", "tracing", "tied_names", "resizing"},
     {"affine", "directions", "own_passes", "pairs", "targets", "promises", "manifest"},

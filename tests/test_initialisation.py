@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -476,3 +478,80 @@ def test_a_report_is_plain_data_whenever_it_is_read() -> None:
     assert "mean=(" in repr(layer.before)
     with pytest.raises(AttributeError, match="median"):
         layer.before.median  # noqa: B018
+
+
+COMPILING = """
+import sys, torch, wnsurgery as wn
+from torch import nn
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        if len(sys.argv) > 1:  # compiles when it is first called, as some attention does
+            return torch.compile(self[2], backend="eager")(self[1](self[0](x)))
+        return super().forward(x)
+
+net = wn.apply_weight_norm(Net(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)))
+x = torch.randn(100, 8)
+before = "torch._dynamo" in sys.modules
+assert len(wn.data_dependent_init(net, x).initialised) == 2
+assert before or ("torch._dynamo" in sys.modules) == (len(sys.argv) > 1)
+with torch.no_grad():
+    y = net(x)
+torch.testing.assert_close(y.std(0, correction=0), torch.ones(8))
+torch.testing.assert_close(y.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
+assert not net[2]._forward_hooks
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["compile"]], ids=["plain", "compiling"])
+def test_the_compiler_is_left_alone_where_nothing_is_compiled(arguments: list[str]) -> None:
+    """It takes most of a second to import; a net that compiles a part of itself in its forward pass is set as any."""
+    done = subprocess.run([sys.executable, "-c", COMPILING, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_layer_that_fails_once_is_measured_when_it_succeeds() -> None:
+    """A model that catches a layer's error and calls it again has it set, and gradients are on or off as before."""
+
+    class Stubborn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                try:
+                    self.layer(x[:, :2])
+                except RuntimeError:
+                    assert torch.is_grad_enabled()
+                return self.layer(x)
+
+    model = wn.apply_weight_norm(Stubborn())
+    x = torch.randn(50, 4)
+    report = wn.data_dependent_init(model, x)
+    assert [layer.name for layer in report.initialised] == ["layer.weight"]
+    y = model(x)
+    torch.testing.assert_close(y.std(0, correction=0), torch.ones(3))
+
+
+def test_other_hooks_run_as_ever() -> None:
+    """With pre-hooks of its own or without, a layer is set alike, and each of them sees gradients as they are."""
+    seen: list[bool] = []
+    weights = []
+    for hooked in (False, True):
+        torch.manual_seed(0)
+        model = wn.apply_weight_norm(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+        if hooked:
+            for layer in (model[0], model[2]):
+                layer.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+        with torch.enable_grad():
+            wn.data_dependent_init(model, torch.randn(50, 4), forward=with_gradients)
+        weights.append(torch.nn.utils.parameters_to_vector(model.parameters()))
+    assert seen == [True, True]
+    assert torch.equal(*weights)
+
+
+def with_gradients(model: nn.Module, batch: Tensor) -> Tensor:
+    """A forward pass with gradients."""
+    with torch.enable_grad():
+        return model(batch)  # type: ignore[no-any-return]

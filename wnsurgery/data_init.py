@@ -23,16 +23,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from wnsurgery.batches import batches_of, call_with, in_one_line, is_batch, moved
+from wnsurgery.channelwise import cube_of, is_taken, standardise
 from wnsurgery.directions import Directions
 from wnsurgery.errors import InputError, SelectionError, WnsurgeryError
 from wnsurgery.joint_norm import JointNorms
 from wnsurgery.lockstep import Guard, Lockstep, Paused, Replay
 from wnsurgery.masks import Mask, fitting, masks_of
-from wnsurgery.moments import Moments
+from wnsurgery.moments import Moments, clearness
 from wnsurgery.outputs import Fresh, scaled
 from wnsurgery.own_state import Attributes, Spill
 from wnsurgery.plan import Pattern, Skipped
 from wnsurgery.ranks import Ranks
+from wnsurgery.safety import as_written
 from wnsurgery.targets import Scale, bias_of, is_log, scales_of, select, settable_bias, sort_out
 from wnsurgery.text import columns
 from wnsurgery.walk import Slot, legacy_hooks, modules_of, slots
@@ -257,11 +259,15 @@ class _Run:
     ) -> None:
         self.model, self.ranks, self.forward, self.mask = model, ranks, forward, mask
         self.sharded = _is_sharded(everything)
-        self.done: list[LayerInit] = []
+        self.done: dict[str, Callable[[], LayerInit]] = {}  # what tells how a weight was set, in that order
         self.set_by: dict[int, tuple[str, Any]] = {}  # id(g) -> the weight that set it, its scale
         targets, self.reasons = sort_out(chosen, everything)
         free = settable_bias(everything)
-        self.layers = {s.fqn: _Layer(self, s, axis, scales[id(s)], id(bias_of(s)) in free) for s, axis in targets}
+        directions = Directions.of(slot for slot, _ in targets)
+        self.layers = {
+            s.fqn: _Layer(self, s, axis, scales[id(s)], id(bias_of(s)) in free, lent)
+            for (s, axis), lent in zip(targets, directions, strict=True)
+        }
         self.masks: dict[int, tuple[Tensor, ...]] = {}
         self.mask_fitted = False
         self.alone = False  # whether the batch in hand is the only one of all ranks
@@ -277,10 +283,13 @@ class _Run:
         try:
             for layer in self.layers.values():
                 module = layer.slot.module
-                handles.append(module.register_forward_pre_hook(layer.before, prepend=True))
-                handles.append(module.register_forward_pre_hook(layer.without_graph))
-                handles.append(module.register_forward_hook(layer.after, prepend=True, with_kwargs=True))
-                handles.append(module.register_forward_hook(layer.with_graph, always_call=True))
+                others = bool(module._forward_pre_hooks)
+                begin = layer.before if others else layer.before_without_graph
+                handles.append(module.register_forward_pre_hook(begin, prepend=True))
+                if others:
+                    handles.append(module.register_forward_pre_hook(layer.without_graph))
+                options = {"prepend": True, "with_kwargs": True, "always_call": True}
+                handles.append(module.register_forward_hook(layer.after, **options))
             yield
         except BaseException:
             for layer in self.layers.values():
@@ -405,32 +414,32 @@ class _Run:
         return kind == "layer" and self.layers[name].settled
 
     def report(self, chosen: list[Slot], batches: int) -> InitReport:
-        reached = {layer.name for layer in self.done}
         left = []
         for slot in chosen:
-            if slot.fqn not in reached:
+            if slot.fqn not in self.done:
                 setter, _ = self.set_by.get(id(slot.magnitude), ("", None))
                 tied = f"shares its magnitude with {setter}" if setter else ""
                 reason = self.reasons.get(slot.fqn) or tied or "the data never reaches it through a module call"
                 left.append(Skipped(slot.fqn, slot.shape, reason))
-        return InitReport(tuple(self.done), tuple(left), batches)
+        return InitReport(tuple(found() for found in self.done.values()), tuple(left), batches)
 
 
 class _Layer:
     """One layer: measured at each batch's first call, with g = 1 and b = 0; then set."""
 
-    def __init__(self, run: _Run, slot: Slot, axis: int, target: float, settable: bool) -> None:
+    def __init__(self, run: _Run, slot: Slot, axis: int, target: float, settable: bool, directions: Directions) -> None:
         self.run, self.slot, self.axis, self.target, self.settable = run, slot, axis, target, settable
         self.open: set[int] = set()  # the batches inside its forward
         self.quiet: set[int] = set()  # the threads inside its forward that had gradients on
         self.refused = self.masked = self.lent = False
         self.own_shift: Any = None
-        self.directions = Directions(slot)
+        self.directions = directions
         self.log = is_log(slot)
         g, bias = slot.magnitude, bias_of(slot)
         assert g is not None
         self.g, self.bias, self.channels = g, bias, g.numel()
         self.old = [(t, t.detach().clone()) for t in (g, bias) if t is not None]
+        self.plain = not self.log and all(is_taken(t) for t, _ in self.old)
 
     @property
     def settled(self) -> bool:
@@ -471,23 +480,31 @@ class _Layer:
             if not self.lent:
                 self.neutral()
 
+    def before_without_graph(self, module: nn.Module, args: Any) -> None:
+        """Both at once, where no other hooks are to run in between."""
+        self.before(module, args)
+        self.without_graph(module, args)
+
     def without_graph(self, module: nn.Module, args: Any) -> None:
         """Measure without a graph, after all other hooks: what `after` makes anew has the only one."""
         if torch.is_grad_enabled() and not self.run.sharded and self.run.passes.current in self.open:
             self.quiet.add(threading.get_ident())
             torch.set_grad_enabled(False)
 
-    def with_graph(self, *_: Any) -> None:
-        """Gradients again, whatever became of the forward pass."""
+    def with_graph(self) -> None:
+        """Gradients again."""
         if threading.get_ident() in self.quiet:
             self.quiet.discard(threading.get_ident())
             torch.set_grad_enabled(True)
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Called after the forward pass, also after one that failed, which some models go on from."""
         references = sys.getrefcount(output)
         run = self.run
         if self.quiet:
             self.with_graph()
+        if output is None and sys.exc_info()[1] is not None:
+            return None
         number = run.passes.current
         if number not in self.open:
             return None
@@ -510,6 +527,8 @@ class _Layer:
             self.restore(only_bias=self.lent)
         fresh = run.fresh is not None and run.fresh.taken(output, references)
         if not torch.is_grad_enabled():
+            if fresh and norms is not None and self._standardise(output, norms, number):
+                return output
             self._meet(output, number, norms)
             return self._final(output, norms, fresh) if self.settled else None
         with torch.no_grad():
@@ -552,6 +571,23 @@ class _Layer:
             else:
                 run.passes.meet(("layer", self.slot.fqn, 0), moments if norms is None else moments.divided(norms))
 
+    def _standardise(self, output: Tensor, norms: Any, number: int) -> bool:
+        """Set g and b by an output that nobody else holds, and make of it what the layer gives with them, all in a few
+        calls of compiled code; whether that was done. The commonest case, and else of no other effect than the rest."""
+        cube = cube_of(output, self.axis % output.ndim)
+        if not self.plain or self.run.masks.get(number) or not is_taken(cube):
+            return False
+        count = cube.numel() // self.channels
+        shifts = None if self.settable or self.bias is None else self.old[1][1]
+        found = standardise(cube, clearness(count), norms, self.target, self.g, self.bias, shifts)
+        if found is None:
+            return False
+        torch.clear_autocast_cache()
+        mean, std, scale, shift = found
+        stored = [part.astype(np.float32) for part in (scale, shift)[: len(self.old)]]
+        self._is_set(mean, std, scale, shift, stored, count, ())
+        return True
+
     def _final(self, output: Tensor, norms: Any, fresh: bool) -> Tensor:
         """What the layer gives with its g and b as they are set now. fresh: nobody else holds the output."""
         _, scale = self.run.set_by[id(self.g)]
@@ -587,22 +623,28 @@ class _Layer:
         elif self.bias is not None:
             stored.append(_assign(self.bias, _values(self.old[1][1])))
         torch.clear_autocast_cache()
+        flat = () if constant is None else tuple(np.flatnonzero(constant).tolist())
+        self._is_set(mean, std, scale, shift, stored, moments.count, flat)
+
+    def _is_set(self, mean: Any, std: Any, scale: Any, shift: Any, stored: list[Tensor], count: int, flat: Any) -> None:
+        """Remember how g and b were set, for the report and for outputs that are still to come."""
         self.run.set_by[id(self.g)] = (self.slot.fqn, scale)
         self.own_shift = shift
         before = [old for _, old in self.old]
         if self.run.sharded:  # while all ranks are here
             before = [torch.from_numpy(_values(old)) for old in before]
-        self.run.done.append(
-            LayerInit(
-                self.slot.fqn,
-                self.channels,
-                () if constant is None else tuple(np.flatnonzero(constant).tolist()),
-                scale_only=not self.settable,
-                before=Channels.of(mean, std, before, self.log),
-                after=Channels.of(mean, std, stored, self.log),
-                positions=moments.count,
-                masked=self.masked,
-            )
+        self.run.done[self.slot.fqn] = partial(self._report, mean, std, before, stored, count, flat)
+
+    def _report(self, mean: Any, std: Any, before: list[Tensor], stored: list[Any], count: int, flat: Any) -> LayerInit:
+        return LayerInit(
+            self.slot.fqn,
+            self.channels,
+            flat,
+            scale_only=not self.settable,
+            before=Channels.of(mean, std, before, self.log),
+            after=Channels.of(mean, std, stored, self.log),
+            positions=count,
+            masked=self.masked,
         )
 
 
@@ -610,8 +652,10 @@ def _not_finite(name: str) -> InputError:
     return InputError(f"{name}: its pre-activations on this data are not finite")
 
 
-def _values(tensor: Tensor) -> Any:
+def _values(tensor: Any) -> Any:
     """All values of a tensor, the shards of other ranks included, in a row of numpy's float64."""
+    if isinstance(tensor, np.ndarray):
+        return tensor.astype(np.float64)
     if type(tensor) is Tensor and tensor.dtype == torch.float32 and tensor.is_cpu:
         return tensor.numpy().reshape(-1).astype(np.float64)
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -665,8 +709,7 @@ def _undisturbed(model: nn.Module, training: bool | None) -> Iterator[None]:
     buffers = [(m, n, b, b.detach().clone()) for m in modules for n, b in m._buffers.items() if b is not None]
     devices = {t.device for t in held if t.is_cuda}
     try:
-        eager = torch.compiler.set_stance("force_eager")  # compiled code would not run the hooks that measure
-        with eager, torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
+        with as_written(), torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
             if training is not None:
                 for module in modules:
                     module.training = training

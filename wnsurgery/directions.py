@@ -5,15 +5,17 @@ Who measures outputs of unit directions divides by ||v|| afterwards, and no weig
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from wnsurgery.channelwise import is_taken, lengths_of
 from wnsurgery.kept import Kept
 from wnsurgery.mechanism import WeightNormList
-from wnsurgery.norms import norm, short_row_norms
+from wnsurgery.norms import norm
 from wnsurgery.reparam import Axes
 from wnsurgery.walk import Slot
 
@@ -38,8 +40,20 @@ class Directions:
         self._entry: WeightNormList | None = entry if ours else None
         self._lent: Kept | None = None
         self._norms: Any = None
-        if entry is not None and ours and entry.pair()[1].numel() <= _SMALL:
-            self._prepare()  # at one go with other layers: between two layers the code for it would have to be fetched
+
+    @classmethod
+    def of(cls, slots: Iterable[Slot]) -> list[Directions]:
+        """Of several layers, the rows of all small weights measured at one go: between two layers the code for it would
+        have to be fetched anew."""
+        made, small = [cls(slot) for slot in slots], []
+        for directions in made:
+            if directions._entry is not None:
+                v = directions._entry.pair()[1]
+                if v is not None and v.numel() <= _SMALL and directions._is_measured_by_kernels(v):
+                    small.append((directions, v))
+        for (directions, _), norms in zip(small, lengths_of([v for _, v in small]), strict=True):
+            directions._prepare(norms)
+        return made
 
     def lend(self) -> bool:
         """Let the next forward pass use v, where its rows allow that; whether they do."""
@@ -61,19 +75,35 @@ class Directions:
         del entry.__dict__["_kept"]
         return self._norms if lent.used else None
 
-    def _prepare(self) -> None:
-        """Measure v, and make what is lent if it may stand for v / ||v||."""
+    def _prepare(self, norms: Any = None) -> None:
+        """Make what is lent if it may stand for v / ||v||; ||v|| is measured if it is not given."""
         entry: Any = self._entry
         g, v = entry.pair()
-        w, axes = v.detach(), entry[0].axes
+        w = v.detach()
         if w.dtype is torch.float32 and type(w) is Tensor and w.numel() and Kept.can_hold(g, v):
-            self._norms = _lengths(w, axes)
+            self._norms = self._measured(w) if norms is None else norms
             low, high = np.minimum.reduce(self._norms), np.maximum.reduce(self._norms)
             if _RANGE[0] < low and high < _RANGE[1]:
                 w.requires_grad_(g.requires_grad or v.requires_grad)  # as for a kept weight
                 self._lent = _Lent(w, g, v)
                 return
         self._entry = None
+
+    def _measured(self, v: Tensor) -> Any:
+        """||v|| per channel."""
+        if self._is_measured_by_kernels(v):
+            return lengths_of([v])[0]
+        axes = self._axes
+        return norm(axes.grouped(v), axes.reduced(v.ndim), blocked=True).reshape(-1).numpy()
+
+    def _is_measured_by_kernels(self, v: Tensor) -> bool:
+        axes = self._axes
+        return axes.kept == (0,) and axes.groups == 1 and is_taken(v)
+
+    @property
+    def _axes(self) -> Axes:
+        entry: Any = self._entry
+        return entry[0].axes  # type: ignore[no-any-return]
 
 
 class _Lent(Kept):
@@ -90,11 +120,3 @@ class _Lent(Kept):
 
     def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         return self.was_of(g, v) and not self.is_written()
-
-
-def _lengths(v: Tensor, axes: Axes) -> Any:
-    """||v|| per channel."""
-    if axes.kept == (0,) and axes.groups == 1 and v.is_contiguous() and not v.is_neg():
-        with np.errstate(all="ignore"):  # rows out of range
-            return short_row_norms(np.from_dlpack(v).reshape(len(v), -1))
-    return norm(axes.grouped(v), axes.reduced(v.ndim), blocked=True).reshape(-1).numpy()

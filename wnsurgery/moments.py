@@ -1,7 +1,8 @@
 """Count, mean and spread per channel, measured piece by piece and merged exactly.
 
 All sums are in float64, over values that are taken relative to a number near their mean, so that a small deviation
-beside a large mean keeps its digits. On a CPU, blocks that stay in the cache are widened one after the other.
+beside a large mean keeps its digits. In a CPU's memory float32 is read once, by compiled kernels; of all else, blocks
+that stay in the cache are widened one after the other.
 
 Source: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", the pairwise update.
 """
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wnsurgery.channelwise import cube_of, is_taken, sums_of
 from wnsurgery.norms import row_products, wide_scratch
 
-__all__ = ["Moments"]
+__all__ = ["Moments", "clearness"]
 
 _BLOCK = 2**16  # elements widened at a time: 512 KiB of float64, half of what a core's cache holds
 _AWAY = 2**24  # the same on other devices, where each block is waited for
@@ -27,12 +29,6 @@ _SHORT = 32  # values in a row below which a row's own sum costs more than its v
 _SAMPLE = 8  # one in so many values of the first block tells about where the mean is
 _ROUNDING = 8.0  # roundings by which the values of a channel may differ that does not vary
 _MARGIN = 2.0**10  # how far beyond that a deviation lies for which the largest value need not be known
-_NEAR = 4.0  # variances that the square of a mean may be for sums of float32
-_PART = 4  # one channel in so many may be measured exactly by itself
-_LINE = 1 << 13  # values of which BLAS sums the squares at once
-_FEW = 1 << 17  # values whose squares stay in the cache
-_CLEAR = 1 << 19  # values that cannot hide a channel's deviation behind their largest, if the mean is near zero
-_RANGE = 2.0**-80, 2.0**100  # mean square, and sum of squares, that float32 holds with all digits
 _NUMPYS = {torch.float32, torch.float64}  # numpy widens these faster than torch
 
 
@@ -74,44 +70,13 @@ class Moments:
         with np.errstate(all="ignore"):  # what is not finite
             if type(cube) is not Tensor or not cube.is_cpu or cube.is_neg():
                 return cls._elsewhere(cube, count, eps)
-            return cls._quickly(cube, count) or cls._exactly(cube, count, eps)
+            return cls._by_kernels(cube, count, eps) if is_taken(cube) else cls._exactly(cube, count, eps)
 
     @classmethod
-    def _quickly(cls, cube: Tensor, count: int) -> Moments | None:
-        """By sums of float32, which lose next to nothing where the mean is not far from zero in its deviations; a few
-        channels in which it is by sums of float64; None where these are many, or anything is not finite.
-
-        torch sums in a tree, BLAS in many lanes, so that errors do not grow with the number of values.
-        """
-        if cube.dtype is not torch.float32 or not 1 < count <= _CLEAR:
-            return None
-        outer, channels, inner = cube.shape
-        if inner == 1 and cube.numel() <= _FEW:
-            rows = cube.view(outer, channels)
-            first, second = rows.sum(0).numpy(), (rows * rows).sum(0).numpy()
-        elif (inner >= _SHORT or cube.numel() <= _FEW) and (piece := _piece(inner)):
-            lines = np.from_dlpack(cube).reshape(outer, channels, inner // piece, piece)
-            first, second = cube.sum(2).numpy(), np.vecdot(lines, lines)
-            first = first[0] if outer == 1 else np.add.reduce(first, axis=0, dtype=np.float64)
-            second = second[0, :, 0] if outer == 1 and piece == inner else np.add.reduce(second, (0, 2), np.float64)
-        else:
-            return None
-        mean = first / np.float64(count)
-        far = mean * first
-        found = cls(count, mean, second - far, None, _eps(torch.float32))
-        others = np.flatnonzero(~(found.m2 - far / _NEAR > count * _RANGE[0]))
-        if len(others) * _PART > channels or not float(np.add.reduce(second)) < _RANGE[1]:
-            return None
-        if len(others):
-            found._measure_exactly(others, cube)
-        return found
-
-    def _measure_exactly(self, channels: Any, cube: Tensor) -> None:
-        """Put exact moments in the place of those of some channels."""
-        exact = self._exactly(cube[:, torch.from_numpy(channels)], self.count, self.eps)
-        self.peak = self._peaks
-        for mine, theirs in ((self.mean, exact.mean), (self.m2, exact.m2), (self.peak, exact.peak)):
-            mine[channels] = theirs
+    def _by_kernels(cls, cube: Tensor, count: int, eps: float) -> Moments:
+        """By compiled kernels."""
+        mean, m2, clear = sums_of(cube, clearness(count, eps))
+        return cls(count, mean, m2, None if clear else _peak(cube).to(torch.float64).numpy(), eps)
 
     @classmethod
     def _exactly(cls, cube: Tensor, count: int, eps: float) -> Moments:
@@ -208,20 +173,7 @@ def _eps(dtype: torch.dtype) -> float:
 
 def _cube(values: Tensor, axis: int, keep: Tensor | None) -> Tensor:
     """All values to be counted, as (outer, channels, inner)."""
-    if keep is not None:
-        values, axis = values.movedim(axis, -1)[keep], 1
-    elif not values.is_contiguous():
-        last = values.movedim(axis, -1)
-        if last.is_contiguous():  # channels last: no need to copy
-            values, axis = last, last.ndim - 1
-    shape = values.shape
-    return values.reshape(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
-
-
-def _piece(inner: int) -> int:
-    """Into pieces of what length a row of values is cut for BLAS; 0 where it cannot be."""
-    piece = inner if inner <= _LINE else math.gcd(inner, _LINE)
-    return piece if piece == inner or piece >= _SHORT else 0
+    return cube_of(values, axis) if keep is None else cube_of(values.movedim(axis, -1)[keep], 1)
 
 
 def _bound(count: int, mean: Any, m2: Any, eps: float) -> Any:
@@ -230,8 +182,12 @@ def _bound(count: int, mean: Any, m2: Any, eps: float) -> Any:
     No value lies further from the mean than the root of m2, so that this much tells which channels vary.
     """
     root, size = np.sqrt(m2), np.abs(mean)
-    clear = root * (1.0 / (_MARGIN * _ROUNDING * eps * math.sqrt(count)) - 1.0) > size
-    return size + root if clear.all() else None
+    return size + root if (root * clearness(count, eps) > size).all() else None
+
+
+def clearness(count: int, eps: float = 2.0**-23) -> float:
+    """How many times the root of m2 a mean may be for the deviation to be clearly beyond rounding."""
+    return 1.0 / (_MARGIN * _ROUNDING * eps * math.sqrt(count)) - 1.0
 
 
 def _peak(cube: Tensor) -> Tensor:

@@ -36,7 +36,6 @@ __all__ = [
     "row_peak",
     "row_products",
     "row_scale",
-    "short_row_norms",
     "snapped_quotient",
     "stored_magnitude",
     "wide_dtype",
@@ -150,16 +149,6 @@ def row_norms(rows: Tensor) -> Tensor:
             torch.from_numpy(block).copy_(rows[start:stop])
         row_products(block, block, squares[start:stop])
     return torch.from_numpy(np.sqrt(squares, out=squares)).view(count, 1)
-
-
-def short_row_norms(rows: Any) -> Any:
-    """||row|| for each row of numpy's float32 matrix to about half a unit in the last place of float32, at the speed of
-    memory. Rows whose squares leave the range of float32 come out as zero or infinite."""
-    squares = np.zeros(len(rows))
-    for column in range(0, rows.shape[1], _LONG):
-        piece = rows[:, column : column + _LONG]
-        squares += np.vecdot(piece, piece)
-    return np.sqrt(squares, out=squares)
 
 
 def row_products(a: Any, b: Any, out: Any) -> None:

@@ -1,9 +1,10 @@
 """What surgery is done under: modules are put back as they were if anything goes wrong, parameters made are ordinary
-ones whatever the caller's mode, and the collector waits."""
+ones whatever the caller's mode, compiled code runs as it was written, and the collector waits."""
 
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["all_or_nothing", "collecting_later", "is_recurrent", "plain_grad_mode"]
+__all__ = ["all_or_nothing", "as_written", "collecting_later", "is_recurrent", "plain_grad_mode"]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_load_state_dict_pre_hooks")
+_COMPILER = "torch._dynamo"
 _TABLES = ("_parameters", "_modules", *_HOOKS)  # of a module: what surgery writes to
 
 
@@ -27,6 +29,24 @@ def plain_grad_mode() -> Iterator[None]:
     """Parameters made here are ordinary tensors, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """What is compiled runs as it was written: compiled code would not run hooks that were hung on meanwhile.
+
+    torch's compiler takes most of a second to import. Where nothing has been compiled yet it is not imported for this;
+    what a model compiles in its forward pass all the same is forgotten at the end, with the hooks it was compiled with.
+    """
+    if _COMPILER in sys.modules:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+        return
+    try:
+        yield
+    finally:
+        if _COMPILER in sys.modules:
+            torch.compiler.reset()
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from wnsurgery.dataflow import PASSING, Call, Flow, Traces, Value
 from wnsurgery.errors import SelectionError, printable
 from wnsurgery.layers import layer_of
 from wnsurgery.mean_only import MeanOnlyBatchNorm
+from wnsurgery.safety import as_written
 from wnsurgery.snapshot import HOOKS, Snapshot
 from wnsurgery.walk import legacy_hooks
 
@@ -130,9 +131,8 @@ def _quiet(model: nn.Module, scene: _Scene) -> Iterator[None]:
     """Evaluation mode without the user's hooks; attributes, buffers, modes and random state come back as they were."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     devices = {b.device for b in (*model.parameters(), *model.buffers()) if b.device.type == "cuda"}
-    eager = torch.compiler.set_stance("force_eager")
     try:
-        with eager, torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
+        with as_written(), torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
             scene.reset()
             yield
     finally:

@@ -1,0 +1,222 @@
+"""What is done for each channel of float32 values: sums, scale and shift, lengths of rows; compiled by numba.
+
+Values lie as (outer, channels, inner). They are cut into tiles: where `inner` is more than 1, into stretches of at most
+`LINE` values of one channel; else into blocks of `STRIP` channels and some rows. The sums of each tile stand apart and
+are added in the order of the tiles, so that threads decide no bit.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+from wnsurgery.fused_kernels import (
+    compiled,
+    floats_at,
+    in_parallel,
+    kernel,
+    numbers_at,
+    share_of_thread,
+    squares,
+    take_part,
+)
+
+__all__ = [
+    "JOBS",
+    "LINE",
+    "STRIP",
+    "add_up",
+    "in_parallel",
+    "lengths",
+    "many_lengths",
+    "scale",
+    "standardise",
+    "sums",
+    "worker",
+]
+
+LINE = 1 << 12  # values of one channel to a tile
+STRIP = 1 << 9  # channels to a tile
+_SUMS, _SCALE, _LENGTHS = range(3)
+JOBS = {"sums": _SUMS, "scale": _SCALE, "lengths": _LENGTHS}  # how a job names its kernel
+
+_any_order = njit(nogil=True, fastmath={"reassoc", "contract"})
+
+
+@intrinsic
+def _doubles_at(_context, address):
+    """The float64 pointer at an address."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float64)(types.int64), generate
+
+
+@_any_order
+def _sums_of_line(x, pivot, start, stop):
+    """The sums of the distances from a number, and of their squares."""
+    first, second = 0.0, 0.0
+    for i in range(start, stop):
+        distance = np.float64(x[i]) - pivot
+        first += distance
+        second += distance * distance
+    return first, second
+
+
+@_any_order
+def _add_row(x, start, pivots, first, second, count):
+    """Add the distances of a row's values from one number each, and their squares."""
+    for c in range(count):
+        distance = np.float64(x[start + c]) - pivots[c]
+        first[c] += distance
+        second[c] += distance * distance
+
+
+@kernel
+def sums(x_at, sums_at, channels, inner, outer, rows, begin, end):
+    """The sums of the tiles from `begin` to before `end`, of distances from the channel's very first value and of
+    their squares: two numbers to a tile of one channel, two rows of `STRIP` to a tile of `rows` rows."""
+    x, found = floats_at(x_at), _doubles_at(sums_at)
+    if inner > 1:
+        pieces = -(-inner // LINE)
+        for tile in range(begin, end):
+            line, piece = tile // pieces, tile % pieces
+            start, stop = line * inner + piece * LINE, min((line + 1) * inner, line * inner + (piece + 1) * LINE)
+            pivot = np.float64(x[line % channels * inner])
+            found[2 * tile], found[2 * tile + 1] = _sums_of_line(x, pivot, start, stop)
+        return
+    strips = -(-channels // STRIP)
+    pivots, first, second = np.empty(STRIP), np.empty(STRIP), np.empty(STRIP)
+    for tile in range(begin, end):
+        block, left = tile // strips, tile % strips * STRIP
+        count = min(STRIP, channels - left)
+        for c in range(count):
+            pivots[c], first[c], second[c] = np.float64(x[left + c]), 0.0, 0.0
+        for row in range(block * rows, min(outer, (block + 1) * rows)):
+            _add_row(x, row * channels + left, pivots, first, second, count)
+        at = 2 * STRIP * tile
+        for c in range(count):
+            found[at + c], found[at + STRIP + c] = first[c], second[c]
+
+
+@kernel
+def add_up(x_at, sums_at, channels, inner, outer, tiles, clear, found_at):
+    """From the sums of the tiles, for each channel: the mean, then the sum of squared distances from it. Whether all
+    are finite and the root of every such sum, `clear` times, is more than the mean."""
+    x, parts, found = floats_at(x_at), _doubles_at(sums_at), _doubles_at(found_at)
+    for c in range(2 * channels):
+        found[c] = 0.0
+    if inner > 1:
+        pieces = -(-inner // LINE)
+        for tile in range(tiles):
+            c = tile // pieces % channels
+            found[c] += parts[2 * tile]
+            found[channels + c] += parts[2 * tile + 1]
+    else:
+        strips = -(-channels // STRIP)
+        for tile in range(tiles):
+            left, at = tile % strips * STRIP, 2 * STRIP * tile
+            for c in range(min(STRIP, channels - left)):
+                found[left + c] += parts[at + c]
+                found[channels + left + c] += parts[at + STRIP + c]
+    count, fine = np.float64(outer * inner), True
+    for c in range(channels):
+        offset = found[c] / count
+        mean = np.float64(x[c * inner]) + offset
+        squared = found[channels + c] - found[c] * offset
+        if squared < 0:
+            squared = 0.0
+        found[c], found[channels + c] = mean, squared
+        if not abs(mean) < math.sqrt(squared) * clear:
+            fine = False
+    return fine
+
+
+@kernel
+def standardise(found_at, count, channels, target, lengths_at, centre, shifts_at, g_at, bias_at, factors_at):
+    """What gives each channel a deviation of `target`, and with `centre` a mean of zero. Its values were multiplied by
+    the length of a row each, and their moments are in `found` as `add_up` leaves them; in their place come, of values
+    that were not multiplied, mean, deviation, factor and shift, in four rows.
+
+    Without `centre` the shifts are given, or zero. Factors go to g, shifts to the bias if there is one; what the values
+    as they are need be multiplied and shifted by goes to `factors`."""
+    found, lengths = _doubles_at(found_at), _doubles_at(lengths_at)
+    shifts, g, bias, factors = floats_at(shifts_at), floats_at(g_at), floats_at(bias_at), floats_at(factors_at)
+    for c in range(channels):
+        length, shift = lengths[c], 0.0
+        mean, deviation = found[c] / length, math.sqrt(found[channels + c] / count) / length
+        factor = target / deviation
+        if centre:
+            shift = -mean * factor
+        elif shifts_at != 0:
+            shift = np.float64(shifts[c])
+        found[c], found[channels + c], found[2 * channels + c], found[3 * channels + c] = mean, deviation, factor, shift
+        g[c] = np.float32(factor)
+        if bias_at != 0:
+            bias[c] = np.float32(shift)
+        factors[c], factors[channels + c] = np.float32(factor / length), np.float32(shift)
+
+
+@kernel
+def scale(x_at, factors_at, channels, inner, outer, rows, begin, end):
+    """x = x * factor + shift in the tiles from `begin` to before `end`; first all factors, then all shifts."""
+    x, factors = floats_at(x_at), floats_at(factors_at)
+    if inner > 1:
+        pieces = -(-inner // LINE)
+        for tile in range(begin, end):
+            line, piece = tile // pieces, tile % pieces
+            factor, shift = factors[line % channels], factors[channels + line % channels]
+            stop = min((line + 1) * inner, line * inner + (piece + 1) * LINE)
+            for i in range(line * inner + piece * LINE, stop):
+                x[i] = x[i] * factor + shift
+        return
+    strips = -(-channels // STRIP)
+    for tile in range(begin, end):
+        block, left = tile // strips, tile % strips * STRIP
+        right = min(left + STRIP, channels)
+        for row in range(block * rows, min(outer, (block + 1) * rows)):
+            at = row * channels
+            for c in range(left, right):
+                x[at + c] = x[at + c] * factors[c] + factors[channels + c]
+
+
+@kernel
+def lengths(v_at, lengths_at, columns, begin, end):
+    """||v|| of the rows from `begin` to before `end`, in float64."""
+    v, found = floats_at(v_at), _doubles_at(lengths_at)
+    for r in range(begin, end):
+        found[r] = math.sqrt(squares(v, r * columns, (r + 1) * columns))
+
+
+@kernel
+def many_lengths(table_at, count):
+    """`lengths` of many weights: to each belong four numbers, the address of v, that of its lengths, rows, columns."""
+    table = numbers_at(table_at)
+    for k in range(0, 4 * count, 4):
+        lengths(table[k], table[k + 1], table[k + 3], 0, table[k + 2])
+
+
+def _work(job):
+    """Take parts of a job while there are any; a job as `fused_kernels` has it."""
+    share = share_of_thread(job)
+    while True:
+        first, last, share = take_part(job, share)
+        if first == last:
+            return
+        if job[5] == _SUMS:
+            sums(job[7], job[8], job[9], job[10], job[11], job[12], first, last)
+        elif job[5] == _SCALE:
+            scale(job[7], job[8], job[9], job[10], job[11], job[12], first, last)
+        else:
+            lengths(job[7], job[8], job[9], first, last)
+
+
+def worker():
+    """The C function that does its share of a job of these kernels."""
+    return compiled(_work)
