@@ -24,6 +24,7 @@ from wnsurgery.fused_kernels import (
     share_of_thread,
     squares,
     take_part,
+    total_of,
 )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "LINE",
     "STRIP",
     "add_up",
+    "columns_lengths",
     "in_parallel",
     "lengths",
     "many_lengths",
@@ -42,8 +44,13 @@ __all__ = [
 
 LINE = 1 << 12  # values of one channel to a tile
 STRIP = 1 << 9  # channels to a tile
-_SUMS, _SCALE, _LENGTHS = range(3)
-JOBS = {"sums": _SUMS, "scale": _SCALE, "lengths": _LENGTHS}  # how a job names its kernel
+_SUMS, _SCALE, _LENGTHS, _COLUMNS_LENGTHS = range(4)
+JOBS = {  # how a job names its kernel
+    "sums": _SUMS,
+    "scale": _SCALE,
+    "lengths": _LENGTHS,
+    "columns_lengths": _COLUMNS_LENGTHS,
+}
 
 _any_order = njit(nogil=True, fastmath={"reassoc", "contract"})
 
@@ -195,11 +202,32 @@ def lengths(v_at, lengths_at, columns, begin, end):
 
 
 @kernel
+def columns_lengths(v_at, lengths_at, inputs, outputs, taps, begin, end):
+    """`lengths` with axis 1 kept, for the kept indices from `begin` to before `end`: `taps` columns for each of the
+    `outputs` in each of the `inputs`."""
+    v, found = floats_at(v_at), _doubles_at(lengths_at)
+    width = (end - begin) * taps
+    sums = np.zeros(width)
+    for i in range(inputs):
+        start = (i * outputs + begin) * taps
+        for j in range(width):
+            x = np.float64(v[start + j])
+            sums[j] += x * x
+    for o in range(end - begin):
+        found[begin + o] = math.sqrt(total_of(sums, o, taps))
+
+
+@kernel
 def many_lengths(table_at, count):
-    """`lengths` of many weights: to each belong four numbers, the address of v, that of its lengths, rows, columns."""
+    """`lengths` of many weights, or `columns_lengths` where there are inputs: to each belong five numbers, the address
+    of v, that of its lengths, inputs, rows, columns."""
     table = numbers_at(table_at)
-    for k in range(0, 4 * count, 4):
-        lengths(table[k], table[k + 1], table[k + 3], 0, table[k + 2])
+    for k in range(0, 5 * count, 5):
+        inputs, rows, columns = table[k + 2], table[k + 3], table[k + 4]
+        if inputs:
+            columns_lengths(table[k], table[k + 1], inputs, rows, columns, 0, rows)
+        else:
+            lengths(table[k], table[k + 1], columns, 0, rows)
 
 
 def _work(job):
@@ -213,8 +241,10 @@ def _work(job):
             sums(job[7], job[8], job[9], job[10], job[11], job[12], first, last)
         elif job[5] == _SCALE:
             scale(job[7], job[8], job[9], job[10], job[11], job[12], first, last)
-        else:
+        elif job[5] == _LENGTHS:
             lengths(job[7], job[8], job[9], first, last)
+        else:
+            columns_lengths(job[7], job[8], job[9], job[10], job[11], first, last)
 
 
 def worker():

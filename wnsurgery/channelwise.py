@@ -23,6 +23,7 @@ __all__ = ["Sums", "cube_of", "is_taken", "lengths_of", "scale_and_shift", "stan
 
 _PLAIN = {Tensor, nn.Parameter}  # subclasses have operations of their own
 _TILE = 1 << 15  # values to a tile of rows
+_SPREAD = 1 << 18  # values from which several threads are worth their call
 
 
 class Sums(NamedTuple):
@@ -139,28 +140,36 @@ class _Tiled(NamedTuple):
         """Mean and m2 of each channel; whether all deviations are clear."""
         parts = np.empty(self.tiles * self.numbers)
         at = parts.ctypes.data
-        on_all_rows(self.kernels, self.elements, self.tiles, "sums", self.at, at, *self.sizes)
+        self._run("sums", self.at, at, *self.sizes)
         return self.kernels.add_up(self.at, at, *self.sizes[:3], self.tiles, clear, found.ctypes.data)  # type: ignore[no-any-return]
 
     def scale(self, factors: Any) -> None:
-        on_all_rows(self.kernels, self.elements, self.tiles, "scale", self.at, factors.ctypes.data, *self.sizes)
+        self._run("scale", self.at, factors.ctypes.data, *self.sizes)
+
+    def _run(self, name: str, *numbers: int) -> None:
+        """Call a kernel for all tiles, in several threads where there is enough to do."""
+        if self.elements < _SPREAD:
+            getattr(self.kernels, name)(*numbers, 0, self.tiles)
+        else:
+            on_all_rows(self.kernels, self.elements, self.tiles, name, *numbers)
 
 
-def lengths_of(weights: Sequence[Tensor]) -> list[Any]:
-    """||v|| of the rows of weights that `is_taken`, over all axes but the first: numpy's float64, one array each.
+def lengths_of(weights: Sequence[tuple[Tensor, fused.Sizes]]) -> list[Any]:
+    """||v|| of each row of weights that `is_taken`, in numpy's float64, one array for each weight.
 
-    >>> lengths_of([torch.tensor([[3.0, 4.0]])])[0].tolist() if fused.start() else [5.0]
+    >>> sizes = fused.Sizes(inputs=0, rows=1, columns=2)
+    >>> lengths_of([(torch.tensor([[3.0, 4.0]]), sizes)])[0].tolist() if fused.start() else [5.0]
     [5.0]
     """
-    found = [np.empty(len(v)) for v in weights]
+    kernels, found = _kernels(), [np.empty(sizes.rows) for _, sizes in weights]
+    places = [(v.data_ptr(), lengths.ctypes.data) for (v, _), lengths in zip(weights, found, strict=True)]
     if len(weights) == 1:
-        v = weights[0]
-        on_all_rows(_kernels(), v.numel(), len(v), "lengths", v.data_ptr(), found[0].ctypes.data, v.numel() // len(v))
+        v, (inputs, rows, columns) = weights[0]
+        name, numbers = ("columns_lengths", (inputs, rows, columns)) if inputs else ("lengths", (columns,))
+        on_all_rows(kernels, v.numel(), rows, name, *places[0], *numbers)
     else:
-        table = array("q")
-        for v, lengths in zip(weights, found, strict=True):
-            table.extend((v.data_ptr(), lengths.ctypes.data, len(v), v.numel() // len(v)))
-        _kernels().many_lengths(table.buffer_info()[0], len(weights))
+        table = array("q", (n for at, (_, sizes) in zip(places, weights, strict=True) for n in (*at, *sizes)))
+        kernels.many_lengths(table.buffer_info()[0], len(weights))
     return found
 
 

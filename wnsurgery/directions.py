@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wnsurgery import fused
 from wnsurgery.channelwise import is_taken, lengths_of
 from wnsurgery.kept import Kept
 from wnsurgery.mechanism import WeightNormList
@@ -45,13 +46,14 @@ class Directions:
     def of(cls, slots: Iterable[Slot]) -> list[Directions]:
         """Of several layers, the rows of all small weights measured at one go: between two layers the code for it would
         have to be fetched anew."""
-        made, small = [cls(slot) for slot in slots], []
+        made, small, weights = [cls(slot) for slot in slots], [], []
         for directions in made:
             if directions._entry is not None:
-                v = directions._entry.pair()[1]
-                if v is not None and v.numel() <= _SMALL and directions._is_measured_by_kernels(v):
-                    small.append((directions, v))
-        for (directions, _), norms in zip(small, lengths_of([v for _, v in small]), strict=True):
+                g, v = directions._entry.pair()
+                if g is not None and v is not None and v.numel() <= _SMALL and (sizes := directions._sizes(g, v)):
+                    small.append(directions)
+                    weights.append((v, sizes))
+        for directions, norms in zip(small, lengths_of(weights) if weights else (), strict=True):
             directions._prepare(norms)
         return made
 
@@ -81,7 +83,7 @@ class Directions:
         g, v = entry.pair()
         w = v.detach()
         if w.dtype is torch.float32 and type(w) is Tensor and w.numel() and Kept.can_hold(g, v):
-            self._norms = self._measured(w) if norms is None else norms
+            self._norms = self._measured(g, w) if norms is None else norms
             low, high = np.minimum.reduce(self._norms), np.maximum.reduce(self._norms)
             if _RANGE[0] < low and high < _RANGE[1]:
                 w.requires_grad_(g.requires_grad or v.requires_grad)  # as for a kept weight
@@ -89,16 +91,18 @@ class Directions:
                 return
         self._entry = None
 
-    def _measured(self, v: Tensor) -> Any:
+    def _measured(self, g: Tensor, v: Tensor) -> Any:
         """||v|| per channel."""
-        if self._is_measured_by_kernels(v):
-            return lengths_of([v])[0]
+        sizes = self._sizes(g, v)
+        if sizes is not None:
+            return lengths_of([(v, sizes)])[0]
         axes = self._axes
         return norm(axes.grouped(v), axes.reduced(v.ndim), blocked=True).reshape(-1).numpy()
 
-    def _is_measured_by_kernels(self, v: Tensor) -> bool:
+    def _sizes(self, g: Tensor, v: Tensor) -> fused.Sizes | None:
+        """How the kernels see the pair; None where they do not take it."""
         axes = self._axes
-        return axes.kept == (0,) and axes.groups == 1 and is_taken(v)
+        return fused.plan(g, v, axes.kept, axes.groups, "linear") if is_taken(v) else None
 
     @property
     def _axes(self) -> Axes:
