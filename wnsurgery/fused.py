@@ -1,8 +1,9 @@
 """Weight norm of a weight in the CPU's memory in one pass: which weights the compiled kernels take, and the calls.
 
-The kernels come with numba, which takes about a second to start, once in a process: so they are started for training,
-where a weight is computed again at every step, and used for all else from then on. Where numba is missing,
-`started()` stays false and everything is done by torch's and numpy's operations.
+The kernels come with numba, which takes up to a second to start, once in a process: so they are started for training,
+where a weight is computed again at every step, and for initialisation from data, which comes before it; they are used
+for all else from then on. Where numba is missing, `started()` stays false and everything is done by torch's and numpy's
+operations.
 
 The number of threads is torch's; it decides no bit, since each row is summed by one of them.
 """
