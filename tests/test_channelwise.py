@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from wnsurgery import fused
-from wnsurgery.channelwise import cube_of, is_taken, lengths_of, scale_and_shift, standardise, sums_of
+from wnsurgery.channelwise import channels_in, cube_of, is_taken, lengths_of, scale_and_shift, standardise, sums_of
 from wnsurgery.moments import clearness
+from wnsurgery.outputs import scaled
 
 pytestmark = pytest.mark.skipif(not fused.start(), reason="numba is not installed")
 
@@ -170,3 +171,19 @@ def test_in_a_fork() -> None:
     if not child:
         os._exit(0 if sums_of(x, 1e6).mean.tobytes() == mean else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_only_views_are_written_to() -> None:
+    """Where the channels are not in one place of memory's order, there is nothing to write to."""
+    x = torch.randn(2, 3, 4, 5)
+    last = x.to(memory_format=torch.channels_last)
+    for values, axis, found in ((x, 1, True), (x, -1, True), (last, 1, True), (last, -1, False), (last, 0, False)):
+        cube = channels_in(values, axis)
+        assert (cube is not None) == found
+        if cube is not None:
+            version = values._version
+            scale_and_shift(cube, np.full((2, values.shape[axis]), 2.0, np.float32))
+            assert values._version == version + 1
+    right = last.double() * torch.arange(5) + 1
+    assert scaled(last, -1, np.arange(5.0), np.ones(5), in_place=True) is last
+    assert torch.allclose(last.double(), right, rtol=1e-6)

@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 from wnsurgery import fused
 from wnsurgery.row_threads import on_all_rows
 
-__all__ = ["Sums", "cube_of", "is_taken", "lengths_of", "scale_and_shift", "standardise", "sums_of"]
+__all__ = ["Sums", "channels_in", "cube_of", "is_taken", "lengths_of", "scale_and_shift", "standardise", "sums_of"]
 
 _PLAIN = {Tensor, nn.Parameter}  # subclasses have operations of their own
 _TILE = 1 << 15  # values to a tile of rows
@@ -61,6 +61,17 @@ def is_taken(values: Tensor) -> bool:
         and values.numel() > 0
         and fused.start()
     )
+
+
+def channels_in(values: Tensor, axis: int) -> Tensor | None:
+    """The values as `cube_of` gives them, to be written to; None where that is a copy, or nothing the kernels take.
+
+    >>> x = torch.zeros(2, 3, 4)
+    >>> channels_in(x, 1) is None or channels_in(x, 1).data_ptr() == x.data_ptr()
+    True
+    """
+    cube = cube_of(values, axis % values.ndim)
+    return cube if is_taken(cube) and cube.data_ptr() == values.data_ptr() else None
 
 
 def sums_of(cube: Tensor, clear: float) -> Sums:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from wnsurgery.batches import batches_of, call_with, in_one_line, is_batch, moved
-from wnsurgery.channelwise import cube_of, is_taken, standardise
+from wnsurgery.channelwise import channels_in, is_taken, standardise
 from wnsurgery.directions import Directions
 from wnsurgery.errors import InputError, SelectionError, WnsurgeryError
 from wnsurgery.joint_norm import JointNorms
@@ -572,14 +572,15 @@ class _Layer:
                 run.passes.meet(("layer", self.slot.fqn, 0), moments if norms is None else moments.divided(norms))
 
     def _standardise(self, output: Tensor, norms: Any, number: int) -> bool:
-        """Set g and b by an output that nobody else holds, and make of it what the layer gives with them, all in a few
-        calls of compiled code; whether that was done. The commonest case, and else of no other effect than the rest."""
-        cube = cube_of(output, self.axis % output.ndim)
-        if not self.plain or self.run.masks.get(number) or not is_taken(cube):
+        """What `_meet` and `_final` do with an output that nobody else holds, in a few calls of compiled code; whether
+        that was done, as it is for all but masks, odd types and channels that do not vary."""
+        cube = channels_in(output, self.axis) if self.plain and not self.run.masks.get(number) else None
+        if cube is None:
             return False
         count = cube.numel() // self.channels
         shifts = None if self.settable or self.bias is None else self.old[1][1]
-        found = standardise(cube, clearness(count), norms, self.target, self.g, self.bias, shifts)
+        clear = clearness(count, margin=1.0)
+        found = standardise(cube, clear, norms, self.target, self.g, self.bias, shifts)
         if found is None:
             return False
         torch.clear_autocast_cache()
@@ -626,7 +627,7 @@ class _Layer:
         flat = () if constant is None else tuple(np.flatnonzero(constant).tolist())
         self._is_set(mean, std, scale, shift, stored, moments.count, flat)
 
-    def _is_set(self, mean: Any, std: Any, scale: Any, shift: Any, stored: list[Tensor], count: int, flat: Any) -> None:
+    def _is_set(self, mean: Any, std: Any, scale: Any, shift: Any, stored: list[Any], count: int, flat: Any) -> None:
         """Remember how g and b were set, for the report and for outputs that are still to come."""
         self.run.set_by[id(self.g)] = (self.slot.fqn, scale)
         self.own_shift = shift

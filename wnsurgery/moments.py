@@ -185,9 +185,10 @@ def _bound(count: int, mean: Any, m2: Any, eps: float) -> Any:
     return size + root if (root * clearness(count, eps) > size).all() else None
 
 
-def clearness(count: int, eps: float = 2.0**-23) -> float:
-    """How many times the root of m2 a mean may be for the deviation to be clearly beyond rounding."""
-    return 1.0 / (_MARGIN * _ROUNDING * eps * math.sqrt(count)) - 1.0
+def clearness(count: int, eps: float = 2.0**-23, margin: float = _MARGIN) -> float:
+    """How many times the root of m2 a mean may be for the deviation to be beyond rounding, by some margin where other
+    values may come to these that dilute it."""
+    return 1.0 / (margin * _ROUNDING * eps * math.sqrt(count)) - 1.0
 
 
 def _peak(cube: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from wnsurgery.channelwise import cube_of, is_taken, scale_and_shift
+from wnsurgery.channelwise import channels_in, scale_and_shift
 from wnsurgery.ownership import holders_of
 
 __all__ = ["Fresh", "scaled"]
@@ -88,7 +88,7 @@ def _is_watched() -> bool:
 
 def scaled(output: Tensor, axis: int, scale: Any, shift: Any | None, *, in_place: bool) -> Tensor:
     """output * scale + shift, one (float64) number of numpy for each index of `axis`; computed in float32 at least."""
-    if in_place and is_taken(cube := cube_of(output, axis % output.ndim)):
+    if in_place and (cube := channels_in(output, axis)) is not None:
         factors = np.empty((2, len(scale)), np.float32)
         factors[0], factors[1] = scale, 0.0 if shift is None else shift
         scale_and_shift(cube, factors)
