@@ -181,10 +181,14 @@ class _Selection:
             reason = _refusal(s)
             if reason:
                 return reason if s is slot else f"{reason} (as {s.fqn})"
-        rows = [(s, layer_of(s.module)) for s in group]
-        known = [(s, row, axes) for s, row in rows if row and (axes := row.axes(s.module, s.parameter))]
+        known = []
+        for s in group:
+            row = layer_of(s.module)
+            own = None if row is None else row.axes(s.module, s.parameter)
+            if row is not None and own is not None:
+                known.append((s, row, own))
         if not known:
-            return _not_in_table(slot, rows[0][1])
+            return _not_in_table(slot, layer_of(slot.module))
         for pattern in self.exclude:
             for s in group:
                 if matches(pattern, s):
@@ -195,17 +199,20 @@ class _Selection:
         for s, row, _ in known:
             if row.registered:
                 row.check(s.module, s.parameter, s.fqn, s.shape or ())
-        first, *others = [self._axes(s, own) for s, _, own in known]
-        if any(axes != first for axes in others):
-            return f"tied under different kept axes: {', '.join(s.fqn for s in group)}"
-        return first
+        axes = self._axes(known[0][0], known[0][2])
+        for s, _, own in known[1:]:
+            if self._axes(s, own) != axes:
+                return f"tied under different kept axes: {', '.join(s.fqn for s in group)}"
+        return axes
 
     def _not_wanted(self, group: list[Slot], known: list[tuple[Slot, Layer, Axes]]) -> str:
         if self.include is not None:
             wanted = any(matches(p, s) for p in self.include for s in group)
             return "" if wanted else "not included"
-        row = known[0][1]
-        return "" if any(r.by_default for _, r, _ in known) else f"{_type_name(known[0][0].module)}: {row.note}"
+        for _, row, _ in known:
+            if row.by_default:
+                return ""
+        return f"{_type_name(known[0][0].module)}: {known[0][1].note}"
 
     def _overlap(self, slot: Slot) -> str:
         other = self.shared_memory.get(id(slot.tensor))
@@ -348,34 +355,22 @@ _FORMS = {
 }
 
 
+_WIDE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # types that hold a direction
+
+
 def _refusal(slot: Slot) -> str:
     """Why a tensor cannot be converted for what it is, whatever module it is in; empty if it can."""
     t = slot.tensor
-    if slot.form == "other":
-        entry = slot.module._modules["parametrizations"]._modules[slot.parameter]  # type: ignore[union-attr]
-        kinds = ", ".join(type(m).__name__ for m in entry._modules.values())  # type: ignore[union-attr]
-        return f"already parametrized by {kinds}"
-    if slot.form == "part":
-        owner, _, path = slot.fqn.rpartition("parametrizations.")
-        return f"belongs to the parametrization of {owner}{path.partition('.')[0]}"
-    if slot.form in _FORMS:
-        return _FORMS[slot.form]
+    if slot.form != "plain":
+        return _form_refusal(slot)
     if isinstance(slot.module, torch.jit.ScriptModule):
         return "TorchScript: a compiled module cannot be changed"
-    if t is None or is_lazy(t):
+    if t is None or (type(t) is not nn.Parameter and is_lazy(t)):
         return "lazy: not initialised yet; run one forward pass first"
     if t.ndim < 2:
         return "a vector or scalar, not a neuron's weight"
-    if t.is_complex():
-        return "complex: weight norm is defined for real weights"
-    if t.is_quantized:
-        return _FORMS["quantized"]
-    if not t.is_floating_point():
-        return f"{str(t.dtype).removeprefix('torch.')}: not a floating-point weight"
-    if t.layout != torch.strided:
-        return f"sparse ({str(t.layout).removeprefix('torch.')}): a norm would need its dense form"
-    if t.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        return f"{str(t.dtype).removeprefix('torch.')}: too narrow to hold a direction"
+    if t.dtype not in _WIDE or t.layout != torch.strided:
+        return _type_refusal(t)
     if type(t) is not nn.Parameter and not is_spread(t):
         return f"a tensor subclass ({type(t if type(t.data) is Tensor else t.data).__name__})"
     if t.is_inference():
@@ -383,6 +378,30 @@ def _refusal(slot: Slot) -> str:
     if t._backward_hooks or t._post_accumulate_grad_hooks:
         return "a hook on its gradient, registered on the Parameter, would be lost"
     return ""
+
+
+def _form_refusal(slot: Slot) -> str:
+    if slot.form == "other":
+        entry = slot.module._modules["parametrizations"]._modules[slot.parameter]  # type: ignore[union-attr]
+        kinds = ", ".join(type(m).__name__ for m in entry._modules.values())  # type: ignore[union-attr]
+        return f"already parametrized by {kinds}"
+    if slot.form == "part":
+        owner, _, path = slot.fqn.rpartition("parametrizations.")
+        return f"belongs to the parametrization of {owner}{path.partition('.')[0]}"
+    return _FORMS[slot.form]
+
+
+def _type_refusal(t: Tensor) -> str:
+    kind = str(t.dtype).removeprefix("torch.")
+    if t.is_complex():
+        return "complex: weight norm is defined for real weights"
+    if t.is_quantized:
+        return _FORMS["quantized"]
+    if not t.is_floating_point():
+        return f"{kind}: not a floating-point weight"
+    if t.layout != torch.strided:
+        return f"sparse ({str(t.layout).removeprefix('torch.')}): a norm would need its dense form"
+    return f"{kind}: too narrow to hold a direction"
 
 
 def _not_in_table(slot: Slot, row: Layer | None) -> str:

@@ -54,8 +54,8 @@ class Slot(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...] | None:
         """The tensor's shape, None where it has none yet (lazy, quantized)."""
-        lazy = self.tensor is None or is_lazy(self.tensor)
-        return None if lazy or self.tensor is None else tuple(self.tensor.shape)
+        t = self.tensor
+        return None if t is None or (type(t) is not nn.Parameter and is_lazy(t)) else tuple(t.shape)
 
 
 def check_module(model: Any) -> None:
@@ -194,7 +194,8 @@ def _tensors(module: nn.Module, entries: _Entries) -> Iterator[_Tensor]:
         yield from ((name, "buffer", buffer, None) for name, buffer in module.named_buffers(recurse=False))
         return
     under = _under_parametrization(module, entries)
-    parts = {f"{name}{end}" for name, form, _, _ in under if form == "legacy" for end in ("_g", "_v")}
+    legacy = [name for name, form, _, _ in under if form == "legacy"] if under else ()
+    parts = {f"{name}{end}" for name in legacy for end in ("_g", "_v")} if legacy else ()
     for name, parameter in module._parameters.items():
         if parameter is not None and name not in parts:
             yield name, "plain", parameter, None
