@@ -110,8 +110,10 @@ def settable_bias(everything: list[Slot]) -> set[int]:
 
 def is_log(slot: Slot) -> bool:
     """Whether a weight's g is stored as its logarithm."""
-    entry: Any = getattr(slot.module, "parametrizations", {})
-    return slot.form == "ours" and entry[slot.parameter][0].magnitude == "log"
+    if slot.form != "ours":
+        return False
+    entry: Any = slot.module._modules["parametrizations"]._modules[slot.parameter]  # type: ignore[union-attr]
+    return bool(entry._modules["0"].magnitude == "log")
 
 
 def _how(slot: Slot) -> tuple[str, int | None]:
