@@ -12,18 +12,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from wnsurgery.fused_kernels import (
     compiled,
+    doubles_at,
     floats_at,
     in_parallel,
     kernel,
     numbers_at,
-    share_of_thread,
+    parts_of,
     squares,
-    take_part,
     total_of,
 )
 
@@ -55,16 +54,6 @@ JOBS = {  # how a job names its kernel
 _any_order = njit(nogil=True, fastmath={"reassoc", "contract"})
 
 
-@intrinsic
-def _doubles_at(_context, address):
-    """The float64 pointer at an address."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.float64)(types.int64), generate
-
-
 @_any_order
 def _sums_of_line(x, pivot, start, stop):
     """The sums of the distances from a number, and of their squares."""
@@ -89,7 +78,7 @@ def _add_row(x, start, pivots, first, second, count):
 def sums(x_at, sums_at, channels, inner, outer, rows, begin, end):
     """The sums of the tiles from `begin` to before `end`, of distances from the channel's very first value and of
     their squares: two numbers to a tile of one channel, two rows of `STRIP` to a tile of `rows` rows."""
-    x, found = floats_at(x_at), _doubles_at(sums_at)
+    x, found = floats_at(x_at), doubles_at(sums_at)
     if inner > 1:
         pieces = -(-inner // LINE)
         for tile in range(begin, end):
@@ -116,7 +105,7 @@ def sums(x_at, sums_at, channels, inner, outer, rows, begin, end):
 def add_up(x_at, sums_at, channels, inner, outer, tiles, clear, found_at):
     """From the sums of the tiles, for each channel: the mean, then the sum of squared distances from it. Whether all
     are finite and the root of every such sum, `clear` times, is more than the mean."""
-    x, parts, found = floats_at(x_at), _doubles_at(sums_at), _doubles_at(found_at)
+    x, parts, found = floats_at(x_at), doubles_at(sums_at), doubles_at(found_at)
     for c in range(2 * channels):
         found[c] = 0.0
     if inner > 1:
@@ -153,7 +142,7 @@ def standardise(found_at, count, channels, target, lengths_at, centre, shifts_at
 
     Without `centre` the shifts are given, or zero. Factors go to g, shifts to the bias if there is one; what the values
     as they are need be multiplied and shifted by goes to `factors`."""
-    found, lengths = _doubles_at(found_at), _doubles_at(lengths_at)
+    found, lengths = doubles_at(found_at), doubles_at(lengths_at)
     shifts, g, bias, factors = floats_at(shifts_at), floats_at(g_at), floats_at(bias_at), floats_at(factors_at)
     for c in range(channels):
         length, shift = lengths[c], 0.0
@@ -196,7 +185,7 @@ def scale(x_at, factors_at, channels, inner, outer, rows, begin, end):
 @kernel
 def lengths(v_at, lengths_at, columns, begin, end):
     """||v|| of the rows from `begin` to before `end`, in float64."""
-    v, found = floats_at(v_at), _doubles_at(lengths_at)
+    v, found = floats_at(v_at), doubles_at(lengths_at)
     for r in range(begin, end):
         found[r] = math.sqrt(squares(v, r * columns, (r + 1) * columns))
 
@@ -205,7 +194,7 @@ def lengths(v_at, lengths_at, columns, begin, end):
 def columns_lengths(v_at, lengths_at, inputs, outputs, taps, begin, end):
     """`lengths` with axis 1 kept, for the kept indices from `begin` to before `end`: `taps` columns for each of the
     `outputs` in each of the `inputs`."""
-    v, found = floats_at(v_at), _doubles_at(lengths_at)
+    v, found = floats_at(v_at), doubles_at(lengths_at)
     width = (end - begin) * taps
     sums = np.zeros(width)
     for i in range(inputs):
@@ -231,12 +220,8 @@ def many_lengths(table_at, count):
 
 
 def _work(job):
-    """Take parts of a job while there are any; a job as `fused_kernels` has it."""
-    share = share_of_thread(job)
-    while True:
-        first, last, share = take_part(job, share)
-        if first == last:
-            return
+    """This thread's parts of a job of these kernels."""
+    for first, last in parts_of(job):
         if job[5] == _SUMS:
             sums(job[7], job[8], job[9], job[10], job[11], job[12], first, last)
         elif job[5] == _SCALE:

@@ -29,6 +29,7 @@ __all__ = [
     "columns_backward",
     "columns_forward",
     "compiled",
+    "doubles_at",
     "factor_of",
     "floats_at",
     "in_parallel",
@@ -38,13 +39,12 @@ __all__ = [
     "many_forward",
     "number_of_thread",
     "numbers_at",
+    "parts_of",
     "product",
     "rows_backward",
     "rows_forward",
     "settle",
-    "share_of_thread",
     "squares",
-    "take_part",
     "total_of",
     "worker",
     "write_columns",
@@ -102,24 +102,20 @@ def _or_start_anew(cache, method):
     return attempt
 
 
-@intrinsic
-def floats_at(_context, address):
-    """The float32 pointer at an address."""
+def _pointers_to(kind):
+    """A function that makes a pointer to numbers of this type of an address."""
 
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+    @intrinsic
+    def at(_context, address):
+        def generate(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(types.float32)(types.int64), generate
+        return types.CPointer(kind)(types.int64), generate
+
+    return at
 
 
-@intrinsic
-def numbers_at(_context, address):
-    """The int64 pointer at an address."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.int64)(types.int64), generate
+floats_at, doubles_at, numbers_at = map(_pointers_to, (types.float32, types.float64, types.int64))
 
 
 def _eight_at(builder, pointer, index):
@@ -478,38 +474,30 @@ def columns_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, inputs, 
 
 
 @_exact
-def share_of_thread(job):
-    """The share of a job that this thread begins with."""
-    return number_of_thread(job[1])
+def parts_of(job):
+    """The parts of a job that this thread is to do, one after the other: the first row of each, and the one after its
+    last.
 
-
-@_exact
-def take_part(job, share):
-    """A part of a job that no other thread does, its first row and the one after its last, and the share to go on with;
-    no rows where nothing is left. What others have not come to is taken last, so that one that is held up does less."""
+    Each of the threads has a share, rows that lie one after the other, as torch's own operations divide them: so most
+    of what a thread reads is what it wrote before. What others have not come to is taken last, so that one that is held
+    up does less. A job holds the address of the numbers of the next pieces of the shares, that of `omp_get_thread_num`,
+    the number of shares, of pieces to a share, whether a part said False, the kernel, the number of rows, what the
+    kernel takes, and at the end those numbers.
+    """
     shares, pieces, rows = job[2], job[3], job[6]
+    share = number_of_thread(job[1])
     while share < 2 * shares:
         piece = take_one(job[0] + 8 * (share % shares))
         if piece < pieces:
             part = share % shares * pieces + piece
-            return rows * part // (shares * pieces), rows * (part + 1) // (shares * pieces), share
-        share += 1
-    return rows, rows, share
+            yield rows * part // (shares * pieces), rows * (part + 1) // (shares * pieces)
+        else:
+            share += 1
 
 
 def _work(job):
-    """Take parts of the rows of a job while there are any.
-
-    Each of its threads has a share, rows that lie one after the other, as torch's own operations divide them: so most
-    of what a thread reads is what it wrote before. A job holds the address of the numbers of the next pieces of the
-    shares, that of `omp_get_thread_num`, the number of shares, of pieces to a share, whether a part said False, the
-    kernel, the number of rows, what the kernel takes, and at the end those numbers.
-    """
-    share = share_of_thread(job)
-    while True:
-        first, last, share = take_part(job, share)
-        if first == last:
-            return
+    """This thread's parts of a job of these kernels."""
+    for first, last in parts_of(job):
         which, fine = job[5], True
         a, b, c, d, e, f = job[7], job[8], job[9], job[10], job[11], job[12]  # as many as the kernel takes
         if which == _ROWS_FORWARD:

@@ -21,10 +21,9 @@ from wnsurgery.fused_kernels import (
     kernel,
     number_of_thread,
     numbers_at,
+    parts_of,
     rows_backward,
     rows_forward,
-    share_of_thread,
-    take_part,
 )
 
 __all__ = ["JOBS", "PLACES", "in_parallel", "linear_backward", "linear_forward", "worker"]
@@ -135,12 +134,8 @@ def linear_backward(table_at, first, last):
 
 
 def _work(job):
-    """Take stretches of a job while there are any, as `fused_kernels` does."""
-    share = share_of_thread(job)
-    while True:
-        first, last, share = take_part(job, share)
-        if first == last:
-            return
+    """This thread's parts of a job of these kernels."""
+    for first, last in parts_of(job):
         if job[5] == _BACKWARD:
             linear_backward(job[7], first, last)
         elif not linear_forward(job[7], first, last):

@@ -24,11 +24,10 @@ from wnsurgery.fused_kernels import (
     is_zero,
     kernel,
     numbers_at,
+    parts_of,
     product,
     settle,
-    share_of_thread,
     squares,
-    take_part,
     total_of,
     write_columns,
     write_row,
@@ -188,12 +187,8 @@ def many_step(places_at, rules_at, first, last):
 
 
 def _work(job):
-    """Take parts of a job while there are any; a job as `fused_kernels` has it."""
-    share = share_of_thread(job)
-    while True:
-        first, last, share = take_part(job, share)
-        if first == last:
-            return
+    """This thread's parts of a job of these kernels."""
+    for first, last in parts_of(job):
         fine = True
         if job[5] == _MANY_STEP:
             many_step(job[7], job[8], first, last)
