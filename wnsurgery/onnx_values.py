@@ -8,7 +8,7 @@ of 32 bits or fewer is float32 taken, with sums in float64, so that memory stays
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -152,20 +152,7 @@ class Constants:
 
     def cone(self, value: ir.Value) -> list[ir.Value]:
         """Every constant a constant is computed from, itself last, each after what it is computed from."""
-        order: list[ir.Value] = []
-        seen: set[ir.Value] = set()
-        todo: list[tuple[ir.Value, bool]] = [(value, False)]
-        while todo:
-            current, ready = todo.pop()
-            if ready:
-                order.append(current)
-            elif current not in seen:
-                seen.add(current)
-                todo.append((current, True))
-                producer = current.producer()
-                if producer is not None:
-                    todo.extend((v, False) for v in producer.inputs if v is not None and v not in seen)
-        return order
+        return _in_order(value, ())
 
     def evaluate(self, value: ir.Value, memo: Memo) -> Evaluated:
         """The value of a constant; `memo` holds what was computed on the way.
@@ -174,7 +161,7 @@ class Constants:
         """
         if value in memo.arrays:
             return memo.arrays[value]
-        steps = self._steps(value, memo)
+        steps = _in_order(value, memo.arrays)
         waiting = Counter(v for step in steps for v in _inputs(step))
         for step in steps:
             if step not in memo.arrays:
@@ -186,22 +173,6 @@ class Constants:
         found = memo.arrays[value]
         memo.let_go(value)
         return found
-
-    def _steps(self, value: ir.Value, memo: Memo) -> list[ir.Value]:
-        """What has to be computed, in order; nothing beyond what is at hand."""
-        order: list[ir.Value] = []
-        seen: set[ir.Value] = set()
-        todo: list[tuple[ir.Value, bool]] = [(value, False)]
-        while todo:
-            current, ready = todo.pop()
-            if ready:
-                order.append(current)
-            elif current not in seen:
-                seen.add(current)
-                todo.append((current, True))
-                if current not in memo.arrays:
-                    todo.extend((v, False) for v in _inputs(current) if v not in seen)
-        return order
 
     def _compute(self, value: ir.Value, memo: Memo) -> Evaluated:
         node = value.producer()
@@ -229,6 +200,23 @@ def _sizes(graph: ir.Graph, nodes: Iterable[ir.Node]) -> Iterator[int]:
         value = node.attributes.get("value") if node.op_type == "Constant" else None
         if value is not None and value.type == ir.AttributeType.TENSOR:
             yield value.value.size
+
+
+def _in_order(value: ir.Value, known: Container[ir.Value]) -> list[ir.Value]:
+    """A value and all that it is computed from, each after what it is computed from; nothing beyond what is known."""
+    order: list[ir.Value] = []
+    seen: set[ir.Value] = set()
+    todo: list[tuple[ir.Value, bool]] = [(value, False)]
+    while todo:
+        current, ready = todo.pop()
+        if ready:
+            order.append(current)
+        elif current not in seen:
+            seen.add(current)
+            todo.append((current, True))
+            if current not in known:
+                todo.extend((v, False) for v in _inputs(current) if v not in seen)
+    return order
 
 
 def _inputs(value: ir.Value) -> list[ir.Value]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from wnsurgery.errors import InputError, printable
+from wnsurgery.kept import extent
 
 __all__ = ["Assembly", "MappedFile", "Record", "Source", "byte_span", "is_plain", "no_bytes", "resolved"]
 
@@ -264,6 +265,5 @@ def is_plain(tensor: Tensor) -> bool:
 
 def byte_span(tensor: Tensor) -> tuple[int, int]:
     """First and last address (exclusive) that a strided tensor with elements touches."""
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
-    return start, start + (reach + 1) * tensor.element_size()
+    return start, start + extent(tensor)
