@@ -1,12 +1,11 @@
 """What is done for each channel of float32 values: sums, scale and shift, lengths of rows; compiled by numba.
 
-Values lie as (outer, channels, inner). They are cut into tiles: where `inner` is more than 1, into stretches of at most
-`LINE` values of one channel; else into blocks of `STRIP` channels and some rows. The sums of each tile stand apart and
-are added in the order of the tiles, so that threads decide no bit.
+Values lie as (outer, channels, inner). They are cut into tiles: where `inner` is more than `SHORT`, into stretches of
+at most `LINE` values of one channel; else into blocks of `STRIP` channels and some rows, the indices of `outer`. The
+sums of each tile stand apart and are added in the order of the tiles, so that threads decide no bit.
 """
 
 # mypy: ignore-errors
-
 from __future__ import annotations
 
 import math
@@ -29,6 +28,7 @@ from wnsurgery.fused_kernels import (
 __all__ = [
     "JOBS",
     "LINE",
+    "SHORT",
     "STRIP",
     "add_up",
     "columns_lengths",
@@ -41,6 +41,7 @@ __all__ = [
     "worker",
 ]
 
+SHORT = 1 << 7  # values of one channel that lie together, up to which they do not make a tile
 LINE = 1 << 12  # values of one channel to a tile
 STRIP = 1 << 9  # channels to a tile
 _SUMS, _SCALE, _LENGTHS, _COLUMNS_LENGTHS = range(4)
@@ -74,12 +75,22 @@ def _add_row(x, start, pivots, first, second, count):
         second[c] += distance * distance
 
 
+@_any_order
+def _add_lines(x, start, pivots, first, second, count, inner):
+    """`_add_row` where each channel has several values in the row."""
+    for c in range(count):
+        line = start + c * inner
+        one, two = _sums_of_line(x, pivots[c], line, line + inner)
+        first[c] += one
+        second[c] += two
+
+
 @kernel
 def sums(x_at, sums_at, channels, inner, outer, rows, begin, end):
     """The sums of the tiles from `begin` to before `end`, of distances from the channel's very first value and of
     their squares: two numbers to a tile of one channel, two rows of `STRIP` to a tile of `rows` rows."""
     x, found = floats_at(x_at), doubles_at(sums_at)
-    if inner > 1:
+    if inner > SHORT:
         pieces = -(-inner // LINE)
         for tile in range(begin, end):
             line, piece = tile // pieces, tile % pieces
@@ -93,9 +104,13 @@ def sums(x_at, sums_at, channels, inner, outer, rows, begin, end):
         block, left = tile // strips, tile % strips * STRIP
         count = min(STRIP, channels - left)
         for c in range(count):
-            pivots[c], first[c], second[c] = np.float64(x[left + c]), 0.0, 0.0
+            pivots[c], first[c], second[c] = np.float64(x[(left + c) * inner]), 0.0, 0.0
         for row in range(block * rows, min(outer, (block + 1) * rows)):
-            _add_row(x, row * channels + left, pivots, first, second, count)
+            start = (row * channels + left) * inner
+            if inner == 1:
+                _add_row(x, start, pivots, first, second, count)
+            else:
+                _add_lines(x, start, pivots, first, second, count, inner)
         at = 2 * STRIP * tile
         for c in range(count):
             found[at + c], found[at + STRIP + c] = first[c], second[c]
@@ -108,7 +123,7 @@ def add_up(x_at, sums_at, channels, inner, outer, tiles, clear, found_at):
     x, parts, found = floats_at(x_at), doubles_at(sums_at), doubles_at(found_at)
     for c in range(2 * channels):
         found[c] = 0.0
-    if inner > 1:
+    if inner > SHORT:
         pieces = -(-inner // LINE)
         for tile in range(tiles):
             c = tile // pieces % channels
@@ -163,7 +178,7 @@ def standardise(found_at, count, channels, target, lengths_at, centre, shifts_at
 def scale(x_at, factors_at, channels, inner, outer, rows, begin, end):
     """x = x * factor + shift in the tiles from `begin` to before `end`; first all factors, then all shifts."""
     x, factors = floats_at(x_at), floats_at(factors_at)
-    if inner > 1:
+    if inner > SHORT:
         pieces = -(-inner // LINE)
         for tile in range(begin, end):
             line, piece = tile // pieces, tile % pieces
@@ -177,9 +192,15 @@ def scale(x_at, factors_at, channels, inner, outer, rows, begin, end):
         block, left = tile // strips, tile % strips * STRIP
         right = min(left + STRIP, channels)
         for row in range(block * rows, min(outer, (block + 1) * rows)):
-            at = row * channels
-            for c in range(left, right):
-                x[at + c] = x[at + c] * factors[c] + factors[channels + c]
+            at = row * channels * inner
+            if inner == 1:
+                for c in range(left, right):
+                    x[at + c] = x[at + c] * factors[c] + factors[channels + c]
+            else:
+                for c in range(left, right):
+                    factor, shift = factors[c], factors[channels + c]
+                    for i in range(at + c * inner, at + (c + 1) * inner):
+                        x[i] = x[i] * factor + shift
 
 
 @kernel

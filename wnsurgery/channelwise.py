@@ -23,6 +23,8 @@ __all__ = ["Sums", "channels_in", "cube_of", "is_taken", "lengths_of", "scale_an
 
 _PLAIN = {Tensor, nn.Parameter}  # subclasses have operations of their own
 _TILE = 1 << 15  # values to a tile of rows
+_LEAST = 1 << 6  # values of a channel to a tile, at least: its sums take the room of four
+_BLOCKS = 1 << 7  # tiles below one another, at most
 _SPREAD = 1 << 18  # values from which several threads are worth their call
 
 
@@ -139,13 +141,13 @@ class _Tiled(NamedTuple):
         kernels, elements = _kernels(), outer * channels * inner
         if channels == 1:
             outer, inner = 1, elements
-        if inner > 1:
+        if inner > kernels.SHORT:
             tiles = outer * channels * -(-inner // kernels.LINE)
             return cls(kernels, elements, cube.data_ptr(), (channels, inner, outer, 0), tiles, 2)
         strip = kernels.STRIP
-        rows = _TILE // min(channels, strip)
+        rows = max(_TILE // (min(channels, strip) * inner), -(-_LEAST // inner), -(-outer // _BLOCKS))
         tiles = -(-outer // rows) * -(-channels // strip)
-        return cls(kernels, elements, cube.data_ptr(), (channels, 1, outer, rows), tiles, 2 * strip)
+        return cls(kernels, elements, cube.data_ptr(), (channels, inner, outer, rows), tiles, 2 * strip)
 
     def add_up(self, clear: float, found: Any) -> bool:
         """Mean and m2 of each channel; whether all deviations are clear."""
