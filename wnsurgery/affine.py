@@ -174,13 +174,13 @@ class Affine:
         assert v is not None
         if self.slot.form != "ours":
             return Axes.of_pair(g.shape, v.shape), "linear"
-        rule: Any = self.module.parametrizations[self.slot.parameter][0]  # type: ignore[index]
+        rule: Any = self.slot.entry[0]
         return rule.axes, rule.magnitude
 
     def _settle(self) -> None:
         """Writes into weights handed out earlier reach the pair before it is read, and not after it is set."""
         if self.slot.form == "ours":
-            entry: Any = self.module.parametrizations[self.slot.parameter]  # type: ignore[index]
+            entry = self.slot.entry
             if isinstance(entry, WeightNormList):
                 entry.absorb()
                 entry.__dict__.pop("_handed_out", None)

@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 
 from wnsurgery.fused_kernels import (
+    add_squares,
     compiled,
     doubles_at,
     floats_at,
@@ -56,6 +57,15 @@ _any_order = njit(nogil=True, fastmath={"reassoc", "contract"})
 
 
 @_any_order
+def _stretch(tile, inner):
+    """Which line a tile of one channel is of, and from where to where it goes."""
+    pieces = -(-inner // LINE)
+    line = tile // pieces
+    start = line * inner + tile % pieces * LINE
+    return line, start, min((line + 1) * inner, start + LINE)
+
+
+@_any_order
 def _sums_of_line(x, pivot, start, stop):
     """The sums of the distances from a number, and of their squares."""
     first, second = 0.0, 0.0
@@ -91,10 +101,8 @@ def sums(x_at, sums_at, channels, inner, outer, rows, begin, end):
     their squares: two numbers to a tile of one channel, two rows of `STRIP` to a tile of `rows` rows."""
     x, found = floats_at(x_at), doubles_at(sums_at)
     if inner > SHORT:
-        pieces = -(-inner // LINE)
         for tile in range(begin, end):
-            line, piece = tile // pieces, tile % pieces
-            start, stop = line * inner + piece * LINE, min((line + 1) * inner, line * inner + (piece + 1) * LINE)
+            line, start, stop = _stretch(tile, inner)
             pivot = np.float64(x[line % channels * inner])
             found[2 * tile], found[2 * tile + 1] = _sums_of_line(x, pivot, start, stop)
         return
@@ -124,9 +132,8 @@ def add_up(x_at, sums_at, channels, inner, outer, tiles, clear, found_at):
     for c in range(2 * channels):
         found[c] = 0.0
     if inner > SHORT:
-        pieces = -(-inner // LINE)
         for tile in range(tiles):
-            c = tile // pieces % channels
+            c = _stretch(tile, inner)[0] % channels
             found[c] += parts[2 * tile]
             found[channels + c] += parts[2 * tile + 1]
     else:
@@ -179,12 +186,10 @@ def scale(x_at, factors_at, channels, inner, outer, rows, begin, end):
     """x = x * factor + shift in the tiles from `begin` to before `end`; first all factors, then all shifts."""
     x, factors = floats_at(x_at), floats_at(factors_at)
     if inner > SHORT:
-        pieces = -(-inner // LINE)
         for tile in range(begin, end):
-            line, piece = tile // pieces, tile % pieces
+            line, start, stop = _stretch(tile, inner)
             factor, shift = factors[line % channels], factors[channels + line % channels]
-            stop = min((line + 1) * inner, line * inner + (piece + 1) * LINE)
-            for i in range(line * inner + piece * LINE, stop):
+            for i in range(start, stop):
                 x[i] = x[i] * factor + shift
         return
     strips = -(-channels // STRIP)
@@ -216,13 +221,9 @@ def columns_lengths(v_at, lengths_at, inputs, outputs, taps, begin, end):
     """`lengths` with axis 1 kept, for the kept indices from `begin` to before `end`: `taps` columns for each of the
     `outputs` in each of the `inputs`."""
     v, found = floats_at(v_at), doubles_at(lengths_at)
-    width = (end - begin) * taps
-    sums = np.zeros(width)
+    sums = np.zeros((end - begin) * taps)
     for i in range(inputs):
-        start = (i * outputs + begin) * taps
-        for j in range(width):
-            x = np.float64(v[start + j])
-            sums[j] += x * x
+        add_squares(v, sums, (i * outputs + begin) * taps)
     for o in range(end - begin):
         found[begin + o] = math.sqrt(total_of(sums, o, taps))
 

@@ -86,8 +86,8 @@ def sums_of(cube: Tensor, clear: float) -> Sums:
     (2.0, 2.0, True)
     """
     tiled, found = _Tiled.of(cube), np.empty((2, cube.shape[1]))
-    clear = tiled.add_up(clear, found)
-    return Sums(found[0], found[1], clear)
+    is_clear = tiled.add_up(clear, found)
+    return Sums(found[0], found[1], is_clear)
 
 
 def scale_and_shift(cube: Tensor, factors: Any) -> None:

@@ -34,8 +34,7 @@ class Directions:
     """
 
     def __init__(self, slot: Slot) -> None:
-        table: Any = slot.module._modules.get("parametrizations")
-        entry: Any = None if table is None else table._modules.get(slot.parameter)
+        entry = slot.entry
         ours = slot.form == "ours" and isinstance(entry, WeightNormList) and entry._deferred is None
         ours = ours and len(entry._modules) == 1  # nothing is stacked on top
         self._entry: WeightNormList | None = entry if ours else None

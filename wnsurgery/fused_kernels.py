@@ -25,6 +25,7 @@ __all__ = [
     "EIGHT",
     "JOBS",
     "add_products",
+    "add_squares",
     "coefficients",
     "columns_backward",
     "columns_forward",
@@ -311,6 +312,14 @@ def add_products(a, b, sums, inputs, outputs, taps, first):
 
 
 @_fast
+def add_squares(v, sums, start):
+    """Add the squares of the elements from `start` on to one sum for each."""
+    for j in range(len(sums)):
+        x = np.float64(v[start + j])
+        sums[j] += x * x
+
+
+@_fast
 def total_of(sums, o, taps):
     """The sum over the columns of one kept index."""
     total = 0.0
@@ -434,10 +443,7 @@ def columns_forward(v_at, g_at, w_at, norms_at, inputs, outputs, taps, far, firs
     width = (last - first) * taps
     sums, factors = np.zeros(width, np.float64), np.empty(width + EIGHT, np.float32)
     for i in range(inputs):
-        start = (i * outputs + first) * taps
-        for j in range(width):
-            x = np.float64(v[start + j])
-            sums[j] += x * x
+        add_squares(v, sums, (i * outputs + first) * taps)
     for o in range(last - first):
         norm = math.sqrt(total_of(sums, o, taps))
         factor = factor_of(g[first + o], norm)

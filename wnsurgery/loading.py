@@ -308,7 +308,7 @@ def _magnitude(slot: Slot) -> Magnitude:
     """How a weight under weight norm stores its g; torch's own knows only the linear way."""
     if slot.form != "ours":
         return "linear"
-    rule: WeightNorm = slot.module.parametrizations[slot.parameter][0]  # type: ignore[index,assignment]
+    rule: WeightNorm = slot.entry[0]
     return rule.magnitude
 
 

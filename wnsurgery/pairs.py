@@ -53,7 +53,7 @@ class Pair:
         if slot.form == "ours":
             return compose(self.g, v, self.axes, magnitude=self.magnitude)
         if slot.form == "torch":
-            entry: Any = slot.module.parametrizations[slot.parameter]  # type: ignore[index]
+            entry = slot.entry
             return entry[0](self.g, v)  # type: ignore[no-any-return]
         hook = next(hook for hook in legacy_hooks(slot.module) if hook.name == slot.parameter)
         return torch._weight_norm(v, self.g, hook.dim)

@@ -382,8 +382,7 @@ def _refusal(slot: Slot) -> str:
 
 def _form_refusal(slot: Slot) -> str:
     if slot.form == "other":
-        entry = slot.module._modules["parametrizations"]._modules[slot.parameter]  # type: ignore[union-attr]
-        kinds = ", ".join(type(m).__name__ for m in entry._modules.values())  # type: ignore[union-attr]
+        kinds = ", ".join(type(m).__name__ for m in slot.entry._modules.values())
         return f"already parametrized by {kinds}"
     if slot.form == "part":
         owner, _, path = slot.fqn.rpartition("parametrizations.")

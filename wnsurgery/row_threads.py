@@ -35,7 +35,7 @@ def is_for_one(elements: int) -> bool:
 
 
 def on_all_rows(kernels: Any, elements: int, rows: int, name: str, *numbers: int) -> bool:
-    """Run a kernel of `fused_kernels`, `sgd_kernels` or `linear_kernels` on all rows of a weight, stretches of them or
+    """Run a kernel of `fused_kernels` or another module of kernels on all rows of a weight, stretches of them, tiles or
     lines of a table of weights, in as many threads as torch has where it pays; whether no part says False. `numbers`
     are what it takes before the first and the last.
     """

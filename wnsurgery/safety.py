@@ -15,8 +15,8 @@ from torch import nn
 __all__ = ["all_or_nothing", "as_written", "collecting_later", "is_recurrent", "plain_grad_mode"]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_load_state_dict_pre_hooks")
-_COMPILER = "torch._dynamo"
 _TABLES = ("_parameters", "_modules", *_HOOKS)  # of a module: what surgery writes to
+_COMPILER = "torch._dynamo"
 
 
 def is_recurrent(module: nn.Module) -> bool:

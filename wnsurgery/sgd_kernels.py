@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 from wnsurgery.fused_kernels import (
     EIGHT,
     add_products,
+    add_squares,
     coefficients,
     compiled,
     factor_of,
@@ -161,9 +162,7 @@ def columns_step(places_at, rules_at, far, first, last):
             for j in range(width):
                 grad_v[start + j] = up[start + j] * across[j] - v[start + j] * along[j]
         _move(v, grad_v, past_v, of_v, start, start + width)
-        for j in range(width):
-            x = np.float64(v[start + j])
-            sums[j] += x * x
+        add_squares(v, sums, start)
     for o in range(last - first):
         norm = math.sqrt(total_of(sums, o, taps))
         factor = factor_of(g[first + o], norm)

@@ -142,7 +142,7 @@ def _finish_init(plan: Plan, report: InitReport | FanReport, freeze_magnitude: b
     for skip in report.left:
         _log.warning("%s keeps its magnitude: %s", skip.name, skip.reason)
     for site in plan.sites if freeze_magnitude else ():
-        entry: Any = site.slot.module.parametrizations[site.slot.parameter]  # type: ignore[index]
+        entry = site.slot.entry
         entry.original0.requires_grad_(False)
 
 
@@ -160,7 +160,7 @@ def _log_old(old: list[Slot], init: str, freeze_magnitude: bool) -> None:
 
 def _swap_at(site: Site) -> Swap:
     """The weight of a site just converted, and its pair."""
-    entry: Any = site.slot.module.parametrizations[site.slot.parameter]  # type: ignore[index]
+    entry = site.slot.entry
     weight: Any = site.weight
     return Swap(weight, entry.original0, entry.original1, site.axes, entry[0].magnitude)
 
@@ -228,7 +228,7 @@ def _carry_out(
                     g.requires_grad_(False)
                 if sharding:
                     places = [(owner.module, owner.parameter) for owner in site.owners]
-                    sharding.split(site.fqn, places, list(map(_entry, site.owners)))
+                    sharding.split(site.fqn, places, [owner.entry for owner in site.owners])
     _log.info("weight norm applied to %d weights", len(plan.sites))
 
 
@@ -364,8 +364,7 @@ def _halves(slot: Slot) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
     """Who holds g and v of a pair, and under which names."""
     if slot.form == "legacy":
         return (slot.module, f"{slot.parameter}_g"), (slot.module, f"{slot.parameter}_v")
-    table: Any = slot.module.parametrizations[slot.parameter]  # type: ignore[index]
-    return (table, "original0"), (table, "original1")
+    return (slot.entry, "original0"), (slot.entry, "original1")
 
 
 def _plain_weights(pairs: Sequence[_Pair]) -> list[nn.Parameter]:
@@ -404,22 +403,16 @@ def _rule_of(slot: Slot) -> tuple[Axes, Magnitude]:
     """The rule of a pair, once a write that was pending with this owner has reached it."""
     if slot.form != "ours":  # torch's g tells its axes by its shape
         return Axes.of_pair(slot.magnitude.shape, slot.tensor.shape), "linear"  # type: ignore[union-attr]
-    entry: Any = _entry(slot)
+    entry = slot.entry
     if isinstance(entry, WeightNormList):
         entry.absorb()
     rule: WeightNorm = entry._modules["0"]
     return rule.axes, rule.magnitude
 
 
-def _entry(slot: Slot) -> Any:
-    table: Any = slot.module._modules.get("parametrizations")
-    return None if table is None else table._modules.get(slot.parameter)
-
-
 def _is_stacked(slot: Slot) -> bool:
     """Whether an otherwise parametrized weight is under weight norm, with something else on top of it."""
-    entry: Any = slot.module._modules["parametrizations"]._modules[slot.parameter]  # type: ignore[union-attr]
-    kinds = [type(m).__name__ for m in entry._modules.values()]
+    kinds = [type(m).__name__ for m in slot.entry._modules.values()]
     return len(kinds) > 1 and any(k in ("WeightNorm", "_WeightNorm") for k in kinds)
 
 

@@ -37,7 +37,7 @@ def select(everything: list[Slot], include: Pattern | None, exclude: Pattern | N
         raise SelectionError("no weight-normalized weight to initialise", hint="call apply_weight_norm first")
     for slot in chosen:
         if slot.form == "ours":
-            entry: Any = slot.module.parametrizations[slot.parameter]  # type: ignore[index]
+            entry = slot.entry
             if isinstance(entry, WeightNormList):
                 entry.absorb()
     return chosen
@@ -110,10 +110,7 @@ def settable_bias(everything: list[Slot]) -> set[int]:
 
 def is_log(slot: Slot) -> bool:
     """Whether a weight's g is stored as its logarithm."""
-    if slot.form != "ours":
-        return False
-    entry: Any = slot.module._modules["parametrizations"]._modules[slot.parameter]  # type: ignore[union-attr]
-    return bool(entry._modules["0"].magnitude == "log")
+    return slot.form == "ours" and slot.entry._modules["0"].magnitude == "log"
 
 
 def _how(slot: Slot) -> tuple[str, int | None]:

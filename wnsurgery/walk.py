@@ -52,6 +52,12 @@ class Slot(NamedTuple):
         return self.names[0]
 
     @property
+    def entry(self) -> Any:
+        """What holds a parametrized tensor, torch's `ParametrizationList`; None for one that is not parametrized."""
+        table: Any = self.module._modules.get("parametrizations")
+        return None if table is None else table._modules.get(self.parameter)
+
+    @property
     def shape(self) -> tuple[int, ...] | None:
         """The tensor's shape, None where it has none yet (lazy, quantized)."""
         t = self.tensor
@@ -81,8 +87,7 @@ def slots(model: nn.Module, *, plain: bool = True) -> list[Slot]:
 
 def _parts(slot: Slot) -> Iterator[Slot]:
     """What a parametrization that is not weight norm holds beside the tensor that stands for it."""
-    entry: Any = slot.module._modules["parametrizations"]._modules[slot.parameter]  # type: ignore[union-attr]
-    for inner, module in entry.named_modules():
+    for inner, module in slot.entry.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and tensor is not slot.tensor:
                 path = f"parametrizations.{slot.parameter}.{inner}{'.' if inner else ''}{name}"
