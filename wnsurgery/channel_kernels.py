@@ -6,6 +6,7 @@ sums of each tile stand apart and are added in the order of the tiles, so that t
 """
 
 # mypy: ignore-errors
+# ruff: noqa: PLR0913, PLR0917 - addresses and sizes
 from __future__ import annotations
 
 import math
@@ -37,6 +38,7 @@ __all__ = [
     "lengths",
     "many_lengths",
     "scale",
+    "settle",
     "standardise",
     "sums",
     "worker",
@@ -95,11 +97,10 @@ def _add_lines(x, start, pivots, first, second, count, inner):
         second[c] += two
 
 
-@kernel
-def sums(x_at, sums_at, channels, inner, outer, rows, begin, end):
+@_any_order
+def _sum_tiles(x, found, channels, inner, outer, rows, begin, end):
     """The sums of the tiles from `begin` to before `end`, of distances from the channel's very first value and of
     their squares: two numbers to a tile of one channel, two rows of `STRIP` to a tile of `rows` rows."""
-    x, found = floats_at(x_at), doubles_at(sums_at)
     if inner > SHORT:
         for tile in range(begin, end):
             line, start, stop = _stretch(tile, inner)
@@ -124,11 +125,10 @@ def sums(x_at, sums_at, channels, inner, outer, rows, begin, end):
             found[at + c], found[at + STRIP + c] = first[c], second[c]
 
 
-@kernel
-def add_up(x_at, sums_at, channels, inner, outer, tiles, clear, found_at):
+@_any_order
+def _add_up(x, parts, found, channels, inner, outer, tiles, clear):
     """From the sums of the tiles, for each channel: the mean, then the sum of squared distances from it. Whether all
     are finite and the root of every such sum, `clear` times, is more than the mean."""
-    x, parts, found = floats_at(x_at), doubles_at(sums_at), doubles_at(found_at)
     for c in range(2 * channels):
         found[c] = 0.0
     if inner > SHORT:
@@ -156,35 +156,9 @@ def add_up(x_at, sums_at, channels, inner, outer, tiles, clear, found_at):
     return fine
 
 
-@kernel
-def standardise(found_at, count, channels, target, lengths_at, centre, shifts_at, g_at, bias_at, factors_at):
-    """What gives each channel a deviation of `target`, and with `centre` a mean of zero. Its values were multiplied by
-    the length of a row each, and their moments are in `found` as `add_up` leaves them; in their place come, of values
-    that were not multiplied, mean, deviation, factor and shift, in four rows.
-
-    Without `centre` the shifts are given, or zero. Factors go to g, shifts to the bias if there is one; what the values
-    as they are need be multiplied and shifted by goes to `factors`."""
-    found, lengths = doubles_at(found_at), doubles_at(lengths_at)
-    shifts, g, bias, factors = floats_at(shifts_at), floats_at(g_at), floats_at(bias_at), floats_at(factors_at)
-    for c in range(channels):
-        length, shift = lengths[c], 0.0
-        mean, deviation = found[c] / length, math.sqrt(found[channels + c] / count) / length
-        factor = target / deviation
-        if centre:
-            shift = -mean * factor
-        elif shifts_at != 0:
-            shift = np.float64(shifts[c])
-        found[c], found[channels + c], found[2 * channels + c], found[3 * channels + c] = mean, deviation, factor, shift
-        g[c] = np.float32(factor)
-        if bias_at != 0:
-            bias[c] = np.float32(shift)
-        factors[c], factors[channels + c] = np.float32(factor / length), np.float32(shift)
-
-
-@kernel
-def scale(x_at, factors_at, channels, inner, outer, rows, begin, end):
+@_any_order
+def _scale_tiles(x, factors, channels, inner, outer, rows, begin, end):
     """x = x * factor + shift in the tiles from `begin` to before `end`; first all factors, then all shifts."""
-    x, factors = floats_at(x_at), floats_at(factors_at)
     if inner > SHORT:
         for tile in range(begin, end):
             line, start, stop = _stretch(tile, inner)
@@ -206,6 +180,78 @@ def scale(x_at, factors_at, channels, inner, outer, rows, begin, end):
                     factor, shift = factors[c], factors[channels + c]
                     for i in range(at + c * inner, at + (c + 1) * inner):
                         x[i] = x[i] * factor + shift
+
+
+@kernel
+def sums(x_at, sums_at, channels, inner, outer, rows, begin, end):
+    """`_sum_tiles` of values at an address."""
+    _sum_tiles(floats_at(x_at), doubles_at(sums_at), channels, inner, outer, rows, begin, end)
+
+
+@kernel
+def add_up(x_at, sums_at, channels, inner, outer, tiles, clear, found_at):
+    """`_add_up` of values at an address."""
+    return _add_up(floats_at(x_at), doubles_at(sums_at), doubles_at(found_at), channels, inner, outer, tiles, clear)
+
+
+@kernel
+def scale(x_at, factors_at, channels, inner, outer, rows, begin, end):
+    """`_scale_tiles` of values at an address."""
+    _scale_tiles(floats_at(x_at), floats_at(factors_at), channels, inner, outer, rows, begin, end)
+
+
+@_any_order
+def _settle(
+    x, parts, channels, inner, outer, tiles, clear, lengths_at, target, centre, shifts_at, g_at, bias_at, found_at
+):
+    """What gives each channel a deviation of `target`, and with `centre` a mean of zero; whether each deviation is
+    clear, as in `_add_up`, else nothing is done.
+
+    The values were multiplied by the length of a row each. To `found` go, of values that were not, mean, deviation,
+    factor and shift, in four rows, and as float32 what the values as they are need be multiplied and shifted by.
+    Without `centre` the shifts are given, or zero. Factors go to g, shifts to the bias if there is one."""
+    found, lengths, factors = doubles_at(found_at), doubles_at(lengths_at), _factors_at(found_at, channels)
+    shifts, g, bias = floats_at(shifts_at), floats_at(g_at), floats_at(bias_at)
+    if not _add_up(x, parts, found, channels, inner, outer, tiles, clear):
+        return False
+    count = np.float64(outer * inner)
+    for c in range(channels):
+        length, shift = lengths[c], 0.0
+        mean, deviation = found[c] / length, math.sqrt(found[channels + c] / count) / length
+        factor = target / deviation
+        if centre:
+            shift = -mean * factor
+        elif shifts_at != 0:
+            shift = np.float64(shifts[c])
+        found[c], found[channels + c], found[2 * channels + c], found[3 * channels + c] = mean, deviation, factor, shift
+        g[c] = np.float32(factor)
+        if bias_at != 0:
+            bias[c] = np.float32(shift)
+        factors[c], factors[channels + c] = np.float32(factor / length), np.float32(shift)
+    return True
+
+
+@_any_order
+def _factors_at(found_at, channels):
+    """Where what `_settle` finds has its float32."""
+    return floats_at(found_at + 32 * channels)
+
+
+@kernel
+def settle(x_at, sums_at, channels, inner, outer, tiles, *rest):
+    """`_settle` of values at an address, the sums of whose tiles are known."""
+    return _settle(floats_at(x_at), doubles_at(sums_at), channels, inner, outer, tiles, *rest)
+
+
+@kernel
+def standardise(x_at, channels, inner, outer, rows, tiles, numbers, *rest):
+    """`sums` with `numbers` to a tile, `settle` and `scale` one after the other, in one thread."""
+    x, parts = floats_at(x_at), np.empty(tiles * numbers)
+    _sum_tiles(x, parts, channels, inner, outer, rows, 0, tiles)
+    clear = _settle(x, parts, channels, inner, outer, tiles, *rest)
+    if clear:
+        _scale_tiles(x, _factors_at(rest[-1], channels), channels, inner, outer, rows, 0, tiles)
+    return clear
 
 
 @kernel

@@ -95,7 +95,7 @@ def scale_and_shift(cube: Tensor, factors: Any) -> None:
 
     factors: numpy's float32, shape (2, channels): the factors, then the shifts.
     """
-    _Tiled.of(cube).scale(factors)
+    _Tiled.of(cube).scale(factors.ctypes.data)
     increment_version(cube)
 
 
@@ -112,16 +112,13 @@ def standardise(
     shape (4, channels); None, and nothing is done, where a deviation is not clear as in `sums_of`.
     """
     tiled, channels = _Tiled.of(cube), cube.shape[1]
-    found, factors = np.empty((4, channels)), np.empty((2, channels), np.float32)
-    if not tiled.add_up(clear, found):
+    found = np.empty(5 * channels)  # the last row holds the factors in use, as float32
+    at = found.ctypes.data
+    told = shifts is None and bias is not None, *(0 if t is None else t.data_ptr() for t in (shifts, g, bias)), at
+    if not tiled.standardise(clear, lengths.ctypes.data, target, *told, factors_at=at + 32 * channels):
         return None
-    count = cube.numel() // channels
-    told = shifts is None and bias is not None, *(0 if t is None else t.data_ptr() for t in (shifts, g, bias))
-    rest = channels, target, lengths.ctypes.data, *told, factors.ctypes.data
-    tiled.kernels.standardise(found.ctypes.data, count, *rest)
-    tiled.scale(factors)
     increment_version((cube, g) if bias is None else (cube, g, bias))
-    return found
+    return found[: 4 * channels].reshape(4, channels)
 
 
 class _Tiled(NamedTuple):
@@ -151,38 +148,61 @@ class _Tiled(NamedTuple):
 
     def add_up(self, clear: float, found: Any) -> bool:
         """Mean and m2 of each channel; whether all deviations are clear."""
-        parts = np.empty(self.tiles * self.numbers)
+        parts = self._sums()
         at = parts.ctypes.data
-        self._run("sums", self.at, at, *self.sizes)
         return self.kernels.add_up(self.at, at, *self.sizes[:3], self.tiles, clear, found.ctypes.data)  # type: ignore[no-any-return]
 
-    def scale(self, factors: Any) -> None:
-        self._run("scale", self.at, factors.ctypes.data, *self.sizes)
+    def standardise(self, *numbers: Any, factors_at: int) -> bool:
+        """What the kernel of that name does, in several threads where there is enough to do; whether it did."""
+        kernels = self.kernels
+        if self._is_for_one():
+            return kernels.standardise(self.at, *self.sizes, self.tiles, self.numbers, *numbers)  # type: ignore[no-any-return]
+        parts = self._sums()
+        clear: bool = kernels.settle(self.at, parts.ctypes.data, *self.sizes[:3], self.tiles, *numbers)
+        if clear:
+            self.scale(factors_at)
+        return clear
+
+    def scale(self, factors_at: int) -> None:
+        self._run("scale", self.at, factors_at, *self.sizes)
+
+    def _sums(self) -> Any:
+        """Those of the tiles."""
+        parts = np.empty(self.tiles * self.numbers)
+        self._run("sums", self.at, parts.ctypes.data, *self.sizes)
+        return parts
+
+    def _is_for_one(self) -> bool:
+        """Whether there is too little to do for several threads."""
+        return self.elements < _SPREAD or torch.get_num_threads() == 1
 
     def _run(self, name: str, *numbers: int) -> None:
         """Call a kernel for all tiles, in several threads where there is enough to do."""
-        if self.elements < _SPREAD:
+        if self._is_for_one():
             getattr(self.kernels, name)(*numbers, 0, self.tiles)
         else:
             on_all_rows(self.kernels, self.elements, self.tiles, name, *numbers)
 
 
-def lengths_of(weights: Sequence[tuple[Tensor, fused.Sizes]]) -> list[Any]:
-    """||v|| of each row of weights that `is_taken`, in numpy's float64, one array for each weight.
+def lengths_of(weights: Sequence[tuple[Tensor, fused.Sizes]]) -> Any:
+    """||v|| of each row of weights that `is_taken`, those of one after those of the other, in numpy's float64.
 
     >>> sizes = fused.Sizes(inputs=0, rows=1, columns=2)
-    >>> lengths_of([(torch.tensor([[3.0, 4.0]]), sizes)])[0].tolist() if fused.start() else [5.0]
+    >>> lengths_of([(torch.tensor([[3.0, 4.0]]), sizes)]).tolist() if fused.start() else [5.0]
     [5.0]
     """
-    kernels, found = _kernels(), [np.empty(sizes.rows) for _, sizes in weights]
-    places = [(v.data_ptr(), lengths.ctypes.data) for (v, _), lengths in zip(weights, found, strict=True)]
+    kernels, found = _kernels(), np.empty(sum(sizes.rows for _, sizes in weights))
+    at = found.ctypes.data
     if len(weights) == 1:
         v, (inputs, rows, columns) = weights[0]
         name, numbers = ("columns_lengths", (inputs, rows, columns)) if inputs else ("lengths", (columns,))
-        on_all_rows(kernels, v.numel(), rows, name, *places[0], *numbers)
-    else:
-        table = array("q", (n for at, (_, sizes) in zip(places, weights, strict=True) for n in (*at, *sizes)))
-        kernels.many_lengths(table.buffer_info()[0], len(weights))
+        on_all_rows(kernels, v.numel(), rows, name, v.data_ptr(), at, *numbers)
+        return found
+    table = array("q")
+    for v, sizes in weights:
+        table.extend((v.data_ptr(), at, *sizes))
+        at += found.itemsize * sizes.rows
+    kernels.many_lengths(table.buffer_info()[0], len(weights))
     return found
 
 

@@ -265,7 +265,7 @@ class _Run:
         free = settable_bias(everything)
         directions = Directions.of(slot for slot, _ in targets)
         self.layers = {
-            s.fqn: _Layer(self, s, axis, scales[id(s)], id(bias_of(s)) in free, lent)
+            s.fqn: _Layer(self, s, axis, scales[id(s)], free, lent)
             for (s, axis), lent in zip(targets, directions, strict=True)
         }
         self.masks: dict[int, tuple[Tensor, ...]] = {}
@@ -427,8 +427,10 @@ class _Run:
 class _Layer:
     """One layer: measured at each batch's first call, with g = 1 and b = 0; then set."""
 
-    def __init__(self, run: _Run, slot: Slot, axis: int, target: float, settable: bool, directions: Directions) -> None:
-        self.run, self.slot, self.axis, self.target, self.settable = run, slot, axis, target, settable
+    def __init__(
+        self, run: _Run, slot: Slot, axis: int, target: float, free: Collection[int], directions: Directions
+    ) -> None:
+        self.run, self.slot, self.axis, self.target = run, slot, axis, target
         self.open: set[int] = set()  # the batches inside its forward
         self.quiet: set[int] = set()  # the threads inside its forward that had gradients on
         self.refused = self.masked = self.lent = False
@@ -438,7 +440,8 @@ class _Layer:
         g, bias = slot.magnitude, bias_of(slot)
         assert g is not None
         self.g, self.bias, self.channels = g, bias, g.numel()
-        self.old = [(t, t.detach().clone()) for t in (g, bias) if t is not None]
+        self.settable = id(bias) in free
+        self.old = [(t, t.clone()) for t in (g, bias) if t is not None]  # without a graph, as all of this
         self.plain = not self.log and all(is_taken(t) for t, _ in self.old)
 
     @property
@@ -585,8 +588,7 @@ class _Layer:
             return False
         torch.clear_autocast_cache()
         mean, std, scale, shift = found
-        stored = [part.astype(np.float32) for part in (scale, shift)[: len(self.old)]]
-        self._is_set(mean, std, scale, shift, stored, count, ())
+        self._is_set(mean, std, scale, shift, found[2 : 2 + len(self.old)], count, ())
         return True
 
     def _final(self, output: Tensor, norms: Any, fresh: bool) -> Tensor:
@@ -627,7 +629,7 @@ class _Layer:
         flat = () if constant is None else tuple(np.flatnonzero(constant).tolist())
         self._is_set(mean, std, scale, shift, stored, moments.count, flat)
 
-    def _is_set(self, mean: Any, std: Any, scale: Any, shift: Any, stored: list[Any], count: int, flat: Any) -> None:
+    def _is_set(self, mean: Any, std: Any, scale: Any, shift: Any, stored: Any, count: int, flat: Any) -> None:
         """Remember how g and b were set, for the report and for outputs that are still to come."""
         self.run.set_by[id(self.g)] = (self.slot.fqn, scale)
         self.own_shift = shift
@@ -636,7 +638,7 @@ class _Layer:
             before = [torch.from_numpy(_values(old)) for old in before]
         self.run.done[self.slot.fqn] = partial(self._report, mean, std, before, stored, count, flat)
 
-    def _report(self, mean: Any, std: Any, before: list[Tensor], stored: list[Any], count: int, flat: Any) -> LayerInit:
+    def _report(self, mean: Any, std: Any, before: list[Tensor], stored: Any, count: int, flat: Any) -> LayerInit:
         return LayerInit(
             self.slot.fqn,
             self.channels,
@@ -655,8 +657,8 @@ def _not_finite(name: str) -> InputError:
 
 def _values(tensor: Any) -> Any:
     """All values of a tensor, the shards of other ranks included, in a row of numpy's float64."""
-    if isinstance(tensor, np.ndarray):
-        return tensor.astype(np.float64)
+    if isinstance(tensor, np.ndarray):  # what was written into float32
+        return tensor.astype(np.float32).astype(np.float64)
     if type(tensor) is Tensor and tensor.dtype == torch.float32 and tensor.is_cpu:
         return tensor.numpy().reshape(-1).astype(np.float64)
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -702,11 +704,11 @@ def _device(model: nn.Module) -> torch.device | None:
 def _undisturbed(model: nn.Module, training: bool | None) -> Iterator[None]:
     """Run forward passes; leave modes, random state, buffers and gradients as they were."""
     modules = modules_of(model, machinery=True)
-    held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-    if any(map(is_lazy, held)):
+    held = [t for m in modules for table in (m._parameters, m._buffers) for t in table.values() if t is not None]
+    if any(map(is_lazy, {type(t): t for t in held}.values())):
         lazy = next(n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t))
         raise SelectionError(f"{lazy}: lazy, not initialised yet", hint="run one forward pass first")
-    modes = [(m, m.training) for m in modules]
+    modes = [m.training for m in modules]
     buffers = [(m, n, b, b.detach().clone()) for m in modules for n, b in m._buffers.items() if b is not None]
     devices = {t.device for t in held if t.is_cuda}
     try:
@@ -716,7 +718,7 @@ def _undisturbed(model: nn.Module, training: bool | None) -> Iterator[None]:
                     module.training = training
             yield
     finally:
-        for module, mode in modes:
+        for module, mode in zip(modules, modes, strict=True):
             if module.training is not mode:
                 module.training = mode
         with torch.no_grad():

@@ -38,7 +38,7 @@ class Directions:
         ours = slot.form == "ours" and isinstance(entry, WeightNormList) and entry._deferred is None
         ours = ours and len(entry._modules) == 1  # nothing is stacked on top
         self._entry: WeightNormList | None = entry if ours else None
-        self._lent: Kept | None = None
+        self._lent: _Lent | None = None
         self._norms: Any = None
 
     @classmethod
@@ -49,21 +49,26 @@ class Directions:
         for directions in made:
             if directions._entry is not None:
                 g, v = directions._entry.pair()
-                if g is not None and v is not None and v.numel() <= _SMALL and (sizes := directions._sizes(g, v)):
+                if v.numel() <= _SMALL and (sizes := directions._sizes(g, v)):
                     small.append(directions)
                     weights.append((v, sizes))
-        for directions, norms in zip(small, lengths_of(weights) if weights else (), strict=True):
-            directions._prepare(norms)
+        if weights:
+            together, start = lengths_of(weights), 0
+            all_ordinary = _are_ordinary(together)
+            for directions, (_, sizes) in zip(small, weights, strict=True):
+                norms = together[start : (start := start + sizes.rows)]
+                directions._prepare(norms, all_ordinary or _are_ordinary(norms))
         return made
 
     def lend(self) -> bool:
         """Let the next forward pass use v, where its rows allow that; whether they do."""
         if self._entry is not None and (self._lent is None or not self._lent.is_of(*self._entry.pair())):
-            self._prepare()
+            norms = self._measured(*self._entry.pair())
+            self._prepare(norms, norms is not None and _are_ordinary(norms))
         entry, lent = self._entry, self._lent
         if entry is None or lent is None or torch.is_grad_enabled():
             return False
-        lent.used = False
+        lent.taken = False
         entry.__dict__["_kept"] = lent
         return True
 
@@ -74,27 +79,26 @@ class Directions:
         if entry is None or lent is None or kept is not lent:
             return None
         del entry.__dict__["_kept"]
-        return self._norms if lent.used else None
+        return self._norms if lent.taken else None
 
-    def _prepare(self, norms: Any = None) -> None:
-        """Make what is lent if it may stand for v / ||v||; ||v|| is measured if it is not given."""
+    def _prepare(self, norms: Any, ordinary: bool) -> None:
+        """Make what is lent, where rows of these lengths may stand for those of unit length."""
         entry: Any = self._entry
         g, v = entry.pair()
-        w = v.detach()
-        if w.dtype is torch.float32 and type(w) is Tensor and w.numel() and Kept.can_hold(g, v):
-            self._norms = self._measured(g, w) if norms is None else norms
-            low, high = np.minimum.reduce(self._norms), np.maximum.reduce(self._norms)
-            if _RANGE[0] < low and high < _RANGE[1]:
-                w.requires_grad_(g.requires_grad or v.requires_grad)  # as for a kept weight
-                self._lent = _Lent(w, g, v)
-                return
-        self._entry = None
+        if not (ordinary and Kept.can_hold(g, v)):
+            self._entry = None
+            return
+        w = v.detach().requires_grad_(g.requires_grad or v.requires_grad)  # as for a kept weight
+        self._norms, self._lent = norms, _Lent(w, g, v)
 
     def _measured(self, g: Tensor, v: Tensor) -> Any:
-        """||v|| per channel."""
+        """||v|| per channel; None where v is nothing to measure."""
         sizes = self._sizes(g, v)
         if sizes is not None:
-            return lengths_of([(v, sizes)])[0]
+            return lengths_of([(v, sizes)])
+        v = v.detach()
+        if v.dtype is not torch.float32 or type(v) is not Tensor or not v.is_cpu or not v.numel():
+            return None
         axes = self._axes
         return norm(axes.grouped(v), axes.reduced(v.ndim), blocked=True).reshape(-1).numpy()
 
@@ -109,17 +113,31 @@ class Directions:
         return entry[0].axes  # type: ignore[no-any-return]
 
 
-class _Lent(Kept):
-    """v in place of a weight that is kept, for a pass that begins at once: versions tell all there is to tell."""
+def _are_ordinary(norms: Any) -> bool:
+    """Whether rows of these lengths may stand for those of unit length."""
+    low, high = _RANGE
+    return bool(low < np.minimum.reduce(norms) and np.maximum.reduce(norms) < high)
 
-    __slots__ = ()
+
+class _Lent(Kept):
+    """v in place of a weight that is kept, for a pass that begins at once: versions tell all there is to tell.
+
+    As one that was used before, it is taken in a few steps; it says itself whether it was.
+    """
+
+    __slots__ = ("_lent", "taken")
 
     def __init__(self, w: Tensor, g: Tensor, v: Tensor) -> None:
-        self.w, self._g, self._v, self.used = w, g, v, False
+        self._lent, self._g, self._v, self.used, self.taken = w, g, v, True, False
         self._version, self._g_version, self._v_version = w._version, g._version, v._version
 
+    @property
+    def w(self) -> Tensor:  # type: ignore[override]
+        self.taken = True
+        return self._lent
+
     def is_written(self) -> bool:
-        return self.w._version != self._version
+        return self._lent._version != self._version
 
     def is_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         return self.was_of(g, v) and not self.is_written()
