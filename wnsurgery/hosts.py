@@ -172,7 +172,7 @@ def _is_converted(module: nn.Module) -> bool:
 def reorder_parameters(module: nn.Module, order: tuple[str, ...]) -> None:
     """Put the parameters named in `order` in that order, among themselves: others keep their place before or after."""
     held = module._parameters
-    if len(order) == len(held) and all(name in held for name in order):
+    if len(order) == len(held) and all(map(held.__contains__, order)):
         for name in order:
             held[name] = held.pop(name)
         return

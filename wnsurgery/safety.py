@@ -73,7 +73,10 @@ class _Before:
         if id(module) in self._saved:
             return
         state = module.__dict__
-        tables = {name: dict(held) for name in _TABLES if (held := state.get(name))}
+        tables = {}
+        for name in _TABLES:
+            if held := state.get(name):
+                tables[name] = dict(held)
         if self._attributes or "_forward_pre_hooks" in tables or is_recurrent(module):  # which have weights there
             state = state.copy()
         entries = _parametrizations(module)

@@ -24,7 +24,7 @@ from wnsurgery.reparam import Axes, Ready, is_plain
 __all__ = ["Made", "SmallWeights", "is_small", "small_magnitudes"]
 
 
-_is_dense, _is_negated, _type = Tensor.is_contiguous, Tensor.is_neg, Tensor.dtype.__get__  # type: ignore[attr-defined]
+_is_dense, _is_negated, _ndim, _type = Tensor.is_contiguous, Tensor.is_neg, Tensor.dim, Tensor.dtype.__get__  # type: ignore[attr-defined]
 _has_storage = torch._C._has_storage
 _FLOAT32 = {torch.float32}
 
@@ -118,7 +118,6 @@ class SmallWeights:
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         self.g, self.v = [g for g, _ in pairs], [v for _, v in pairs]
-        self._shapes = [tuple(v.shape) for v in self.v]
         self._sizes = [v.numel() for v in self.v]
         self.rows = [g.numel() for g in self.g]
         self._all_rows, self._elements = sum(self.rows), sum(self._sizes)
@@ -130,9 +129,12 @@ class SmallWeights:
 
     def _like_v(self, flat: Tensor) -> list[Tensor]:
         chunks = torch.unsafe_split_with_sizes(flat, self._sizes)  # each with a version of its own
-        return [chunk.resize_(shape) for chunk, shape in zip(chunks, self._shapes, strict=True)]
+        return [chunk.resize_(v.shape) for chunk, v in zip(chunks, self.v, strict=True)]
 
     def _like_g(self, flat: Tensor) -> list[Tensor]:
+        ndims = set(map(_ndim, self.g))
+        if len(ndims) == 1 and (ndim := ndims.pop()):  # each is one number to a row, and ones
+            return list(torch.unsafe_split_with_sizes(flat.view(-1, *(1,) * (ndim - 1)), self.rows))
         chunks = torch.unsafe_split_with_sizes(flat, self.rows)
         return [chunk.resize_(g.shape) for chunk, g in zip(chunks, self.g, strict=True)]
 

@@ -176,18 +176,17 @@ _Tensor = tuple[str, str, Tensor | None, Tensor | None]  # parameter, form, tens
 
 def _under_parametrization(module: nn.Module, entries: _Entries) -> list[_Tensor]:
     """The parametrized tensors that a module holds itself."""
-    if not (entries or module._forward_pre_hooks):  # as nearly all
-        return []
-    found: list[_Tensor] = [
-        (name, "legacy", module._parameters[f"{name}_v"], module._parameters[f"{name}_g"])
-        for name in _legacy_names(module)
-    ]
-    found += [(name, *_parametrized(entry)) for name, entry in entries.items()]
+    found: list[_Tensor] = []
+    if module._forward_pre_hooks:
+        for name in _legacy_names(module):
+            found.append((name, "legacy", module._parameters[f"{name}_v"], module._parameters[f"{name}_g"]))
+    for name, entry in entries.items():
+        found.append((name, *_parametrized(entry)))
     return found
 
 
 def _legacy_names(module: nn.Module) -> list[str]:
-    if not module._forward_pre_hooks or isinstance(module, torch.jit.ScriptModule):
+    if isinstance(module, torch.jit.ScriptModule):
         return []
     return sorted({hook.name for hook in legacy_hooks(module)})
 
@@ -217,10 +216,10 @@ def _is_quantized(kind: type) -> bool:
 
 
 def _parametrized(entry: ParametrizationList) -> tuple[str, Tensor | None, Tensor | None]:
-    head = entry._modules.get("0")
-    kind = _KINDS.get(type(head), "other")
-    if kind != "other" and "1" not in entry._modules:
-        return kind, entry._parameters.get("original1"), entry._parameters.get("original0")
+    modules, parameters = entry._modules, entry._parameters
+    kind = _KINDS.get(type(modules.get("0")), "other")
+    if kind != "other" and "1" not in modules:
+        return kind, parameters.get("original1"), parameters.get("original0")
     held = {**entry._parameters, **entry._buffers}
     return "other", held.get("original", held.get("original1")), None
 
