@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
 import wnsurgery as wn
@@ -508,6 +509,29 @@ def test_the_compiler_is_left_alone_where_nothing_is_compiled(arguments: list[st
     """It takes most of a second to import; a net that compiles a part of itself in its forward pass is set as any."""
     done = subprocess.run([sys.executable, "-c", COMPILING, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_within_cached_parametrizations() -> None:
+    """Weights cached before, and those in use while g is measured, are none that any later use gets."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(self.first(x).relu()).relu())
+
+    torch.manual_seed(0)
+    model, x = wn.apply_weight_norm(Twice()), torch.randn(64, 8)
+    inside = copy.deepcopy(model)
+    wn.data_dependent_init(model, x)
+    with parametrize.cached():
+        inside(x)
+        wn.data_dependent_init(inside, x)
+        assert torch.equal(inside(x), model(x))
+        assert parametrize._cache
+    assert all(map(torch.equal, inside.parameters(), model.parameters()))
 
 
 def test_a_layer_that_fails_once_is_measured_when_it_succeeds() -> None:

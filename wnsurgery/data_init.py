@@ -34,7 +34,7 @@ from wnsurgery.outputs import Fresh, scaled
 from wnsurgery.own_state import Attributes, Spill
 from wnsurgery.plan import Pattern, Skipped
 from wnsurgery.ranks import Ranks
-from wnsurgery.safety import as_written
+from wnsurgery.safety import as_written, uncached
 from wnsurgery.targets import Scale, bias_of, is_log, scales_of, select, settable_bias, sort_out
 from wnsurgery.text import columns
 from wnsurgery.walk import Slot, legacy_hooks, modules_of, slots
@@ -712,7 +712,7 @@ def _undisturbed(model: nn.Module, training: bool | None) -> Iterator[None]:
     buffers = [(m, n, b, b.detach().clone()) for m in modules for n, b in m._buffers.items() if b is not None]
     devices = {t.device for t in held if t.is_cuda}
     try:
-        with as_written(), torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
+        with as_written(), uncached(), torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
             if training is not None:
                 for module in modules:
                     module.training = training

@@ -1,5 +1,6 @@
 """What surgery is done under: modules are put back as they were if anything goes wrong, parameters made are ordinary
-ones whatever the caller's mode, compiled code runs as it was written, and the collector waits."""
+ones whatever the caller's mode, compiled code runs as it was written, no weight is a cached one, and the collector
+waits."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-__all__ = ["all_or_nothing", "as_written", "collecting_later", "is_recurrent", "plain_grad_mode"]
+__all__ = ["all_or_nothing", "as_written", "collecting_later", "is_recurrent", "plain_grad_mode", "uncached"]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_load_state_dict_pre_hooks")
 _TABLES = ("_parameters", "_modules", *_HOOKS)  # of a module: what surgery writes to
@@ -47,6 +49,19 @@ def as_written() -> Iterator[None]:
     finally:
         if _COMPILER in sys.modules:
             torch.compiler.reset()
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Every use of a parametrized weight computes it, within `parametrize.cached()`, too; what that has kept is
+    forgotten at the end, for the weights may be others."""
+    enabled = parametrize._cache_enabled
+    parametrize._cache_enabled = 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = enabled
+        parametrize._cache.clear()
 
 
 @contextmanager
