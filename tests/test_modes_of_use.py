@@ -273,6 +273,21 @@ def test_channels_last(early: bool) -> None:
 # Quantized -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("name", ["linear", "lstm", "transposed2d-grouped"])
+def test_torchscript_after_folding(name: str) -> None:
+    """A converted net is refused in words of ours, wherever in the tree it is; a folded copy compiles."""
+    never, x = net(name)
+    model = wn.apply_weight_norm(nn.Sequential(copy.deepcopy(never)).eval())
+    children = list(model)
+    with pytest.raises(wn.SelectionError, match="TorchScript cannot compile a module under weight norm"):
+        torch.jit.script(model)
+    assert list(model) == children
+    folded = wn.fold_weight_norm(copy.deepcopy(model))
+    with torch.no_grad():
+        assert same_bits(torch.jit.script(folded)(x), torch.jit.script(nn.Sequential(never))(x))
+
+
 @pytest.mark.filterwarnings("ignore")  # torch.ao.quantization is deprecated, and still what people use
 @pytest.mark.parametrize("name", ["linear", "lstm"])
 def test_torch_dynamic_quantization_after_folding(name: str) -> None:

@@ -317,7 +317,7 @@ def _changeable(base: Any) -> tuple[Any, ...]:
 def _members(base: Any, names: tuple[str, ...]) -> dict[str, Any]:
     members: dict[str, Any] = {"__module__": parametrize.__name__, "_made_over": _changeable(base)}
     members |= {"__reduce_ex__": _reduce_ex, "_load_from_state_dict": _load_any_layout}
-    members["_copied_plainly"] = _is_copied_plainly(base)
+    members |= {"_copied_plainly": _is_copied_plainly(base), "__prepare_scriptable__": _refuse_scripting}
     for name in ("reset_parameters", "_reset_parameters"):
         if callable(getattr(base, name, None)):
             members[name] = _plain_method(name)
@@ -325,6 +325,16 @@ def _members(base: Any, names: tuple[str, ...]) -> dict[str, Any]:
     if (forward := forward_of(base, names)) is not None:
         members["forward"] = forward
     return members
+
+
+def _refuse_scripting(self: nn.Module) -> nn.Module:
+    """What `torch.jit.script` compiles in a module's place: its compiler reads no property, and says so obscurely."""
+    if not _is_converted(self):
+        return self
+    raise SelectionError(
+        "TorchScript cannot compile a module under weight norm",
+        hint="script a copy that is folded, fold_weight_norm(copy.deepcopy(model)), or use torch.jit.trace",
+    )
 
 
 def _is_copied_plainly(base: Any) -> bool:
