@@ -270,9 +270,6 @@ def test_channels_last(early: bool) -> None:
     )
 
 
-# Quantized -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 @pytest.mark.parametrize("name", ["linear", "lstm", "transposed2d-grouped"])
 def test_torchscript_after_folding(name: str) -> None:
@@ -286,6 +283,9 @@ def test_torchscript_after_folding(name: str) -> None:
     folded = wn.fold_weight_norm(copy.deepcopy(model))
     with torch.no_grad():
         assert same_bits(torch.jit.script(folded)(x), torch.jit.script(nn.Sequential(never))(x))
+
+
+# Quantized -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.ao.quantization is deprecated, and still what people use

@@ -28,6 +28,7 @@ from wnsurgery.fused_kernels import (
 )
 
 __all__ = [
+    "FACTORS",
     "JOBS",
     "LINE",
     "SHORT",
@@ -47,6 +48,7 @@ __all__ = [
 SHORT = 1 << 7  # values of one channel that lie together, up to which they do not make a tile
 LINE = 1 << 12  # values of one channel to a tile
 STRIP = 1 << 9  # channels to a tile
+FACTORS = 4 * 8  # bytes for each channel from where what `settle` finds begins to where its float32 do
 _SUMS, _SCALE, _LENGTHS, _COLUMNS_LENGTHS = range(4)
 JOBS = {  # how a job names its kernel
     "sums": _SUMS,
@@ -234,7 +236,7 @@ def _settle(
 @_any_order
 def _factors_at(found_at, channels):
     """Where what `_settle` finds has its float32."""
-    return floats_at(found_at + 32 * channels)
+    return floats_at(found_at + FACTORS * channels)
 
 
 @kernel

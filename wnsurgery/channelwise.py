@@ -115,7 +115,7 @@ def standardise(
     found = np.empty(5 * channels)  # the last row holds the factors in use, as float32
     at = found.ctypes.data
     told = shifts is None and bias is not None, *(0 if t is None else t.data_ptr() for t in (shifts, g, bias)), at
-    if not tiled.standardise(clear, lengths.ctypes.data, target, *told, factors_at=at + 32 * channels):
+    if not tiled.standardise(clear, lengths.ctypes.data, target, *told):
         return None
     increment_version((cube, g) if bias is None else (cube, g, bias))
     return found[: 4 * channels].reshape(4, channels)
@@ -152,7 +152,7 @@ class _Tiled(NamedTuple):
         at = parts.ctypes.data
         return self.kernels.add_up(self.at, at, *self.sizes[:3], self.tiles, clear, found.ctypes.data)  # type: ignore[no-any-return]
 
-    def standardise(self, *numbers: Any, factors_at: int) -> bool:
+    def standardise(self, *numbers: Any) -> bool:
         """What the kernel of that name does, in several threads where there is enough to do; whether it did."""
         kernels = self.kernels
         if self._is_for_one():
@@ -160,7 +160,7 @@ class _Tiled(NamedTuple):
         parts = self._sums()
         clear: bool = kernels.settle(self.at, parts.ctypes.data, *self.sizes[:3], self.tiles, *numbers)
         if clear:
-            self.scale(factors_at)
+            self.scale(numbers[-1] + kernels.FACTORS * self.sizes[0])
         return clear
 
     def scale(self, factors_at: int) -> None:

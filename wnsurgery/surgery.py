@@ -338,7 +338,6 @@ class _Pair(NamedTuple):
 def _pairs(model: nn.Module, sharding: FullyShard) -> list[_Pair]:
     """Every pair of a model, in walking order."""
     found: dict[tuple[int, int], _Pair] = {}
-    is_sharded = bool(sharding)
     for slot in slots(model, plain=False):
         if slot.form not in _WEIGHT_NORM:
             if slot.form == "other" and _is_stacked(slot):
@@ -347,7 +346,7 @@ def _pairs(model: nn.Module, sharding: FullyShard) -> list[_Pair]:
         g, v = slot.magnitude, slot.tensor
         if g is None or v is None:
             raise PairError(f"{slot.fqn}: one half of the (g, v) pair is missing")
-        if is_sharded:
+        if sharding:
             sharding.check(slot.fqn, _halves(slot)[1], v)
         try:
             axes, magnitude = _rule_of(slot)  # of each owner: a write may be pending with any of them
