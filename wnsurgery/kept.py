@@ -28,6 +28,7 @@ __all__ = [
     "Rooms",
     "extent",
     "holders",
+    "holders_and_handles",
     "is_alone",
     "looked_at",
     "places_in",
@@ -74,15 +75,7 @@ class Rooms:
 
 def is_alone(memory: Tensor) -> bool:
     """Whether no other tensor has the memory of one, and nobody holds the memory's own object."""
-    return _counts(memory) == _ALONE
-
-
-def _counts(memory: Tensor) -> tuple[int, int]:
-    storage = memory.untyped_storage()
-    return sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
-
-
-_ALONE = _counts(torch.empty(1, device="cpu"))  # of memory that only one tensor has
+    return holders_and_handles(memory) == _ALONE
 
 
 def _is_own(memory: Tensor) -> bool:
@@ -94,6 +87,15 @@ def _is_own(memory: Tensor) -> bool:
 def holders(memory: Tensor) -> int:
     """How many tensors have the memory of one, itself and the handle that counting takes included."""
     return torch._C._storage_Use_Count(memory.untyped_storage()._cdata)
+
+
+def holders_and_handles(memory: Tensor) -> tuple[int, int]:
+    """`holders`, and how often Python holds the memory's own object, which counting itself does, too."""
+    storage = memory.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
+
+
+_ALONE = holders_and_handles(torch.empty(1, device="cpu"))  # of memory that only one tensor has
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

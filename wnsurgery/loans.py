@@ -10,11 +10,12 @@ import weakref
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from wnsurgery.errors import WnsurgeryError
-from wnsurgery.kept import Probes, holders, looked_at, places_in, steps
+from wnsurgery.kept import Probes, holders, holders_and_handles, looked_at, places_in, steps
 
 __all__ = ["LASTING", "Lasting", "Loan", "lend_out", "outstanding"]
 
@@ -143,7 +144,16 @@ class Loan(weakref.ref[Tensor]):
 
     def is_out(self) -> bool:
         """Whether somebody can still write into the weight."""
-        return self() is not None or (self.own is not None and holders(self._alias) > self._without)
+        return self() is not None or (self.own is not None and self._is_held_beside(self._without))
+
+    def is_done(self) -> bool:
+        """Whether nothing was written into the weight that is just being let go, and nobody is left who could."""
+        return not (self.is_written() or (self.own is not None and self._is_held_beside(self._without + _DYING)))
+
+    def _is_held_beside(self, known: int) -> bool:
+        """Whether somebody else has the weight's memory than so many who are known."""
+        count, handles = holders_and_handles(self._alias)
+        return count > known or handles > _NO_HANDLE
 
     def written(self) -> Tensor:
         """The weight's values, also when nobody holds it any more."""
@@ -188,11 +198,10 @@ def _let_go(loan: Loan) -> None:
     watched = owner.__dict__.get("_handed_out")
     if not watched:
         return
-    if loan._alias._version == loan._version:
-        if loan.own is None:
-            owner.unwatch(loan)
-        return
-    _take_over(owner, "_handed_out", watched)
+    if loan.is_done():
+        owner.unwatch(loan)
+    elif loan._alias._version != loan._version:
+        _take_over(owner, "_handed_out", watched)
 
 
 def _view_gone(view: _View) -> None:
@@ -201,6 +210,21 @@ def _view_gone(view: _View) -> None:
     owner = loan._owner() if loan._alias._version != loan._version else None
     if owner is not None:  # a write that left no count is seen at the next use
         _take_over(owner, "_again", loan)
+
+
+def _when_let_go() -> tuple[int, int]:
+    """How many of the holders of a tensor's memory are the tensor itself, when its weak references are told that it is
+    gone, and how many handles there are of a memory that nobody has one of."""
+    tensor, seen = torch.empty(1, device="cpu"), list[int]()
+    alias = tensor.detach()
+    reference = weakref.ref(tensor, lambda _: seen.append(holders(alias)))
+    del tensor
+    assert reference() is None
+    left, handles = holders_and_handles(alias)
+    return seen[0] - left, handles
+
+
+_DYING, _NO_HANDLE = _when_let_go()
 
 
 def _take_over(owner: Any, name: str, watched: Any) -> None:
