@@ -152,6 +152,38 @@ def test_others_who_look_on_see_the_weight_computed(found: list[bool]) -> None:
     assert torch.equal(layer(x), nn.functional.linear(x, compose(*one.pair(), one[0].axes).tanh(), layer.bias))
 
 
+@pytest.mark.parametrize("keep", [lambda grad: grad, lambda grad: grad.detach(), lambda grad: grad[:3]])
+def test_a_gradient_that_somebody_holds_is_not_written_over(keep: Any, found: list[bool]) -> None:
+    """That of a weight large enough for dL/dv to take its place where nobody does."""
+    x = torch.randn(2, 400)
+    layer: Any = trained(nn.Linear(400, 400), x)
+    held: list[Tensor] = []
+    w = layer.weight
+    assert found[-1]
+    w.register_hook(lambda grad: held.append(keep(grad)))
+    nn.functional.linear(x, w).square().sum().backward()
+    wanted = 2 * nn.functional.linear(x, w.detach()).t() @ x
+    torch.testing.assert_close(held[0], wanted[: len(held[0])], rtol=1e-5, atol=1e-4)
+    assert not torch.equal(held[0], entry(layer).original1.grad[: len(held[0])])
+
+
+def test_a_gradient_that_nobody_holds_gives_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[tuple[int, int]] = []
+    real = Straight._by_kernel
+
+    def by_kernel(self: Any, grad: Tensor, norms: Tensor, grad_v: Tensor) -> Any:
+        places.append((grad.data_ptr(), grad_v.data_ptr()))
+        return real(self, grad, norms, grad_v)
+
+    monkeypatch.setattr(Straight, "_by_kernel", by_kernel)
+    x = torch.randn(2, 400)
+    layer = trained(nn.Linear(400, 400), x, steps=3)
+    places.clear()
+    layer(x).square().sum().backward()
+    assert places
+    assert all(grad == grad_v for grad, grad_v in places)
+
+
 def test_gradients_of_micro_batches_are_those_of_one(found: list[bool]) -> None:
     x = torch.randn(6, 6)
     layer = trained(nn.Linear(6, 5), x)

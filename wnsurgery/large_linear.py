@@ -22,7 +22,7 @@ from wnsurgery.reparam import Axes, compose, compose_in_one_pass, first_order_gr
 
 __all__ = ["LARGE_WEIGHT", "HowLarge", "large_linear", "nobody_looks_on", "takes_input"]
 
-LARGE_WEIGHT = 3 << 16  # elements above which memory is what a layer waits for
+LARGE_WEIGHT = 7 << 16  # elements above which memory is what a layer waits for
 _saving_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 _FRESH = 1 << 20  # elements from which blocks are at times given back to the system
 

@@ -391,7 +391,7 @@ class _Compose(torch.autograd.Function):
             big = size >= _FRESH
             over = big or (size >= LARGE and fused.started())
             room = None
-            if over and _fills_its_memory(grad_w) and is_private(grad_w, count):
+            if over and is_to_be_had(grad_w, count):
                 room = grad_w
             elif big and rooms is not None:
                 room = rooms.take("grad", v)
@@ -422,9 +422,12 @@ def is_readable(grad: Tensor) -> bool:
     return is_plain(grad) and grad.dtype is torch.float32 and grad.is_contiguous() and not grad.is_neg()
 
 
-def _fills_its_memory(grad: Tensor) -> bool:
+def is_to_be_had(grad: Tensor, count: int) -> bool:
+    """Whether dL/dv may be written over a gradient that has all of its memory, by the count of references to it that
+    `ownership.counted` gives."""
     plain = is_plain(grad) and grad.layout is torch.strided and grad.is_contiguous()
-    return plain and grad.dtype == torch.float32 and grad.untyped_storage().nbytes() == grad.nbytes
+    fills = plain and grad.dtype == torch.float32 and grad.untyped_storage().nbytes() == grad.nbytes
+    return fills and is_private(grad, count)
 
 
 # past the Python half of `Function.apply`, which unwraps what function transforms left: none is on

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from wnsurgery import fused
 from wnsurgery.kept import LARGE, Rooms, steps
 from wnsurgery.loans import LASTING
+from wnsurgery.ownership import counted, prepare
 from wnsurgery.reparam import (
     Axes,
     compose_in_one_pass,
@@ -24,6 +25,7 @@ from wnsurgery.reparam import (
     is_by_torch,
     is_plain,
     is_readable,
+    is_to_be_had,
     with_graph,
 )
 from wnsurgery.torch_node import TorchNode, takes
@@ -64,6 +66,8 @@ class Straight:
         self._is_small = max(g.nbytes, v.nbytes) <= LASTING
         self._read, self._reads = (-1, -1, -1), 0
         steps.start()
+        if self._count >= LARGE:
+            prepare()
         self.large: Any = None  # how a linear layer computes it with its output
 
     def is_of(self, g: Any, v: Any) -> bool:
@@ -123,24 +127,29 @@ class Straight:
         (call, rest), (g_at, v_at) = self._forward, self._at
         return (w, norms) if call(v_at, g_at, w.data_ptr(), norms.data_ptr(), *rest) else None
 
-    def gradients(self, grad: Tensor, g: Tensor, v: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """dL/dg and dL/dv from dL/dw, for the pair as the graph has saved it, and ||v|| as it was then."""
+    def gradients(self, grad: Tensor, g: Tensor, v: Tensor, norms: Tensor, count: int = 0) -> tuple[Tensor, Tensor]:
+        """dL/dg and dL/dv from dL/dw, for the pair as the graph has saved it, and ||v|| as it was then.
+
+        dL/dv is written over dL/dw where the count of references to that tells that nobody else has it.
+        """
         differentiable = _grad_enabled()
         if not differentiable and self.is_of(g, v):
             if self._is_by_torch and is_plain(grad):
                 return gradients_by_torch(grad, g, v, norms)
             if is_readable(grad):
-                return self._by_kernel(grad, norms)
+                over = self._count >= LARGE and is_to_be_had(grad, count)
+                return self._by_kernel(grad, norms, grad if over else _empty_like(self._v))
         return first_order_gradients(grad, g, v, None if differentiable else norms, self.axes, "linear")
 
-    def _by_kernel(self, grad: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-        grad_g, grad_v = _empty_like(self._g), _empty_like(self._v)
+    def _by_kernel(self, grad: Tensor, norms: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor]:
+        grad_g = _empty_like(self._g)
         call, rest = self._backward
         g_at, v_at = self._at
         call(grad.data_ptr(), v_at, g_at, norms.data_ptr(), grad_g.data_ptr(), grad_v.data_ptr(), *rest)
         return grad_g, grad_v
 
 
+@counted
 class _ComposeStraight(torch.autograd.Function):
     """What `compose` comes to for a weight that the kernels have made, and whose gradients they take."""
 
@@ -151,10 +160,10 @@ class _ComposeStraight(torch.autograd.Function):
         return made[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def receive(ctx: Any, grad: Tensor, count: int) -> tuple[Tensor | None, ...]:
         straight: Straight = ctx.straight
         g, v, norms = ctx.saved_tensors
-        return *straight.gradients(grad, g, v, norms), None, None
+        return *straight.gradients(grad, g, v, norms, count), None, None
 
 
 class _ComposeLasting(torch.autograd.Function):
