@@ -27,6 +27,7 @@ __all__ = [
     "Sizes",
     "backward",
     "backward_call",
+    "call_of",
     "far",
     "forward",
     "forward_call",
@@ -126,7 +127,7 @@ def forward_call(sizes: Sizes, elements: int) -> tuple[Callable[..., bool], tupl
     inputs, rows, columns = sizes
     past = int(elements >= far())
     name, rest = ("columns_forward", (inputs, rows, columns, past)) if inputs else ("rows_forward", (columns, past))
-    return _call(name, elements, rows, rest)
+    return call_of(_Kernels.module, name, elements, rows, rest)
 
 
 def backward_call(sizes: Sizes, elements: int) -> tuple[Callable[..., bool], tuple[int, ...]]:
@@ -134,13 +135,16 @@ def backward_call(sizes: Sizes, elements: int) -> tuple[Callable[..., bool], tup
     inputs, rows, columns = sizes
     past = int(elements >= _FAR)
     name, rest = ("columns_backward", (inputs, rows, columns)) if inputs else ("rows_backward", (columns, past))
-    return _call(name, elements, rows, rest)
+    return call_of(_Kernels.module, name, elements, rows, rest)
 
 
-def _call(name: str, elements: int, rows: int, rest: tuple[int, ...]) -> tuple[Callable[..., bool], tuple[int, ...]]:
+def call_of(
+    kernels: Any, name: str, elements: int, rows: int, rest: tuple[int, ...]
+) -> tuple[Callable[..., bool], tuple[int, ...]]:
+    """What runs a kernel on all rows of a weight, in threads that are worth it, and the arguments that come last."""
     if is_for_one(elements):
-        return getattr(_Kernels.module, name), (*rest, 0, rows)
-    return partial(on_all_rows, _Kernels.module, elements, rows, name), rest
+        return getattr(kernels, name), (*rest, 0, rows)
+    return partial(on_all_rows, kernels, elements, rows, name), rest
 
 
 def forward(g: Tensor, v: Tensor, sizes: Sizes, w: Tensor) -> Tensor | None:

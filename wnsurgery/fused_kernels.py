@@ -41,6 +41,7 @@ __all__ = [
     "number_of_thread",
     "numbers_at",
     "parts_of",
+    "pointers_to",
     "product",
     "rows_backward",
     "rows_forward",
@@ -103,7 +104,7 @@ def _or_start_anew(cache, method):
     return attempt
 
 
-def _pointers_to(kind):
+def pointers_to(kind):
     """A function that makes a pointer to numbers of this type of an address."""
 
     @intrinsic
@@ -116,7 +117,7 @@ def _pointers_to(kind):
     return at
 
 
-floats_at, doubles_at, numbers_at = map(_pointers_to, (types.float32, types.float64, types.int64))
+floats_at, doubles_at, numbers_at = map(pointers_to, (types.float32, types.float64, types.int64))
 
 
 def _eight_at(builder, pointer, index):

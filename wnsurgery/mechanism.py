@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-from wnsurgery import fused
+from wnsurgery import fused, other_types
 from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
 from wnsurgery.errors import PairError
 from wnsurgery.kept import Kept, Rooms, probes_of, steps
@@ -235,23 +235,29 @@ class WeightNormList(LeanModule, ParametrizationList):
         """The weight with its graph: by the shortest way, or with those that the last pass used."""
         net, ready = self._preparation, None
         hooked = _hooked(rule)  # whoever looks on sees its forward pass
-        if v.dtype is torch.float32 and (g.requires_grad or v.requires_grad):
+        if v.is_cpu and (g.requires_grad or v.requires_grad):
             fused.start()  # before the first weight: a pass that runs again must save for its gradients what it saved
-        sizes = None if hooked else fused.plan(g, v, rule.axes.kept, rule.axes.groups, rule.magnitude)
-        if sizes is not None:
+        sizes = None if hooked else self._sizes(rule, g, v)
+        if sizes is not None and (isinstance(sizes, fused.Sizes) or sizes.as_it_is):
             way = self._way
             if way is None or not way.is_of(g, v):
                 way = self.__dict__["_way"] = Straight(g, v, sizes, rule.axes, self._rooms())
             made = self._by(way, g, v, private)
             if made is not None:
                 return made
-            ready = compose_in_one_pass(g, v, sizes, self._rooms())
-        elif net is not None and not hooked:
+            ready = compose_in_one_pass(g, v, sizes, self._rooms()) if isinstance(sizes, fused.Sizes) else None
+        elif sizes is None and net is not None and not hooked:
             ready = net.take(self, g, v)
         w: Tensor = rule.compose(g, v, self._rooms(), ready)
         if not private:
             self._hand_out(w, g, v)
         return w
+
+    @staticmethod
+    def _sizes(rule: Any, g: Tensor, v: Tensor) -> fused.Sizes | other_types.Rows | None:
+        """How the compiled kernels see the pair; None where they do not take it."""
+        how = rule.axes.kept, rule.axes.groups, rule.magnitude
+        return fused.plan(g, v, *how) if v.dtype is torch.float32 else other_types.rows_of(g, v, *how)
 
     def item(self) -> Item | None:
         """Its pair and rule, None where the factor cannot be told from the row norms in passing."""

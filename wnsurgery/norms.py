@@ -32,6 +32,7 @@ __all__ = [
     "norm",
     "ordinary_factors",
     "plain_scale",
+    "ridge_bits",
     "row_norms",
     "row_peak",
     "row_products",
@@ -376,7 +377,8 @@ class _Float64Rows:
 
     ||v|| = (high + low) * unscale / lift. Each row is scaled so that its largest element lies in [1, 2).
     The leading bits of every element are split off so that their squares add up without any rounding,
-    whatever the order (the idea of Ozaki's exact dot product); the rest is small enough to be rounded.
+    whatever the order (the idea of Ozaki's exact dot product); so are the leading bits of what they leave. The rest
+    of that is so small that the order in which it is added decides nothing.
     """
 
     def __init__(self, v: Tensor, dims: Sequence[int], *, blocked: bool) -> None:
@@ -388,18 +390,18 @@ class _Float64Rows:
         self.exponent = exponent - torch.where(peak < 2.0**-900, 100, 0)
         down = _power_of_two(-exponent)
         count = max(1, v.numel() // max(1, peak.numel()))
-        bits = (49 - count.bit_length()) // 2
-        ridge = 1.5 * 2.0 ** (52 - bits)
+        ridges = tuple(1.5 * 2.0**bits for bits in ridge_bits(count))
         if not blocked:
-            exact, rest = self._squares(v * self.lift * down, ridge, dims)
+            exact, second, rest = self._squares(v * self.lift * down, ridges, dims)
         else:
-            exact, rest = torch.zeros_like(peak), torch.zeros_like(peak)
+            exact, second, rest = (torch.zeros_like(peak) for _ in range(3))
             step = max(1, _BLOCK * v.shape[0] // v.numel())
             for start in range(0, v.shape[0], step):
                 rows = slice(None) if 0 in dims else slice(start, start + step)
                 scaled = v[start : start + step] * self.lift[rows] * down[rows]
-                for sums, more in zip((exact, rest), self._squares(scaled, ridge, dims), strict=True):
+                for sums, more in zip((exact, second, rest), self._squares(scaled, ridges, dims), strict=True):
                     sums[rows] += more
+        rest = second + rest
         total = exact + rest
         error = rest - (total - exact)
         self.zero = total == 0
@@ -409,13 +411,15 @@ class _Float64Rows:
         self.high = torch.where(self.zero, torch.zeros_like(root), root)
 
     @staticmethod
-    def _squares(scaled: Tensor, ridge: float, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Sums over `dims` of the squares of the leading bits, which are exact, and of what they leave."""
-        lead = (scaled + ridge) - ridge
-        exact, rest = lead * lead, (scaled - lead) * (scaled + lead)
-        if not dims:
-            return exact, rest
-        return exact.sum(tuple(dims), keepdim=True), rest.sum(tuple(dims), keepdim=True)
+    def _squares(scaled: Tensor, ridges: tuple[float, ...], dims: Sequence[int]) -> tuple[Tensor, ...]:
+        """Sums over `dims` of the squares of the leading bits, of the leading bits of what they leave, both of which
+        are exact, and of the rest."""
+        first, second = ridges
+        lead = (scaled + first) - first
+        left = (scaled - lead) * (scaled + lead)
+        leading = (left + second) - second
+        parts = lead * lead, leading, left - leading
+        return tuple(part.sum(tuple(dims), keepdim=True) for part in parts) if dims else parts
 
     @property
     def value(self) -> Tensor:
@@ -431,6 +435,15 @@ class _Float64Rows:
     def log_mantissa(self) -> Tensor:
         """log ||v|| of the scaled rows."""
         return (self.high + self.low).log()
+
+
+def ridge_bits(count: int) -> tuple[int, int]:
+    """Powers of two such that adding 1.5 times them, and taking them off again, leaves of numbers below 2 the bits
+    whose squares can be added up exactly, `count` of them; and those of what these squares lack, for their sum."""
+    length = count.bit_length()
+    bits = (49 - length) // 2
+    second = 50 + bits - length  # what is left is below 2^(1 - bits)
+    return 52 - bits, 52 - second
 
 
 def _row_scale_float64(g: Tensor, v: Tensor, dims: Sequence[int], magnitude: str, *, blocked: bool) -> RowScale:

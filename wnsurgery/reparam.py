@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wnsurgery import fused
+from wnsurgery import fused, other_types
 from wnsurgery.compiled import compose_compiled, is_for_compiler
 from wnsurgery.dtensors import count_not_finite, is_spread, local_rows, spread_over
 from wnsurgery.errors import NonFiniteWeightError, PairError
@@ -43,6 +43,7 @@ Magnitude = Literal["linear", "log"]
 
 _FRESH = 1 << 23  # elements from which the allocator gives fresh pages each time, which cost more than a pass
 _BY_TORCH = 1 << 17  # elements up to which torch's own node costs less, though it makes a weight of its own first
+_NODE_TYPES = (torch.float32, torch.float64)
 _WIDENED = 1 << 18  # elements widened at a time
 _BLOCK = 1 << 19  # elements a block of the backward pass has: few enough for a core's cache, enough for its calls
 
@@ -237,7 +238,7 @@ def compose_eagerly(
     ready: Ready | None = None,
 ) -> Tensor:
     """`compose` for a pair known to fit, in eager mode; w and later dL/dv in memory of `rooms` where there is some."""
-    if torch.is_grad_enabled() and v.dtype == torch.float32 and (v.requires_grad or g.requires_grad):
+    if torch.is_grad_enabled() and v.is_cpu and (v.requires_grad or g.requires_grad):
         fused.start()
     if ready is None:
         sizes = fused.plan(g, v, axes.kept, axes.groups, magnitude)
@@ -358,6 +359,11 @@ class _Compose(torch.autograd.Function):
         axes, magnitude, rooms = how
         if v.numel() >= _FRESH:
             prepare_counts()
+        other = other_types.rows_of(g, v, axes.kept, axes.groups, magnitude)
+        found = None if other is None else other_types.forward(g, v, other)
+        if found is not None:
+            ctx.save_for_backward(g, v, found[1])
+            return found[0]
         if ready is None or ready.factor is None:
             view, dims, rows = axes.grouped(v), axes.reduced(v.ndim), _per_row(g, v, axes)
             if v.dtype == torch.float64:
@@ -382,16 +388,24 @@ class _Compose(torch.autograd.Function):
     def receive(ctx: Any, grad_w: Tensor, count: int) -> tuple[Tensor | None, ...]:
         g, v, norms = ctx.saved_tensors
         axes, magnitude, rooms = ctx.how
-        if norms is None or torch.is_grad_enabled() or not torch._C._has_storage(grad_w):  # a batch of gradients
+        other = None
+        if norms is not None and v.dtype in other_types.TYPES and is_plain(grad_w) and grad_w.dtype is v.dtype:
+            other = other_types.rows_of(g, v, axes.kept, axes.groups, magnitude)
+        is_wide = v.dtype is torch.float64 and other is None
+        if (
+            norms is None or is_wide or torch.is_grad_enabled() or not torch._C._has_storage(grad_w)
+        ):  # or a batch of them
             grad_g, grad_v = _gradients(grad_w, g, v, axes, magnitude)
         elif is_by_torch(g, v, axes, magnitude):
             grad_g, grad_v = gradients_by_torch(grad_w, g, v, norms)
+        elif other is not None:
+            grad_g, grad_v = other_types.backward(grad_w, g, v, norms, other)
         else:
             size = v.numel() if v.dtype == torch.float32 else 0
             big = size >= _FRESH
             over = big or (size >= LARGE and fused.started())
             room = None
-            if over and is_to_be_had(grad_w, count):
+            if over and is_to_be_had(grad_w, v, count):
                 room = grad_w
             elif big and rooms is not None:
                 room = rooms.take("grad", v)
@@ -403,7 +417,7 @@ def is_by_torch(g: Tensor, v: Tensor, axes: Axes, magnitude: str) -> bool:
     """Whether gradients of ordinary rows are those of torch's own operation, in whichever way a weight was made: its
     node of the graph costs small weights less than any other (`torch_node`)."""
     fits = axes == _ROWS and magnitude == "linear" and 1 < v.ndim == g.ndim and v.numel() <= _BY_TORCH
-    return fits and v.dtype is g.dtype is torch.float32 and v.is_cpu and v.is_contiguous()
+    return fits and v.dtype is g.dtype in _NODE_TYPES and v.is_cpu and v.is_contiguous()
 
 
 def gradients_by_torch(grad_w: Tensor, g: Tensor, v: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
@@ -417,16 +431,16 @@ def is_plain(grad: Tensor) -> bool:
     return type(grad) is Tensor and torch._C._has_storage(grad) and not grad._is_zerotensor()
 
 
-def is_readable(grad: Tensor) -> bool:
+def is_readable(grad: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     """Whether the kernels can read a gradient where it lies."""
-    return is_plain(grad) and grad.dtype is torch.float32 and grad.is_contiguous() and not grad.is_neg()
+    return is_plain(grad) and grad.dtype is dtype and grad.is_contiguous() and not grad.is_neg()
 
 
-def is_to_be_had(grad: Tensor, count: int) -> bool:
+def is_to_be_had(grad: Tensor, v: Tensor, count: int) -> bool:
     """Whether dL/dv may be written over a gradient that has all of its memory, by the count of references to it that
     `ownership.counted` gives."""
     plain = is_plain(grad) and grad.layout is torch.strided and grad.is_contiguous()
-    fills = plain and grad.dtype == torch.float32 and grad.untyped_storage().nbytes() == grad.nbytes
+    fills = plain and grad.dtype is v.dtype and grad.untyped_storage().nbytes() == grad.nbytes
     return fills and is_private(grad, count)
 
 
@@ -480,7 +494,7 @@ def first_order_gradients(
     `norms` is ||v|| per row in float32, None where rows are extreme. With `private`, nobody else looks at `grad_w`, and
     dL/dv may be written over it.
     """
-    if norms is None or not torch._C._has_storage(grad_w):  # a batch of gradients, as `is_grads_batched` makes them
+    if norms is None or norms.dtype is torch.float64 or not torch._C._has_storage(grad_w):  # or a batch of gradients
         return _gradients(grad_w, g, v, axes, magnitude)
     room = grad_w if private and grad_w.stride() == v.stride() and grad_w.dtype == v.dtype else None
     # two gradients of one weight at a time, a new and an old one, outgrow what the allocator keeps warm much sooner

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from wnsurgery import fused
+from wnsurgery import fused, other_types
 from wnsurgery.kept import LARGE, Rooms, steps
 from wnsurgery.loans import LASTING
 from wnsurgery.ownership import counted, prepare
@@ -39,7 +39,8 @@ _empty_like, _grad_enabled = torch.empty_like, torch.is_grad_enabled
 
 
 class Straight:
-    """A pair of Parameters that the compiled kernels take, with sizes as `fused.plan` gave them.
+    """A pair of Parameters that the compiled kernels read where it lies, with sizes from `fused.plan`, or from
+    `other_types.rows_of` where these say `as_it_is`.
 
     >>> from wnsurgery import fused
     >>> g, v = nn.Parameter(torch.tensor([[10.0]])), nn.Parameter(torch.tensor([[3.0, 4.0]]))
@@ -51,18 +52,22 @@ class Straight:
 
     __slots__ = (
         *("_at", "_backward", "_count", "_forward", "_g", "_is_by_torch", "_is_small", "_node"),
-        *("_read", "_reads", "_rooms", "_roomy", "_shapes", "_v"),
+        *("_read", "_reads", "_rooms", "_roomy", "_shapes", "_types", "_v"),
         *("axes", "large", "sizes"),
     )
 
-    def __init__(self, g: Tensor, v: Tensor, sizes: fused.Sizes, axes: Axes, rooms: Rooms) -> None:
+    def __init__(self, g: Tensor, v: Tensor, sizes: fused.Sizes | other_types.Rows, axes: Axes, rooms: Rooms) -> None:
         self._g, self._v, self.sizes, self.axes, self._rooms = g, v, sizes, axes, rooms
         self._at, self._count = (g.data_ptr(), v.data_ptr()), v.numel()
         self._shapes = g.shape, v.shape, g.stride(), v.stride()
         self._node = TorchNode(g, v, axes) if takes(g, v, axes) else None
         self._is_by_torch = is_by_torch(g, v, axes, "linear")
-        self._roomy = self._count >= _ROOMY or (self._node is None and self._is_by_torch)
-        self._forward, self._backward = fused.forward_call(sizes, self._count), fused.backward_call(sizes, self._count)
+        self._types, self._roomy = (g.dtype, v.dtype), False
+        if isinstance(sizes, fused.Sizes):
+            self._roomy = self._count >= _ROOMY or (self._node is None and self._is_by_torch)
+            self._forward, self._backward = (f(sizes, self._count) for f in (fused.forward_call, fused.backward_call))
+        else:
+            self._forward, self._backward = (f(v, sizes) for f in (other_types.forward_call, other_types.backward_call))
         self._is_small = max(g.nbytes, v.nbytes) <= LASTING
         self._read, self._reads = (-1, -1, -1), 0
         steps.start()
@@ -77,7 +82,7 @@ class Straight:
             and v is self._v
             and (g.data_ptr(), v.data_ptr()) == self._at
             and (g.shape, v.shape, g.stride(), v.stride()) == self._shapes
-            and v.dtype is torch.float32 is g.dtype
+            and (g.dtype, v.dtype) == self._types
         )
 
     def weight(self, g: Tensor | None, v: Tensor | None) -> Tensor | None:
@@ -86,7 +91,7 @@ class Straight:
         if not self.is_of(g, v) or forward_ad._current_level >= 0 or _inference_mode() or _transforms() is not None:
             return None
         if self._roomy:
-            ready = compose_in_one_pass(self._g, self._v, self.sizes, self._rooms)
+            ready = compose_in_one_pass(self._g, self._v, self.sizes, self._rooms)  # type: ignore[arg-type]
             how = self.axes, "linear", self._rooms
             return None if ready.w is None else with_graph(self._g, self._v, how, ready)
         node, (call, rest), (g_at, v_at) = self._node, self._forward, self._at
@@ -116,7 +121,7 @@ class Straight:
         """The weight of this pair without a graph, outside of training; None as for `weight`."""
         if not self.is_of(g, v) or forward_ad._current_level >= 0 or _inference_mode() or _transforms() is not None:
             return None
-        if self._count >= LARGE:
+        if self._count >= LARGE and isinstance(self.sizes, fused.Sizes):
             return compose_in_one_pass(g, v, self.sizes, rooms).w
         made = self._made()
         return None if made is None else made[0]
@@ -136,8 +141,8 @@ class Straight:
         if not differentiable and self.is_of(g, v):
             if self._is_by_torch and is_plain(grad):
                 return gradients_by_torch(grad, g, v, norms)
-            if is_readable(grad):
-                over = self._count >= LARGE and is_to_be_had(grad, count)
+            if is_readable(grad, self._types[1]):
+                over = self._count >= LARGE and is_to_be_had(grad, v, count)
                 return self._by_kernel(grad, norms, grad if over else _empty_like(self._v))
         return first_order_gradients(grad, g, v, None if differentiable else norms, self.axes, "linear")
 

@@ -1,0 +1,276 @@
+"""Weights of 16 bits and of float64 by the compiled kernels: the bits and gradients of the other paths."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wnsurgery as wn
+from wnsurgery import fused, other_types
+from wnsurgery.mechanism import WeightNormList
+from wnsurgery.reparam import Axes, compose, decompose
+from wnsurgery.straight import Straight
+
+TYPES = [torch.float64, torch.bfloat16, torch.float16]
+WHOLE = {torch.float64: torch.int64, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+ROWS, COLUMNS, ALL = Axes((0,)), Axes((1,)), Axes(())
+SHAPES = [
+    ((7, 5), ROWS),
+    ((1, 1), ROWS),
+    ((9,), ROWS),
+    ((33, 3, 3, 3), ROWS),
+    ((3, 20000), ROWS),
+    ((300, 400), ROWS),
+    ((12, 7), COLUMNS),
+    ((40, 50, 3), COLUMNS),
+    ((31, 41), ALL),
+]
+
+
+@pytest.fixture(autouse=True)
+def started() -> Iterator[None]:
+    """With kernels, in as many threads as before."""
+    assert fused.start()
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    whole = WHOLE[a.dtype]
+    return a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a.view(whole), b.view(whole))
+
+
+def by_operations(g: Tensor, v: Tensor, axes: Axes, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The weight as where numba is not installed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fused._Kernels, "module", None)
+        patch.setattr(fused._Kernels, "asked", True)
+        return compose(g, v, axes)
+
+
+def by_kernels(g: Tensor, v: Tensor, axes: Axes) -> Tensor | None:
+    sizes = other_types.rows_of(g, v, axes.kept, axes.groups, "linear")
+    found = None if sizes is None else other_types.forward(g, v, sizes)
+    return None if found is None else found[0]
+
+
+def magnitudes(stored: Tensor) -> dict[str, Tensor]:
+    """Of a pair as converted, rescaled by powers of two, a unit in the last place off that, in training, and dead."""
+    torch.manual_seed(1)
+    step = torch.finfo(stored.dtype).eps
+    return {
+        "converted": stored,
+        "rescaled": stored * 4,
+        "near": stored * (1 + step * torch.randint(-2, 3, stored.shape)),
+        "trained": stored * torch.randn(stored.shape).to(stored.dtype),
+        "negative": -stored,
+        "dead": torch.where(torch.rand(stored.shape) < 0.5, torch.zeros_like(stored), stored),
+    }
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("shape", "axes"), SHAPES, ids=str)
+@pytest.mark.parametrize("short", [False, True], ids=["", "g of 16 bits"])
+def test_the_bits_are_those_of_torchs_operations(
+    shape: tuple[int, ...], axes: Axes, dtype: torch.dtype, short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    stored, v = decompose(torch.randn(shape, dtype=torch.float64).to(dtype), axes)
+    for kind, g in magnitudes(stored.to(dtype) if short else stored).items():
+        wanted = by_operations(g, v, axes, monkeypatch)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found = by_kernels(g, v, axes)
+            assert found is not None, kind
+            assert same_bits(found, wanted), kind
+            assert same_bits(compose(g, v, axes), wanted), kind
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_rows_of_any_size(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those within the range of the kernels, and those which go the long way, one at a time."""
+    torch.manual_seed(0)
+    taken = 0
+    for power in range(-1070 if dtype == torch.float64 else -26, 1000 if dtype == torch.float64 else 14, 7):
+        v = (torch.randn(4, 30, dtype=torch.float64) * 2.0**power).to(dtype)
+        if not torch.isfinite(v).all():
+            continue
+        for g in (
+            decompose(v, ROWS)[0],
+            torch.rand(4, 1).to(torch.float64 if dtype == torch.float64 else torch.float32),
+        ):
+            taken += by_kernels(g, v, ROWS) is not None
+            assert same_bits(compose(g, v, ROWS), by_operations(g, v, ROWS, monkeypatch)), power
+    assert taken > 5
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
+def test_rows_that_are_no_ordinary_ones_go_the_long_way(
+    dtype: torch.dtype, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    v = torch.randn(3, 5, dtype=torch.float64).to(dtype)
+    g, _ = decompose(v, ROWS)
+    v[1] = value
+    assert by_kernels(g, v, ROWS) is None
+    torch.testing.assert_close(
+        compose(g, v, ROWS), by_operations(g, v, ROWS, monkeypatch), rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_a_magnitude_that_may_stand_for_a_norm_beyond_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    v = torch.full((1, 400), 6e4, dtype=torch.float16)
+    g = torch.full((1, 1), 65504.0, dtype=torch.float16)
+    assert by_kernels(g, v, ROWS) is None
+    assert same_bits(compose(g, v, ROWS), by_operations(g, v, ROWS, monkeypatch))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("shape", "axes"), SHAPES, ids=str)
+def test_gradients(shape: tuple[int, ...], axes: Axes, dtype: torch.dtype) -> None:
+    """Equation 3 in float64, to the rounding of the type."""
+    torch.manual_seed(0)
+    stored, v = decompose(torch.randn(shape, dtype=torch.float64).to(dtype), axes)
+    g = (stored * (0.5 + torch.rand(stored.shape).to(stored.dtype))).requires_grad_()
+    v.requires_grad_()
+    up = torch.randn(shape, dtype=torch.float64).to(dtype)
+    to_g, to_v = torch.autograd.grad(compose(g, v, axes), (g, v), up)
+    wide_g, wide_v = g.detach().double().requires_grad_(), v.detach().double().requires_grad_()
+    dims = axes.reduced(v.ndim)
+    norms = wide_v.square().sum(dims, keepdim=True).sqrt() if dims else wide_v.abs()
+    exact = torch.autograd.grad(wide_g * wide_v / norms, (wide_g, wide_v), up.double())
+    step = torch.finfo(torch.float32 if dtype != torch.float64 else dtype).eps
+    assert to_g.dtype == g.dtype
+    assert to_v.dtype == dtype
+    scale = float(up.double().abs().max() * (wide_g.detach() / norms.detach()).abs().max())
+    torch.testing.assert_close(to_g.double(), exact[0], rtol=1e-13 if step < 1e-10 else 1e-5, atol=200 * step)
+    atol = torch.finfo(dtype).eps * float(exact[1].abs().max()) + 20 * step * scale
+    torch.testing.assert_close(to_v.double(), exact[1], rtol=torch.finfo(dtype).eps, atol=atol)
+
+
+@pytest.fixture
+def straight(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each time a weight was to go straight, whether it did."""
+    ways: list[bool] = []
+    real = WeightNormList._go_straight
+
+    def go(self: Any, way: Straight, private: bool) -> Tensor | None:
+        w = real(self, way, private)
+        ways.append(w is not None)
+        return w
+
+    monkeypatch.setattr(WeightNormList, "_go_straight", go)
+    return ways
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 5), (2, 6)),
+    "large": (lambda: nn.Linear(300, 400), (2, 300)),
+    "convolution": (lambda: nn.Conv1d(3, 4, 3), (2, 3, 5)),
+    "transposed": (lambda: nn.ConvTranspose1d(3, 4, 3), (2, 3, 5)),
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_training_is_that_of_the_weight_computed_by_hand(kind: str, dtype: torch.dtype, straight: list[bool]) -> None:
+    """Some steps of a layer, and a fold to the bits that its last pass used."""
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    layer: Any = wn.apply_weight_norm(make().to(dtype))
+    wide = copy.deepcopy(layer).double()
+    x = torch.randn(shape, dtype=torch.float64).to(dtype)
+    for net, inputs in ((layer, x), (wide, x.double())):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(inputs).square().mean().backward()
+            optimizer.step()
+    entry, other = layer.parametrizations["weight"], wide.parametrizations["weight"]
+    loose = {torch.float64: 1e-12, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+    for mine, theirs in zip(entry.pair(), other.pair(), strict=True):
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=loose, atol=loose)
+    assert kind == "transposed" or straight[-1]
+    used = layer.weight.detach().clone()
+    assert same_bits(wn.fold_weight_norm(layer).weight.detach(), used)
+
+
+def test_first_and_second_derivatives() -> None:
+    torch.manual_seed(0)
+    layer: Any = wn.apply_weight_norm(nn.Linear(4, 3).double())
+    x = torch.randn(2, 4, dtype=torch.float64)
+    layer(x).sum().backward()  # the short way is known
+    g, v = (half.detach().clone().requires_grad_() for half in layer.parametrizations["weight"].pair())
+
+    def composed(g: Tensor, v: Tensor) -> Tensor:
+        return compose(g, v)
+
+    assert torch.autograd.gradcheck(composed, (g, v))
+    assert torch.autograd.gradgradcheck(composed, (g, v))
+    for made in (layer, copy.deepcopy(layer)):
+        pair = made.parametrizations["weight"].pair()
+        once = torch.autograd.grad(made(x).tanh().sum(), pair, create_graph=True)
+        twice = torch.autograd.grad(sum(part.square().sum() for part in once), pair)
+        plain = [half.detach().clone().requires_grad_() for half in pair]
+        w = plain[0] * plain[1] / plain[1].norm(dim=1, keepdim=True)
+        y = nn.functional.linear(x, w, made.bias.detach()).tanh().sum()
+        wanted = torch.autograd.grad(y, plain, create_graph=True)
+        again = torch.autograd.grad(sum(part.square().sum() for part in wanted), plain)
+        for mine, theirs in zip((*once, *twice), (*wanted, *again), strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_gradient_that_somebody_holds_is_not_written_over(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer: Any = wn.apply_weight_norm(nn.Linear(300, 400).to(dtype))
+    x = torch.randn(2, 300).to(dtype)
+    layer(x).sum().backward()
+    held: list[Tensor] = []
+    w = layer.weight
+    w.register_hook(held.append)
+    nn.functional.linear(x, w).sum().backward()
+    torch.testing.assert_close(held[0], x.sum(0).expand(400, 300), rtol=1e-2, atol=1e-2)
+
+
+def test_16_bits_there_and_back() -> None:
+    """Every number of 16 bits as float32, and float32 rounded to nearest, ties to even, as torch has it."""
+    kernels = other_types._kernels()
+    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    bits = halves.view(torch.int16).numpy().view(np.uint16)
+    found = torch.tensor([kernels._widened(np.uint32(x)) for x in bits])
+    torch.testing.assert_close(found, halves.float(), rtol=0, atol=0, equal_nan=True)
+    torch.manual_seed(0)
+    middle = (halves[:-1].float() + halves[1:].float()) / 2  # ties
+    x = torch.cat(
+        [torch.randn(20000) * 2.0 ** torch.randint(-30, 18, (20000,)), middle, torch.tensor([65519.9, 65520.0])]
+    )
+    x = x[~x.isnan()]
+    for narrowed, dtype in ((kernels._narrowed, torch.float16), (kernels._narrowed_brain, torch.bfloat16)):
+        short = np.array([narrowed(np.float32(one)) for one in x.tolist()], np.uint16)
+        assert torch.equal(torch.from_numpy(short.view(np.int16)), x.to(dtype).view(torch.int16))
+    assert np.isnan(np.uint16(kernels._narrowed(np.float32(np.nan))).view(np.float16))
+
+
+def test_what_is_not_taken() -> None:
+    g, v = torch.ones(3, 1), torch.ones(3, 4, dtype=torch.bfloat16)
+    assert other_types.rows_of(g, v, (0,), 1, "linear") is not None
+    for given in (
+        (g, v, (0,), 1, "log"),
+        (g, v, (0,), 3, "linear"),
+        (g, v, (0, 1), 1, "linear"),
+        (g, v.float(), (0,), 1, "linear"),
+        (g.double(), v, (0,), 1, "linear"),
+        (g[:2], v, (0,), 1, "linear"),
+        (g, v.t().contiguous().t(), (0,), 1, "linear"),
+        (g, v[:, :0], (0,), 1, "linear"),
+    ):
+        assert other_types.rows_of(*given) is None  # type: ignore[arg-type]

@@ -1,0 +1,121 @@
+"""Weights of 16 bits and of float64 in the CPU's memory in one pass, as `fused` has it for float32.
+
+The kernels for them come with those for float32 (`fused.start`), compiled when the first such weight is met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from wnsurgery import fused
+from wnsurgery.norms import ridge_bits
+
+__all__ = ["TYPES", "Rows", "backward", "backward_call", "forward", "forward_call", "rows_of"]
+
+TYPES = frozenset({torch.float16, torch.bfloat16, torch.float64})
+_PLAIN = (Tensor, torch.nn.Parameter)
+_LARGE_HALF = torch.finfo(torch.float16).max / 4  # a g in 16 bits above which may stand for a norm beyond its type
+
+
+class Rows(NamedTuple):
+    """A weight as the kernels see it: so many rows, of so many elements. `across` says that they are axis 1, and have
+    to be laid out in memory one after the other; `as_it_is` that the kernels read both g and v where they lie."""
+
+    rows: int
+    columns: int
+    across: bool
+    as_it_is: bool
+
+
+def rows_of(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int, magnitude: str) -> Rows | None:
+    """How the kernels see this pair; None where they are not loaded or do not take it.
+
+    They take weights of `TYPES` in the CPU's memory, row after row, with a linear g and axis 0, axis 1 or no axis kept.
+    """
+    if v.dtype not in TYPES or groups != 1 or magnitude != "linear" or len(kept) > 1 or not fused.started():
+        return None
+    types = (torch.float64,) if v.dtype is torch.float64 else (torch.float32, v.dtype)
+    for half in (g, v):
+        if type(half) not in _PLAIN or not half.is_cpu or not half.is_contiguous() or half.is_neg():
+            return None
+    axis, rows, elements = (*kept, -1)[0], g.numel(), v.numel()
+    if axis > 1 or axis >= v.ndim or g.dtype not in types or not elements or rows != (v.shape[axis] if kept else 1):
+        return None
+    across = axis == 1
+    return Rows(rows, elements // rows, across, not across and g.dtype is types[0])
+
+
+def forward_call(v: Tensor, sizes: Rows) -> tuple[Callable[..., bool], tuple[int, ...]]:
+    """What `forward` calls, as `fused.forward_call` has it: a function of the addresses of v, g, w and ||v||, with g
+    and ||v|| in float64 for such weights and float32 for others; and the arguments that come after these."""
+    if v.dtype is torch.float64:
+        return _call("double_forward", v, sizes, (sizes.columns, *ridge_bits(sizes.columns)))
+    return _call("short_forward", v, sizes, (_kind(v), sizes.columns))
+
+
+def backward_call(v: Tensor, sizes: Rows) -> tuple[Callable[..., bool], tuple[int, ...]]:
+    """The same of `backward`: of the addresses of dL/dw, v, g, ||v||, dL/dg and dL/dv."""
+    if v.dtype is torch.float64:
+        return _call("double_backward", v, sizes, (sizes.columns,))
+    return _call("short_backward", v, sizes, (_kind(v), sizes.columns))
+
+
+def forward(g: Tensor, v: Tensor, sizes: Rows) -> tuple[Tensor, Tensor] | None:
+    """w = g * v / ||v||, laid out as v, and ||v|| with the shape of g, in float64 for such weights, else in float32.
+
+    None where a row is not an ordinary one.
+
+    >>> g, v = torch.tensor([[10.0]], dtype=torch.float64), torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    >>> sizes = rows_of(g, v, (0,), 1, "linear") if fused.start() else None
+    >>> found = None if sizes is None else forward(g, v, sizes)
+    >>> found and [x.tolist() for x in found]
+    [[[6.0, 8.0]], [[5.0]]]
+    """
+    if g.dtype is torch.float16 and bool(g.detach().abs().amax() >= _LARGE_HALF):
+        return None
+    size, rows = _magnitudes(g), _in_rows(v, sizes)
+    w, norms = torch.empty_like(rows, requires_grad=False), torch.empty_like(size, requires_grad=False)
+    call, rest = forward_call(v, sizes)
+    if not call(rows.data_ptr(), size.data_ptr(), w.data_ptr(), norms.data_ptr(), *rest):
+        return None
+    return _in_rows(w, sizes), norms
+
+
+def backward(up: Tensor, g: Tensor, v: Tensor, norms: Tensor, sizes: Rows) -> tuple[Tensor, Tensor]:
+    """dL/dg and dL/dv from dL/dw, a plain tensor of the type of v, and ||v|| as `forward` gave it."""
+    up, rows, size = _in_rows(up.resolve_neg(), sizes), _in_rows(v, sizes), _magnitudes(g)
+    grad_g, grad_v = torch.empty_like(size, requires_grad=False), torch.empty_like(rows, requires_grad=False)
+    call, rest = backward_call(v, sizes)
+    call(*(x.data_ptr() for x in (up, rows, size, norms, grad_g, grad_v)), *rest)
+    return grad_g.to(g.dtype), _in_rows(grad_v, sizes)
+
+
+def _call(name: str, v: Tensor, sizes: Rows, rest: tuple[int, ...]) -> tuple[Callable[..., bool], tuple[int, ...]]:
+    return fused.call_of(_kernels(), name, v.numel(), sizes.rows, rest)
+
+
+def _in_rows(x: Tensor, sizes: Rows) -> Tensor:
+    """Row after row in memory, with the rows as axis 0; and what is so as it was, once more."""
+    return (x.detach().transpose(0, 1) if sizes.across else x.detach()).contiguous()
+
+
+def _magnitudes(g: Tensor) -> Tensor:
+    """g in the type that the kernels take."""
+    return g if g.dtype is torch.float64 else g.detach().float()
+
+
+def _kind(v: Tensor) -> int:
+    kernels = _kernels()
+    return kernels.FLOAT16 if v.dtype is torch.float16 else kernels.BFLOAT16  # type: ignore[no-any-return]
+
+
+@cache
+def _kernels() -> Any:
+    from wnsurgery import typed_kernels
+
+    return typed_kernels
