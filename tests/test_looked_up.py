@@ -10,9 +10,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import wnsurgery as wn
+from wnsurgery import looked_up
+from wnsurgery.reparam import Axes
 
 ROWS, WIDTH = 700, 48
 IDS = torch.tensor([[5, 5, 9], [0, 699, 3]])
+
+
+@pytest.fixture(autouse=True)
+def small_tables_count_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(looked_up, "_LARGE", 1 << 14)
+
+
+def test_few_rows_of_large_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    large = torch.zeros(1 << 13, 64)
+    rows = Axes((0,))
+    assert looked_up.serves(torch.arange(1 << 10), large, rows)
+    assert not looked_up.serves(torch.arange((1 << 10) + 1), large, rows)
+    assert not looked_up.serves(torch.arange(8), large[: 1 << 12], rows)
 
 
 def table(**options: Any) -> nn.Embedding:

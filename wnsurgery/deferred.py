@@ -265,7 +265,8 @@ class DeferredWeight:
             or of_g is None
             or of_v is None
             or self.norms is None
-            or not is_readable(grad)
+            or grad.dtype is not torch.float32
+            or not is_readable(grad, v)
             or grad.requires_grad
             or not (_is_wanted(g) and _is_wanted(v))
             or _held_by(g) is not None
@@ -450,7 +451,7 @@ class DeferredGroup:
         if self._steps is None or self._steps[0] != key:
             weights = [move.weight for move in moves]
             owners = Counter(id(half) for group in _groups for w in group.weights for half in (w.g, w.v))
-            alone = [owners[id(w.g)] == owners[id(w.v)] == 1 for w in weights]
+            alone = [owners[id(w.g)] == owners[id(w.v)] == 1 and w.v.is_contiguous() for w in weights]
             how = [(w.g, w.v, w.rule.axes.kept, w.rule.axes.groups, w.rule.magnitude) for w in weights]
             sizes = [fused.plan(*one) if is_alone else None for one, is_alone in zip(how, alone, strict=True)]
             taken = [one is not None for one in sizes]

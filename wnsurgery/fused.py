@@ -31,6 +31,8 @@ __all__ = [
     "far",
     "forward",
     "forward_call",
+    "lies_as",
+    "lies_in_rows",
     "many_backward",
     "many_forward",
     "plan",
@@ -93,7 +95,7 @@ def started() -> bool:
 def plan(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int, magnitude: str) -> Sizes | None:
     """How the kernels see this pair; None where they are not loaded or do not take it.
 
-    They take float32 in the CPU's memory, row after row, with a linear g and axis 0, axis 1 or no axis kept.
+    They take float32 that `lies_in_rows` in the CPU's memory, with a linear g and axis 0, axis 1 or no axis kept.
     """
     if (
         _Kernels.module is None
@@ -101,12 +103,32 @@ def plan(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int, magnitude: st
         or magnitude != "linear"
         or v.dtype is not torch.float32
         or g.dtype is not torch.float32
-        or not (v.is_cpu and g.is_cpu and v.is_contiguous() and g.is_contiguous())
+        or not (v.is_cpu and g.is_cpu and g.is_contiguous() and lies_in_rows(v, kept))
         or v.is_neg()
         or g.is_neg()
     ):
         return None
     return _sizes(v.shape, g.shape, kept)
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def lies_in_rows(v: Tensor, kept: tuple[int, ...]) -> bool:
+    """Whether a weight's elements follow one another in memory; those of a row on axis 0 also with its channels last.
+
+    >>> lies_in_rows(torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last), (0,))
+    True
+    """
+    if v.is_contiguous():
+        return True
+    order = _CHANNELS_LAST.get(v.ndim) if kept == (0,) else None
+    return order is not None and v.is_contiguous(memory_format=order)
+
+
+def lies_as(x: Tensor, v: Tensor) -> bool:
+    """Whether the elements of a tensor lie in the same order as those of v, which has its shape and `lies_in_rows`."""
+    return x.stride() == v.stride() or (x.is_contiguous() and v.is_contiguous())
 
 
 @lru_cache(maxsize=4096)

@@ -45,6 +45,7 @@ __all__ = [
     "product",
     "rows_backward",
     "rows_forward",
+    "same_bits",
     "settle",
     "squares",
     "total_of",
@@ -56,7 +57,8 @@ __all__ = [
 
 _log = logging.getLogger("wnsurgery")
 _SLACK = 2.0**-40
-_NEAR = 2.0**-20  # a factor closer to a power of two may stand for it
+_NEAR = np.uint32(16)  # units in the last place around a power of two within which a factor may stand for that power
+_LEAST, _MOST = (np.uint32((127 + power) << 23) for power in (-60, 60))  # bits of factors in an ordinary row
 _CHUNK = 1 << 13  # elements summed at a stretch
 _SHORT_CHUNK = 1 << 9  # the same in float32
 _SHORT_PIECE = 1 << 6  # elements looked at to see whether all are zero
@@ -117,6 +119,20 @@ def pointers_to(kind):
     return at
 
 
+def same_bits(source, target):
+    """A function that takes the bits of one type for those of another."""
+
+    @intrinsic
+    def cast(_context, x):
+        def generate(context, builder, signature, arguments):
+            return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
+
+        return target(source), generate
+
+    return cast
+
+
+_bits_of = same_bits(types.float32, types.uint32)
 floats_at, doubles_at, numbers_at = map(pointers_to, (types.float32, types.float64, types.int64))
 
 
@@ -221,13 +237,13 @@ def factor_of(g, norm):
     if not 2.0**-30 < norm < 2.0**30:
         return np.float32(np.nan)
     factor = np.float32(np.float64(g) / norm)
-    size = abs(factor)
     if g == 0:
         return factor
-    if not 2.0**-60 <= size <= 2.0**60:
+    size = _bits_of(factor) & np.uint32(0x7FFFFFFF)
+    if not _LEAST <= size <= _MOST:
         return np.float32(np.nan)
-    fraction, exponent = math.frexp(np.float64(size))
-    if fraction < 0.5 + _NEAR or fraction > 1.0 - _NEAR:
+    if ((size + _NEAR) & np.uint32(0x7FFFFF)) <= 2 * _NEAR:
+        fraction, exponent = math.frexp(np.float64(abs(factor)))
         power = math.ldexp(1.0, exponent - 1 if fraction < 0.75 else exponent)
         low = np.float32(norm * power * (1.0 - _SLACK))
         high = np.float32(norm * power * (1.0 + _SLACK))
@@ -347,9 +363,9 @@ def write_columns(w_at, v_at, factors, width, inputs, outputs, taps, first, far)
 @_exact
 def coefficients(product, g, norm):
     """dL/dg, and what dL/dw and v are multiplied by in dL/dv."""
-    size, length = np.float64(g), np.float64(norm)
-    radial = product / length
-    return np.float32(radial), np.float32(size / length), np.float32(size * radial / (length * length))
+    inverse = 1.0 / np.float64(norm)
+    radial, across = product * inverse, np.float64(g) * inverse
+    return np.float32(radial), np.float32(across), np.float32(across * radial * inverse)
 
 
 @kernel

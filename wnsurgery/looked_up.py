@@ -10,26 +10,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wnsurgery.norms import SMALL, plain_scale, row_norms
+from wnsurgery.norms import plain_scale, row_norms
 from wnsurgery.reparam import Axes, Magnitude, Ready, compose_eagerly
 
 __all__ = ["look_up", "serves"]
 
 _SHORT = 32  # row norms of shorter rows depend, in the last bit of float64, on how many there are
+_FEW = 8  # times as many rows as ids there are to be
+_LARGE = 1 << 19  # elements from which the whole table costs more than the calls for some rows of it
 _ROWS = Axes((0,))
 
 
 def serves(ids: Tensor, v: Tensor, axes: Axes) -> bool:
     """Whether it pays to compute the rows of a table (rows, width) for these ids alone, and changes no bit."""
     return (
-        axes == _ROWS
-        and v.ndim == 2
+        v.ndim == 2
+        and _FEW * ids.numel() <= v.shape[0]
+        and axes == _ROWS
         and v.dtype == torch.float32
         and v.device.type == "cpu"
         and v.is_contiguous()
         and v.shape[1] >= _SHORT
-        and v.numel() > SMALL
-        and 4 * ids.numel() <= v.shape[0]
+        and v.numel() >= _LARGE
     )
 
 

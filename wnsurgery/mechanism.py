@@ -275,9 +275,9 @@ class WeightNormList(LeanModule, ParametrizationList):
         """Rows of the weight in training, None where the whole weight must be computed, or be there already."""
         g, v = self.pair()
         rule: Any = self._modules["0"]
-        if self._is_shown() or _is_watched(g, v) or forward_ad._current_level >= 0:
+        if not serves(ids, v, rule.axes) or self._is_shown() or _is_watched(g, v) or forward_ad._current_level >= 0:
             return None
-        if not (serves(ids, v, rule.axes) and rule.axes.fit(g, v) and g.ndim == 2):
+        if not (rule.axes.fit(g, v) and g.ndim == 2):
             return None
         self.absorb()
         return look_up(ids, g, v, rule.magnitude, padding)

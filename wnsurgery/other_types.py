@@ -35,14 +35,17 @@ class Rows(NamedTuple):
 def rows_of(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int, magnitude: str) -> Rows | None:
     """How the kernels see this pair; None where they are not loaded or do not take it.
 
-    They take weights of `TYPES` in the CPU's memory, row after row, with a linear g and axis 0, axis 1 or no axis kept.
+    They take those of `TYPES` that `fused.lies_in_rows` in the CPU's memory, with a linear g and axis 0, axis 1 or no
+    axis kept.
     """
     if v.dtype not in TYPES or groups != 1 or magnitude != "linear" or len(kept) > 1 or not fused.started():
         return None
     types = (torch.float64,) if v.dtype is torch.float64 else (torch.float32, v.dtype)
     for half in (g, v):
-        if type(half) not in _PLAIN or not half.is_cpu or not half.is_contiguous() or half.is_neg():
+        if type(half) not in _PLAIN or not half.is_cpu or half.is_neg():
             return None
+    if not (g.is_contiguous() and fused.lies_in_rows(v, kept)):
+        return None
     axis, rows, elements = (*kept, -1)[0], g.numel(), v.numel()
     if axis > 1 or axis >= v.ndim or g.dtype not in types or not elements or rows != (v.shape[axis] if kept else 1):
         return None
@@ -78,30 +81,32 @@ def forward(g: Tensor, v: Tensor, sizes: Rows) -> tuple[Tensor, Tensor] | None:
     """
     if g.dtype is torch.float16 and bool(g.detach().abs().amax() >= _LARGE_HALF):
         return None
-    size, rows = _magnitudes(g), _in_rows(v, sizes)
+    size, rows = _magnitudes(g), _turned(v.detach(), sizes)
     w, norms = torch.empty_like(rows, requires_grad=False), torch.empty_like(size, requires_grad=False)
     call, rest = forward_call(v, sizes)
     if not call(rows.data_ptr(), size.data_ptr(), w.data_ptr(), norms.data_ptr(), *rest):
         return None
-    return _in_rows(w, sizes), norms
+    return _turned(w, sizes), norms
 
 
 def backward(up: Tensor, g: Tensor, v: Tensor, norms: Tensor, sizes: Rows) -> tuple[Tensor, Tensor]:
     """dL/dg and dL/dv from dL/dw, a plain tensor of the type of v, and ||v|| as `forward` gave it."""
-    up, rows, size = _in_rows(up.resolve_neg(), sizes), _in_rows(v, sizes), _magnitudes(g)
+    up = up.resolve_neg()
+    up = up if fused.lies_as(up, v) else torch.empty_like(v, requires_grad=False).copy_(up)
+    up, rows, size = _turned(up, sizes), _turned(v.detach(), sizes), _magnitudes(g)
     grad_g, grad_v = torch.empty_like(size, requires_grad=False), torch.empty_like(rows, requires_grad=False)
     call, rest = backward_call(v, sizes)
     call(*(x.data_ptr() for x in (up, rows, size, norms, grad_g, grad_v)), *rest)
-    return grad_g.to(g.dtype), _in_rows(grad_v, sizes)
+    return grad_g.to(g.dtype), _turned(grad_v, sizes)
 
 
 def _call(name: str, v: Tensor, sizes: Rows, rest: tuple[int, ...]) -> tuple[Callable[..., bool], tuple[int, ...]]:
     return fused.call_of(_kernels(), name, v.numel(), sizes.rows, rest)
 
 
-def _in_rows(x: Tensor, sizes: Rows) -> Tensor:
-    """Row after row in memory, with the rows as axis 0; and what is so as it was, once more."""
-    return (x.detach().transpose(0, 1) if sizes.across else x.detach()).contiguous()
+def _turned(x: Tensor, sizes: Rows) -> Tensor:
+    """With the rows as axis 0, row after row in memory; and what is so as it was, once more."""
+    return x.transpose(0, 1).contiguous() if sizes.across else x
 
 
 def _magnitudes(g: Tensor) -> Tensor:

@@ -95,10 +95,24 @@ def _is_watched() -> bool:
 
 def _look_up(self: nn.Embedding, input: Tensor) -> Tensor:
     """An embedding's forward pass; in training, where few rows are asked for, from those rows of g and v alone."""
+    if self.max_norm is not None:  # the pass writes into the weight
+        return nn.Embedding.forward(self, input)
+    if not _grad_enabled():
+        w = None if _is_compiling() else at_hand(self, "weight")
+        own = _own_entry(self) if w is None else None
+        w = own.in_evaluation() if own is not None else w
+        return nn.Embedding.forward(self, input) if w is None else _rows_of(self, input, w)
     entry, found = _entry(self), None
-    if torch.is_grad_enabled() and type(entry) is WeightNormList and self.max_norm is None:
-        found = None if self.sparse or self.scale_grad_by_freq else entry.rows(input, self.padding_idx)
-    return nn.Embedding.forward(self, input) if found is None else found
+    if type(entry) is WeightNormList and not (self.sparse or self.scale_grad_by_freq):
+        found = entry.rows(input, self.padding_idx)
+    if found is not None:
+        return found
+    own = _own_entry(self)
+    return nn.Embedding.forward(self, input) if own is None else _rows_of(self, input, own.in_training(private=True))
+
+
+def _rows_of(self: nn.Embedding, input: Tensor, w: Tensor) -> Tensor:
+    return F.embedding(input, w, self.padding_idx, None, self.norm_type, self.scale_grad_by_freq, self.sparse)
 
 
 def _map(self: nn.Linear, input: Tensor) -> Tensor:

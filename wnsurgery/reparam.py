@@ -431,15 +431,15 @@ def is_plain(grad: Tensor) -> bool:
     return type(grad) is Tensor and torch._C._has_storage(grad) and not grad._is_zerotensor()
 
 
-def is_readable(grad: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the kernels can read a gradient where it lies."""
-    return is_plain(grad) and grad.dtype is dtype and grad.is_contiguous() and not grad.is_neg()
+def is_readable(grad: Tensor, v: Tensor) -> bool:
+    """Whether the kernels can read a gradient of the weight that v gives where it lies."""
+    return is_plain(grad) and grad.dtype is v.dtype and fused.lies_as(grad, v) and not grad.is_neg()
 
 
 def is_to_be_had(grad: Tensor, v: Tensor, count: int) -> bool:
     """Whether dL/dv may be written over a gradient that has all of its memory, by the count of references to it that
     `ownership.counted` gives."""
-    plain = is_plain(grad) and grad.layout is torch.strided and grad.is_contiguous()
+    plain = is_plain(grad) and grad.layout is torch.strided and fused.lies_as(grad, v)
     fills = plain and grad.dtype is v.dtype and grad.untyped_storage().nbytes() == grad.nbytes
     return fills and is_private(grad, count)
 
@@ -528,7 +528,9 @@ def _plain_gradients(
     sizes = fused.plan(g, v, axes.kept, axes.groups, magnitude)
     if sizes is not None and grad_w.dtype == torch.float32 and is_plain(grad_w):
         grad_v = torch.empty_like(v) if room is None else room
-        return fused.backward(grad_w.resolve_neg().contiguous(), g, v, norms, sizes, grad_v), grad_v
+        grad_w = grad_w.resolve_neg()
+        grad_w = grad_w if fused.lies_as(grad_w, v) else _laid_out_as(grad_w, v)
+        return fused.backward(grad_w, g, v, norms, sizes, grad_v), grad_v
     rows = _per_row(g, v, axes)
     norms = norms.reshape(rows.shape)
     dense = v.dtype == torch.float32 == g.dtype and v.is_contiguous()

@@ -141,7 +141,7 @@ class Straight:
         if not differentiable and self.is_of(g, v):
             if self._is_by_torch and is_plain(grad):
                 return gradients_by_torch(grad, g, v, norms)
-            if is_readable(grad, self._types[1]):
+            if is_readable(grad, v):
                 over = self._count >= LARGE and is_to_be_had(grad, v, count)
                 return self._by_kernel(grad, norms, grad if over else _empty_like(self._v))
         return first_order_gradients(grad, g, v, None if differentiable else norms, self.axes, "linear")

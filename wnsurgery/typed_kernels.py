@@ -27,6 +27,7 @@ from wnsurgery.fused_kernels import (
     parts_of,
     pointers_to,
     product,
+    same_bits,
     squares,
 )
 
@@ -58,21 +59,8 @@ _exact = njit(nogil=True)
 _shorts_at = pointers_to(types.uint16)
 
 
-def _same_bits(source, target):
-    """A function that takes the bits of one type for those of another."""
-
-    @intrinsic
-    def cast(_context, x):
-        def generate(context, builder, signature, arguments):
-            return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
-
-        return target(source), generate
-
-    return cast
-
-
-_float_of, _bits_of = _same_bits(types.uint32, types.float32), _same_bits(types.float32, types.uint32)
-_double_of, _long_bits_of = _same_bits(types.int64, types.float64), _same_bits(types.float64, types.int64)
+_float_of, _bits_of = same_bits(types.uint32, types.float32), same_bits(types.float32, types.uint32)
+_double_of, _long_bits_of = same_bits(types.int64, types.float64), same_bits(types.float64, types.int64)
 
 
 @intrinsic
