@@ -274,3 +274,61 @@ def test_what_is_not_taken() -> None:
         (g, v[:, :0], (0,), 1, "linear"),
     ):
         assert other_types.rows_of(*given) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_deferred_mode_takes_the_steps_of_the_default_mode(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    plain = make().to(dtype)
+    x = torch.randn(shape, dtype=torch.float64).to(dtype)
+    nets: list[Any] = []
+    for mode in ("parametrized", "deferred"):
+        net = copy.deepcopy(plain)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.5)
+        wn.apply_weight_norm(net, mode=mode, optimizer=optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+        nets.append(net)
+    loose = {torch.float64: 1e-12, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    torch.testing.assert_close(nets[0].weight, nets[1].weight, rtol=loose, atol=loose)
+    g, v = nets[1].parametrizations["weight"].pair()
+    used = nets[1].weight.detach().clone()
+    assert same_bits(used, compose(g.detach(), v.detach(), nets[1].parametrizations["weight"][0].axes))
+    assert same_bits(wn.fold_weight_norm(nets[1]).weight.detach(), used)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [5, 300])
+@pytest.mark.parametrize("order", [torch.channels_last, torch.channels_last_3d], ids=str)
+def test_channels_last(dtype: torch.dtype, width: int, order: Any, straight: list[bool]) -> None:
+    """The bits of the same weight in the usual order, by the kernels, and gradients that come in either order."""
+    torch.manual_seed(0)
+    kind: Any = nn.Conv2d if order == torch.channels_last else nn.Conv3d
+    usual: Any = kind(7, width, 3).to(dtype)
+    layer = wn.apply_weight_norm(copy.deepcopy(usual).to(memory_format=order))
+    usual = wn.apply_weight_norm(usual)
+    x = torch.randn(2, 7, *[4] * (usual.weight.ndim - 2)).to(dtype)
+    for net, inputs in ((layer, x.to(memory_format=order)), (usual, x)):
+        net(inputs).sum().backward()
+    g, v = layer.parametrizations["weight"].pair()
+    straight.clear()
+    assert v.stride() == v.to(memory_format=order).stride() != v.contiguous().stride()
+    with torch.no_grad():
+        factor = torch.linspace(0.5, 2.0, width, dtype=g.dtype).view_as(g)
+        for net in (layer, usual):
+            net.parametrizations["weight"].pair()[0].mul_(factor)
+    whole = {**WHOLE, torch.float32: torch.int32}[dtype]
+    assert torch.equal(layer.weight.detach().contiguous().view(whole), usual.weight.detach().view(whole))
+    assert straight == [True, True]
+    up = torch.randn(v.shape).to(dtype)
+    theirs = torch.autograd.grad(usual.weight, usual.parametrizations["weight"].pair(), up)
+    for given in (up, up.to(memory_format=order)):
+        mine = torch.autograd.grad(layer.weight, (g, v), given)
+        assert mine[1].stride() == v.stride()
+        for one, other in zip(mine, theirs, strict=True):
+            loose = 1e-2 if dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(one, other, rtol=loose, atol=loose)

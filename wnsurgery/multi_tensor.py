@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from wnsurgery import fused
+from wnsurgery import fused, other_types
 from wnsurgery.kept import LARGE
 from wnsurgery.norms import norm, plain_scale, snapped_quotient, wide_dtype
 from wnsurgery.reparam import Axes, Magnitude, Ready, compose_eagerly, first_order_gradients
@@ -55,7 +55,8 @@ class ManyWeights:
     def compose(self) -> list[Tensor | None]:
         """Write w = g * v / ||v|| into each item's memory, in the bits of `compose`.
 
-        Returns ||v|| per row in float32 for each weight where that serves the gradients, None where rows are extreme.
+        Returns ||v|| per row for each weight where that serves the gradients, in float32, or float64 for such weights
+        that the kernels take; None where rows are extreme.
         """
         self.lengths.clear()
         if fused.started():
@@ -158,8 +159,15 @@ class ManyWeights:
 
 def _pass_over(item: Item) -> Tensor | None:
     """Write one weight by the compiled kernels; None where they do not take it, or a row is not an ordinary one."""
-    sizes = fused.plan(item.g, item.v, item.axes.kept, item.axes.groups, item.magnitude)
-    return fused.forward(item.g, item.v, sizes, item.w) if sizes is not None and _fits(item) else None
+    if not _fits(item):
+        return None
+    how = item.g, item.v, item.axes.kept, item.axes.groups, item.magnitude
+    sizes = fused.plan(*how)
+    if sizes is not None:
+        return fused.forward(item.g, item.v, sizes, item.w)
+    rows = other_types.rows_of(*how)
+    found = None if rows is None else other_types.forward(item.g, item.v, rows, item.w)
+    return None if found is None else found[1]
 
 
 def _fits(item: Item) -> bool:

@@ -68,10 +68,10 @@ def backward_call(v: Tensor, sizes: Rows) -> tuple[Callable[..., bool], tuple[in
     return _call("short_backward", v, sizes, (_kind(v), sizes.columns))
 
 
-def forward(g: Tensor, v: Tensor, sizes: Rows) -> tuple[Tensor, Tensor] | None:
+def forward(g: Tensor, v: Tensor, sizes: Rows, w: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
     """w = g * v / ||v||, laid out as v, and ||v|| with the shape of g, in float64 for such weights, else in float32.
 
-    None where a row is not an ordinary one.
+    None where a row is not an ordinary one: then nothing in `w`, if it was given, is of use.
 
     >>> g, v = torch.tensor([[10.0]], dtype=torch.float64), torch.tensor([[3.0, 4.0]], dtype=torch.float64)
     >>> sizes = rows_of(g, v, (0,), 1, "linear") if fused.start() else None
@@ -82,11 +82,14 @@ def forward(g: Tensor, v: Tensor, sizes: Rows) -> tuple[Tensor, Tensor] | None:
     if g.dtype is torch.float16 and bool(g.detach().abs().amax() >= _LARGE_HALF):
         return None
     size, rows = _magnitudes(g), _turned(v.detach(), sizes)
-    w, norms = torch.empty_like(rows, requires_grad=False), torch.empty_like(size, requires_grad=False)
+    made = torch.empty_like(rows, requires_grad=False) if w is None or sizes.across else w
+    norms = torch.empty_like(size, requires_grad=False)
     call, rest = forward_call(v, sizes)
-    if not call(rows.data_ptr(), size.data_ptr(), w.data_ptr(), norms.data_ptr(), *rest):
+    if not call(rows.data_ptr(), size.data_ptr(), made.data_ptr(), norms.data_ptr(), *rest):
         return None
-    return _turned(w, sizes), norms
+    if sizes.across:
+        made = _turned(made, sizes) if w is None else w.copy_(made.transpose(0, 1))
+    return made, norms
 
 
 def backward(up: Tensor, g: Tensor, v: Tensor, norms: Tensor, sizes: Rows) -> tuple[Tensor, Tensor]:

@@ -388,18 +388,12 @@ class _Compose(torch.autograd.Function):
     def receive(ctx: Any, grad_w: Tensor, count: int) -> tuple[Tensor | None, ...]:
         g, v, norms = ctx.saved_tensors
         axes, magnitude, rooms = ctx.how
-        other = None
-        if norms is not None and v.dtype in other_types.TYPES and is_plain(grad_w) and grad_w.dtype is v.dtype:
-            other = other_types.rows_of(g, v, axes.kept, axes.groups, magnitude)
-        is_wide = v.dtype is torch.float64 and other is None
-        if (
-            norms is None or is_wide or torch.is_grad_enabled() or not torch._C._has_storage(grad_w)
-        ):  # or a batch of them
+        if norms is None or torch.is_grad_enabled() or not torch._C._has_storage(grad_w):  # a batch of gradients
             grad_g, grad_v = _gradients(grad_w, g, v, axes, magnitude)
         elif is_by_torch(g, v, axes, magnitude):
             grad_g, grad_v = gradients_by_torch(grad_w, g, v, norms)
-        elif other is not None:
-            grad_g, grad_v = other_types.backward(grad_w, g, v, norms, other)
+        elif (found := _gradients_of_other_types(grad_w, g, v, norms, axes, magnitude)) is not None:
+            grad_g, grad_v = found
         else:
             size = v.numel() if v.dtype == torch.float32 else 0
             big = size >= _FRESH
@@ -491,14 +485,29 @@ def first_order_gradients(
 ) -> tuple[Tensor, Tensor]:
     """dL/dg and dL/dv from dL/dw outside of autograd, as the backward pass of `compose` gives them.
 
-    `norms` is ||v|| per row in float32, None where rows are extreme. With `private`, nobody else looks at `grad_w`, and
-    dL/dv may be written over it.
+    `norms` is ||v|| per row in float32, for float64 weights in float64; None where rows are extreme. With `private`,
+    nobody else looks at `grad_w`, and dL/dv may be written over it.
     """
-    if norms is None or norms.dtype is torch.float64 or not torch._C._has_storage(grad_w):  # or a batch of gradients
+    if norms is None or not torch._C._has_storage(grad_w):  # a batch of gradients, as `is_grads_batched` makes them
         return _gradients(grad_w, g, v, axes, magnitude)
+    if (found := _gradients_of_other_types(grad_w, g, v, norms, axes, magnitude)) is not None:
+        return found
     room = grad_w if private and grad_w.stride() == v.stride() and grad_w.dtype == v.dtype else None
     # two gradients of one weight at a time, a new and an old one, outgrow what the allocator keeps warm much sooner
     return _plain_gradients(grad_w, g, v, norms, axes, magnitude, room, 1 << 16)
+
+
+def _gradients_of_other_types(
+    grad_w: Tensor, g: Tensor, v: Tensor, norms: Tensor, axes: Axes, magnitude: str
+) -> tuple[Tensor, Tensor] | None:
+    """dL/dg and dL/dv of a weight of 16 bits that the kernels take, or of one of float64; None for others."""
+    if v.dtype not in other_types.TYPES:
+        return None
+    plain = is_plain(grad_w) and grad_w.dtype is v.dtype
+    rows = other_types.rows_of(g, v, axes.kept, axes.groups, magnitude) if plain else None
+    if rows is not None:
+        return other_types.backward(grad_w, g, v, norms, rows)
+    return _gradients(grad_w, g, v, axes, magnitude) if v.dtype is torch.float64 else None
 
 
 def direction_of(w: Tensor, g: Tensor, lengths: Tensor, axes: Axes, magnitude: str, *, instead: Tensor) -> Tensor:
