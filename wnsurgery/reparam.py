@@ -42,7 +42,7 @@ __all__ = ["Axes", "Magnitude", "Ready", "WeightNorm", "compose", "decompose", "
 Magnitude = Literal["linear", "log"]
 
 _FRESH = 1 << 23  # elements from which the allocator gives fresh pages each time, which cost more than a pass
-_BY_TORCH = 1 << 17  # elements up to which torch's own node costs less, though it makes a weight of its own first
+_BY_TORCH = 3 << 15  # elements up to which torch's own node costs less, though it makes a weight of its own first
 _NODE_TYPES = (torch.float32, torch.float64)
 _WIDENED = 1 << 18  # elements widened at a time
 _BLOCK = 1 << 19  # elements a block of the backward pass has: few enough for a core's cache, enough for its calls
