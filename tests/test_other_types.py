@@ -1,4 +1,4 @@
-"""Weights of 16 bits and of float64 by the compiled kernels: the bits and gradients of the other paths."""
+"""Weights of 16 bits, of float64 and with g as a logarithm, by the compiled kernels: the bits of the other paths."""
 
 from __future__ import annotations
 
@@ -332,3 +332,104 @@ def test_channels_last(dtype: torch.dtype, width: int, order: Any, straight: lis
         for one, other in zip(mine, theirs, strict=True):
             loose = 1e-2 if dtype == torch.bfloat16 else 1e-5
             torch.testing.assert_close(one, other, rtol=loose, atol=loose)
+
+
+# with the logarithm of g ---------------------------------------------------------------------------------
+
+
+def logarithms(stored: Tensor) -> dict[str, Tensor]:
+    """As `magnitudes` has them; a dead row is no ordinary one."""
+    torch.manual_seed(1)
+    step = torch.finfo(torch.float32).eps
+    return {
+        "converted": stored,
+        "rescaled": stored + float(np.log(4.0)),
+        "near": stored * (1 + step * torch.randint(-2, 3, stored.shape)),
+        "nearly": stored + 1e-4 * torch.randn(stored.shape),
+        "trained": stored + torch.randn(stored.shape),
+    }
+
+
+@pytest.mark.parametrize(("shape", "axes"), [one for one in SHAPES if one[1] != COLUMNS], ids=str)
+def test_the_bits_with_logarithms(shape: tuple[int, ...], axes: Axes, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    stored, v = decompose(torch.randn(shape), axes, magnitude="log")
+    for kind, s in logarithms(stored).items():
+        with monkeypatch.context() as patch:
+            patch.setattr(fused._Kernels, "module", None)
+            patch.setattr(fused._Kernels, "asked", True)
+            wanted = compose(s, v, axes, magnitude="log")
+        rows = other_types.rows_of(s, v, axes.kept, axes.groups, "log")
+        assert rows is not None
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found = other_types.forward(s, v, rows)
+            assert found is not None, kind
+            assert torch.equal(found[0].view(torch.int32), wanted.view(torch.int32)), kind
+            assert torch.equal(compose(s, v, axes, magnitude="log").view(torch.int32), wanted.view(torch.int32)), kind
+
+
+@pytest.mark.parametrize("dead", ["row of zeros", "e^s of zero", "no number"])
+def test_rows_with_logarithms_that_go_the_long_way(dead: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    s, v = decompose(torch.randn(3, 5), ROWS, magnitude="log")
+    if dead == "row of zeros":
+        v[1] = 0.0
+    else:
+        s[1] = -1000.0 if dead == "e^s of zero" else float("nan")
+    rows = other_types.rows_of(s, v, (0,), 1, "log")
+    assert rows is not None
+    assert other_types.forward(s, v, rows) is None
+    monkeypatch.setattr(other_types, "rows_of", lambda *_: None)
+    wanted = compose(s, v, magnitude="log")
+    monkeypatch.undo()
+    torch.testing.assert_close(compose(s, v, magnitude="log"), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("mode", ["parametrized", "deferred"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_training_with_logarithms(kind: str, mode: Any, straight: list[bool]) -> None:
+    """Against the textbook's formula in float64, and a fold to the bits that the last pass used."""
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    layer: Any = make()
+    x = torch.randn(shape)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    wn.apply_weight_norm(layer, magnitude="log", mode=mode, optimizer=optimizer)
+    entry = layer.parametrizations["weight"]
+    s, v = (half.detach().double().requires_grad_() for half in entry.pair())
+    plain = copy.deepcopy(wn.fold_weight_norm(copy.deepcopy(layer))).double()
+    bias = plain.bias
+    dims = entry[0].axes.reduced(v.ndim)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(x).square().mean().backward()
+        optimizer.step()
+        w = s.exp() * v / v.square().sum(dims, keepdim=True).sqrt()
+        y = torch.func.functional_call(plain, {"weight": w, "bias": bias}, (x.double(),))
+        grads = torch.autograd.grad(y.square().mean(), (s, v, bias))
+        with torch.no_grad():
+            for one, grad in zip((s, v, bias), grads, strict=True):
+                one.sub_(0.01 * grad)
+    for mine, theirs in zip((*entry.pair(), layer.bias), (s, v, bias), strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-6)
+    assert mode == "deferred" or kind == "transposed" or straight[-1]
+    used = layer.weight.detach().clone()
+    assert torch.equal(wn.fold_weight_norm(layer).weight, used)
+
+
+def test_second_derivatives_with_logarithms() -> None:
+    torch.manual_seed(0)
+    layer: Any = wn.apply_weight_norm(nn.Linear(4, 3), magnitude="log")
+    x = torch.randn(2, 4)
+    layer(x).sum().backward()
+    pair = layer.parametrizations["weight"].pair()
+    once = torch.autograd.grad(layer(x).tanh().sum(), pair, create_graph=True)
+    twice = torch.autograd.grad(sum(part.square().sum() for part in once), pair)
+    s, v = (half.detach().double().requires_grad_() for half in pair)
+    w = s.exp() * v / v.norm(dim=1, keepdim=True)
+    y = nn.functional.linear(x.double(), w, layer.bias.detach().double()).tanh().sum()
+    wanted = torch.autograd.grad(y, (s, v), create_graph=True)
+    again = torch.autograd.grad(sum(part.square().sum() for part in wanted), (s, v))
+    for mine, theirs in zip((*once, *twice), (*wanted, *again), strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)

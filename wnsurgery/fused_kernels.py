@@ -24,6 +24,8 @@ from numba.extending import intrinsic
 __all__ = [
     "EIGHT",
     "JOBS",
+    "LEAST",
+    "MOST",
     "add_products",
     "add_squares",
     "coefficients",
@@ -58,7 +60,7 @@ __all__ = [
 _log = logging.getLogger("wnsurgery")
 _SLACK = 2.0**-40
 _NEAR = np.uint32(16)  # units in the last place around a power of two within which a factor may stand for that power
-_LEAST, _MOST = (np.uint32((127 + power) << 23) for power in (-60, 60))  # bits of factors in an ordinary row
+LEAST, MOST = (np.uint32((127 + power) << 23) for power in (-60, 60))  # bits of factors in an ordinary row
 _CHUNK = 1 << 13  # elements summed at a stretch
 _SHORT_CHUNK = 1 << 9  # the same in float32
 _SHORT_PIECE = 1 << 6  # elements looked at to see whether all are zero
@@ -240,7 +242,7 @@ def factor_of(g, norm):
     if g == 0:
         return factor
     size = _bits_of(factor) & np.uint32(0x7FFFFFFF)
-    if not _LEAST <= size <= _MOST:
+    if not LEAST <= size <= MOST:
         return np.float32(np.nan)
     if ((size + _NEAR) & np.uint32(0x7FFFFF)) <= 2 * _NEAR:
         fraction, exponent = math.frexp(np.float64(abs(factor)))

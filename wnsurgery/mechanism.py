@@ -257,7 +257,8 @@ class WeightNormList(LeanModule, ParametrizationList):
     def _sizes(rule: Any, g: Tensor, v: Tensor) -> fused.Sizes | other_types.Rows | None:
         """How the compiled kernels see the pair; None where they do not take it."""
         how = rule.axes.kept, rule.axes.groups, rule.magnitude
-        return fused.plan(g, v, *how) if v.dtype is torch.float32 else other_types.rows_of(g, v, *how)
+        sizes = fused.plan(g, v, *how)
+        return other_types.rows_of(g, v, *how) if sizes is None else sizes
 
     def item(self) -> Item | None:
         """Its pair and rule, None where the factor cannot be told from the row norms in passing."""

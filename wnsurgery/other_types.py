@@ -1,4 +1,5 @@
-"""Weights of 16 bits and of float64 in the CPU's memory in one pass, as `fused` has it for float32.
+"""Weights of 16 bits, of float64, and of float32 with a g stored as its logarithm, in the CPU's memory in one pass, as
+`fused` has it for float32 with a linear g.
 
 The kernels for them come with those for float32 (`fused.start`), compiled when the first such weight is met.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 from wnsurgery import fused
 from wnsurgery.norms import ridge_bits
 
-__all__ = ["TYPES", "Rows", "backward", "backward_call", "forward", "forward_call", "rows_of"]
+__all__ = ["TYPES", "Rows", "backward", "backward_call", "forward", "forward_call", "rows_of", "sizes_of"]
 
 TYPES = frozenset({torch.float16, torch.bfloat16, torch.float64})
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -24,11 +25,13 @@ _LARGE_HALF = torch.finfo(torch.float16).max / 4  # a g in 16 bits above which m
 
 class Rows(NamedTuple):
     """A weight as the kernels see it: so many rows, of so many elements. `across` says that they are axis 1, and have
-    to be laid out in memory one after the other; `as_it_is` that the kernels read both g and v where they lie."""
+    to be laid out in memory one after the other; `log` that g is stored as its logarithm; `as_it_is` that v is read,
+    and what goes to g written, where it lies."""
 
     rows: int
     columns: int
     across: bool
+    log: bool
     as_it_is: bool
 
 
@@ -36,33 +39,46 @@ def rows_of(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int, magnitude:
     """How the kernels see this pair; None where they are not loaded or do not take it.
 
     They take those of `TYPES` that `fused.lies_in_rows` in the CPU's memory, with a linear g and axis 0, axis 1 or no
-    axis kept.
+    axis kept; and such of float32 with its logarithm, but for axis 1.
     """
-    if v.dtype not in TYPES or groups != 1 or magnitude != "linear" or len(kept) > 1 or not fused.started():
+    log = magnitude == "log"
+    if (v.dtype is not torch.float32 if log else v.dtype not in TYPES) or groups != 1 or not fused.started():
         return None
     types = (torch.float64,) if v.dtype is torch.float64 else (torch.float32, v.dtype)
     for half in (g, v):
         if type(half) not in _PLAIN or not half.is_cpu or half.is_neg():
             return None
-    if not (g.is_contiguous() and fused.lies_in_rows(v, kept)):
+    if len(kept) > 1 or not (g.is_contiguous() and fused.lies_in_rows(v, kept)):
         return None
     axis, rows, elements = (*kept, -1)[0], g.numel(), v.numel()
     if axis > 1 or axis >= v.ndim or g.dtype not in types or not elements or rows != (v.shape[axis] if kept else 1):
         return None
     across = axis == 1
-    return Rows(rows, elements // rows, across, not across and g.dtype is types[0])
+    return None if log and across else Rows(rows, elements // rows, across, log, not across and g.dtype is types[0])
 
 
-def forward_call(v: Tensor, sizes: Rows) -> tuple[Callable[..., bool], tuple[int, ...]]:
-    """What `forward` calls, as `fused.forward_call` has it: a function of the addresses of v, g, w and ||v||, with g
-    and ||v|| in float64 for such weights and float32 for others; and the arguments that come after these."""
+def sizes_of(g: Tensor, sizes: Rows) -> Tensor:
+    """|w| per row in the type that the kernels take: float64 for such weights and where g is stored as its logarithm,
+    else float32."""
+    if sizes.log:
+        return g.detach().double().exp_()
+    return g if g.dtype is torch.float64 else g.detach().float()
+
+
+def forward_call(g: Tensor, v: Tensor, sizes: Rows) -> tuple[Callable[..., bool], tuple[int, ...]]:
+    """What `forward` calls, as `fused.forward_call` has it: a function of the addresses of v, of what `sizes_of` gives,
+    of w and of ||v||, in float64 for such weights and else in float32; and the arguments that come after these."""
+    if sizes.log:
+        return _call("log_forward", v, sizes, (g.data_ptr(), sizes.columns))
     if v.dtype is torch.float64:
         return _call("double_forward", v, sizes, (sizes.columns, *ridge_bits(sizes.columns)))
     return _call("short_forward", v, sizes, (_kind(v), sizes.columns))
 
 
 def backward_call(v: Tensor, sizes: Rows) -> tuple[Callable[..., bool], tuple[int, ...]]:
-    """The same of `backward`: of the addresses of dL/dw, v, g, ||v||, dL/dg and dL/dv."""
+    """The same of `backward`: of the addresses of dL/dw, v, what `sizes_of` gives, ||v||, dL/dg and dL/dv."""
+    if sizes.log:
+        return _call("log_backward", v, sizes, (sizes.columns,))
     if v.dtype is torch.float64:
         return _call("double_backward", v, sizes, (sizes.columns,))
     return _call("short_backward", v, sizes, (_kind(v), sizes.columns))
@@ -81,10 +97,10 @@ def forward(g: Tensor, v: Tensor, sizes: Rows, w: Tensor | None = None) -> tuple
     """
     if g.dtype is torch.float16 and bool(g.detach().abs().amax() >= _LARGE_HALF):
         return None
-    size, rows = _magnitudes(g), _turned(v.detach(), sizes)
+    size, rows = sizes_of(g, sizes), _turned(v.detach(), sizes)
     made = torch.empty_like(rows, requires_grad=False) if w is None or sizes.across else w
-    norms = torch.empty_like(size, requires_grad=False)
-    call, rest = forward_call(v, sizes)
+    norms = torch.empty_like(g, dtype=_type_of_rows(v), requires_grad=False)
+    call, rest = forward_call(g, v, sizes)
     if not call(rows.data_ptr(), size.data_ptr(), made.data_ptr(), norms.data_ptr(), *rest):
         return None
     if sizes.across:
@@ -96,8 +112,9 @@ def backward(up: Tensor, g: Tensor, v: Tensor, norms: Tensor, sizes: Rows) -> tu
     """dL/dg and dL/dv from dL/dw, a plain tensor of the type of v, and ||v|| as `forward` gave it."""
     up = up.resolve_neg()
     up = up if fused.lies_as(up, v) else torch.empty_like(v, requires_grad=False).copy_(up)
-    up, rows, size = _turned(up, sizes), _turned(v.detach(), sizes), _magnitudes(g)
-    grad_g, grad_v = torch.empty_like(size, requires_grad=False), torch.empty_like(rows, requires_grad=False)
+    up, rows, size = _turned(up, sizes), _turned(v.detach(), sizes), sizes_of(g, sizes)
+    grad_g = torch.empty_like(g, dtype=_type_of_rows(v), requires_grad=False)
+    grad_v = torch.empty_like(rows, requires_grad=False)
     call, rest = backward_call(v, sizes)
     call(*(x.data_ptr() for x in (up, rows, size, norms, grad_g, grad_v)), *rest)
     return grad_g.to(g.dtype), _turned(grad_v, sizes)
@@ -112,9 +129,8 @@ def _turned(x: Tensor, sizes: Rows) -> Tensor:
     return x.transpose(0, 1).contiguous() if sizes.across else x
 
 
-def _magnitudes(g: Tensor) -> Tensor:
-    """g in the type that the kernels take."""
-    return g if g.dtype is torch.float64 else g.detach().float()
+def _type_of_rows(v: Tensor) -> torch.dtype:
+    return torch.float64 if v.dtype is torch.float64 else torch.float32
 
 
 def _kind(v: Tensor) -> int:

@@ -500,9 +500,7 @@ def first_order_gradients(
 def _gradients_of_other_types(
     grad_w: Tensor, g: Tensor, v: Tensor, norms: Tensor, axes: Axes, magnitude: str
 ) -> tuple[Tensor, Tensor] | None:
-    """dL/dg and dL/dv of a weight of 16 bits that the kernels take, or of one of float64; None for others."""
-    if v.dtype not in other_types.TYPES:
-        return None
+    """dL/dg and dL/dv of a weight of `other_types` that the kernels take, or of any of float64; None for others."""
     plain = is_plain(grad_w) and grad_w.dtype is v.dtype
     rows = other_types.rows_of(g, v, axes.kept, axes.groups, magnitude) if plain else None
     if rows is not None:

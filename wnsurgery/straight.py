@@ -51,7 +51,7 @@ class Straight:
     """
 
     __slots__ = (
-        *("_at", "_backward", "_count", "_forward", "_g", "_is_by_torch", "_is_small", "_node"),
+        *("_at", "_backward", "_count", "_forward", "_g", "_is_by_torch", "_is_log", "_is_small", "_node"),
         *("_read", "_reads", "_rooms", "_roomy", "_shapes", "_types", "_v"),
         *("axes", "large", "sizes"),
     )
@@ -60,14 +60,15 @@ class Straight:
         self._g, self._v, self.sizes, self.axes, self._rooms = g, v, sizes, axes, rooms
         self._at, self._count = (g.data_ptr(), v.data_ptr()), v.numel()
         self._shapes = g.shape, v.shape, g.stride(), v.stride()
-        self._node = TorchNode(g, v, axes) if takes(g, v, axes) else None
-        self._is_by_torch = is_by_torch(g, v, axes, "linear")
         self._types, self._roomy = (g.dtype, v.dtype), False
+        self._is_log = not isinstance(sizes, fused.Sizes) and sizes.log
+        self._node = TorchNode(g, v, axes) if not self._is_log and takes(g, v, axes) else None
+        self._is_by_torch = not self._is_log and is_by_torch(g, v, axes, "linear")
         if isinstance(sizes, fused.Sizes):
             self._roomy = self._count >= _ROOMY or (self._node is None and self._is_by_torch)
             self._forward, self._backward = (f(sizes, self._count) for f in (fused.forward_call, fused.backward_call))
         else:
-            self._forward, self._backward = (f(v, sizes) for f in (other_types.forward_call, other_types.backward_call))
+            self._forward, self._backward = other_types.forward_call(g, v, sizes), other_types.backward_call(v, sizes)
         self._is_small = max(g.nbytes, v.nbytes) <= LASTING
         self._read, self._reads = (-1, -1, -1), 0
         steps.start()
@@ -94,12 +95,14 @@ class Straight:
             ready = compose_in_one_pass(self._g, self._v, self.sizes, self._rooms)  # type: ignore[arg-type]
             how = self.axes, "linear", self._rooms
             return None if ready.w is None else with_graph(self._g, self._v, how, ready)
-        node, (call, rest), (g_at, v_at) = self._node, self._forward, self._at
-        w, norms = node.begin() if node is not None else (_empty_like(self._v), _empty_like(self._g))
+        node = self._node
+        if node is None:
+            made = self._made()
+            return None if made is None else _apply(self._g, self._v, self, made)
+        (call, rest), (g_at, v_at) = self._forward, self._at
+        w, norms = node.begin()
         if not call(v_at, g_at, w.data_ptr(), norms.data_ptr(), *rest):
             return None
-        if node is None:
-            return _apply(self._g, self._v, self, (w, norms))  # type: ignore[no-any-return]
         node.finish(w)
         return w
 
@@ -129,8 +132,13 @@ class Straight:
     def _made(self) -> tuple[Tensor, Tensor] | None:
         """w and ||v|| in new memory, None where a row is not an ordinary one."""
         w, norms = _empty_like(self._v), _empty_like(self._g)
-        (call, rest), (g_at, v_at) = self._forward, self._at
-        return (w, norms) if call(v_at, g_at, w.data_ptr(), norms.data_ptr(), *rest) else None
+        (call, rest), (_, v_at) = self._forward, self._at
+        sizes = self._sizes()
+        return (w, norms) if call(v_at, sizes.data_ptr(), w.data_ptr(), norms.data_ptr(), *rest) else None
+
+    def _sizes(self) -> Tensor:
+        """|w| per row, as the kernels take it."""
+        return other_types.sizes_of(self._g, self.sizes) if self._is_log else self._g  # type: ignore[arg-type]
 
     def gradients(self, grad: Tensor, g: Tensor, v: Tensor, norms: Tensor, count: int = 0) -> tuple[Tensor, Tensor]:
         """dL/dg and dL/dv from dL/dw, for the pair as the graph has saved it, and ||v|| as it was then.
@@ -144,13 +152,14 @@ class Straight:
             if is_readable(grad, v):
                 over = self._count >= LARGE and is_to_be_had(grad, v, count)
                 return self._by_kernel(grad, norms, grad if over else _empty_like(self._v))
-        return first_order_gradients(grad, g, v, None if differentiable else norms, self.axes, "linear")
+        how: Any = "log" if self._is_log else "linear"
+        return first_order_gradients(grad, g, v, None if differentiable else norms, self.axes, how)
 
     def _by_kernel(self, grad: Tensor, norms: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor]:
         grad_g = _empty_like(self._g)
-        call, rest = self._backward
-        g_at, v_at = self._at
-        call(grad.data_ptr(), v_at, g_at, norms.data_ptr(), grad_g.data_ptr(), grad_v.data_ptr(), *rest)
+        (call, rest), (_, v_at) = self._backward, self._at
+        sizes = self._sizes()
+        call(grad.data_ptr(), v_at, sizes.data_ptr(), norms.data_ptr(), grad_g.data_ptr(), grad_v.data_ptr(), *rest)
         return grad_g, grad_v
 
 

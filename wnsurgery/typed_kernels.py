@@ -1,4 +1,4 @@
-"""Weight norm and its gradients for 16-bit and float64 rows, compiled by numba.
+"""Weight norm and its gradients for 16-bit and float64 rows, and for a g stored as its logarithm, compiled by numba.
 
 A kernel takes addresses of matrices that lie row after row in memory, and their sizes, as in `fused_kernels`. A row of
 16 bits is widened to float32 a chunk at a time; what is added and multiplied there is what `fused_kernels` does with
@@ -17,6 +17,9 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from wnsurgery.fused_kernels import (
+    EIGHT,
+    LEAST,
+    MOST,
     coefficients,
     compiled,
     doubles_at,
@@ -27,8 +30,10 @@ from wnsurgery.fused_kernels import (
     parts_of,
     pointers_to,
     product,
+    rows_backward,
     same_bits,
     squares,
+    write_row,
 )
 
 __all__ = [
@@ -38,6 +43,8 @@ __all__ = [
     "double_backward",
     "double_forward",
     "in_parallel",
+    "log_backward",
+    "log_forward",
     "short_backward",
     "short_forward",
     "worker",
@@ -45,15 +52,19 @@ __all__ = [
 
 FLOAT16, BFLOAT16 = range(2)
 _CHUNK = 1 << 13  # elements widened at a time: they stay in the first level of the cache
-_SHORT_FORWARD, _SHORT_BACKWARD, _DOUBLE_FORWARD, _DOUBLE_BACKWARD = range(4)
+_SHORT_FORWARD, _SHORT_BACKWARD, _DOUBLE_FORWARD, _DOUBLE_BACKWARD, _LOG_FORWARD, _LOG_BACKWARD = range(6)
 JOBS = {  # how a job names its kernel
     "short_forward": _SHORT_FORWARD,
     "short_backward": _SHORT_BACKWARD,
     "double_forward": _DOUBLE_FORWARD,
     "double_backward": _DOUBLE_BACKWARD,
+    "log_forward": _LOG_FORWARD,
+    "log_backward": _LOG_BACKWARD,
 }
 _LEAST, _MOST = 2.0**-100, 2.0**100  # of g and of a row's largest element, for float64 rows that are ordinary ones
 _SLACK = 2.0**-62  # relative error of a norm in a pair
+_NEAR_LOG = np.uint32(1 << 12)  # units in the last place around a power of two that e^s / ||v|| may stand for
+_LOG_SLACK = 2.0**-50  # error of a logarithm, of its size if that is more than one
 
 _exact = njit(nogil=True)
 _shorts_at = pointers_to(types.uint16)
@@ -338,6 +349,58 @@ def double_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, columns, 
                 grad_v[i] = up[i] * across - v[i] * along
 
 
+# a g that is stored as its logarithm ---------------------------------------------------------------------
+
+
+@_exact
+def _log_factor(size, s, norm):
+    """e^s / ||v|| in float32 for size = e^s, a power of two exactly where s is the stored logarithm of that multiple of
+    ||v||; NaN where the row is not an ordinary one."""
+    if not 2.0**-30 < norm < 2.0**30:
+        return np.float32(np.nan)
+    factor = np.float32(size / norm)
+    bits = _bits_of(factor)
+    if not LEAST <= bits <= MOST:
+        return np.float32(np.nan)
+    if ((bits + _NEAR_LOG) & np.uint32(0x7FFFFF)) <= 2 * _NEAR_LOG:
+        power = _float_of((bits + _NEAR_LOG) & np.uint32(0x7F800000))
+        log = math.log(norm * np.float64(power))
+        spread = max(abs(log), 1.0) * _LOG_SLACK
+        if np.float32(log - spread) <= s <= np.float32(log + spread):
+            return power
+    return factor
+
+
+@kernel
+def log_forward(v_at, sizes_at, w_at, norms_at, logs_at, columns, first, last):
+    """`rows_forward` of float32 with g = e^s, e^s in float64 and s in float32."""
+    v, sizes, norms, logs = floats_at(v_at), doubles_at(sizes_at), floats_at(norms_at), floats_at(logs_at)
+    factors = np.empty(EIGHT, np.float32)
+    for r in range(first, last):
+        start, stop = r * columns, (r + 1) * columns
+        norm = math.sqrt(squares(v, start, stop))
+        factor = _log_factor(sizes[r], logs[r], norm)
+        if math.isnan(factor):
+            return False
+        norms[r] = np.float32(norm)
+        write_row(w_at, v_at, factor, factors, start, stop, 0)
+    return True
+
+
+@kernel
+def log_backward(up_at, v_at, sizes_at, norms_at, grad_s_at, grad_v_at, columns, first, last):
+    """dL/ds and dL/dv from dL/dw, whose place dL/dv may take; e^s in float64."""
+    grad_s, sizes, count = floats_at(grad_s_at), doubles_at(sizes_at), last - first
+    short = np.empty(count, np.float32)
+    for r in range(count):
+        short[r] = np.float32(sizes[first + r])
+    block, rows = 4 * first * columns, 4 * first
+    halves = up_at + block, v_at + block, short.ctypes.data, norms_at + rows
+    rows_backward(*halves, grad_s_at + rows, grad_v_at + block, columns, 0, 0, count)
+    for r in range(count):
+        grad_s[first + r] *= short[r]
+
+
 def _work(job):
     """This thread's parts of a job of these kernels."""
     for first, last in parts_of(job):
@@ -349,8 +412,12 @@ def _work(job):
             short_backward(a, b, c, d, e, f, job[13], job[14], first, last)
         elif which == _DOUBLE_FORWARD:
             fine = double_forward(a, b, c, d, e, f, job[13], first, last)
-        else:
+        elif which == _DOUBLE_BACKWARD:
             double_backward(a, b, c, d, e, f, job[13], first, last)
+        elif which == _LOG_FORWARD:
+            fine = log_forward(a, b, c, d, e, f, first, last)
+        else:
+            log_backward(a, b, c, d, e, f, job[13], first, last)
         if not fine:
             job[4] = 1
 
