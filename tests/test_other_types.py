@@ -278,7 +278,13 @@ def test_what_is_not_taken() -> None:
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_deferred_mode_takes_the_steps_of_the_default_mode(kind: str, dtype: torch.dtype) -> None:
+def test_deferred_mode_takes_the_steps_of_the_default_mode(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[bool] = []
+    forward, backward = other_types.forward, other_types.backward
+    monkeypatch.setattr(other_types, "forward", lambda *args: made.append(True) or forward(*args))
+    monkeypatch.setattr(other_types, "backward", lambda *args: made.append(False) or backward(*args))
     torch.manual_seed(0)
     make, shape = LAYERS[kind]
     plain = make().to(dtype)
@@ -288,11 +294,14 @@ def test_deferred_mode_takes_the_steps_of_the_default_mode(kind: str, dtype: tor
         net = copy.deepcopy(plain)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.5)
         wn.apply_weight_norm(net, mode=mode, optimizer=optimizer)
+        made.clear()
         for _ in range(3):
             optimizer.zero_grad()
             net(x).square().mean().backward()
             optimizer.step()
         nets.append(net)
+    assert made.count(True) >= 3
+    assert made.count(False) == 3
     loose = {torch.float64: 1e-12, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
     torch.testing.assert_close(nets[0].weight, nets[1].weight, rtol=loose, atol=loose)
     g, v = nets[1].parametrizations["weight"].pair()

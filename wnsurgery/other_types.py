@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wnsurgery import fused
 from wnsurgery.norms import ridge_bits
@@ -19,7 +19,6 @@ from wnsurgery.norms import ridge_bits
 __all__ = ["TYPES", "Rows", "backward", "backward_call", "forward", "forward_call", "rows_of", "sizes_of"]
 
 TYPES = frozenset({torch.float16, torch.bfloat16, torch.float64})
-_PLAIN = (Tensor, torch.nn.Parameter)
 _LARGE_HALF = torch.finfo(torch.float16).max / 4  # a g in 16 bits above which may stand for a norm beyond its type
 
 
@@ -46,7 +45,8 @@ def rows_of(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int, magnitude:
         return None
     types = (torch.float64,) if v.dtype is torch.float64 else (torch.float32, v.dtype)
     for half in (g, v):
-        if type(half) not in _PLAIN or not half.is_cpu or half.is_neg():
+        kind = type(half)  # no subclass with operations of its own
+        if not (kind is Tensor or issubclass(kind, nn.Parameter)) or not half.is_cpu or half.is_neg():
             return None
     if len(kept) > 1 or not (g.is_contiguous() and fused.lies_in_rows(v, kept)):
         return None

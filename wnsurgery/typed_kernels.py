@@ -14,6 +14,7 @@ import numpy as np
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
+from numba.core import config
 from numba.extending import intrinsic
 
 from wnsurgery.fused_kernels import (
@@ -84,7 +85,17 @@ def _plus(_context, total, x):
     return types.float64(types.float64, types.float64), generate
 
 
-_has_halves = bool(get_host_cpu_features().get("f16c"))  # in hardware, in the same bits
+def _converts_halves():
+    """Whether the processor that numba compiles for turns 16 bits into 32 and back, in the bits of what is below."""
+    if config.CPU_NAME or config.CPU_FEATURES or not config.ENABLE_AVX:
+        return False
+    try:
+        return bool(get_host_cpu_features().get("f16c"))
+    except RuntimeError:  # it cannot be told
+        return False
+
+
+_has_halves = _converts_halves()
 
 
 @intrinsic
