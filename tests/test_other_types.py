@@ -343,6 +343,26 @@ def test_channels_last(dtype: torch.dtype, width: int, order: Any, straight: lis
             torch.testing.assert_close(one, other, rtol=loose, atol=loose)
 
 
+def test_deferred_steps_with_channels_last() -> None:
+    """With a momentum that lies as the gradients do."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(5, 7, 3).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 5, 6, 6).to(memory_format=torch.channels_last)
+    nets: list[Any] = []
+    for mode in ("parametrized", "deferred"):
+        net: Any = copy.deepcopy(plain)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        wn.apply_weight_norm(net, mode=mode, optimizer=optimizer)
+        for _ in range(4):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+        nets.append(net)
+    assert nets[1].weight.stride() == plain.weight.stride()
+    for mine, theirs in zip(*(net.parametrizations["weight"].pair() for net in nets), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
 # with the logarithm of g ---------------------------------------------------------------------------------
 
 
