@@ -23,9 +23,9 @@ _LARGE_HALF = torch.finfo(torch.float16).max / 4  # a g in 16 bits above which m
 
 
 class Rows(NamedTuple):
-    """A weight as the kernels see it: so many rows, of so many elements. `across` says that they are axis 1, and have
-    to be laid out in memory one after the other; `log` that g is stored as its logarithm; `as_it_is` that v is read,
-    and what goes to g written, where it lies."""
+    """A weight as the kernels see it: so many rows, of so many elements. `across` says that the rows are axis 1, and
+    must be laid out one after the other first; `log` that g is stored as its logarithm; `as_it_is` that the kernels
+    read v where it lies, and write dL/dg in the type of g."""
 
     rows: int
     columns: int
@@ -38,7 +38,7 @@ def rows_of(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int, magnitude:
     """How the kernels see this pair; None where they are not loaded or do not take it.
 
     They take those of `TYPES` that `fused.lies_in_rows` in the CPU's memory, with a linear g and axis 0, axis 1 or no
-    axis kept; and such of float32 with its logarithm, but for axis 1.
+    axis kept, and those of float32 with the logarithm of g and axis 0 or no axis kept.
     """
     log = magnitude == "log"
     if (v.dtype is not torch.float32 if log else v.dtype not in TYPES) or groups != 1 or not fused.started():

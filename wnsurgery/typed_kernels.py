@@ -158,35 +158,45 @@ def _narrowed_brain(x):
 
 
 @_exact
+def _values_of(room):
+    """A pointer to the numbers of an array, good for as long as whoever asks still needs the array itself."""
+    return floats_at(room.ctypes.data)
+
+
+@_exact
 def _widen(x, kind, start, count, room):
     """`count` elements from `start` on, as float32."""
+    wide = _values_of(room)
     if kind == BFLOAT16:
         for i in range(count):
-            room[i] = _float_of(np.uint32(x[start + i]) << np.uint32(16))
+            wide[i] = _float_of(np.uint32(x[start + i]) << np.uint32(16))
     else:
         for i in range(count):
-            room[i] = _widened_by_hardware(x[start + i]) if _has_halves else _widened(np.uint32(x[start + i]))
+            wide[i] = _widened_by_hardware(x[start + i]) if _has_halves else _widened(np.uint32(x[start + i]))
 
 
 @_exact
 def _narrow(room, count, x, kind, start):
     """What `_widen` has widened, rounded."""
+    wide = _values_of(room)
     if kind == BFLOAT16:
         for i in range(count):
-            x[start + i] = _narrowed_brain(room[i])
+            x[start + i] = _narrowed_brain(wide[i])
     else:
         for i in range(count):
-            x[start + i] = _narrowed_by_hardware(room[i]) if _has_halves else _narrowed(room[i])
+            x[start + i] = _narrowed_by_hardware(wide[i]) if _has_halves else _narrowed(wide[i])
 
 
 @_exact
 def _scale(room, count, factor):
+    wide = _values_of(room)
     for i in range(count):
-        room[i] *= factor
+        wide[i] *= factor
 
 
 @_exact
-def _combine(up, across, v, along, count):
+def _combine(up_room, across, v_room, along, count):
+    up, v = _values_of(up_room), _values_of(v_room)
     for i in range(count):
         up[i] = up[i] * across - v[i] * along
 
@@ -196,14 +206,13 @@ def short_forward(v_at, g_at, w_at, norms_at, kind, columns, first, last):
     """w = g * v / ||v|| and ||v||, g and ||v|| in float32, for the rows from `first` to before `last`; whether each is
     an ordinary one, else nothing of it is of use."""
     v, g, w, norms = _shorts_at(v_at), floats_at(g_at), _shorts_at(w_at), floats_at(norms_at)
-    room_array = np.empty(min(columns, _CHUNK), np.float32)
-    room = floats_at(room_array.ctypes.data)
+    room = np.empty(min(columns, _CHUNK), np.float32)
     for r in range(first, last):
         start, stop, total = r * columns, (r + 1) * columns, 0.0
         for begin in range(start, stop, _CHUNK):
             count = min(_CHUNK, stop - begin)
             _widen(v, kind, begin, count, room)
-            total += squares(room, 0, count)
+            total += squares(_values_of(room), 0, count)
         norm = math.sqrt(total)
         factor = factor_of(g[r], norm)
         if math.isnan(factor):
@@ -224,15 +233,14 @@ def short_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, kind, colu
     up, v, grad_v = _shorts_at(up_at), _shorts_at(v_at), _shorts_at(grad_v_at)
     g, norms, grad_g = floats_at(g_at), floats_at(norms_at), floats_at(grad_g_at)
     size = min(columns, _CHUNK)
-    rooms = np.empty(2 * size, np.float32)
-    wide_up, wide_v = floats_at(rooms.ctypes.data), floats_at(rooms.ctypes.data + 4 * size)
+    wide_up, wide_v = np.empty(size, np.float32), np.empty(size, np.float32)
     for r in range(first, last):
         start, stop, total = r * columns, (r + 1) * columns, 0.0
         for begin in range(start, stop, _CHUNK):
             count = min(_CHUNK, stop - begin)
             _widen(up, kind, begin, count, wide_up)
             _widen(v, kind, begin, count, wide_v)
-            total += product(wide_up, wide_v, 0, count)
+            total += product(_values_of(wide_up), _values_of(wide_v), 0, count)
         grad_g[r], across, along = coefficients(total, g[r], norms[r])
         for begin in range(start, stop, _CHUNK):
             count = min(_CHUNK, stop - begin)
