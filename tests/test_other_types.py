@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -341,6 +342,35 @@ def test_channels_last(dtype: torch.dtype, width: int, order: Any, straight: lis
         for one, other in zip(mine, theirs, strict=True):
             loose = 1e-2 if dtype == torch.bfloat16 else 1e-5
             torch.testing.assert_close(one, other, rtol=loose, atol=loose)
+
+
+def test_several_threads_at_once_do_not_meet_in_memory() -> None:
+    """Each with weights of its own, for which the kernels have rooms of their own."""
+
+    def jobs(seed: int) -> list[tuple[Tensor, Tensor, Tensor, Any]]:
+        generator = torch.Generator().manual_seed(seed)
+        made: list[tuple[Tensor, Tensor, Tensor, Any]] = []
+        for dtype, magnitude in [*((dtype, "linear") for dtype in TYPES), (torch.float32, "log")]:
+            for shape in ((5, 33), (40, 700), (2, 20000)):
+                w, up = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+                g, v = decompose(w, ROWS, magnitude=magnitude)  # type: ignore[arg-type]
+                made.append(((g + 0.1).requires_grad_(), v.requires_grad_(), up, magnitude))
+        return made
+
+    def results(given: list[tuple[Tensor, Tensor, Tensor, Any]]) -> list[Tensor]:
+        found: list[Tensor] = []
+        for g, v, up, magnitude in given:
+            w = compose(g, v, ROWS, magnitude=magnitude)
+            found += [w.detach(), *torch.autograd.grad(w, (g, v), up)]
+        return found
+
+    torch.set_num_threads(1)
+    given = [jobs(seed) for seed in range(4)]
+    wanted = [results(one) for one in given]
+    with ThreadPoolExecutor(len(given)) as pool:
+        for _ in range(40):
+            for mine, theirs in zip(pool.map(results, given), wanted, strict=True):
+                assert all(map(torch.equal, mine, theirs))
 
 
 def test_deferred_steps_with_channels_last() -> None:
