@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
 
-from wnsurgery import layers
+from wnsurgery import fused, layers
 from wnsurgery.mechanism import WeightNormList
+from wnsurgery.straight import Straight
 
 settings.register_profile("fixed", derandomize=True)  # a run that passes here passes elsewhere
 settings.register_profile("explore", max_examples=1000)
@@ -40,3 +43,19 @@ def registry() -> Iterator[None]:
 def long_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers make their weights as for a forward pass of the user's own, which reads `module.weight`."""
     monkeypatch.setattr(WeightNormList, "_go_straight", lambda self, way, private: None)
+
+
+@pytest.fixture
+def straight(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each time a weight was to go straight, by the compiled kernels, whether it did."""
+    assert fused.start()
+    ways: list[bool] = []
+    real = WeightNormList._go_straight
+
+    def go(self: Any, way: Straight, private: bool) -> Tensor | None:
+        w = real(self, way, private)
+        ways.append(w is not None)
+        return w
+
+    monkeypatch.setattr(WeightNormList, "_go_straight", go)
+    return ways

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 import wnsurgery as wn
 from wnsurgery import fused, other_types
-from wnsurgery.mechanism import WeightNormList
 from wnsurgery.reparam import Axes, compose, decompose
-from wnsurgery.straight import Straight
 
 TYPES = [torch.float64, torch.bfloat16, torch.float16]
 WHOLE = {torch.float64: torch.int64, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -157,21 +155,6 @@ def test_gradients(shape: tuple[int, ...], axes: Axes, dtype: torch.dtype) -> No
     torch.testing.assert_close(to_v.double(), exact[1], rtol=torch.finfo(dtype).eps, atol=atol)
 
 
-@pytest.fixture
-def straight(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each time a weight was to go straight, whether it did."""
-    ways: list[bool] = []
-    real = WeightNormList._go_straight
-
-    def go(self: Any, way: Straight, private: bool) -> Tensor | None:
-        w = real(self, way, private)
-        ways.append(w is not None)
-        return w
-
-    monkeypatch.setattr(WeightNormList, "_go_straight", go)
-    return ways
-
-
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (2, 6)),
     "large": (lambda: nn.Linear(300, 400), (2, 300)),
@@ -271,6 +254,7 @@ def test_what_is_not_taken() -> None:
         (g, v.float(), (0,), 1, "linear"),
         (g.double(), v, (0,), 1, "linear"),
         (g[:2], v, (0,), 1, "linear"),
+        (g.view(1, 3), v, (0,), 1, "linear"),
         (g, v.t().contiguous().t(), (0,), 1, "linear"),
         (g, v[:, :0], (0,), 1, "linear"),
     ):

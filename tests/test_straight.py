@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import wnsurgery as wn
-from wnsurgery import fused
 from wnsurgery.mechanism import WeightNormList
 from wnsurgery.reparam import compose
 from wnsurgery.straight import Straight
@@ -33,22 +32,6 @@ INPUTS: dict[str, tuple[int, ...]] = {
 }
 
 
-@pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each time a weight was to go straight, whether it did."""
-    assert fused.start()
-    ways: list[bool] = []
-    real = WeightNormList._go_straight
-
-    def go(self: Any, way: Straight, private: bool) -> Tensor | None:
-        w = real(self, way, private)
-        ways.append(w is not None)
-        return w
-
-    monkeypatch.setattr(WeightNormList, "_go_straight", go)
-    return ways
-
-
 def entry(layer: Any) -> Any:
     return layer.parametrizations["weight"]
 
@@ -67,16 +50,16 @@ def trained(layer: nn.Module, x: Tensor, steps: int = 2) -> Any:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_bits_and_gradients(name: str, found: list[bool]) -> None:
+def test_bits_and_gradients(name: str, straight: list[bool]) -> None:
     """Of each kind of layer: w is `compose`'s to the bit, gradients are those of float64."""
     x = torch.randn(INPUTS[name])
     layer = trained(LAYERS[name](), x)
-    found.clear()
+    straight.clear()
     w = compose(*entry(layer).pair(), entry(layer)[0].axes)
     plain = wn.fold_weight_norm(copy.deepcopy(layer))
-    found.clear()
+    straight.clear()
     y = layer(x)
-    assert found == [True]
+    assert straight == [True]
     assert torch.equal(y, plain(x))
     assert torch.equal(w, plain.weight)
     y.square().sum().backward()
@@ -104,12 +87,12 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_no_change_of_the_pair_is_missed(change: str, found: list[bool]) -> None:
+def test_no_change_of_the_pair_is_missed(change: str, straight: list[bool]) -> None:
     """Whatever is done to g and v between two uses, the second computes what they are then."""
     x = torch.randn(2, 6)
     layer = trained(nn.Linear(6, 5), x)
     layer(x)
-    assert found[-1]
+    assert straight[-1]
     one = entry(layer)
     one.original0.grad = torch.ones_like(one.original0)
     with torch.no_grad():
@@ -122,12 +105,12 @@ def test_no_change_of_the_pair_is_missed(change: str, found: list[bool]) -> None
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, of forward mode
-def test_others_who_look_on_see_the_weight_computed(found: list[bool]) -> None:
+def test_others_who_look_on_see_the_weight_computed(straight: list[bool]) -> None:
     """Hooks on the rule or the list, a parametrization on top, forward and inference mode, and function transforms."""
     x = torch.randn(2, 6)
     layer = trained(nn.Linear(6, 5), x)
     layer(x)
-    assert found.pop()
+    assert straight.pop()
     wanted = layer(x).detach()
     one = entry(layer)
     with forward_ad.dual_level():
@@ -153,13 +136,13 @@ def test_others_who_look_on_see_the_weight_computed(found: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("keep", [lambda grad: grad, lambda grad: grad.detach(), lambda grad: grad[:3]])
-def test_a_gradient_that_somebody_holds_is_not_written_over(keep: Any, found: list[bool]) -> None:
+def test_a_gradient_that_somebody_holds_is_not_written_over(keep: Any, straight: list[bool]) -> None:
     """That of a weight large enough for dL/dv to take its place where nobody does."""
     x = torch.randn(2, 400)
     layer: Any = trained(nn.Linear(400, 400), x)
     held: list[Tensor] = []
     w = layer.weight
-    assert found[-1]
+    assert straight[-1]
     w.register_hook(lambda grad: held.append(keep(grad)))
     nn.functional.linear(x, w).square().sum().backward()
     wanted = 2 * nn.functional.linear(x, w.detach()).t() @ x
@@ -184,7 +167,7 @@ def test_a_gradient_that_nobody_holds_gives_its_memory(monkeypatch: pytest.Monke
     assert all(grad == grad_v for grad, grad_v in places)
 
 
-def test_gradients_of_micro_batches_are_those_of_one(found: list[bool]) -> None:
+def test_gradients_of_micro_batches_are_those_of_one(straight: list[bool]) -> None:
     x = torch.randn(6, 6)
     layer = trained(nn.Linear(6, 5), x)
     twin = copy.deepcopy(layer)
@@ -193,10 +176,10 @@ def test_gradients_of_micro_batches_are_those_of_one(found: list[bool]) -> None:
     twin(x).square().sum().backward()
     for mine, theirs in zip(layer.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
-    assert found
+    assert straight
 
 
-def test_a_graph_offloaded_or_checkpointed(found: list[bool]) -> None:
+def test_a_graph_offloaded_or_checkpointed(straight: list[bool]) -> None:
     """What a node has saved may come back as other tensors."""
     x = torch.randn(2, 6)
     layer = trained(nn.Linear(6, 5), x)
@@ -207,7 +190,7 @@ def test_a_graph_offloaded_or_checkpointed(found: list[bool]) -> None:
     plain(x).square().sum().backward()
     for mine, theirs in zip(layer.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
-    assert found[-1]
+    assert straight[-1]
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn", "attention"])

@@ -36,6 +36,7 @@ __all__ = [
     "many_backward",
     "many_forward",
     "plan",
+    "sizes_of_pair",
     "start",
     "started",
     "table_of",
@@ -103,10 +104,18 @@ def plan(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int, magnitude: st
         or magnitude != "linear"
         or v.dtype is not torch.float32
         or g.dtype is not torch.float32
-        or not (v.is_cpu and g.is_cpu and g.is_contiguous() and lies_in_rows(v, kept))
-        or v.is_neg()
-        or g.is_neg()
     ):
+        return None
+    return sizes_of_pair(g, v, kept)
+
+
+def sizes_of_pair(g: Tensor, v: Tensor, kept: tuple[int, ...]) -> Sizes | None:
+    """The sizes of a pair, of whatever types, that lies in the CPU's memory as kernels read it; None of others.
+
+    >>> sizes_of_pair(torch.ones(2, 1), torch.ones(2, 3), (0,))
+    Sizes(inputs=0, rows=2, columns=3)
+    """
+    if not (v.is_cpu and g.is_cpu and g.is_contiguous() and lies_in_rows(v, kept)) or v.is_neg() or g.is_neg():
         return None
     return _sizes(v.shape, g.shape, kept)
 

@@ -86,7 +86,7 @@ def _is_own(memory: Tensor) -> bool:
 
 def holders(memory: Tensor) -> int:
     """How many tensors have the memory of one, itself and the handle that counting takes included."""
-    return torch._C._storage_Use_Count(memory.untyped_storage()._cdata)
+    return holders_and_handles(memory)[0]
 
 
 def holders_and_handles(memory: Tensor) -> tuple[int, int]:

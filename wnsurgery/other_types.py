@@ -44,17 +44,14 @@ def rows_of(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int, magnitude:
     if (v.dtype is not torch.float32 if log else v.dtype not in TYPES) or groups != 1 or not fused.started():
         return None
     types = (torch.float64,) if v.dtype is torch.float64 else (torch.float32, v.dtype)
-    for half in (g, v):
-        kind = type(half)  # no subclass with operations of its own
-        if not (kind is Tensor or issubclass(kind, nn.Parameter)) or not half.is_cpu or half.is_neg():
+    for kind in (type(g), type(v)):  # no subclass with operations of its own
+        if not (kind is Tensor or issubclass(kind, nn.Parameter)):
             return None
-    if len(kept) > 1 or not (g.is_contiguous() and fused.lies_in_rows(v, kept)):
+    sizes = fused.sizes_of_pair(g, v, kept) if g.dtype in types else None
+    if sizes is None or (log and sizes.inputs):
         return None
-    axis, rows, elements = (*kept, -1)[0], g.numel(), v.numel()
-    if axis > 1 or axis >= v.ndim or g.dtype not in types or not elements or rows != (v.shape[axis] if kept else 1):
-        return None
-    across = axis == 1
-    return None if log and across else Rows(rows, elements // rows, across, log, not across and g.dtype is types[0])
+    across = sizes.inputs > 0
+    return Rows(sizes.rows, v.numel() // sizes.rows, across, log, not across and g.dtype is types[0])
 
 
 def sizes_of(g: Tensor, sizes: Rows) -> Tensor:

@@ -19,6 +19,7 @@ from wnsurgery.loans import LASTING
 from wnsurgery.ownership import counted, prepare
 from wnsurgery.reparam import (
     Axes,
+    Magnitude,
     compose_in_one_pass,
     first_order_gradients,
     gradients_by_torch,
@@ -51,7 +52,7 @@ class Straight:
     """
 
     __slots__ = (
-        *("_at", "_backward", "_count", "_forward", "_g", "_is_by_torch", "_is_log", "_is_small", "_node"),
+        *("_at", "_backward", "_count", "_forward", "_g", "_is_by_torch", "_is_small", "_magnitude", "_node"),
         *("_read", "_reads", "_rooms", "_roomy", "_shapes", "_types", "_v"),
         *("axes", "large", "sizes"),
     )
@@ -61,9 +62,9 @@ class Straight:
         self._at, self._count = (g.data_ptr(), v.data_ptr()), v.numel()
         self._shapes = g.shape, v.shape, g.stride(), v.stride()
         self._types, self._roomy = (g.dtype, v.dtype), False
-        self._is_log = not isinstance(sizes, fused.Sizes) and sizes.log
-        self._node = TorchNode(g, v, axes) if not self._is_log and takes(g, v, axes) else None
-        self._is_by_torch = not self._is_log and is_by_torch(g, v, axes, "linear")
+        self._magnitude: Magnitude = "log" if isinstance(sizes, other_types.Rows) and sizes.log else "linear"
+        self._is_by_torch = is_by_torch(g, v, axes, self._magnitude)
+        self._node = TorchNode(g, v, axes) if self._is_by_torch and takes(g, v, axes) else None
         if isinstance(sizes, fused.Sizes):
             self._roomy = self._count >= _ROOMY or (self._node is None and self._is_by_torch)
             self._forward, self._backward = (f(sizes, self._count) for f in (fused.forward_call, fused.backward_call))
@@ -138,7 +139,7 @@ class Straight:
 
     def _sizes(self) -> Tensor:
         """|w| per row, as the kernels take it."""
-        return other_types.sizes_of(self._g, self.sizes) if self._is_log else self._g  # type: ignore[arg-type]
+        return self._g if self._magnitude == "linear" else other_types.sizes_of(self._g, self.sizes)  # type: ignore[arg-type]
 
     def gradients(self, grad: Tensor, g: Tensor, v: Tensor, norms: Tensor, count: int = 0) -> tuple[Tensor, Tensor]:
         """dL/dg and dL/dv from dL/dw, for the pair as the graph has saved it, and ||v|| as it was then.
@@ -152,8 +153,7 @@ class Straight:
             if is_readable(grad, v):
                 over = self._count >= LARGE and is_to_be_had(grad, v, count)
                 return self._by_kernel(grad, norms, grad if over else _empty_like(self._v))
-        how: Any = "log" if self._is_log else "linear"
-        return first_order_gradients(grad, g, v, None if differentiable else norms, self.axes, how)
+        return first_order_gradients(grad, g, v, None if differentiable else norms, self.axes, self._magnitude)
 
     def _by_kernel(self, grad: Tensor, norms: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor]:
         grad_g = _empty_like(self._g)

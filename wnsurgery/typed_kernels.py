@@ -62,7 +62,7 @@ JOBS = {  # how a job names its kernel
     "log_forward": _LOG_FORWARD,
     "log_backward": _LOG_BACKWARD,
 }
-_LEAST, _MOST = 2.0**-100, 2.0**100  # of g and of a row's largest element, for float64 rows that are ordinary ones
+_TINY, _HUGE = 2.0**-100, 2.0**100  # between which g and the largest element of an ordinary float64 row are
 _SLACK = 2.0**-62  # relative error of a norm in a pair
 _NEAR_LOG = np.uint32(1 << 12)  # units in the last place around a power of two that e^s / ||v|| may stand for
 _LOG_SLACK = 2.0**-50  # error of a logarithm, of its size if that is more than one
@@ -330,7 +330,7 @@ def double_forward(v_at, g_at, w_at, norms_at, columns, ridge_bits, second_bits,
     for r in range(first, last):
         start, stop = r * columns, (r + 1) * columns
         peak, size = _peak(v, start, stop), abs(g[r])
-        if not (_LEAST < peak < _MOST and (size == 0 or _LEAST < size < _MOST)):
+        if not (_TINY < peak < _HUGE and (size == 0 or _TINY < size < _HUGE)):
             return False
         exponent = _exponent(peak)
         high, low = _norm_in_pair(v, start, stop, _power_of_two(-exponent), ridge, second_ridge)
