@@ -1,4 +1,4 @@
-"""Weights of 16 bits, of float64, and of float32 with a g stored as its logarithm, in the CPU's memory in one pass, as
+"""Weights of 16 bits, of float64, and of any type with a g stored as its logarithm, in the CPU's memory in one pass, as
 `fused` has it for float32 with a linear g.
 
 The kernels for them come with those for float32 (`fused.start`), compiled when the first such weight is met.
@@ -16,17 +16,28 @@ from torch import Tensor, nn
 from wnsurgery import fused
 from wnsurgery.norms import ridge_bits
 
-__all__ = ["TYPES", "Rows", "backward", "backward_call", "forward", "forward_call", "rows_of", "sizes_of"]
+__all__ = [
+    "TYPES",
+    "Rows",
+    "backward",
+    "backward_call",
+    "forward",
+    "forward_call",
+    "rows_of",
+    "sizes_for_gradients",
+    "sizes_of",
+]
 
 TYPES = frozenset({torch.float16, torch.bfloat16, torch.float64})
 _LARGE_HALF = torch.finfo(torch.float16).max / 4  # a g in 16 bits above which may stand for a norm beyond its type
 
 
 class Rows(NamedTuple):
-    """A weight as the kernels see it: so many rows, of so many elements. `across` says that the rows are axis 1, and
-    must be laid out one after the other first; `log` that g is stored as its logarithm; `as_it_is` that the kernels
-    read v where it lies, and write dL/dg in the type of g."""
+    """A weight as the kernels see it: `inputs`, `rows` and `columns` are those of `fused.Sizes`. `across` says that the
+    rows are axis 1, and must be laid out one after the other first; `log` that g is stored as its logarithm; `as_it_is`
+    that the kernels read v where it lies, and write dL/dg in the type of g."""
 
+    inputs: int
     rows: int
     columns: int
     across: bool
@@ -37,47 +48,59 @@ class Rows(NamedTuple):
 def rows_of(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int, magnitude: str) -> Rows | None:
     """How the kernels see this pair; None where they are not loaded or do not take it.
 
-    They take those of `TYPES` that `fused.lies_in_rows` in the CPU's memory, with a linear g and axis 0, axis 1 or no
-    axis kept, and those of float32 with the logarithm of g and axis 0 or no axis kept.
+    They take those of `TYPES` that `fused.lies_in_rows` in the CPU's memory, with axis 0, axis 1 or no axis kept, and
+    those of float32 with the logarithm of g; a logarithm in float64 for float64 weights and in float32 for others.
     """
     log = magnitude == "log"
-    if (v.dtype is not torch.float32 if log else v.dtype not in TYPES) or groups != 1 or not fused.started():
+    if not (v.dtype in TYPES or (log and v.dtype is torch.float32)) or groups != 1 or not fused.started():
         return None
-    types = (torch.float64,) if v.dtype is torch.float64 else (torch.float32, v.dtype)
+    own = _type_of_rows(v)
+    types = (own,) if log else (own, v.dtype)
     for kind in (type(g), type(v)):  # no subclass with operations of its own
         if not (kind is Tensor or issubclass(kind, nn.Parameter)):
             return None
     sizes = fused.sizes_of_pair(g, v, kept) if g.dtype in types else None
-    if sizes is None or (log and sizes.inputs):
+    if sizes is None:
         return None
-    across = sizes.inputs > 0
-    return Rows(sizes.rows, v.numel() // sizes.rows, across, log, not across and g.dtype is types[0])
+    across = sizes.inputs > 0 and v.dtype is not torch.float32
+    laid = fused.Sizes(0, sizes.rows, v.numel() // sizes.rows) if across else sizes
+    return Rows(*laid, across, log, not across and g.dtype is own)
 
 
 def sizes_of(g: Tensor, sizes: Rows) -> Tensor:
-    """|w| per row in the type that the kernels take: float64 for such weights and where g is stored as its logarithm,
+    """|w| per row in the type that `forward` takes: float64 for such weights and where g is stored as its logarithm,
     else float32."""
     if sizes.log:
-        return g.detach().double().exp_()
+        return g.detach().double().exp()
     return g if g.dtype is torch.float64 else g.detach().float()
+
+
+def sizes_for_gradients(g: Tensor, sizes: Rows) -> Tensor:
+    """|w| per row in the type of dL/dg that `backward` makes: float64 for such weights, else float32."""
+    size = sizes_of(g, sizes)
+    return size if g.dtype is torch.float64 else size.float()
 
 
 def forward_call(g: Tensor, v: Tensor, sizes: Rows) -> tuple[Callable[..., bool], tuple[int, ...]]:
     """What `forward` calls, as `fused.forward_call` has it: a function of the addresses of v, of what `sizes_of` gives,
     of w and of ||v||, in float64 for such weights and else in float32; and the arguments that come after these."""
-    if sizes.log:
-        return _call("log_forward", v, sizes, (g.data_ptr(), sizes.columns))
+    logs = g.data_ptr() if sizes.log else 0
     if v.dtype is torch.float64:
-        return _call("double_forward", v, sizes, (sizes.columns, *ridge_bits(sizes.columns)))
-    return _call("short_forward", v, sizes, (_kind(v), sizes.columns))
+        return _call("double_forward", v, sizes, (logs, sizes.columns, *ridge_bits(sizes.columns)))
+    if sizes.inputs:
+        return _call("columns_log_forward", v, sizes, (logs, sizes.inputs, sizes.rows, sizes.columns))
+    if v.dtype is torch.float32:
+        return _call("log_forward", v, sizes, (logs, sizes.columns))
+    return _call("short_forward", v, sizes, (logs, _kind(v), sizes.columns))
 
 
 def backward_call(v: Tensor, sizes: Rows) -> tuple[Callable[..., bool], tuple[int, ...]]:
-    """The same of `backward`: of the addresses of dL/dw, v, what `sizes_of` gives, ||v||, dL/dg and dL/dv."""
-    if sizes.log:
-        return _call("log_backward", v, sizes, (sizes.columns,))
+    """The same of `backward`: of the addresses of dL/dw, v, what `sizes_for_gradients` gives, ||v||, dL/dg and dL/dv;
+    where g is stored as its logarithm, dL/dg is yet to be multiplied by those sizes."""
     if v.dtype is torch.float64:
         return _call("double_backward", v, sizes, (sizes.columns,))
+    if v.dtype is torch.float32:
+        return fused.backward_call(fused.Sizes(sizes.inputs, sizes.rows, sizes.columns), v.numel())
     return _call("short_backward", v, sizes, (_kind(v), sizes.columns))
 
 
@@ -109,11 +132,13 @@ def backward(up: Tensor, g: Tensor, v: Tensor, norms: Tensor, sizes: Rows) -> tu
     """dL/dg and dL/dv from dL/dw, a plain tensor of the type of v, and ||v|| as `forward` gave it."""
     up = up.resolve_neg()
     up = up if fused.lies_as(up, v) else torch.empty_like(v, requires_grad=False).copy_(up)
-    up, rows, size = _turned(up, sizes), _turned(v.detach(), sizes), sizes_of(g, sizes)
+    up, rows, size = _turned(up, sizes), _turned(v.detach(), sizes), sizes_for_gradients(g, sizes)
     grad_g = torch.empty_like(g, dtype=_type_of_rows(v), requires_grad=False)
     grad_v = torch.empty_like(rows, requires_grad=False)
     call, rest = backward_call(v, sizes)
     call(*(x.data_ptr() for x in (up, rows, size, norms, grad_g, grad_v)), *rest)
+    if sizes.log:
+        grad_g.mul_(size)
     return grad_g.to(g.dtype), _turned(grad_v, sizes)
 
 

@@ -132,14 +132,11 @@ class Straight:
 
     def _made(self) -> tuple[Tensor, Tensor] | None:
         """w and ||v|| in new memory, None where a row is not an ordinary one."""
-        w, norms = _empty_like(self._v), _empty_like(self._g)
+        w, norms, size = _empty_like(self._v), _empty_like(self._g), self._g
+        if self._magnitude == "log":
+            size = other_types.sizes_of(size, self.sizes)  # type: ignore[arg-type]
         (call, rest), (_, v_at) = self._forward, self._at
-        sizes = self._sizes()
-        return (w, norms) if call(v_at, sizes.data_ptr(), w.data_ptr(), norms.data_ptr(), *rest) else None
-
-    def _sizes(self) -> Tensor:
-        """|w| per row, as the kernels take it."""
-        return self._g if self._magnitude == "linear" else other_types.sizes_of(self._g, self.sizes)  # type: ignore[arg-type]
+        return (w, norms) if call(v_at, size.data_ptr(), w.data_ptr(), norms.data_ptr(), *rest) else None
 
     def gradients(self, grad: Tensor, g: Tensor, v: Tensor, norms: Tensor, count: int = 0) -> tuple[Tensor, Tensor]:
         """dL/dg and dL/dv from dL/dw, for the pair as the graph has saved it, and ||v|| as it was then.
@@ -156,11 +153,13 @@ class Straight:
         return first_order_gradients(grad, g, v, None if differentiable else norms, self.axes, self._magnitude)
 
     def _by_kernel(self, grad: Tensor, norms: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor]:
-        grad_g = _empty_like(self._g)
+        grad_g, size = _empty_like(self._g), self._g
+        log = self._magnitude == "log"
+        if log:
+            size = other_types.sizes_for_gradients(size, self.sizes)  # type: ignore[arg-type]
         (call, rest), (_, v_at) = self._backward, self._at
-        sizes = self._sizes()
-        call(grad.data_ptr(), v_at, sizes.data_ptr(), norms.data_ptr(), grad_g.data_ptr(), grad_v.data_ptr(), *rest)
-        return grad_g, grad_v
+        call(grad.data_ptr(), v_at, size.data_ptr(), norms.data_ptr(), grad_g.data_ptr(), grad_v.data_ptr(), *rest)
+        return grad_g.mul_(size) if log else grad_g, grad_v
 
 
 @counted

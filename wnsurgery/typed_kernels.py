@@ -3,6 +3,9 @@
 A kernel takes addresses of matrices that lie row after row in memory, and their sizes, as in `fused_kernels`. A row of
 16 bits is widened to float32 a chunk at a time; what is added and multiplied there is what `fused_kernels` does with
 float32. A row of float64 has its norm in a pair of float64, by the arithmetic of `norms`: the bits of both are equal.
+
+Where g is stored as its logarithm s, forward kernels take e^s in float64 as `sizes` and where s lies as `logs_at`,
+which is 0 elsewhere. Backward kernels take e^s for g.
 """
 
 # mypy: ignore-errors
@@ -21,6 +24,7 @@ from wnsurgery.fused_kernels import (
     EIGHT,
     LEAST,
     MOST,
+    add_squares,
     coefficients,
     compiled,
     doubles_at,
@@ -31,9 +35,10 @@ from wnsurgery.fused_kernels import (
     parts_of,
     pointers_to,
     product,
-    rows_backward,
     same_bits,
     squares,
+    total_of,
+    write_columns,
     write_row,
 )
 
@@ -41,10 +46,10 @@ __all__ = [
     "BFLOAT16",
     "FLOAT16",
     "JOBS",
+    "columns_log_forward",
     "double_backward",
     "double_forward",
     "in_parallel",
-    "log_backward",
     "log_forward",
     "short_backward",
     "short_forward",
@@ -53,19 +58,20 @@ __all__ = [
 
 FLOAT16, BFLOAT16 = range(2)
 _CHUNK = 1 << 13  # elements widened at a time: they stay in the first level of the cache
-_SHORT_FORWARD, _SHORT_BACKWARD, _DOUBLE_FORWARD, _DOUBLE_BACKWARD, _LOG_FORWARD, _LOG_BACKWARD = range(6)
+_SHORT_FORWARD, _SHORT_BACKWARD, _DOUBLE_FORWARD, _DOUBLE_BACKWARD, _LOG_FORWARD, _COLUMNS_LOG_FORWARD = range(6)
 JOBS = {  # how a job names its kernel
     "short_forward": _SHORT_FORWARD,
     "short_backward": _SHORT_BACKWARD,
     "double_forward": _DOUBLE_FORWARD,
     "double_backward": _DOUBLE_BACKWARD,
     "log_forward": _LOG_FORWARD,
-    "log_backward": _LOG_BACKWARD,
+    "columns_log_forward": _COLUMNS_LOG_FORWARD,
 }
 _TINY, _HUGE = 2.0**-100, 2.0**100  # between which g and the largest element of an ordinary float64 row are
 _SLACK = 2.0**-62  # relative error of a norm in a pair
 _NEAR_LOG = np.uint32(1 << 12)  # units in the last place around a power of two that e^s / ||v|| may stand for
 _LOG_SLACK = 2.0**-50  # error of a logarithm, of its size if that is more than one
+_LOG_TWO = math.log(2)
 
 _exact = njit(nogil=True)
 _shorts_at = pointers_to(types.uint16)
@@ -116,6 +122,42 @@ def _narrowed_by_hardware(_context, x):
         return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
 
     return types.uint16(types.float32), generate
+
+
+# a g that is stored as its logarithm ---------------------------------------------------------------------
+
+
+@_exact
+def _spread_of(log):
+    """The error that a logarithm may have."""
+    return max(abs(log), 1.0) * _LOG_SLACK
+
+
+@_exact
+def _log_factor(size, s, norm):
+    """e^s / ||v|| in float32 for size = e^s, a power of two exactly where s is the stored logarithm of that multiple of
+    ||v||; NaN where the row is not an ordinary one."""
+    if not 2.0**-30 < norm < 2.0**30:
+        return np.float32(np.nan)
+    factor = np.float32(size / norm)
+    bits = _bits_of(factor)
+    if not LEAST <= bits <= MOST:
+        return np.float32(np.nan)
+    if ((bits + _NEAR_LOG) & np.uint32(0x7FFFFF)) <= 2 * _NEAR_LOG:
+        power = _float_of((bits + _NEAR_LOG) & np.uint32(0x7F800000))
+        log = math.log(norm * np.float64(power))
+        spread = _spread_of(log)
+        if np.float32(log - spread) <= s <= np.float32(log + spread):
+            return power
+    return factor
+
+
+@_exact
+def _factor_at(sizes_at, logs_at, r, norm):
+    """The factor of a row from what is stored for it, in float32."""
+    if logs_at:
+        return _log_factor(doubles_at(sizes_at)[r], floats_at(logs_at)[r], norm)
+    return factor_of(floats_at(sizes_at)[r], norm)
 
 
 # 16 bits -------------------------------------------------------------------------------------------------
@@ -202,10 +244,10 @@ def _combine(up_room, across, v_room, along, count):
 
 
 @kernel
-def short_forward(v_at, g_at, w_at, norms_at, kind, columns, first, last):
+def short_forward(v_at, sizes_at, w_at, norms_at, logs_at, kind, columns, first, last):
     """w = g * v / ||v|| and ||v||, g and ||v|| in float32, for the rows from `first` to before `last`; whether each is
     an ordinary one, else nothing of it is of use."""
-    v, g, w, norms = _shorts_at(v_at), floats_at(g_at), _shorts_at(w_at), floats_at(norms_at)
+    v, w, norms = _shorts_at(v_at), _shorts_at(w_at), floats_at(norms_at)
     room = np.empty(min(columns, _CHUNK), np.float32)
     for r in range(first, last):
         start, stop, total = r * columns, (r + 1) * columns, 0.0
@@ -214,7 +256,7 @@ def short_forward(v_at, g_at, w_at, norms_at, kind, columns, first, last):
             _widen(v, kind, begin, count, room)
             total += squares(_values_of(room), 0, count)
         norm = math.sqrt(total)
-        factor = factor_of(g[r], norm)
+        factor = _factor_at(sizes_at, logs_at, r, norm)
         if math.isnan(factor):
             return False
         norms[r] = np.float32(norm)
@@ -302,6 +344,15 @@ def _norm_in_pair(v, start, stop, down, ridge, second_ridge):
 
 
 @_exact
+def _quotient(scaled, high, low):
+    """scaled / (high + low), and the exponent of the power of two that is nearest to it."""
+    quotient = scaled / high
+    quotient += (_minus_product(scaled, quotient, high) - quotient * low) / high
+    place = _exponent(quotient)
+    return quotient, place if abs(quotient) < 1.4 * _power_of_two(place) else place + 1
+
+
+@_exact
 def _double_factor(g, high, low, exponent):
     """g / ||v|| for ||v|| = (high + low) * 2^exponent: correctly rounded, a power of two exactly where g is the stored
     value of that multiple of ||v||."""
@@ -313,29 +364,58 @@ def _double_factor(g, high, low, exponent):
         return 1.0
     own = _exponent(g)
     scaled = g * _power_of_two(-own)
-    quotient = scaled / high
-    quotient += (_minus_product(scaled, quotient, high) - quotient * low) / high
-    place = _exponent(quotient)
-    power = _power_of_two(place if abs(quotient) < 1.4 * _power_of_two(place) else place + 1)
+    quotient, place = _quotient(scaled, high, low)
+    power = _power_of_two(place)
     if (high + (low - slack)) * power <= scaled <= (high + (low + slack)) * power:
         quotient = power
     return quotient * _power_of_two(own - exponent)
 
 
+@_exact
+def _is_log(s, mantissa, exponent):
+    """Whether s is what is stored for the logarithm of e^mantissa * 2^exponent."""
+    log = mantissa + exponent * _LOG_TWO
+    spread = _spread_of(log)
+    return log - spread <= s <= log + spread
+
+
+@_exact
+def _double_log_factor(size, s, high, low, exponent):
+    """The same of size = e^s, a power of two exactly where s is the stored logarithm of that multiple of ||v||; NaN
+    where the last bit of a logarithm decides, in which libraries differ."""
+    own = _exponent(size)
+    quotient, place = _quotient(size * _power_of_two(-own), high, low)
+    mantissa = math.log(high + low)  # of one or more
+    bits = _long_bits_of(mantissa)
+    first, last, known = max(np.int64(0), bits - 1), bits + 1, 0
+    for others in range(first, last + 1):
+        known += _is_log(s, _double_of(others), own + place)
+    if known == last + 1 - first:
+        quotient = _power_of_two(place)
+    elif known:
+        return np.nan
+    return quotient * _power_of_two(own - exponent)
+
+
 @kernel
-def double_forward(v_at, g_at, w_at, norms_at, columns, ridge_bits, second_bits, first, last):
+def double_forward(v_at, sizes_at, w_at, norms_at, logs_at, columns, ridge_bits, second_bits, first, last):
     """`short_forward` of float64, with all in float64; for the ridges see `norms`: 1.5 times these powers of two."""
-    v, g, w, norms = doubles_at(v_at), doubles_at(g_at), doubles_at(w_at), doubles_at(norms_at)
+    v, sizes, w, norms = doubles_at(v_at), doubles_at(sizes_at), doubles_at(w_at), doubles_at(norms_at)
     ridge, second_ridge = 1.5 * _power_of_two(ridge_bits), 1.5 * _power_of_two(second_bits)
     for r in range(first, last):
         start, stop = r * columns, (r + 1) * columns
-        peak, size = _peak(v, start, stop), abs(g[r])
-        if not (_TINY < peak < _HUGE and (size == 0 or _TINY < size < _HUGE)):
+        peak, size = _peak(v, start, stop), abs(sizes[r])
+        if not (_TINY < peak < _HUGE and (_TINY < size < _HUGE or (size == 0 and not logs_at))):
             return False
         exponent = _exponent(peak)
         high, low = _norm_in_pair(v, start, stop, _power_of_two(-exponent), ridge, second_ridge)
         norms[r] = (high + low) * _power_of_two(exponent)
-        factor = _double_factor(g[r], high, low, exponent)
+        if logs_at:
+            factor = _double_log_factor(size, doubles_at(logs_at)[r], high, low, exponent)
+            if math.isnan(factor):
+                return False
+        else:
+            factor = _double_factor(sizes[r], high, low, exponent)
         for i in range(start, stop):
             w[i] = v[i] * factor
     return True
@@ -351,7 +431,7 @@ def _double_product(a, b, start, stop):
 
 @kernel
 def double_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, columns, first, last):
-    """dL/dg and dL/dv from dL/dw, whose place dL/dv may take."""
+    """`short_backward` of float64, with all in float64."""
     up, v, grad_v = doubles_at(up_at), doubles_at(v_at), doubles_at(grad_v_at)
     g, norms, grad_g = doubles_at(g_at), doubles_at(norms_at), doubles_at(grad_g_at)
     for r in range(first, last):
@@ -368,31 +448,12 @@ def double_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, columns, 
                 grad_v[i] = up[i] * across - v[i] * along
 
 
-# a g that is stored as its logarithm ---------------------------------------------------------------------
-
-
-@_exact
-def _log_factor(size, s, norm):
-    """e^s / ||v|| in float32 for size = e^s, a power of two exactly where s is the stored logarithm of that multiple of
-    ||v||; NaN where the row is not an ordinary one."""
-    if not 2.0**-30 < norm < 2.0**30:
-        return np.float32(np.nan)
-    factor = np.float32(size / norm)
-    bits = _bits_of(factor)
-    if not LEAST <= bits <= MOST:
-        return np.float32(np.nan)
-    if ((bits + _NEAR_LOG) & np.uint32(0x7FFFFF)) <= 2 * _NEAR_LOG:
-        power = _float_of((bits + _NEAR_LOG) & np.uint32(0x7F800000))
-        log = math.log(norm * np.float64(power))
-        spread = max(abs(log), 1.0) * _LOG_SLACK
-        if np.float32(log - spread) <= s <= np.float32(log + spread):
-            return power
-    return factor
+# float32 with a g that is stored as its logarithm -------------------------------------------------------
 
 
 @kernel
 def log_forward(v_at, sizes_at, w_at, norms_at, logs_at, columns, first, last):
-    """`rows_forward` of float32 with g = e^s, e^s in float64 and s in float32."""
+    """`rows_forward` of float32 with g = e^s, s in float32."""
     v, sizes, norms, logs = floats_at(v_at), doubles_at(sizes_at), floats_at(norms_at), floats_at(logs_at)
     factors = np.empty(EIGHT, np.float32)
     for r in range(first, last):
@@ -407,17 +468,23 @@ def log_forward(v_at, sizes_at, w_at, norms_at, logs_at, columns, first, last):
 
 
 @kernel
-def log_backward(up_at, v_at, sizes_at, norms_at, grad_s_at, grad_v_at, columns, first, last):
-    """dL/ds and dL/dv from dL/dw, whose place dL/dv may take; e^s in float64."""
-    grad_s, sizes, count = floats_at(grad_s_at), doubles_at(sizes_at), last - first
-    short = np.empty(count, np.float32)
-    for r in range(count):
-        short[r] = np.float32(sizes[first + r])
-    block, rows = 4 * first * columns, 4 * first
-    halves = up_at + block, v_at + block, short.ctypes.data, norms_at + rows
-    rows_backward(*halves, grad_s_at + rows, grad_v_at + block, columns, 0, 0, count)
-    for r in range(count):
-        grad_s[first + r] *= short[r]
+def columns_log_forward(v_at, sizes_at, w_at, norms_at, logs_at, inputs, outputs, taps, first, last):
+    """The same with axis 1 kept, for the kept indices from `first` to before `last`."""
+    v, sizes, norms, logs = floats_at(v_at), doubles_at(sizes_at), floats_at(norms_at), floats_at(logs_at)
+    width = (last - first) * taps
+    sums, factors = np.zeros(width, np.float64), np.empty(width + EIGHT, np.float32)
+    for i in range(inputs):
+        add_squares(v, sums, (i * outputs + first) * taps)
+    for o in range(last - first):
+        norm = math.sqrt(total_of(sums, o, taps))
+        factor = _log_factor(sizes[first + o], logs[first + o], norm)
+        if math.isnan(factor):
+            return False
+        norms[first + o] = np.float32(norm)
+        for j in range(o * taps, (o + 1) * taps):
+            factors[j] = factor
+    write_columns(w_at, v_at, factors, width, inputs, outputs, taps, first, 0)
+    return True
 
 
 def _work(job):
@@ -426,17 +493,17 @@ def _work(job):
         which, fine = job[5], True
         a, b, c, d, e, f = job[7], job[8], job[9], job[10], job[11], job[12]  # as many as the kernel takes
         if which == _SHORT_FORWARD:
-            fine = short_forward(a, b, c, d, e, f, first, last)
+            fine = short_forward(a, b, c, d, e, f, job[13], first, last)
         elif which == _SHORT_BACKWARD:
             short_backward(a, b, c, d, e, f, job[13], job[14], first, last)
         elif which == _DOUBLE_FORWARD:
-            fine = double_forward(a, b, c, d, e, f, job[13], first, last)
+            fine = double_forward(a, b, c, d, e, f, job[13], job[14], first, last)
         elif which == _DOUBLE_BACKWARD:
             double_backward(a, b, c, d, e, f, job[13], first, last)
         elif which == _LOG_FORWARD:
             fine = log_forward(a, b, c, d, e, f, first, last)
         else:
-            log_backward(a, b, c, d, e, f, job[13], first, last)
+            fine = columns_log_forward(a, b, c, d, e, f, job[13], job[14], first, last)
         if not fine:
             job[4] = 1
 
