@@ -33,6 +33,8 @@ SHAPES = [
     ((16, 8, 5), Axes((1,))),
     ((700, 650), Axes((1,))),
     ((40, 50, 3, 3), Axes((1,))),
+    ((12, 3, 5), Axes((1,), groups=12)),
+    ((300, 2, 8, 8), Axes((1,), groups=300)),
     ((30, 41), Axes(())),
 ]
 
@@ -198,6 +200,9 @@ def test_what_the_kernels_do_not_take() -> None:
     assert fused.plan(g, v, *linear) == (0, 4, 6)
     assert fused.plan(g, v, (0,), 1, "log") is None
     assert fused.plan(g, v, (0,), 2, "linear") is None
+    assert fused.plan(torch.ones(2, 3, 1), torch.randn(2, 3, 4), (1,), 2, "linear") == (0, 6, 4)
+    assert fused.plan(torch.ones(2, 3, 1), torch.randn(4, 3, 4), (1,), 2, "linear") is None
+    assert fused.plan(torch.ones(6, 1, 1), torch.randn(2, 3, 4), (1,), 2, "linear") is None
     assert fused.plan(g.double(), v, *linear) is None
     assert fused.plan(g, v.bfloat16(), *linear) is None
     assert fused.plan(g, v.t().contiguous().t(), *linear) is None

@@ -18,7 +18,7 @@ from wnsurgery.reparam import Axes, compose, decompose
 
 TYPES = [torch.float64, torch.bfloat16, torch.float16]
 WHOLE = {torch.float64: torch.int64, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-ROWS, COLUMNS, ALL = Axes((0,)), Axes((1,)), Axes(())
+ROWS, COLUMNS, ALL, DEPTHWISE = Axes((0,)), Axes((1,)), Axes(()), Axes((1,), groups=9)
 SHAPES = [
     ((7, 5), ROWS),
     ((1, 1), ROWS),
@@ -29,6 +29,7 @@ SHAPES = [
     ((12, 7), COLUMNS),
     ((40, 50, 3), COLUMNS),
     ((200, 300, 2), COLUMNS),
+    ((9, 4, 3, 3), DEPTHWISE),
     ((31, 41), ALL),
 ]
 
@@ -144,7 +145,7 @@ def test_gradients(shape: tuple[int, ...], axes: Axes, dtype: torch.dtype) -> No
     up = torch.randn(shape, dtype=torch.float64).to(dtype)
     to_g, to_v = torch.autograd.grad(compose(g, v, axes), (g, v), up)
     wide_g, wide_v = g.detach().double().requires_grad_(), v.detach().double().requires_grad_()
-    dims = axes.reduced(v.ndim)
+    dims = tuple(range(2, v.ndim)) if axes == DEPTHWISE else axes.reduced(v.ndim)
     norms = wide_v.square().sum(dims, keepdim=True).sqrt() if dims else wide_v.abs()
     exact = torch.autograd.grad(wide_g * wide_v / norms, (wide_g, wide_v), up.double())
     step = torch.finfo(torch.float32 if dtype != torch.float64 else dtype).eps
@@ -161,6 +162,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "large": (lambda: nn.Linear(300, 400), (2, 300)),
     "convolution": (lambda: nn.Conv1d(3, 4, 3), (2, 3, 5)),
     "transposed": (lambda: nn.ConvTranspose1d(3, 4, 3), (2, 3, 5)),
+    "depthwise": (lambda: nn.ConvTranspose1d(4, 8, 3, groups=4), (2, 4, 5)),
 }
 
 
@@ -477,7 +479,7 @@ def test_training_with_logarithms(kind: str, mode: Any, dtype: torch.dtype, stra
     s, v = (half.detach().to(torch.float64, copy=True).requires_grad_() for half in entry.pair())
     plain = copy.deepcopy(wn.fold_weight_norm(copy.deepcopy(layer))).double()
     bias = plain.bias
-    dims = entry[0].axes.reduced(v.ndim)
+    dims = (2,) if kind == "depthwise" else entry[0].axes.reduced(v.ndim)
     for _ in range(3):
         optimizer.zero_grad()
         layer(x).square().mean().backward()

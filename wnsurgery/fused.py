@@ -96,28 +96,23 @@ def started() -> bool:
 def plan(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int, magnitude: str) -> Sizes | None:
     """How the kernels see this pair; None where they are not loaded or do not take it.
 
-    They take float32 that `lies_in_rows` in the CPU's memory, with a linear g and axis 0, axis 1 or no axis kept.
+    They take float32 that `lies_in_rows` in the CPU's memory, with a linear g and axis 0, axis 1 or no axis kept; in
+    groups where each has one input, so that its rows lie one after the other.
     """
-    if (
-        _Kernels.module is None
-        or groups != 1
-        or magnitude != "linear"
-        or v.dtype is not torch.float32
-        or g.dtype is not torch.float32
-    ):
+    if _Kernels.module is None or magnitude != "linear" or v.dtype is not torch.float32 or g.dtype is not torch.float32:
         return None
-    return sizes_of_pair(g, v, kept)
+    return sizes_of_pair(g, v, kept, groups)
 
 
-def sizes_of_pair(g: Tensor, v: Tensor, kept: tuple[int, ...]) -> Sizes | None:
+def sizes_of_pair(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int) -> Sizes | None:
     """The sizes of a pair, of whatever types, that lies in the CPU's memory as kernels read it; None of others.
 
-    >>> sizes_of_pair(torch.ones(2, 1), torch.ones(2, 3), (0,))
+    >>> sizes_of_pair(torch.ones(2, 1), torch.ones(2, 3), (0,), 1)
     Sizes(inputs=0, rows=2, columns=3)
     """
     if not (v.is_cpu and g.is_cpu and g.is_contiguous() and lies_in_rows(v, kept)) or v.is_neg() or g.is_neg():
         return None
-    return _sizes(v.shape, g.shape, kept)
+    return _sizes(v.shape, g.shape, kept, groups)
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -141,10 +136,14 @@ def lies_as(x: Tensor, v: Tensor) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _sizes(shape: torch.Size, g_shape: torch.Size, kept: tuple[int, ...]) -> Sizes | None:
+def _sizes(shape: torch.Size, g_shape: torch.Size, kept: tuple[int, ...], groups: int) -> Sizes | None:
     elements = math.prod(shape)
     if not elements or kept not in ((0,), (1,), ()) or len(shape) <= (kept[0] if kept else -1):
         return None
+    if groups != 1:
+        rows = math.prod(shape[:2])
+        fits = kept == (1,) and groups == shape[0] and tuple(g_shape) == (*shape[:2], *[1] * len(shape[2:]))
+        return Sizes(0, rows, elements // rows) if fits else None
     rows = shape[kept[0]] if kept else 1
     fits = tuple(g_shape) in (tuple(s if d in kept else 1 for d, s in enumerate(shape)), () if rows == 1 else None)
     if not fits:

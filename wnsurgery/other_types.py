@@ -52,14 +52,14 @@ def rows_of(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int, magnitude:
     those of float32 with the logarithm of g; a logarithm in float64 for float64 weights and in float32 for others.
     """
     log = magnitude == "log"
-    if not (v.dtype in TYPES or (log and v.dtype is torch.float32)) or groups != 1 or not fused.started():
+    if not (v.dtype in TYPES or (log and v.dtype is torch.float32)) or not fused.started():
         return None
     own = _type_of_rows(v)
     types = (own,) if log else (own, v.dtype)
     for kind in (type(g), type(v)):  # no subclass with operations of its own
         if not (kind is Tensor or issubclass(kind, nn.Parameter)):
             return None
-    sizes = fused.sizes_of_pair(g, v, kept) if g.dtype in types else None
+    sizes = fused.sizes_of_pair(g, v, kept, groups) if g.dtype in types else None
     if sizes is None:
         return None
     across = sizes.inputs > 0 and v.dtype is not torch.float32
