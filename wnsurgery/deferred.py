@@ -9,6 +9,7 @@ change of g or v the next use of the layer sees to it.
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 import weakref
@@ -28,7 +29,7 @@ from wnsurgery.multi_tensor import Item, ManyWeights
 from wnsurgery.reparam import WeightNorm, direction_of, first_order_gradients, is_readable
 from wnsurgery.sgd_step import Rule, StepsOfPairs, momentum_of, rules_of
 
-__all__ = ["OWNER", "DeferredGroup", "DeferredParameter", "DeferredWeight"]
+__all__ = ["OWNER", "DeferredGroup", "DeferredParameter", "DeferredWeight", "weight_of"]
 
 _GRAD: Any = torch.Tensor.grad
 _held_by, _hold = _GRAD.__get__, _GRAD.__set__
@@ -49,8 +50,11 @@ class DeferredParameter(nn.Parameter):
     def grad(self) -> Tensor | None:
         reference = self.__dict__.get(OWNER)  # in one frame: an optimizer's step asks several times
         weight = None if reference is None else reference()
-        if weight is not None and (leaf := weight.leaf) is not None and leaf.grad is not None:
-            weight.settle()
+        if weight is not None and (leaf := weight.leaf) is not None:
+            if leaf.grad is not None or weight.shares:
+                weight.settle()
+            elif weight.group.is_passing:  # in another thread, or in this one further out
+                weight.group.wait()
         return _held_by(self)  # type: ignore[no-any-return]
 
     @grad.setter
@@ -72,8 +76,7 @@ class DeferredParameter(nn.Parameter):
         if value is not _is_wanted(self):
             self._pass_on()
             _WANTED.__set__(self, value)
-            reference = self.__dict__.get(OWNER)
-            weight = None if reference is None else reference()
+            weight = owner_of(self)
             if weight is not None:
                 weight.show()
 
@@ -83,9 +86,8 @@ class DeferredParameter(nn.Parameter):
 
     def _pass_on(self) -> None:
         """Let what waits on the weight reach the other half, too, before this one is written over."""
-        reference = self.__dict__.get(OWNER)
-        weight = None if reference is None else reference()
-        if weight is not None and weight.leaf is not None and weight.leaf.grad is not None:
+        weight = owner_of(self)
+        if weight is not None and weight.leaf is not None and (weight.leaf.grad is not None or weight.shares):
             weight.settle()
 
     def register_hook(self, hook: Any) -> Any:
@@ -103,6 +105,18 @@ class DeferredParameter(nn.Parameter):
         return _plain(self, self.data).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
+def owner_of(half: Tensor) -> DeferredWeight | None:
+    """The weight in deferred mode that g or v is a half of; the last, where several have it."""
+    reference = half.__dict__.get(OWNER)
+    return None if reference is None else reference()
+
+
+def weight_of(g: Tensor, v: Tensor) -> DeferredWeight | None:
+    """The weight in deferred mode that is made of this pair, in whichever module."""
+    weight = owner_of(v)
+    return weight if weight is not None and weight.g is g and weight.v is v else None
+
+
 def _plain(half: DeferredParameter, data: Tensor) -> nn.Parameter:
     made = nn.Parameter(data, half.requires_grad)
     made.__dict__.update((name, value) for name, value in half.__dict__.items() if name != OWNER)
@@ -116,6 +130,13 @@ def _no_hooks() -> ModeError:
     )
 
 
+def _no_second_derivatives() -> ModeError:
+    return ModeError(
+        "a weight in deferred mode has no second derivatives with respect to g and v",
+        hint='set_weight_norm_mode(model, "parametrized") before the forward pass of backward(create_graph=True)',
+    )
+
+
 class DeferredWeight:
     """One (g, v) in deferred mode with the leaf weight the net runs on.
 
@@ -126,6 +147,8 @@ class DeferredWeight:
 
     def __init__(self, group: DeferredGroup, rule: WeightNorm, g: nn.Parameter, v: nn.Parameter) -> None:
         self.group, self.rule = group, rule
+        self.uses = 0  # by modules that have the pair
+        self.shares = False  # whether another weight has a half of the pair, too
         self.leaf: nn.Parameter | None = None
         self.shown: nn.Parameter | None = None
         self.norms: Tensor | None = None
@@ -147,6 +170,7 @@ class DeferredWeight:
             self.leaf = self.shown = None
             return
         for half in (g, v):
+            self.shares = self.shares or owner_of(half) not in (None, self)
             half.__class__ = DeferredParameter
             half.__dict__[OWNER] = weakref.ref(self)
         with torch.inference_mode(False), torch.no_grad():
@@ -166,11 +190,22 @@ class DeferredWeight:
             with torch.inference_mode(False):
                 self.shown = Tensor._make_subclass(nn.Parameter, leaf.detach(), False)
 
+    def is_laid_as(self, g: Tensor, v: Tensor) -> bool:
+        """Whether this is its pair, of the type and in the memory that the weight was computed from."""
+        leaf, kept = self.leaf, self.kept
+        if leaf is None or kept is None or g is not self.g or v is not self.v or type(v) is not DeferredParameter:
+            return False
+        return _is_like(leaf, v) and kept.is_where_it_was()
+
     def release(self, *, settle: bool = True) -> None:
-        """Back to the default mode: g and v are plain Parameters again, with the gradients there were if `settle`."""
+        """Back to the default mode: g and v are plain Parameters again, with the gradients there were if `settle`, and
+        those that graphs are yet to give."""
         if settle:
             self.settle()
+            if self.leaf is not None and self.kept is not None:
+                self.leaf.register_post_accumulate_grad_hook(_PassLate(self))  # type: ignore[no-untyped-call]
         self.leaf = self.shown = self.kept = None
+        self.group.forget()
         for half in (self.g, self.v):
             _set_plain(half)
 
@@ -182,6 +217,8 @@ class DeferredWeight:
             return None
         if self.kept is None or not self.kept.is_of(g, v):
             self.settle()
+            if not _is_like(leaf, v):  # somebody has given the pair another type through its `.data`
+                self.adopt(self.g, self.v)
             self.group.renew([self])
         return self.shown
 
@@ -189,7 +226,7 @@ class DeferredWeight:
         """Let gradients and writes that reached the leaf reach g and v."""
         leaf = self.leaf
         if leaf is not None:
-            if leaf.grad is not None:
+            if leaf.grad is not None or self.shares:
                 self.group.project()
             if self.kept is not None and self.kept.is_written():
                 self.absorb()
@@ -224,13 +261,13 @@ class DeferredWeight:
         private = sys.getrefcount(grad) == _ALONE and is_alone(grad)
         return (grad if grad.layout == torch.strided else grad.to_dense()), private
 
-    def valid_norms(self) -> Tensor | None:
-        """||v|| per row as the weight was computed, None where g or v changed since."""
-        return None if self.has_moved() else self.norms
-
     def has_moved(self) -> bool:
         """Whether g or v changed since the weight was computed."""
-        return self.kept is None or not self.kept.was_of(self.g, self.v)
+        return self.kept is None or not self.kept.is_pair_as_it_was(self.g, self.v)
+
+    def has_gradient(self) -> bool:
+        """Whether g or v has one of its own, past what waits on the leaf."""
+        return _held_by(self.g) is not None or _held_by(self.v) is not None
 
     def past_grads(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """dL/dg and dL/dv at the pair the weight was computed from, where that has changed since: v was w ||v|| / g,
@@ -241,6 +278,15 @@ class DeferredWeight:
             return first_order_gradients(grad, self.g, self.v, None, axes, magnitude)
         v = direction_of(leaf, self.then, lengths, axes, magnitude, instead=self.v)
         return first_order_gradients(grad, self.then, v, None, axes, magnitude)
+
+    def pass_on_alone(self) -> None:
+        """Let the gradient of this leaf reach g and v."""
+        grad, _ = self.take_grad()
+        if self.has_moved():
+            self.add_grads(*self.past_grads(grad))
+        else:
+            rule = self.rule
+            self.add_grads(*first_order_gradients(grad, self.g, self.v, self.norms, rule.axes, rule.magnitude))
 
     def add_grads(self, part_g: Tensor, part_v: Tensor) -> None:
         """Add dL/dg and dL/dv to what g and v hold."""
@@ -269,9 +315,8 @@ class DeferredWeight:
             or not is_readable(grad, v)
             or grad.requires_grad
             or not (_is_wanted(g) and _is_wanted(v))
-            or _held_by(g) is not None
-            or _held_by(v) is not None
-            or not kept.was_of(g, v)
+            or self.has_gradient()
+            or not kept.is_pair_as_it_was(g, v)
         ):
             return None
         past_v = momentum_of(v, states) if of_v.keep else None
@@ -304,6 +349,35 @@ class DeferredWeight:
             self.kept.renew()
 
 
+class _PassLate:
+    """Called when a graph gives a leaf a gradient after its weight has left deferred mode.
+
+    Of the weight it keeps all but the leaf, which holds this and ends with its graphs.
+    """
+
+    def __init__(self, weight: DeferredWeight) -> None:
+        self._weight, self._kept = copy.copy(weight), weight.kept
+        self._put(None)
+
+    def _put(self, leaf: nn.Parameter | None) -> None:
+        weight, kept = self._weight, self._kept
+        weight.leaf = leaf
+        weight.shown, weight.kept = None, None if leaf is None else kept
+        if kept is not None:
+            kept.w = leaf  # type: ignore[assignment]
+
+    def __call__(self, leaf: nn.Parameter) -> None:
+        if torch.is_grad_enabled():
+            leaf.grad = None
+            raise _no_second_derivatives()
+        with self._weight.group.lock, torch.inference_mode(False), torch.no_grad():
+            self._put(leaf)
+            try:
+                self._weight.pass_on_alone()
+            finally:
+                self._put(None)
+
+
 class Move(NamedTuple):
     """A weight whose pair is to be moved, with rule and momentum of v and of g."""
 
@@ -319,6 +393,10 @@ def _can_defer(g: Tensor, v: Tensor) -> bool:
         and not (half.is_meta or half.is_inference())
         for half in (g, v)
     )
+
+
+def _is_like(leaf: Tensor, v: Tensor) -> bool:
+    return leaf.dtype is v.dtype and leaf.device == v.device and leaf.shape == v.shape
 
 
 def _set_plain(half: nn.Parameter) -> None:
@@ -341,12 +419,23 @@ class DeferredGroup:
         self._weights: list[weakref.ref[DeferredWeight]] = []
         self._many: dict[tuple[int, ...], ManyWeights] = {}
         self._steps: tuple[tuple[int, ...], list[bool], StepsOfPairs] | None = None
-        self._stepped: list[tuple[DeferredWeight, tuple[Tensor, Tensor], bool]] = []  # in the step going on
-        self._lock = threading.RLock()
+        self._stepped: dict[int, list[tuple[DeferredWeight, tuple[Tensor, Tensor], bool]]] = {}  # by optimizers' `id`
+        self.lock = threading.RLock()
+        self.is_passing = False  # gradients on, in the thread that has the lock
         _watch_steps(self)
 
     def add(self, weight: DeferredWeight) -> None:
-        self._weights.append(weakref.ref(weight, self._weights.remove))
+        self._weights.append(weakref.ref(weight, self._lose))
+
+    def _lose(self, reference: weakref.ref[DeferredWeight]) -> None:
+        """A weight has gone, with its module."""
+        self._weights.remove(reference)
+        self.forget()
+
+    def wait(self) -> None:
+        """Until no other thread passes gradients on."""
+        with self.lock:
+            pass
 
     def forget(self) -> None:
         """Some pair became another, or of another type, or another weight's: a new one may have a lost one's `id`."""
@@ -363,12 +452,13 @@ class DeferredGroup:
         weights = [weight for weight in weights if weight.leaf is not None]
         if not weights:
             return
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self.lock, torch.inference_mode(False), torch.no_grad():
             if any(weight.leaf.grad is not None for weight in weights):  # type: ignore[union-attr]
                 self.project()
             many = self._together(weights)
             norms = many.compose()
             torch.autograd.graph.increment_version([item for w in weights if (item := w.leaf) is not None])
+            torch.clear_autocast_cache()  # which would go on with the weights there were
             for i, (weight, rows) in enumerate(zip(weights, norms, strict=True)):
                 weight.renewed(rows, many.lengths.get(i))
             torch._foreach_copy_(list(map(_place_for_g, weights)), [weight.g for weight in weights])
@@ -385,28 +475,28 @@ class DeferredGroup:
 
     def project(self) -> None:
         """Pass on what has gathered on all weights."""
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self.lock, torch.inference_mode(False), torch.no_grad():
             waiting = [w for w in self.weights if w.leaf is not None and w.leaf.grad is not None]
             if any(w.leaf.grad.requires_grad for w in waiting):  # type: ignore[union-attr]
                 for weight in waiting:
                     weight.leaf.grad = None  # type: ignore[union-attr]
-                raise ModeError(
-                    "a weight in deferred mode has no second derivatives with respect to g and v",
-                    hint='set_weight_norm_mode(model, "parametrized") before backward(create_graph=True)',
-                )
+                raise _no_second_derivatives()
             if not waiting:
                 return
-            if any(weight.has_moved() for weight in waiting):
-                for weight in waiting:
-                    if weight.has_moved():
-                        weight.add_grads(*weight.past_grads(weight.take_grad()[0]))
-                waiting = [weight for weight in waiting if not weight.has_moved()]
-            if not waiting:
-                return
-            grads, private = zip(*[weight.take_grad() for weight in waiting], strict=True)
-            norms = [weight.valid_norms() for weight in waiting]
-            for weight, parts in zip(waiting, self._together(waiting).gradients(grads, norms, private), strict=True):
-                weight.add_grads(*parts)
+            self.is_passing = True
+            try:
+                moved = [weight.has_moved() for weight in waiting]
+                for weight in compress(waiting, moved):
+                    weight.pass_on_alone()
+                waiting = [weight for weight, has_moved in zip(waiting, moved, strict=True) if not has_moved]
+                if not waiting:
+                    return
+                grads, private = zip(*[weight.take_grad() for weight in waiting], strict=True)
+                parts = self._together(waiting).gradients(grads, [weight.norms for weight in waiting], private)
+                for weight, halves in zip(waiting, parts, strict=True):
+                    weight.add_grads(*halves)
+            finally:
+                self.is_passing = False
 
     def before_step(
         self, optimizer: optimizers.Optimizer, arguments: tuple[Any, ...], options: Mapping[str, Any]
@@ -422,7 +512,9 @@ class DeferredGroup:
                     weight.settle()
         rules = rules_of(optimizer, arguments, options)
         moves = [move for w in weights if (move := w.move(rules, optimizer.state)) is not None] if rules else []
-        self._stepped = self._step(moves) if moves else []
+        self._stepped.pop(id(optimizer), None)  # of a step that failed
+        if moves:
+            self._stepped[id(optimizer)] = self._step(moves)
 
     def _step(self, moves: Sequence[Move]) -> list[tuple[DeferredWeight, tuple[Tensor, Tensor], bool]]:
         """Move g and v in an optimizer's place and make their weights anew, all in one pass, where the kernels take
@@ -430,7 +522,7 @@ class DeferredGroup:
 
         Until the optimizer's step ends they have no gradients for it to see.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self.lock, torch.inference_mode(False), torch.no_grad():
             taken, pairs = self._pairs_of(moves)
             weights, rules, pasts = zip(*compress(moves, taken), strict=True) if pairs.count else ((), (), ())
             if not weights or not pairs.are_where_they_were():
@@ -439,6 +531,7 @@ class DeferredGroup:
             done = pairs.step(grads, [w.norms for w in weights], [w.leaf for w in weights], rules, pasts, private)
             written = chain.from_iterable((w.leaf, w.g, w.v, *past) for w, past in zip(weights, pasts, strict=True))
             torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
+            torch.clear_autocast_cache()
             torch._foreach_copy_([w.then for w in weights], [w.g for w in weights])
             for weight, fine in zip(weights, done.fine, strict=True):
                 weight.moved() if fine else weight.lose()
@@ -461,13 +554,14 @@ class DeferredGroup:
 
     def after_step(self, optimizer: optimizers.Optimizer) -> None:
         """An optimizer has moved its parameters: also one whose kernels leave tensor versions as they are."""
-        stepped, self._stepped = self._stepped, []
+        stepped = self._stepped.pop(id(optimizer), [])
         for weight, (part_g, part_v), _ in stepped:
             _hold(weight.g, part_g)  # neither had any: `move` saw to that
             _hold(weight.v, part_v)
         ready = {id(weight) for weight, _, fine in stepped if fine}
         if len(ready) < len(self._weights):
-            self.renew([weight for weight in self._moved_by(optimizer) if id(weight) not in ready])
+            others = (weight for weight in self._moved_by(optimizer) if id(weight) not in ready)
+            self.renew([weight for weight in others if weight.has_gradient() or weight.has_moved()])
 
     def _moved_by(self, optimizer: optimizers.Optimizer) -> list[DeferredWeight]:
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}

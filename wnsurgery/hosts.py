@@ -27,6 +27,7 @@ from wnsurgery.mechanism import WeightNormList, unchanged
 from wnsurgery.own_passes import forward_of, read_before
 from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, WeightNorm
+from wnsurgery.safety import is_recurrent
 
 __all__ = [
     "WeightNormDict",
@@ -406,6 +407,9 @@ def _computed(name: str) -> property:
             self.__dict__[name] = value
         else:
             table._modules[name].right_inverse(value)  # type: ignore[union-attr,operator]
+            if is_recurrent(self) and name in self._flat_weights_names:  # type: ignore[operator]
+                # torch has put the value into the module's second list, which it makes anew where a weight is another
+                self._flat_weight_refs[self._flat_weights_names.index(name)] = weakref.ref(value)  # type: ignore
 
     return property(weight, assign)
 

@@ -135,6 +135,7 @@ class Kept:
         "_own",
         "_own_length",
         "_own_places",
+        "_pair_places",
         "_places",
         "_seen",
         "_step",
@@ -156,7 +157,8 @@ class Kept:
         self._counted = steps if count_steps else _no_steps
         self._own_places = places_in(w)
         self._own_length = sum(map(len, self._own_places))
-        self._places = self._own_places + (Probes(g, v) if probes is None else probes).places
+        self._pair_places = (Probes(g, v) if probes is None else probes).places
+        self._places = self._own_places + self._pair_places
         self._g_at, self._v_at, self._w_at = g.data_ptr(), v.data_ptr(), w.data_ptr()
         self.renew()
 
@@ -182,6 +184,15 @@ class Kept:
         if g is not self._g or v is not self._v:
             return False
         return self._g._version == self._g_version and self._v._version == self._v_version
+
+    def is_pair_as_it_was(self, g: Tensor, v: Tensor) -> bool:
+        """The same by all that can be told, writes that torch has not seen included."""
+        return (
+            self.was_of(g, v)
+            and g.data_ptr() == self._g_at
+            and v.data_ptr() == self._v_at
+            and looked_at(self._pair_places) == self._seen[self._own_length :]
+        )
 
     def is_of(self, g: Any, v: Any) -> bool:
         """Whether it is still the weight of this pair, tensors or None."""

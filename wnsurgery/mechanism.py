@@ -341,6 +341,7 @@ class WeightNormList(LeanModule, ParametrizationList):
         g, v = self.pair()
         rule: Any = self._modules["0"]
         weight = DeferredWeight(group, rule, g, v) if weight is None else weight  # type: ignore[arg-type]
+        weight.uses += 1
         self.__dict__["_deferred"] = weight
         return weight
 
@@ -348,8 +349,10 @@ class WeightNormList(LeanModule, ParametrizationList):
         """Leave deferred mode; `settle=False` for a pair that is of no use any more."""
         weight = self._deferred
         if weight is not None:
-            weight.release(settle=settle)
             del self.__dict__["_deferred"]
+            weight.uses -= 1
+            if not weight.uses:  # by other owners of a tied weight
+                weight.release(settle=settle)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -474,7 +477,7 @@ class WeightNormList(LeanModule, ParametrizationList):
         weight = self._deferred
         if weight is not None:
             g, v = self.pair()
-            if (g is not weight.g or v is not weight.v) and type(g) is type(v) is nn.Parameter:
+            if type(g) is type(v) is nn.Parameter:  # others, or as `torch.utils.swap_tensors` has left them
                 weight.adopt(g, v)
             weight.current(g, v)
 
@@ -533,7 +536,8 @@ class WeightNormList(LeanModule, ParametrizationList):
             self.__dict__.pop(name, None)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if weight is not None:
-            weight.adopt(*self.pair())  # type: ignore[arg-type]
+            if not weight.is_laid_as(*self.pair()):
+                weight.adopt(*self.pair())  # type: ignore[arg-type]
             self.__dict__["_deferred"] = weight
             self._refresh()
         return self

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from wnsurgery.deferred import DeferredGroup, DeferredWeight
+from wnsurgery.deferred import DeferredGroup, DeferredWeight, weight_of
 from wnsurgery.errors import ModeError, SelectionError
 from wnsurgery.mechanism import WeightNormList
 from wnsurgery.pairs import pairs
@@ -65,7 +65,7 @@ def set_weight_norm_mode(model: M, mode: Mode) -> M:
     group = next((weight.group for weight in known.values() if weight is not None), None) or DeferredGroup()
     for entry, key in entries:
         if entry._deferred is None:
-            known[key] = entry.defer(known.get(key), group)
+            known[key] = entry.defer(known.get(key) or weight_of(*entry.pair()), group)
     group.renew(weight for weight in group.weights if weight.kept is None)
     return model
 

@@ -1,0 +1,334 @@
+"""Deferred mode where something else happens between a forward pass and the optimizer's step: writes, switches, other
+owners, other threads."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wnsurgery as wn
+from wnsurgery.errors import ModeError
+
+MODES: list[Any] = ["parametrized", "deferred"]
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, 0.1),
+    "adam": lambda parameters: torch.optim.Adam(parameters, 0.01),
+}
+
+
+def perceptron(mode: Any, dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    return wn.apply_weight_norm(net, mode=mode)
+
+
+def flat(parameters: Any) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in parameters])
+
+
+def decay(net: nn.Module, _: Tensor) -> None:
+    for p in net.parameters():
+        p.data.mul_(0.95)
+
+
+def average(net: nn.Module, x: Tensor) -> None:
+    """An average's values for an evaluation, in the middle of a step."""
+    kept = [p.data.clone() for p in net.parameters()]
+    for p in net.parameters():
+        p.data.copy_(p.data * 0.8)
+    with torch.no_grad():
+        net(x)
+    for p, value in zip(net.parameters(), kept, strict=True):
+        p.data.copy_(value)
+    net(2 * x).square().mean().backward()
+
+
+def exchange(net: nn.Module, _: Tensor) -> None:
+    for p in net.parameters():
+        p.data = p.data * 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("write", [decay, average, exchange])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_writes_without_a_trace_while_a_gradient_waits(write: Any, kind: str, dtype: torch.dtype) -> None:
+    found = []
+    for mode in MODES:
+        net = perceptron(mode, dtype)
+        optimizer, x = OPTIMIZERS[kind](net.parameters()), torch.randn(7, 5).to(dtype)
+        for _ in range(10):
+            net(x).square().mean().backward()
+            write(net, x)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(flat(net.parameters()))
+    loose = 1e-12 if dtype == torch.float64 else 1e-4 if kind == "adam" else 1e-5
+    torch.testing.assert_close(*found, rtol=loose, atol=loose)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_switch_between_forward_and_backward(again: bool, moved: bool) -> None:
+    """Gradients reach g and v, those of what they were, whatever the mode is by then."""
+    found = []
+    for mode in MODES:
+        net = perceptron(mode)
+        loss = net(torch.linspace(-1, 1, 10, dtype=torch.float64).view(2, 5)).square().sum()
+        if mode == "deferred":
+            wn.set_weight_norm_mode(net, "parametrized")
+        if mode == "deferred" and again:
+            wn.set_weight_norm_mode(net, "deferred")
+        if moved and mode == "deferred":
+            for p in net.parameters():
+                p.data.mul_(2)
+        loss.backward()
+        found.append([p.grad for p in net.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_switch_and_then_second_derivatives() -> None:
+    net = perceptron("deferred")
+    loss = net(torch.ones(2, 5, dtype=torch.float64)).square().sum()
+    wn.set_weight_norm_mode(net, "parametrized")
+    with pytest.raises(ModeError, match="before the forward pass"):
+        loss.backward(create_graph=True)
+
+
+def test_a_switch_keeps_no_leaf() -> None:
+    net = perceptron("deferred")
+    net(torch.ones(2, 5, dtype=torch.float64)).sum().backward()
+    leaf = weakref.ref(net[0].weight)
+    gc.disable()
+    try:
+        wn.set_weight_norm_mode(net, "parametrized")
+        assert leaf() is None
+    finally:
+        gc.enable()
+
+
+@pytest.fixture
+def swapping() -> Iterator[None]:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_loading_by_swaps(swapping: None) -> None:
+    net = wn.apply_weight_norm(nn.Linear(5, 5), mode="deferred")
+    net.load_state_dict(net.state_dict())
+    optimizer = torch.optim.Adam(net.parameters(), 0.1)
+    before = [p.detach().clone() for p in net.parameters()]
+    for _ in range(2):
+        net(torch.ones(2, 5)).square().sum().backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        assert all(p.grad is not None for p in net.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not any(map(torch.equal, before, net.parameters()))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embed(ids))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["whole", "each", "one left", "one left and back"])
+def test_a_tied_weight_whose_owners_are_switched_apart(how: str) -> None:
+    found = []
+    for mode in MODES:
+        torch.manual_seed(0)
+        net: Any = wn.apply_weight_norm(Tied().double())
+        for part in [net.embed, net.head] if how == "each" else [net]:
+            wn.set_weight_norm_mode(part, mode)
+        if how.startswith("one left"):
+            wn.set_weight_norm_mode(net.head, "parametrized")
+        if how.endswith("back"):
+            wn.set_weight_norm_mode(net, mode)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        for _ in range(3):
+            net(torch.tensor([1, 2, 2])).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert mode == "parametrized" or net.embed.weight.is_leaf
+        assert mode == "parametrized" or (net.head.weight is net.embed.weight) is (how != "one left")
+        found.append(flat(net.parameters()))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_assigning_a_weight_of_a_recurrent_layer(mode: Any) -> None:
+    torch.manual_seed(0)
+    net: Any = wn.apply_weight_norm(nn.LSTM(2, 3, batch_first=True), mode=mode)
+    x = torch.ones(2, 4, 2)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    net(x)[0].sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    net.weight_hh_l0 = torch.ones(12, 3) * 0.1
+    net(x)[0].square().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    optimizer.step()
+    net.load_state_dict({k: 2 * v if "original0" in k else v for k, v in net.state_dict().items()})
+    assert torch.equal(net(x)[0], copy.deepcopy(net)(x)[0])
+
+
+@pytest.fixture
+def hasty_threads() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def together(jobs: list[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_several_nets_trained_in_several_threads(hasty_threads: None) -> None:
+    """Each step is taken once."""
+    steps, x = 400, torch.ones(1, 1)
+    nets = [wn.apply_weight_norm(nn.Linear(1, 1, bias=False), mode="deferred") for _ in range(3)]
+    sizes: list[Any] = [net.parametrizations["weight"]._parameters["original0"] for net in nets]  # type: ignore[index]
+    for g in sizes:
+        g.data.zero_()
+
+    def job(net: nn.Module) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(net.parameters(), 1.0)
+
+        def train() -> None:
+            for _ in range(steps):
+                net(x).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return train
+
+    together([job(net) for net in nets])
+    assert [abs(g.item()) for g in sizes] == [steps] * 3
+
+
+def test_gradients_read_in_several_threads(hasty_threads: None) -> None:
+    net = wn.apply_weight_norm(nn.Sequential(*[nn.Linear(30, 30) for _ in range(10)]), mode="deferred")
+    missing: list[int] = []
+    for _ in range(30):
+        net(torch.randn(4, 30)).sum().backward()
+        barrier = threading.Barrier(3)
+
+        def look(barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            missing.append(sum(p.grad is None for p in net.parameters()))
+
+        together([look] * 3)
+        net.zero_grad()
+    assert not any(missing)
+
+
+def test_a_magnitude_of_two_weights_of_which_one_is_used() -> None:
+    moved = []
+    for mode in MODES:
+        torch.manual_seed(0)
+        net: Any = wn.apply_weight_norm(nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)]))
+        g = net[0].parametrizations.weight.original0
+        net[1].parametrizations.weight.original0 = g
+        wn.set_weight_norm_mode(net, mode)
+        net[0](torch.ones(2, 5)).square().sum().backward()
+        torch.optim.SGD([g], 0.1).step()
+        moved.append(g.detach().clone())
+    torch.testing.assert_close(*moved)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_between_forward_and_backward_of_another_layer(kind: str) -> None:
+    found = []
+    for mode in MODES:
+        heads = nn.ModuleList([perceptron(mode) for _ in range(2)])
+        optimizer, x = OPTIMIZERS[kind](heads.parameters()), torch.ones(7, 5, dtype=torch.float64)
+        losses = [head(x).square().mean() for head in heads]
+        for loss in losses:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(flat(heads.parameters()))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("move", [lambda net: net.cpu(), lambda net: net.to("cpu"), lambda net: net.double()])
+def test_a_move_to_where_it_is_between_forward_and_backward(move: Callable[[nn.Module], Any]) -> None:
+    net = perceptron("deferred")
+    loss = net(torch.ones(2, 5, dtype=torch.float64)).sum()
+    move(net)
+    loss.backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_another_type_through_data(dtype: torch.dtype) -> None:
+    found = []
+    for mode in MODES:
+        net = perceptron(mode)
+        for p in net.parameters():
+            p.data = p.data.to(dtype)
+        net(torch.ones(2, 5, dtype=dtype)).sum().backward()
+        found.append([p.grad for p in net.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_loop_inside_autocast_trains() -> None:
+    """The casts that autocast keeps of leaves are those of weights as they are."""
+    losses = []
+    for around in (torch.autocast("cpu", torch.bfloat16), nullcontext()):
+        net = perceptron("deferred", torch.float32)
+        optimizer, x, found = torch.optim.SGD(net.parameters(), 0.05), torch.ones(2, 5), []
+        with around:
+            for _ in range(4):
+                optimizer.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = (net(x) - 1).square().mean()
+                loss.backward()
+                optimizer.step()
+                found.append(loss.item())
+        losses.append(found)
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("how", ["folded", "replaced"])
+def test_a_weight_that_is_gone_leaves_no_memory(how: str) -> None:
+    net = perceptron("deferred")
+    optimizer, x = torch.optim.SGD(net.parameters(), 0.1), torch.ones(2, 5, dtype=torch.float64)
+    for _ in range(2):
+        net(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    v = weakref.ref(net[0].parametrizations.weight.original1)
+    if how == "folded":
+        wn.fold_weight_norm(net[0], optimizer=optimizer)
+    else:
+        net[0], optimizer = nn.Identity(), torch.optim.SGD(net[2].parameters(), 0.1)
+        x = torch.ones(2, 8, dtype=torch.float64)
+    net(x).sum().backward()
+    optimizer.step()
+    gc.collect()
+    assert v() is None
