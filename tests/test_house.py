@@ -20,7 +20,8 @@ LAYERS = [
     {"fused_kernels", "norms", "row_threads"},
     {"errors", "fused", "kept", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts"}
     | {"csv_text", "ownership", "dtensors", "compiled", "loaded_keys", "placed", "onnx_nodes"}
-    | {"sgd_kernels", "linear_kernels", "channel_kernels", "typed_kernels", "lean_modules", "safety"},
+    | {"sgd_kernels", "linear_kernels", "channel_kernels", "typed_kernels", "lean_modules", "safety"}
+    | {"onlookers"},
     {"other_types"},
     {"keys", "loans", "reparam", "stores", "differences", "onnx_values", "optimizer_state", "blocked_linear"}
     | {"charts", "page", "onnx_checks"}

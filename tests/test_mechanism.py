@@ -537,13 +537,23 @@ def test_saved_tensors_on_the_cpu_and_batched_gradients() -> None:
             torch.testing.assert_close(many[i], one)
 
 
-def test_traced_by_jit() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("magnitude", ["linear", "log"])
+def test_traced_by_jit(magnitude: Any, dtype: torch.dtype) -> None:
     """torch.jit.trace records a converted net that works on other inputs, and leaves the net as it was."""
-    model = wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    model: Any = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(dtype)
+    with torch.no_grad():
+        model[0].weight[0] *= 1e-30
+        model[0].weight[1] *= 1e30
+        model[1].weight[0] = 0 if magnitude == "linear" else 1
+    wn.apply_weight_norm(model, magnitude=magnitude)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing is deprecated
-        traced = torch.jit.trace(model, torch.randn(2, 3))
-    x = torch.randn(5, 3)
+        traced = torch.jit.trace(model, torch.randn(2, 3).to(dtype))
+    with torch.no_grad():
+        model[0].parametrizations.weight.original1.mul_(1.5)
+        model[1].parametrizations.weight.original1.add_(0.5)
+    x = torch.randn(5, 3).to(dtype)
     torch.testing.assert_close(traced(x), model(x))
     assert type(wn.fold_weight_norm(model)[0]) is nn.Linear
 

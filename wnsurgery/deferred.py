@@ -26,6 +26,7 @@ from wnsurgery import fused
 from wnsurgery.errors import ModeError, NonFiniteWeightError, PairError
 from wnsurgery.kept import Kept, is_alone
 from wnsurgery.multi_tensor import Item, ManyWeights
+from wnsurgery.onlookers import past_modes
 from wnsurgery.reparam import WeightNorm, direction_of, first_order_gradients, is_readable
 from wnsurgery.sgd_step import Rule, StepsOfPairs, momentum_of, rules_of
 
@@ -391,6 +392,7 @@ def _can_defer(g: Tensor, v: Tensor) -> bool:
         type(half) in (nn.Parameter, DeferredParameter)
         and type(half.data) is Tensor
         and not (half.is_meta or half.is_inference())
+        and not (half.is_cpu and half.is_shared())  # type: ignore[no-untyped-call] # and written to by other processes
         for half in (g, v)
     )
 
@@ -452,7 +454,7 @@ class DeferredGroup:
         weights = [weight for weight in weights if weight.leaf is not None]
         if not weights:
             return
-        with self.lock, torch.inference_mode(False), torch.no_grad():
+        with self.lock, torch.inference_mode(False), torch.no_grad(), past_modes():
             if any(weight.leaf.grad is not None for weight in weights):  # type: ignore[union-attr]
                 self.project()
             many = self._together(weights)

@@ -211,8 +211,10 @@ class Kept:
 
     @staticmethod
     def can_hold(g: Tensor, v: Tensor) -> bool:
-        """Whether changes of this pair can be seen: ordinary tensors in the CPU's memory."""
-        return v.device.type == "cpu" and g.device.type == "cpu" and not (v.is_inference() or g.is_inference())
+        """Whether changes of this pair can be seen: ordinary tensors in the CPU's memory, and this process' alone."""
+        if v.device.type != "cpu" or g.device.type != "cpu" or v.is_inference() or g.is_inference():
+            return False
+        return not (v.is_shared() or g.is_shared())  # type: ignore[no-untyped-call]
 
 
 looked_at: Callable[[Iterable[Any]], bytes] = b"".join  # what is at places in memory now

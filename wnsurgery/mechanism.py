@@ -26,6 +26,7 @@ from wnsurgery.lean_modules import LeanModule, copied_module
 from wnsurgery.loans import Lasting, Loan, lend_out, outstanding
 from wnsurgery.looked_up import look_up, serves
 from wnsurgery.multi_tensor import Item
+from wnsurgery.onlookers import depth, is_intercepted
 from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import compose_in_one_pass
 from wnsurgery.straight import Straight
@@ -565,7 +566,7 @@ def unchanged(entry: WeightNormList) -> Tensor | None:
     kept = entry._kept
     if kept is None:
         return None if entry._deferred is None else entry.leaf_as_it_is()
-    if not kept.used or len(entry._modules) != 1 or _is_tracing():
+    if not kept.used or len(entry._modules) != 1 or _is_tracing() or (depth() and is_intercepted()):
         return None
     halves = entry._parameters
     return kept.w if kept.is_of(halves.get("original0"), halves.get("original1")) else None
@@ -586,12 +587,13 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _is_watched(g: Tensor, v: Tensor) -> bool:
-    """Whether tracing or a function transform is on: then nothing may be remembered between accesses."""
+    """Whether tracing, a function transform or a mode is on: then nothing may be remembered between accesses."""
     return (
         type(v) is not nn.Parameter
         or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or is_intercepted()
         or g.is_meta
         or v.is_meta
     )

@@ -389,7 +389,7 @@ class _Float64Rows:
         self.unscale = _power_of_two(exponent)
         self.exponent = exponent - torch.where(peak < 2.0**-900, 100, 0)
         down = _power_of_two(-exponent)
-        count = max(1, v.numel() // max(1, peak.numel()))
+        count = int(max(1, v.numel() // max(1, peak.numel())))  # which `jit.trace` makes a tensor of
         ridges = tuple(1.5 * 2.0**bits for bits in ridge_bits(count))
         if not blocked:
             exact, second, rest = self._squares(v * self.lift * down, ridges, dims)
@@ -489,10 +489,16 @@ def _minus_product(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _exponent(x: Tensor) -> Tensor:
     """floor(log2 |x|) of normal float64 numbers, clamped to [-1000, 1022]; -1000 for zero and subnormals."""
-    bits = x.detach().abs().contiguous().view(torch.int64)
-    return ((bits >> 52) - 1023).clamp(-1000, 1022)
+    size = x.detach().abs()
+    if torch._C._get_tracing_state() is not None:  # where numbers have no bits
+        exponent = torch.frexp(size)[1].to(torch.int64) - 1
+        exponent = torch.where(torch.isfinite(size), exponent, torch.full_like(exponent, 1022))
+        return torch.where(size == 0, torch.full_like(exponent, -1000), exponent).clamp(-1000, 1022)
+    return ((size.contiguous().view(torch.int64) >> 52) - 1023).clamp(-1000, 1022)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent, exactly, for integers in [-1022, 1023]."""
+    if torch._C._get_tracing_state() is not None:
+        return torch.pow(2.0, exponent.to(torch.float64))
     return ((exponent + 1023) << 52).view(torch.float64)

@@ -237,6 +237,7 @@ class _Watch(TorchDispatchMode):
     """Sees every operation of one run: which storages it makes, and whether it touches one that is out."""
 
     supports_higher_order_operators = True
+    passive = True
 
     def __init__(self, spill: Spill, made: dict[int, StorageWeakRef]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

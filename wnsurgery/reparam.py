@@ -34,6 +34,7 @@ from wnsurgery.norms import (
     stored_magnitude,
     wide_dtype,
 )
+from wnsurgery.onlookers import is_intercepted
 from wnsurgery.ownership import counted, is_private
 from wnsurgery.ownership import prepare as prepare_counts
 
@@ -274,6 +275,7 @@ def _needs_plain_operations(g: Tensor, v: Tensor) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
+        or is_intercepted()
         or v.is_meta
         or type(v.data) is not Tensor
         or type(g.data) is not Tensor

@@ -449,6 +449,8 @@ def _proxies(value: Any) -> list[_Proxy]:
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records which leaf makes and which takes each tensor of a run, and every operation between leaves."""
 
+    passive = True
+
     def __init__(self, scene: _Scene) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.scene, self.flow = scene, Flow()

@@ -1,0 +1,32 @@
+"""Whether somebody stands between torch's operations and memory: a mode that records operations, gives back what it has
+saved of them, or computes something else in their place.
+
+What compiled kernels write, such a mode does not see, and what it hands out need have no memory. Weights are then
+computed by operations, the same ones each time.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+
+__all__ = ["depth", "is_intercepted", "past_modes"]
+
+depth = torch._C._len_torch_dispatch_stack  # how many modes there are: none, nearly always
+
+
+def is_intercepted() -> bool:
+    """Whether torch's operations go through somebody's mode: not one that says it is `passive`, and leaves them alone.
+
+    >>> is_intercepted()
+    False
+    """
+    return bool(depth()) and not all(getattr(mode, "passive", False) for mode in _get_current_dispatch_mode_stack())
+
+
+def past_modes() -> AbstractContextManager[Any]:
+    """For what is computed once for all later uses, whoever looks at this one."""
+    return _disable_current_modes() if is_intercepted() else nullcontext()
