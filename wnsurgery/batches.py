@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -44,15 +45,35 @@ def batches_of(data: Any, limit: int | None = None) -> Iterator[Any]:
 
 def _read(data: Iterable[Any], limit: int | None) -> Iterator[Any]:
     count = 0
+    last: list[tuple[weakref.ref[Tensor], int]] = []
     try:
         for batch in islice(data, limit):
+            if any(
+                tensor is not None and tensor._version != version for tensor, version in ((r(), n) for r, n in last)
+            ):
+                raise InputError(
+                    f"batch {count} of the data is in the memory of batch {count - 1}, which is still in use",
+                    hint="let the iterable give copies",
+                )
             yield batch
             count += 1
+            last = [(weakref.ref(tensor), tensor._version) for tensor in _tensors(batch)]
+            del batch
     except WnsurgeryError:
         raise
     except Exception as error:
         # whatever a data set raises, it means that this batch cannot be had
         raise InputError(f"reading batch {count} of the data failed: {in_one_line(error)}") from error
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch whose writes are counted."""
+    if isinstance(batch, Tensor):
+        if not batch.is_inference():
+            yield batch
+    elif isinstance(batch, Mapping | tuple | list):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(part)
 
 
 def call_with(model: nn.Module, batch: Any) -> Any:

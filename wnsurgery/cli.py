@@ -352,12 +352,14 @@ def run(model: Path, input_file: Path, output: Path, provider: str, force: bool,
     outputs = run_session(session, arrays, model)
     write_arrays(output, outputs, force=force)
     shapes = {escape(name): tuple(value.shape) for name, value in outputs.items()}
+    result: dict[str, Any] = {"outputs": shapes, "provider": session.get_providers()[0]}
     lines = [f"{name}: {shape}" for name, shape in shapes.items()]
-    lines.append(f"ran on {session.get_providers()[0]}")
+    lines.append(f"ran on {result['provider']}")
     if options["repeats"]:
         low, middle, high = time_session(session, arrays, model, options["repeats"])
         lines.append(f"{middle:.3f} ms ({low:.3f} .. {high:.3f}) in {options['repeats']} runs on {provider}")
-    show(shapes if as_json else "\n".join([f"wrote {output}", *lines]), as_json=as_json)
+        result |= {"runs": options["repeats"], "milliseconds": {"least": low, "median": middle, "most": high}}
+    show(result if as_json else "\n".join([f"wrote {output}", *lines]), as_json=as_json)
 
 
 @cli.command()

@@ -8,6 +8,7 @@ there, g and b are set from their joint moments, and each output is replaced by 
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from wnsurgery.channelwise import channels_in, is_taken, standardise
 from wnsurgery.directions import Directions
 from wnsurgery.errors import InputError, SelectionError, WnsurgeryError
 from wnsurgery.joint_norm import JointNorms
+from wnsurgery.layers import has_own_forward
 from wnsurgery.lockstep import Guard, Lockstep, Paused, Replay
 from wnsurgery.masks import Mask, fitting, masks_of
 from wnsurgery.moments import Moments, clearness
@@ -170,8 +172,9 @@ def data_dependent_init(  # noqa: PLR0913 - one call with the options of one rec
     Afterwards every pre-activation the data reaches has mean 0 and standard deviation `init_scale` per output
     channel, over all batches and positions. Directions v stay. A layer called several times is set by its
     first call; one without a bias of its own gets its scale only; a channel that does not vary over the data keeps
-    its g and b. Recurrent, attention-packed and lookup weights keep theirs, as do weights tied to these and layers the
-    data never reaches: each is named in the report. A forward may turn gradients on and differentiate its own layers.
+    its g and b. Recurrent, attention-packed and lookup weights keep theirs, as do weights tied to these, layers whose
+    own forward pass is not a linear map with g for its scale and b for its shift, and layers the data never reaches:
+    each is named in the report. A forward may turn gradients on and differentiate its own layers.
     Modes, random state, buffers (running statistics) and gradients are as before; on an error g and b are, too. Calling
     again with the same data gives the same result.
 
@@ -210,7 +213,8 @@ def data_dependent_init(  # noqa: PLR0913 - one call with the options of one rec
     Raises:
         SelectionError: no weight-normalized weight is selected, init_scale is not positive and finite or names
             nothing, or the model holds lazy tensors.
-        InputError: data is empty or gives pre-activations that are not finite, the model's forward fails on a batch
+        InputError: data is empty, gives pre-activations that are not finite or vary so little that g leaves its type,
+            or comes in memory that is written over by the next batch; the model's forward fails on a batch
             (which is named) or calls layers from threads of its own where there are several batches, or another rank
             failed.
         OutputError: no room for the temporary file.
@@ -440,6 +444,8 @@ class _Layer:
         g, bias = slot.magnitude, bias_of(slot)
         assert g is not None
         self.g, self.bias, self.channels = g, bias, g.numel()
+        self.most = min(torch.finfo(t.dtype).max for t in (g, slot.tensor) if t is not None)  # that g may be
+        self.is_doubtful = has_own_forward(slot.module)
         self.settable = id(bias) in free
         self.old = [(t, t.clone()) for t in (g, bias) if t is not None]  # without a graph, as all of this
         self.plain = not self.log and all(is_taken(t) for t, _ in self.old)
@@ -519,8 +525,13 @@ class _Layer:
             self.lent = False
             self.neutral()
             output, references = self._again(module, args, kwargs), 0
-        if not self._is_per_channel(output):
-            run.reasons[self.slot.fqn] = "its output is not one value per output channel"
+        reason = "" if self._is_per_channel(output) else "its output is not one value per output channel"
+        if not reason and self.is_doubtful and not run.sharded:
+            self.is_doubtful = False
+            affine = self._is_affine(output, norms, lambda: self._again(module, args, kwargs))
+            reason = "" if affine else "its own forward pass does more than scale its output by g and shift it by b"
+        if reason:
+            run.reasons[self.slot.fqn] = reason
             if not run.sharded:
                 self.restore()
             output = self._again(module, args, kwargs)  # that output was made with g = 1
@@ -553,6 +564,27 @@ class _Layer:
             and output.shape[self.axis] == self.channels
             and output.is_floating_point()
         )
+
+    def _is_affine(self, output: Tensor, norms: Any, again: Callable[[], Any]) -> bool:
+        """Whether the output, made with g = 1 and b = 0, or multiplied by `norms`, is scaled and shifted by other
+        values of these: tried out on some. Leaves g as it was when it was made."""
+        two, one = np.full(self.channels, 2.0), None if self.bias is None else np.ones(self.channels)
+        wanted = scaled(output, self.axis, two if norms is None else two / norms, one, in_place=False)
+        with torch.no_grad():
+            self.g.fill_(math.log(2.0) if self.log else 2.0)
+            if self.bias is not None:
+                self.bias.fill_(1.0)
+            torch.clear_autocast_cache()
+            found = again()
+            if norms is None:
+                self.neutral()
+            else:
+                self.restore()
+            if not isinstance(found, Tensor) or found.shape != wanted.shape:
+                return False
+            size, off = (float(x.double().abs().max()) if x.numel() else 0.0 for x in (wanted, found - wanted))
+            loose = 1e-3 + 16 * torch.finfo(output.dtype).eps
+            return not math.isfinite(size) or off <= loose * size  # what is not finite is told of elsewhere
 
     def _meet(self, output: Tensor, number: int, norms: Any) -> None:
         """Wait with the moments of one batch's output until g and b are set, or in a whole pass that goes on for the
@@ -631,6 +663,12 @@ class _Layer:
 
     def _is_set(self, mean: Any, std: Any, scale: Any, shift: Any, stored: Any, count: int, flat: Any) -> None:
         """Remember how g and b were set, for the report and for outputs that are still to come."""
+        if not np.maximum.reduce(np.abs(scale)) <= self.most:
+            raise InputError(
+                f"{self.slot.fqn}: its pre-activations on this data vary so little (a standard deviation of "
+                f"{np.min(std):.3g}) that g leaves the range of its type or of the weight's",
+                hint="scale the data, or exclude this weight",
+            )
         self.run.set_by[id(self.g)] = (self.slot.fqn, scale)
         self.own_shift = shift
         before = [old for _, old in self.old]
@@ -709,7 +747,8 @@ def _undisturbed(model: nn.Module, training: bool | None) -> Iterator[None]:
         lazy = next(n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t))
         raise SelectionError(f"{lazy}: lazy, not initialised yet", hint="run one forward pass first")
     modes = [m.training for m in modules]
-    buffers = [(m, n, b, b.detach().clone()) for m in modules for n, b in m._buffers.items() if b is not None]
+    tables = [(m, dict(m._buffers)) for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+    values = [(b, b.detach().clone()) for m in modules for b in m._buffers.values() if b is not None]
     devices = {t.device for t in held if t.is_cuda}
     try:
         with as_written(), uncached(), torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
@@ -722,6 +761,13 @@ def _undisturbed(model: nn.Module, training: bool | None) -> Iterator[None]:
             if module.training is not mode:
                 module.training = mode
         with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                buffer.copy_(value)
-                module._buffers[name] = buffer
+            for buffer, value in values:
+                if buffer.shape != value.shape or buffer.dtype != value.dtype:
+                    buffer.data = value
+                else:
+                    buffer.copy_(value)
+        for module, buffers in tables:
+            if module._buffers.keys() != buffers.keys():
+                module._non_persistent_buffers_set.intersection_update(buffers)
+            module._buffers.clear()
+            module._buffers.update(buffers)

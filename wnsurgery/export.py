@@ -480,6 +480,8 @@ def _compared(
         report = compare_outputs(found, reference, rtol=rtol, atol=limits[1])
         if not report.ok:
             raise VerificationError(f"{path}: onnxruntime differs from the {who}: {report.problems[0]}")
+        if reference and not any(tensor.numel() for tensor in reference.values()):
+            raise VerificationError(f"{path}: every output is empty, which proves nothing", hint="try other inputs")
         holes = [name for name, tensor in reference.items() if bool(torch.isnan(tensor).any())]
         if holes:
             where = ", ".join(map(printable, holes))

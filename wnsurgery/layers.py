@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from wnsurgery.errors import PairError, SelectionError
 from wnsurgery.reparam import Axes
 
-__all__ = ["KeptAxes", "Layer", "layer_of", "own_row", "register_layer"]
+__all__ = ["KeptAxes", "Layer", "has_own_forward", "layer_of", "own_row", "register_layer"]
 
 KeptAxes = int | tuple[int, ...] | Axes | Callable[[nn.Module], Axes]
 
@@ -197,6 +198,22 @@ def layer_of(module: nn.Module) -> Layer | None:
         if row is not None:
             return row
     return None
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the output of a module comes from another forward pass than that of the class its row is for.
+
+    >>> class Sine(nn.Linear):
+    ...     def forward(self, x): return super().forward(x).sin()
+    >>> has_own_forward(Sine(2, 2)), has_own_forward(nn.Linear(2, 2))
+    (True, False)
+    """
+    kind = type(module)
+    while kind.__module__ == parametrize.__name__:  # made by weight norm, over the module's own
+        kind = kind.__bases__[0]
+    known = next((cls for cls in kind.__mro__ if own_row(cls) is not None), kind)
+    others = (getattr(kind, name, None) is not getattr(known, name, None) for name in ("forward", "_conv_forward"))
+    return "forward" in module.__dict__ or any(others)
 
 
 def own_row(cls: type) -> Layer | None:

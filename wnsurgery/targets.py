@@ -82,9 +82,12 @@ def sort_out(chosen: list[Slot], everything: list[Slot]) -> tuple[list[tuple[Slo
         sharing[id(slot.magnitude)].append(slot)
     targets: list[tuple[Slot, int]] = []
     reasons: dict[str, str] = {}
+    barred: dict[int, list[Slot]] = {}  # by magnitude, once for all owners of a tied weight
     for slot in chosen:
         reason, axis = _how(slot)
-        reason = reason or _entangled(slot, beside[id(slot.module)], sharing[id(slot.magnitude)])
+        if not reason and (key := id(slot.magnitude)) not in barred:
+            barred[key] = [s for s in sharing[key] if _how(s)[1] is None]
+        reason = reason or _entangled(slot, beside[id(slot.module)], barred[id(slot.magnitude)])
         if reason or axis is None:
             reasons[slot.fqn] = reason
         else:
@@ -135,10 +138,10 @@ def _how(slot: Slot) -> tuple[str, int | None]:
     return "", row.output_axis
 
 
-def _entangled(slot: Slot, beside: list[Slot], sharing: list[Slot]) -> str:
+def _entangled(slot: Slot, beside: list[Slot], barred: list[Slot]) -> str:
     """Why g and b alone do not decide a layer's output, or decide more than that; empty if neither.
 
-    `beside` are all tensors of its module, `sharing` all weights with the same g.
+    `beside` are all tensors of its module, `barred` all weights with the same g that data cannot set.
     """
     row = layer_of(slot.module)
     weights = [s for s in beside if row is not None and (s is slot or row.axes(s.module, s.parameter))]
@@ -146,5 +149,5 @@ def _entangled(slot: Slot, beside: list[Slot], sharing: list[Slot]) -> str:
         return f"{', '.join(s.parameter for s in weights)}: several weights make its output"
     if any(row is not None and s.parameter == row.bias and s.form != "plain" for s in beside):
         return "its bias is parametrized"
-    fixed = next((s.fqn for s in sharing if s is not slot and _how(s)[1] is None), None)
+    fixed = next((s.fqn for s in barred if s is not slot), None)
     return "" if fixed is None else f"shares its magnitude with {fixed}, which data cannot set"
