@@ -8,7 +8,8 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from operator import is_
+from itertools import chain
+from operator import eq, is_
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wnsurgery.errors import OutputError
+from wnsurgery.lean_modules import LeanModule
 
 __all__ = ["Attributes", "Spill"]
 
@@ -42,8 +44,9 @@ class Attributes:
     def _look(self, model: nn.Module) -> None:
         """Before the first of several runs; a run alone needs none of this."""
         everything = list(model.modules())
+        kinds = (torch.jit.ScriptModule, ParametrizationList, LeanModule)
         machines = {id(m._modules.get("parametrizations")) for m in everything}
-        machines |= {id(m) for m in everything if isinstance(m, torch.jit.ScriptModule | ParametrizationList)}
+        machines |= {id(m) for m in everything if isinstance(m, kinds)}
         for module in everything:
             if id(module) in machines:
                 continue
@@ -57,6 +60,23 @@ class Attributes:
                     self._lists.append(value)
         self._seen = [dict(d) for d in self._dicts]
         self._seen_lists = [list(entries) for entries in self._lists]
+        self._remember()
+
+    def _remember(self) -> None:
+        """All entries in a row, so that one look tells that none has changed."""
+        self._flat = [list(flat) for flat in self._in_a_row()]
+
+    def _in_a_row(self) -> tuple[Iterator[Any], ...]:
+        dicts, lists = self._dicts, self._lists
+        lengths = map(len, chain(dicts, lists))
+        return lengths, *map(chain.from_iterable, (dicts, map(dict.values, dicts), lists))
+
+    def _is_unchanged(self) -> bool:
+        """Whether no dict and no list has other entries than at the last look; most runs leave all as they are."""
+        lengths, *entries = self._in_a_row()
+        known, *flat = self._flat
+        same = (all(map(is_, now, then)) for now, then in zip(entries, flat, strict=True))
+        return all(map(eq, lengths, known)) and all(same)
 
     def inside(self, number: int) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -74,8 +94,18 @@ class Attributes:
         for place, entries in self._own_lists[number].items():
             self._lists[place][:] = entries
             self._seen_lists[place] = list(entries)
+        if self._own[number] or self._own_lists[number]:
+            self._remember()
 
     def leave(self, number: int, done: bool) -> None:
+        if not self._is_unchanged():
+            self._take_over(number)
+        if done:
+            del self._own[number]
+            self._own_lists.pop(number, None)
+
+    def _take_over(self, number: int) -> None:
+        """What a run has changed is its own."""
         own = self._own[number]
         for place, (now, before) in enumerate(zip(self._dicts, self._seen, strict=True)):
             if len(now) == len(before) and all(map(is_, now.values(), before.values())) and now.keys() == before.keys():
@@ -92,9 +122,7 @@ class Attributes:
             if any(isinstance(entry, Tensor) for entry in entries if id(entry) not in known):
                 self._own_lists[number][place] = list(entries)
             self._seen_lists[place] = list(entries)
-        if done:
-            del self._own[number]
-            self._own_lists.pop(number, None)
+        self._remember()
 
 
 _MACHINERY = frozenset(nn.Module().__dict__)  # parameters, hooks, children: no place where a forward keeps values
