@@ -367,6 +367,12 @@ def test_export_run_verify(run: Any, model_file: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x)
     code, _, err = run("run", graph, "--input", tmp_path / "x.npz", "-o", tmp_path / "y.npz")
     assert code == 0, err
+    timed = run("run", graph, "--input", tmp_path / "x.npz", "-o", tmp_path / "z.npz", "--time", "3", "--json")
+    told = json.loads(timed[1])
+    assert list(told["outputs"].values()) == [[2, *y.shape[1:]] for y in np.load(tmp_path / "y.npz").values()]
+    assert told["provider"] == "CPUExecutionProvider"
+    assert told["runs"] == 3
+    assert 0 < told["milliseconds"]["least"] <= told["milliseconds"]["median"] <= told["milliseconds"]["most"]
     (y,) = np.load(tmp_path / "y.npz").values()
     with torch.no_grad():
         expected = wn.load_model(model_file)(torch.from_numpy(x)).numpy()
@@ -396,6 +402,14 @@ def test_tolerances_that_are_none(run: Any, model_file: Path, command: str, tole
     code, out, err = run(command, model_file, *words, "--input-shape", "1x1x8x8", "--rtol", tolerance)
     assert (code, out) == (2, "")
     assert "a tolerance is a number of 0 or more" in err
+
+
+def test_export_of_empty_outputs_proves_nothing(run: Any, tmp_path: Path) -> None:
+    torch.save(nn.Sequential(nn.Conv1d(3, 4, 3)), tmp_path / "m.pt")
+    code, _, err = run("export", tmp_path / "m.pt", "-o", tmp_path / "m.onnx", "--input-shape", "0x3x20")
+    assert code == 7
+    assert "every output is empty, which proves nothing" in err
+    assert not (tmp_path / "m.onnx").exists()
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt", "dml", "coreml", "openvino"])

@@ -48,9 +48,7 @@ def _read(data: Iterable[Any], limit: int | None) -> Iterator[Any]:
     last: list[tuple[weakref.ref[Tensor], int]] = []
     try:
         for batch in islice(data, limit):
-            if any(
-                tensor is not None and tensor._version != version for tensor, version in ((r(), n) for r, n in last)
-            ):
+            if any((tensor := known()) is not None and tensor._version != version for known, version in last):
                 raise InputError(
                     f"batch {count} of the data is in the memory of batch {count - 1}, which is still in use",
                     hint="let the iterable give copies",
