@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from wnsurgery.fused_kernels import (
-    add_squares,
+    column_squares,
     compiled,
     doubles_at,
     floats_at,
@@ -269,9 +269,7 @@ def columns_lengths(v_at, lengths_at, inputs, outputs, taps, begin, end):
     """`lengths` with axis 1 kept, for the kept indices from `begin` to before `end`: `taps` columns for each of the
     `outputs` in each of the `inputs`."""
     v, found = floats_at(v_at), doubles_at(lengths_at)
-    sums = np.zeros((end - begin) * taps)
-    for i in range(inputs):
-        add_squares(v, sums, (i * outputs + begin) * taps)
+    sums = column_squares(v, inputs, outputs, taps, begin, end)
     for o in range(end - begin):
         found[begin + o] = math.sqrt(total_of(sums, o, taps))
 

@@ -29,6 +29,7 @@ __all__ = [
     "add_products",
     "add_squares",
     "coefficients",
+    "column_squares",
     "columns_backward",
     "columns_forward",
     "compiled",
@@ -339,6 +340,15 @@ def add_squares(v, sums, start):
 
 
 @_fast
+def column_squares(v, inputs, outputs, taps, first, last):
+    """The sum of squares over the inputs of each column, those of the kept indices from `first` to before `last`."""
+    sums = np.zeros((last - first) * taps, np.float64)
+    for i in range(inputs):
+        add_squares(v, sums, (i * outputs + first) * taps)
+    return sums
+
+
+@_fast
 def total_of(sums, o, taps):
     """The sum over the columns of one kept index."""
     total = 0.0
@@ -460,9 +470,7 @@ def columns_forward(v_at, g_at, w_at, norms_at, inputs, outputs, taps, far, firs
     """`rows_forward` with axis 1 kept, for the kept indices from `first` to before `last`."""
     v, g, norms = floats_at(v_at), floats_at(g_at), floats_at(norms_at)
     width = (last - first) * taps
-    sums, factors = np.zeros(width, np.float64), np.empty(width + EIGHT, np.float32)
-    for i in range(inputs):
-        add_squares(v, sums, (i * outputs + first) * taps)
+    sums, factors = column_squares(v, inputs, outputs, taps, first, last), np.empty(width + EIGHT, np.float32)
     for o in range(last - first):
         norm = math.sqrt(total_of(sums, o, taps))
         factor = factor_of(g[first + o], norm)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wnsurgery import fused
 from wnsurgery.channelwise import cube_of, is_taken, sums_of
 from wnsurgery.norms import row_products, wide_scratch
 
@@ -25,6 +26,8 @@ __all__ = ["Moments", "clearness"]
 
 _BLOCK = 2**16  # elements widened at a time: 512 KiB of float64, half of what a core's cache holds
 _AWAY = 2**24  # the same on other devices, where each block is waited for
+_NEAR = 2**18  # elements that are looked at twice while they stay in a core's cache
+_OF_16_BITS = (torch.float16, torch.bfloat16)  # float32 holds them exactly
 _SHORT = 32  # values in a row below which a row's own sum costs more than its values
 _SAMPLE = 8  # one in so many values of the first block tells about where the mean is
 _ROUNDING = 8.0  # roundings by which the values of a channel may differ that does not vary
@@ -70,6 +73,9 @@ class Moments:
         with np.errstate(all="ignore"):  # what is not finite
             if type(cube) is not Tensor or not cube.is_cpu or cube.is_neg():
                 return cls._elsewhere(cube, count, eps)
+            if cube.dtype in _OF_16_BITS and fused.start():
+                wide = (part.contiguous().float() for part in _parts(cube, _NEAR))
+                return cls.merged(cls._by_kernels(part, len(part) * inner, eps) for part in wide)
             return cls._by_kernels(cube, count, eps) if is_taken(cube) else cls._exactly(cube, count, eps)
 
     @classmethod
@@ -91,9 +97,9 @@ class Moments:
     @classmethod
     def _elsewhere(cls, cube: Tensor, count: int, eps: float) -> Moments:
         """By torch's operations, in float64 (float32 where the device has no float64)."""
-        step = max(1, _AWAY // (cube.shape[1] * cube.shape[2]))
-        if step < len(cube):
-            return cls.merged(cls._elsewhere(part, len(part) * cube.shape[2], eps) for part in torch.split(cube, step))
+        parts = _parts(cube, _AWAY)
+        if len(parts) > 1:
+            return cls.merged(cls._elsewhere(part, len(part) * cube.shape[2], eps) for part in parts)
         peak = _peak(cube)
         wide = cube.to(torch.float32 if cube.device.type == "mps" else torch.float64, copy=True)
         mean = wide.sum(2).sum(0) / count  # one axis at a time: two that do not touch are several times slower
@@ -193,7 +199,12 @@ def clearness(count: int, eps: float = 2.0**-23, margin: float = _MARGIN) -> flo
 
 def _peak(cube: Tensor) -> Tensor:
     """The largest absolute value per channel."""
-    return torch.maximum(cube.amax(2).amax(0), -cube.amin(2).amin(0))
+    return torch.stack([part.abs().amax((0, 2)) for part in _parts(cube, _NEAR)]).amax(0)
+
+
+def _parts(cube: Tensor, elements: int) -> tuple[Tensor, ...]:
+    """Parts along the first axis, of about so many elements."""
+    return torch.split(cube, max(1, elements // (cube.shape[1] * cube.shape[2])))
 
 
 # In the CPU's memory -------------------------------------------------------------------------------------

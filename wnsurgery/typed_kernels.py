@@ -24,8 +24,8 @@ from wnsurgery.fused_kernels import (
     EIGHT,
     LEAST,
     MOST,
-    add_squares,
     coefficients,
+    column_squares,
     compiled,
     doubles_at,
     factor_of,
@@ -472,9 +472,7 @@ def columns_log_forward(v_at, sizes_at, w_at, norms_at, logs_at, inputs, outputs
     """The same with axis 1 kept, for the kept indices from `first` to before `last`."""
     v, sizes, norms, logs = floats_at(v_at), doubles_at(sizes_at), floats_at(norms_at), floats_at(logs_at)
     width = (last - first) * taps
-    sums, factors = np.zeros(width, np.float64), np.empty(width + EIGHT, np.float32)
-    for i in range(inputs):
-        add_squares(v, sums, (i * outputs + first) * taps)
+    sums, factors = column_squares(v, inputs, outputs, taps, first, last), np.empty(width + EIGHT, np.float32)
     for o in range(last - first):
         norm = math.sqrt(total_of(sums, o, taps))
         factor = _log_factor(sizes[first + o], logs[first + o], norm)
