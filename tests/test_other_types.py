@@ -17,7 +17,8 @@ from wnsurgery import fused, other_types
 from wnsurgery.reparam import Axes, compose, decompose
 
 TYPES = [torch.float64, torch.bfloat16, torch.float16]
-WHOLE = {torch.float64: torch.int64, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+ALL_TYPES = [torch.float32, *TYPES]
+WHOLE = dict(zip(ALL_TYPES, [torch.int32, torch.int64, torch.int16, torch.int16], strict=True))
 ROWS, COLUMNS, ALL, DEPTHWISE = Axes((0,)), Axes((1,)), Axes(()), Axes((1,), groups=9)
 SHAPES = [
     ((7, 5), ROWS),
@@ -48,12 +49,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a.view(whole), b.view(whole))
 
 
-def by_operations(g: Tensor, v: Tensor, axes: Axes, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+def by_operations(
+    g: Tensor, v: Tensor, axes: Axes, monkeypatch: pytest.MonkeyPatch, magnitude: Any = "linear"
+) -> Tensor:
     """The weight as where numba is not installed."""
     with monkeypatch.context() as patch:
         patch.setattr(fused._Kernels, "module", None)
         patch.setattr(fused._Kernels, "asked", True)
-        return compose(g, v, axes)
+        return compose(g, v, axes, magnitude=magnitude)
 
 
 def by_kernels(g: Tensor, v: Tensor, axes: Axes) -> Tensor | None:
@@ -318,7 +321,7 @@ def test_channels_last(dtype: torch.dtype, width: int, order: Any, straight: lis
         factor = torch.linspace(0.5, 2.0, width, dtype=g.dtype).view_as(g)
         for net in (layer, usual):
             net.parametrizations["weight"].pair()[0].mul_(factor)
-    whole = {**WHOLE, torch.float32: torch.int32}[dtype]
+    whole = WHOLE[dtype]
     assert torch.equal(layer.weight.detach().contiguous().view(whole), usual.weight.detach().view(whole))
     assert straight == [True, True]
     up = torch.randn(v.shape).to(dtype)
@@ -396,28 +399,17 @@ def logarithms(stored: Tensor) -> dict[str, Tensor]:
     }
 
 
-ALL_TYPES = [torch.float32, *TYPES]
-WITH_LOG = {**WHOLE, torch.float32: torch.int32}
-
-
-def by_operations_with_log(s: Tensor, v: Tensor, axes: Axes, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    with monkeypatch.context() as patch:
-        patch.setattr(fused._Kernels, "module", None)
-        patch.setattr(fused._Kernels, "asked", True)
-        return compose(s, v, axes, magnitude="log")
-
-
 @pytest.mark.parametrize("dtype", ALL_TYPES, ids=str)
 @pytest.mark.parametrize(("shape", "axes"), SHAPES, ids=str)
 def test_the_bits_with_logarithms(
     shape: tuple[int, ...], axes: Axes, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    whole = WITH_LOG[dtype]
+    whole = WHOLE[dtype]
     stored, v = decompose(torch.randn(shape, dtype=torch.float64).to(dtype), axes, magnitude="log")
     for kind, s in logarithms(stored).items():
         before = s.clone()
-        wanted = by_operations_with_log(s, v, axes, monkeypatch)
+        wanted = by_operations(s, v, axes, monkeypatch, "log")
         rows = other_types.rows_of(s, v, axes.kept, axes.groups, "log")
         assert rows is not None
         for threads in (1, 2):
@@ -440,7 +432,7 @@ def test_logarithms_in_float64_whose_last_bit_decides(monkeypatch: pytest.Monkey
         rows = other_types.rows_of(s, v, (0,), 1, "log")
         assert rows is not None
         ways.add(other_types.forward(s, v, rows) is None)
-        assert same_bits(compose(s, v, magnitude="log"), by_operations_with_log(s, v, ROWS, monkeypatch)), units
+        assert same_bits(compose(s, v, magnitude="log"), by_operations(s, v, ROWS, monkeypatch, "log")), units
     assert ways == {False, True}
 
 

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from wnsurgery import blocked_linear, fused
 from wnsurgery.blocked_linear import rows_for_gradients, rows_for_output, scale
 from wnsurgery.kept import Rooms
-from wnsurgery.onlookers import depth, is_intercepted
+from wnsurgery.onlookers import goes_the_long_way
 from wnsurgery.reparam import Axes, compose, compose_in_one_pass, first_order_gradients, is_plain
 
 __all__ = ["LARGE_WEIGHT", "HowLarge", "large_linear", "nobody_looks_on", "takes_input"]
@@ -64,9 +63,7 @@ def nobody_looks_on() -> bool:
     """Whether nobody wants to see the weight computed: not where somebody watches what each layer saves for its
     backward pass, as activation checkpointing does, in forward or inference mode, or in a function transform or mode of
     theirs."""
-    seen = _saving_hooks(True) is not None or forward_ad._current_level >= 0
-    seen = seen or bool(depth() and is_intercepted())
-    return not (seen or torch.is_inference_mode_enabled() or torch._C._functorch.peek_interpreter_stack() is not None)
+    return _saving_hooks(True) is None and not goes_the_long_way()
 
 
 def large_linear(x: Tensor, g: Tensor, v: Tensor, bias: Tensor | None, how: HowLarge) -> Tensor | None:

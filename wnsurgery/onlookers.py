@@ -11,10 +11,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-__all__ = ["depth", "is_intercepted", "past_modes"]
+__all__ = ["depth", "goes_the_long_way", "is_intercepted", "past_modes"]
 
+_inference_mode, _transforms = torch.is_inference_mode_enabled, torch._C._functorch.peek_interpreter_stack
 depth = torch._C._len_torch_dispatch_stack  # how many modes there are: none, nearly always
 
 
@@ -25,6 +27,13 @@ def is_intercepted() -> bool:
     False
     """
     return bool(depth()) and not all(getattr(mode, "passive", False) for mode in _get_current_dispatch_mode_stack())
+
+
+def goes_the_long_way() -> bool:
+    """Whether a weight is not to be made by kernels here: in forward and inference mode, in function transforms and in
+    somebody's mode."""
+    special = forward_ad._current_level >= 0 or _inference_mode() or _transforms() is not None
+    return special or bool(depth() and is_intercepted())
 
 
 def past_modes() -> AbstractContextManager[Any]:

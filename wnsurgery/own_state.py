@@ -60,23 +60,11 @@ class Attributes:
                     self._lists.append(value)
         self._seen = [dict(d) for d in self._dicts]
         self._seen_lists = [list(entries) for entries in self._lists]
-        self._remember()
-
-    def _remember(self) -> None:
-        """All entries in a row, so that one look tells that none has changed."""
-        self._flat = [list(flat) for flat in self._in_a_row()]
-
-    def _in_a_row(self) -> tuple[Iterator[Any], ...]:
-        dicts, lists = self._dicts, self._lists
-        lengths = map(len, chain(dicts, lists))
-        return lengths, *map(chain.from_iterable, (dicts, map(dict.values, dicts), lists))
 
     def _is_unchanged(self) -> bool:
         """Whether no dict and no list has other entries than at the last look; most runs leave all as they are."""
-        lengths, *entries = self._in_a_row()
-        known, *flat = self._flat
-        same = (all(map(is_, now, then)) for now, then in zip(entries, flat, strict=True))
-        return all(map(eq, lengths, known)) and all(same)
+        rows = zip(_in_a_row(self._dicts, self._lists), _in_a_row(self._seen, self._seen_lists), strict=True)
+        return all(all(map(same, now, then)) for same, (now, then) in zip((eq, is_, is_, is_), rows, strict=True))
 
     def inside(self, number: int) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -94,8 +82,6 @@ class Attributes:
         for place, entries in self._own_lists[number].items():
             self._lists[place][:] = entries
             self._seen_lists[place] = list(entries)
-        if self._own[number] or self._own_lists[number]:
-            self._remember()
 
     def leave(self, number: int, done: bool) -> None:
         if not self._is_unchanged():
@@ -122,7 +108,11 @@ class Attributes:
             if any(isinstance(entry, Tensor) for entry in entries if id(entry) not in known):
                 self._own_lists[number][place] = list(entries)
             self._seen_lists[place] = list(entries)
-        self._remember()
+
+
+def _in_a_row(dicts: list[dict[Any, Any]], lists: list[list[Any]]) -> tuple[Iterator[Any], ...]:
+    """The lengths of all, all keys, all values, and all entries of the lists."""
+    return map(len, chain(dicts, lists)), *map(chain.from_iterable, (dicts, map(dict.values, dicts), lists))
 
 
 _MACHINERY = frozenset(nn.Module().__dict__)  # parameters, hooks, children: no place where a forward keeps values

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from wnsurgery import fused, other_types
 from wnsurgery.kept import LARGE, Rooms, steps
 from wnsurgery.loans import LASTING
-from wnsurgery.onlookers import depth, is_intercepted
+from wnsurgery.onlookers import goes_the_long_way
 from wnsurgery.ownership import counted, prepare
 from wnsurgery.reparam import (
     Axes,
@@ -36,14 +35,7 @@ __all__ = ["Straight"]
 
 _ROOMY = 1 << 19  # elements from which memory of its own, though out of the cache, is better than the allocator's
 _TWICE = 2  # reads up to which making a weight anew costs less than keeping it
-_inference_mode, _transforms = torch.is_inference_mode_enabled, torch._C._functorch.peek_interpreter_stack
 _empty_like, _grad_enabled = torch.empty_like, torch.is_grad_enabled
-
-
-def _is_special() -> bool:
-    """Whether weights are to go the long way: in forward and inference mode, in function transforms and modes."""
-    special = forward_ad._current_level >= 0 or _inference_mode() or _transforms() is not None
-    return special or bool(depth() and is_intercepted())
 
 
 class Straight:
@@ -97,7 +89,7 @@ class Straight:
     def weight(self, g: Tensor | None, v: Tensor | None) -> Tensor | None:
         """The weight of this pair with its graph, None where it must go the long way: another pair, a row that is not
         an ordinary one, forward or inference mode, a function transform, somebody's mode."""
-        if not self.is_of(g, v) or _is_special():
+        if not self.is_of(g, v) or goes_the_long_way():
             return None
         if self._roomy:
             ready = compose_in_one_pass(self._g, self._v, self.sizes, self._rooms)  # type: ignore[arg-type]
@@ -130,7 +122,7 @@ class Straight:
 
     def without_graph(self, g: Tensor, v: Tensor, rooms: Rooms) -> Tensor | None:
         """The weight of this pair without a graph, outside of training; None as for `weight`."""
-        if not self.is_of(g, v) or _is_special():
+        if not self.is_of(g, v) or goes_the_long_way():
             return None
         if self._count >= LARGE and isinstance(self.sizes, fused.Sizes):
             return compose_in_one_pass(g, v, self.sizes, rooms).w

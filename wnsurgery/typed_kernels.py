@@ -412,10 +412,10 @@ def double_forward(v_at, sizes_at, w_at, norms_at, logs_at, columns, ridge_bits,
         norms[r] = (high + low) * _power_of_two(exponent)
         if logs_at:
             factor = _double_log_factor(size, doubles_at(logs_at)[r], high, low, exponent)
-            if math.isnan(factor):
-                return False
         else:
             factor = _double_factor(sizes[r], high, low, exponent)
+        if math.isnan(factor):
+            return False
         for i in range(start, stop):
             w[i] = v[i] * factor
     return True
