@@ -133,12 +133,15 @@ def test_lengths_of_rows() -> None:
     """Of one weight, and of many at one go."""
     rows = [torch.randn(5, 3), torch.randn(1, 70000), torch.randn(300, 4, 3, 3), nn.Parameter(torch.randn(2, 1))]
     columns = [torch.randn(3, 5), torch.randn(600, 8, 30), torch.randn(2, 7, 3, 2), torch.randn(1, 1)]
+    groups = [torch.randn(6, 2, 3), torch.randn(300, 40, 9)]
     weights = [(v, fused.Sizes(0, len(v), v[0].numel())) for v in rows]
     weights += [(v, fused.Sizes(len(v), v.shape[1], v[0, 0].numel())) for v in columns]
+    weights += [(v, fused.Sizes(len(v) // 3, 3 * v.shape[1], v[0, 0].numel(), groups=3)) for v in groups]
     together = np.split(lengths_of(weights), np.cumsum([sizes.rows for _, sizes in weights])[:-1])
     for (v, sizes), lengths in zip(weights, together, strict=True):
         wide = v.detach().double()
-        right = (wide.transpose(0, 1) if sizes.inputs else wide).flatten(1).norm(dim=1)
+        in_groups = wide.reshape(sizes.groups, -1, *wide.shape[1:])
+        right = (in_groups.transpose(1, 2).flatten(0, 1) if sizes.inputs else wide).flatten(1).norm(dim=1)
         assert np.allclose(lengths, right, rtol=1e-14)
         assert lengths_of([(v, sizes)]).tobytes() == lengths.tobytes()
 

@@ -541,3 +541,12 @@ def test_half_a_pair_without_values_is_an_error(half):
     state[f"a.{half}"] = state[f"a.{half}"].to("meta")
     with pytest.raises(PairError, match="meta tensor"):
         fold_state(state)
+
+
+def test_an_axis_for_every_element_converts_nothing():
+    """g with the shape of v would be no norm, and nobody could tell it from v."""
+    state = {"a.weight": torch.randn(3, 4), "b.weight": torch.randn(5, 1)}
+    report = convert_state(state, ByName(dim=(0, 1)))
+    assert [step.name for step in report.converted] == ["b.weight"]
+    assert [skip.name for skip in report.skipped if "a row of its own" in skip.reason] == ["a.weight"]
+    assert [step.name for step in fold_state(state).folded] == ["b.weight"]

@@ -35,6 +35,9 @@ SHAPES = [
     ((40, 50, 3, 3), Axes((1,))),
     ((12, 3, 5), Axes((1,), groups=12)),
     ((300, 2, 8, 8), Axes((1,), groups=300)),
+    ((12, 3, 5), Axes((1,), groups=4)),
+    ((6, 1, 1, 1), Axes((1,), groups=2)),
+    ((160, 70, 4, 4), Axes((1,), groups=5)),
     ((30, 41), Axes(())),
 ]
 
@@ -197,11 +200,13 @@ def test_what_the_kernels_do_not_take() -> None:
     fused.start()
     g, v = torch.ones(4, 1), torch.randn(4, 6)
     linear = ((0,), 1, "linear")
-    assert fused.plan(g, v, *linear) == (0, 4, 6)
+    assert fused.plan(g, v, *linear) == fused.Sizes(0, 4, 6)
     assert fused.plan(g, v, (0,), 1, "log") is None
     assert fused.plan(g, v, (0,), 2, "linear") is None
-    assert fused.plan(torch.ones(2, 3, 1), torch.randn(2, 3, 4), (1,), 2, "linear") == (0, 6, 4)
-    assert fused.plan(torch.ones(2, 3, 1), torch.randn(4, 3, 4), (1,), 2, "linear") is None
+    assert fused.plan(torch.ones(2, 3, 1), torch.randn(2, 3, 4), (1,), 2, "linear") == fused.Sizes(0, 6, 4)
+    assert fused.plan(torch.ones(2, 3, 1), torch.randn(4, 3, 4), (1,), 2, "linear") == fused.Sizes(2, 6, 4, groups=2)
+    assert fused.plan(torch.ones(2, 3, 1), torch.randn(5, 3, 4), (1,), 2, "linear") is None
+    assert fused.plan(torch.ones(()), torch.randn(4), (), 2, "linear") is None
     assert fused.plan(torch.ones(6, 1, 1), torch.randn(2, 3, 4), (1,), 2, "linear") is None
     assert fused.plan(g.double(), v, *linear) is None
     assert fused.plan(g, v.bfloat16(), *linear) is None

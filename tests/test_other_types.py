@@ -19,7 +19,7 @@ from wnsurgery.reparam import Axes, compose, decompose
 TYPES = [torch.float64, torch.bfloat16, torch.float16]
 ALL_TYPES = [torch.float32, *TYPES]
 WHOLE = dict(zip(ALL_TYPES, [torch.int32, torch.int64, torch.int16, torch.int16], strict=True))
-ROWS, COLUMNS, ALL, DEPTHWISE = Axes((0,)), Axes((1,)), Axes(()), Axes((1,), groups=9)
+ROWS, COLUMNS, ALL, DEPTHWISE, GROUPS = Axes((0,)), Axes((1,)), Axes(()), Axes((1,), groups=9), Axes((1,), groups=3)
 SHAPES = [
     ((7, 5), ROWS),
     ((1, 1), ROWS),
@@ -31,6 +31,8 @@ SHAPES = [
     ((40, 50, 3), COLUMNS),
     ((200, 300, 2), COLUMNS),
     ((9, 4, 3, 3), DEPTHWISE),
+    ((9, 4, 3, 3), GROUPS),
+    ((120, 90, 9), GROUPS),
     ((31, 41), ALL),
 ]
 
@@ -57,6 +59,13 @@ def by_operations(
         patch.setattr(fused._Kernels, "module", None)
         patch.setattr(fused._Kernels, "asked", True)
         return compose(g, v, axes, magnitude=magnitude)
+
+
+def by_the_textbook(g: Tensor, v: Tensor, axes: Axes) -> Tensor:
+    """g / ||v||, spread over the rows of v."""
+    dims = axes.reduced(v.ndim)
+    norms = axes.grouped(v).square().sum(dims, keepdim=True).sqrt() if dims else v.abs()
+    return axes.spread((g.unsqueeze(1) if axes.groups > 1 else g) / norms, v)
 
 
 def by_kernels(g: Tensor, v: Tensor, axes: Axes) -> Tensor | None:
@@ -148,13 +157,12 @@ def test_gradients(shape: tuple[int, ...], axes: Axes, dtype: torch.dtype) -> No
     up = torch.randn(shape, dtype=torch.float64).to(dtype)
     to_g, to_v = torch.autograd.grad(compose(g, v, axes), (g, v), up)
     wide_g, wide_v = g.detach().double().requires_grad_(), v.detach().double().requires_grad_()
-    dims = tuple(range(2, v.ndim)) if axes == DEPTHWISE else axes.reduced(v.ndim)
-    norms = wide_v.square().sum(dims, keepdim=True).sqrt() if dims else wide_v.abs()
-    exact = torch.autograd.grad(wide_g * wide_v / norms, (wide_g, wide_v), up.double())
+    factors = by_the_textbook(wide_g, wide_v, axes)
+    exact = torch.autograd.grad(factors * wide_v, (wide_g, wide_v), up.double())
     step = torch.finfo(torch.float32 if dtype != torch.float64 else dtype).eps
     assert to_g.dtype == g.dtype
     assert to_v.dtype == dtype
-    scale = float(up.double().abs().max() * (wide_g.detach() / norms.detach()).abs().max())
+    scale = float(up.double().abs().max() * factors.detach().abs().max())
     torch.testing.assert_close(to_g.double(), exact[0], rtol=1e-13 if step < 1e-10 else 1e-5, atol=200 * step)
     atol = torch.finfo(dtype).eps * float(exact[1].abs().max()) + 20 * step * scale
     torch.testing.assert_close(to_v.double(), exact[1], rtol=torch.finfo(dtype).eps, atol=atol)
@@ -166,6 +174,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convolution": (lambda: nn.Conv1d(3, 4, 3), (2, 3, 5)),
     "transposed": (lambda: nn.ConvTranspose1d(3, 4, 3), (2, 3, 5)),
     "depthwise": (lambda: nn.ConvTranspose1d(4, 8, 3, groups=4), (2, 4, 5)),
+    "groups": (lambda: nn.ConvTranspose1d(6, 8, 3, groups=2), (2, 6, 5)),
 }
 
 
@@ -188,7 +197,7 @@ def test_training_is_that_of_the_weight_computed_by_hand(kind: str, dtype: torch
     loose = {torch.float64: 1e-12, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
     for mine, theirs in zip(entry.pair(), other.pair(), strict=True):
         torch.testing.assert_close(mine.double(), theirs.double(), rtol=loose, atol=loose)
-    assert kind == "transposed" or straight[-1]
+    assert kind in ("transposed", "groups") or straight[-1]
     used = layer.weight.detach().clone()
     assert same_bits(wn.fold_weight_norm(layer).weight.detach(), used)
 
@@ -471,12 +480,11 @@ def test_training_with_logarithms(kind: str, mode: Any, dtype: torch.dtype, stra
     s, v = (half.detach().to(torch.float64, copy=True).requires_grad_() for half in entry.pair())
     plain = copy.deepcopy(wn.fold_weight_norm(copy.deepcopy(layer))).double()
     bias = plain.bias
-    dims = (2,) if kind == "depthwise" else entry[0].axes.reduced(v.ndim)
     for _ in range(3):
         optimizer.zero_grad()
         layer(x).square().mean().backward()
         optimizer.step()
-        w = s.exp() * v / v.square().sum(dims, keepdim=True).sqrt()
+        w = by_the_textbook(s.exp(), v, entry[0].axes) * v
         y = torch.func.functional_call(plain, {"weight": w, "bias": bias}, (x.double(),))
         grads = torch.autograd.grad(y.square().mean(), (s, v, bias))
         with torch.no_grad():
@@ -485,7 +493,7 @@ def test_training_with_logarithms(kind: str, mode: Any, dtype: torch.dtype, stra
     loose = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
     for mine, theirs in zip((*entry.pair(), layer.bias), (s, v, bias), strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=loose, atol=loose / 10)
-    turned = kind == "transposed" and dtype != torch.float32
+    turned = kind in ("transposed", "groups") and dtype != torch.float32
     assert mode == "deferred" or turned or straight[-1]
     used = layer.weight.detach().clone()
     assert torch.equal(wn.fold_weight_norm(layer).weight, used)

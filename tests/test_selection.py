@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import wnsurgery as wn
 from wnsurgery import layers
+from wnsurgery.checkpoint import fold_state
 from wnsurgery.walk import modules_of, slots
 
 from nets import NETS, SameConvTwice, TiedLanguageModel, net
@@ -476,3 +477,17 @@ def test_cycles_and_deep_sharing_end() -> None:
     for _ in range(40):
         inner = nn.Sequential(inner, inner)
     assert len(chosen(inner)) == 1
+
+
+def test_a_weight_whose_rows_would_have_one_element_each_is_left_alone() -> None:
+    """Its g would have the shape of v: in a file nobody could tell that it is one."""
+    model = nn.Sequential(nn.ConvTranspose1d(4, 8, 1, groups=4), nn.Conv1d(8, 2, 3), nn.Conv1d(4, 4, 1, groups=4))
+    plan = wn.plan_weight_norm(model)
+    assert [site.fqn for site in plan.sites] == ["1.weight", "2.weight"]  # the last has one axis, as torch's g has
+    assert "a row of its own" in next(s.reason for s in plan.skipped if s.name == "0.weight")
+    assert "a row of its own" in wn.plan_weight_norm(model, dim={"1": (0, 1, 2)}).skipped[2].reason
+    state = wn.apply_weight_norm(model).state_dict()
+    assert len(fold_state(state).folded) == 2
+    assert sorted(state) == ["0.bias", "0.weight", "1.bias", "1.weight", "2.bias", "2.weight"]
+    with pytest.raises(wn.SelectionError):
+        wn.apply_weight_norm(nn.Linear(3, 4), dim=(0, 1))

@@ -24,6 +24,7 @@ from wnsurgery.fused_kernels import (
     numbers_at,
     parts_of,
     squares,
+    strips_of,
     total_of,
 )
 
@@ -265,24 +266,25 @@ def lengths(v_at, lengths_at, columns, begin, end):
 
 
 @kernel
-def columns_lengths(v_at, lengths_at, inputs, outputs, taps, begin, end):
-    """`lengths` with axis 1 kept, for the kept indices from `begin` to before `end`: `taps` columns for each of the
-    `outputs` in each of the `inputs`."""
-    v, found = floats_at(v_at), doubles_at(lengths_at)
-    sums = column_squares(v, inputs, outputs, taps, begin, end)
-    for o in range(end - begin):
-        found[begin + o] = math.sqrt(total_of(sums, o, taps))
+def columns_lengths(v_at, lengths_at, inputs, outputs, taps, first, last):
+    """`lengths` with axis 1 kept, for the kept indices from `first` to before `last`: `taps` columns for each of the
+    `outputs` of a group in each of its `inputs`."""
+    found = doubles_at(lengths_at)
+    for begin, end, skipped in strips_of(first, last, inputs, outputs, taps):
+        sums = column_squares(floats_at(v_at + skipped), inputs, outputs, taps, begin, end)
+        for o in range(end - begin):
+            found[begin + o] = math.sqrt(total_of(sums, o, taps))
 
 
 @kernel
 def many_lengths(table_at, count):
-    """`lengths` of many weights, or `columns_lengths` where there are inputs: to each belong five numbers, the address
-    of v, that of its lengths, inputs, rows, columns."""
+    """`lengths` of many weights, or `columns_lengths` where there are inputs: to each belong six numbers, the address
+    of v, that of its lengths, inputs, outputs, columns and rows."""
     table = numbers_at(table_at)
-    for k in range(0, 5 * count, 5):
-        inputs, rows, columns = table[k + 2], table[k + 3], table[k + 4]
+    for k in range(0, 6 * count, 6):
+        inputs, outputs, columns, rows = table[k + 2], table[k + 3], table[k + 4], table[k + 5]
         if inputs:
-            columns_lengths(table[k], table[k + 1], inputs, rows, columns, 0, rows)
+            columns_lengths(table[k], table[k + 1], inputs, outputs, columns, 0, rows)
         else:
             lengths(table[k], table[k + 1], columns, 0, rows)
 

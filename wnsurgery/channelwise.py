@@ -194,13 +194,13 @@ def lengths_of(weights: Sequence[tuple[Tensor, fused.Sizes]]) -> Any:
     kernels, found = _kernels(), np.empty(sum(sizes.rows for _, sizes in weights))
     at = found.ctypes.data
     if len(weights) == 1:
-        v, (inputs, rows, columns) = weights[0]
-        name, numbers = ("columns_lengths", (inputs, rows, columns)) if inputs else ("lengths", (columns,))
-        on_all_rows(kernels, v.numel(), rows, name, v.data_ptr(), at, *numbers)
+        v, sizes = weights[0]
+        name, numbers = ("columns_lengths", sizes.told) if sizes.inputs else ("lengths", (sizes.columns,))
+        on_all_rows(kernels, v.numel(), sizes.rows, name, v.data_ptr(), at, *numbers)
         return found
     table = array("q")
     for v, sizes in weights:
-        table.extend((v.data_ptr(), at, *sizes))
+        table.extend((v.data_ptr(), at, *sizes.told, sizes.rows))
         at += found.itemsize * sizes.rows
     kernels.many_lengths(table.buffer_info()[0], len(weights))
     return found

@@ -50,11 +50,18 @@ _CACHES = 1 << 24, 1 << 26  # bytes it is taken to have at least, and at most: i
 
 class Sizes(NamedTuple):
     """A weight as the kernels see it: `inputs` is 0 where each row lies in one piece of `columns` elements; else so
-    many pieces of `columns` elements, one in each of the `inputs`, make a row."""
+    many pieces of `columns` elements, one in each of the `inputs`, make a row. `groups` of rows have inputs of their
+    own."""
 
     inputs: int
     rows: int
     columns: int
+    groups: int = 1
+
+    @property
+    def told(self) -> tuple[int, int, int]:
+        """What the kernels that read along the inputs are told: `inputs` and rows of each group, and `columns`."""
+        return self.inputs, self.rows // self.groups, self.columns
 
 
 @cache
@@ -96,8 +103,7 @@ def started() -> bool:
 def plan(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int, magnitude: str) -> Sizes | None:
     """How the kernels see this pair; None where they are not loaded or do not take it.
 
-    They take float32 that `lies_in_rows` in the CPU's memory, with a linear g and axis 0, axis 1 or no axis kept; in
-    groups where each has one input, so that its rows lie one after the other.
+    They take float32 that `lies_in_rows` in the CPU's memory, with a linear g and axis 0, axis 1 or no axis kept.
     """
     if _Kernels.module is None or magnitude != "linear" or v.dtype is not torch.float32 or g.dtype is not torch.float32:
         return None
@@ -108,7 +114,7 @@ def sizes_of_pair(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int) -> S
     """The sizes of a pair, of whatever types, that lies in the CPU's memory as kernels read it; None of others.
 
     >>> sizes_of_pair(torch.ones(2, 1), torch.ones(2, 3), (0,), 1)
-    Sizes(inputs=0, rows=2, columns=3)
+    Sizes(inputs=0, rows=2, columns=3, groups=1)
     """
     if not (v.is_cpu and g.is_cpu and g.is_contiguous() and lies_in_rows(v, kept)) or v.is_neg() or g.is_neg():
         return None
@@ -141,9 +147,10 @@ def _sizes(shape: torch.Size, g_shape: torch.Size, kept: tuple[int, ...], groups
     if not elements or kept not in ((0,), (1,), ()) or len(shape) <= (kept[0] if kept else -1):
         return None
     if groups != 1:
-        rows = math.prod(shape[:2])
-        fits = kept == (1,) and groups == shape[0] and tuple(g_shape) == (*shape[:2], *[1] * len(shape[2:]))
-        return Sizes(0, rows, elements // rows) if fits else None
+        if kept != (1,) or shape[0] % groups or tuple(g_shape) != (groups, shape[1], *[1] * len(shape[2:])):
+            return None
+        inputs, rows, columns = shape[0] // groups, groups * shape[1], math.prod(shape[2:])
+        return Sizes(0, rows, columns) if inputs == 1 else Sizes(inputs, rows, columns, groups)
     rows = shape[kept[0]] if kept else 1
     fits = tuple(g_shape) in (tuple(s if d in kept else 1 for d, s in enumerate(shape)), () if rows == 1 else None)
     if not fits:
@@ -154,18 +161,17 @@ def _sizes(shape: torch.Size, g_shape: torch.Size, kept: tuple[int, ...], groups
 def forward_call(sizes: Sizes, elements: int) -> tuple[Callable[..., bool], tuple[int, ...]]:
     """What `forward` calls for a weight of so many elements: a function of the addresses of v, g, w and ||v||, which
     says whether each row is an ordinary one, and the arguments that come after these."""
-    inputs, rows, columns = sizes
     past = int(elements >= far())
-    name, rest = ("columns_forward", (inputs, rows, columns, past)) if inputs else ("rows_forward", (columns, past))
-    return call_of(_Kernels.module, name, elements, rows, rest)
+    across = "columns_forward", (*sizes.told, past)
+    name, rest = across if sizes.inputs else ("rows_forward", (sizes.columns, past))
+    return call_of(_Kernels.module, name, elements, sizes.rows, rest)
 
 
 def backward_call(sizes: Sizes, elements: int) -> tuple[Callable[..., bool], tuple[int, ...]]:
     """The same of `backward`: of the addresses of dL/dw, v, g, ||v||, dL/dg and dL/dv."""
-    inputs, rows, columns = sizes
     past = int(elements >= _FAR)
-    name, rest = ("columns_backward", (inputs, rows, columns)) if inputs else ("rows_backward", (columns, past))
-    return call_of(_Kernels.module, name, elements, rows, rest)
+    name, rest = ("columns_backward", sizes.told) if sizes.inputs else ("rows_backward", (sizes.columns, past))
+    return call_of(_Kernels.module, name, elements, sizes.rows, rest)
 
 
 def call_of(

@@ -51,6 +51,7 @@ __all__ = [
     "same_bits",
     "settle",
     "squares",
+    "strips_of",
     "total_of",
     "worker",
     "write_columns",
@@ -322,6 +323,18 @@ def write_row(w_at, v_at, factor, factors, start, stop, far):
             w[i] = v[i] * factor
 
 
+@_exact
+def strips_of(first, last, inputs, outputs, taps):
+    """The kept indices from `first` to before `last` of a weight with axis 1 kept, those of each group by themselves:
+    where they begin, where they end, and how many bytes further on the elements of that group lie than they would if it
+    was the only one, and its first kept index 0."""
+    while first < last:
+        group = first // outputs
+        end = min(last, (group + 1) * outputs)
+        yield first, end, 4 * group * outputs * (inputs - 1) * taps
+        first = end
+
+
 @_fast
 def add_products(a, b, sums, inputs, outputs, taps, first):
     """Add products over the inputs to one sum for each column, those of the kept index `first` and of more after it."""
@@ -467,43 +480,47 @@ def many_backward(table_at, places_at, count, first, last):
 
 @kernel
 def columns_forward(v_at, g_at, w_at, norms_at, inputs, outputs, taps, far, first, last):
-    """`rows_forward` with axis 1 kept, for the kept indices from `first` to before `last`."""
-    v, g, norms = floats_at(v_at), floats_at(g_at), floats_at(norms_at)
-    width = (last - first) * taps
-    sums, factors = column_squares(v, inputs, outputs, taps, first, last), np.empty(width + EIGHT, np.float32)
-    for o in range(last - first):
-        norm = math.sqrt(total_of(sums, o, taps))
-        factor = factor_of(g[first + o], norm)
-        if math.isnan(factor):
-            return False
-        norms[first + o] = np.float32(norm)
-        for j in range(o * taps, (o + 1) * taps):
-            factors[j] = factor
-    write_columns(w_at, v_at, factors, width, inputs, outputs, taps, first, far)
+    """`rows_forward` with axis 1 kept, for the kept indices from `first` to before `last`: `outputs` of them in each
+    group, with so many `inputs` each."""
+    g, norms = floats_at(g_at), floats_at(norms_at)
+    for begin, end, skipped in strips_of(first, last, inputs, outputs, taps):
+        width = (end - begin) * taps
+        sums = column_squares(floats_at(v_at + skipped), inputs, outputs, taps, begin, end)
+        factors = np.empty(width + EIGHT, np.float32)
+        for o in range(end - begin):
+            norm = math.sqrt(total_of(sums, o, taps))
+            factor = factor_of(g[begin + o], norm)
+            if math.isnan(factor):
+                return False
+            norms[begin + o] = np.float32(norm)
+            for j in range(o * taps, (o + 1) * taps):
+                factors[j] = factor
+        write_columns(w_at + skipped, v_at + skipped, factors, width, inputs, outputs, taps, begin, far)
     return True
 
 
 @kernel
 def columns_backward(up_at, v_at, g_at, norms_at, grad_g_at, grad_v_at, inputs, outputs, taps, first, last):
     """`rows_backward` with axis 1 kept, for the kept indices from `first` to before `last`."""
-    up, v, grad_v = floats_at(up_at), floats_at(v_at), floats_at(grad_v_at)
     g, norms, grad_g = floats_at(g_at), floats_at(norms_at), floats_at(grad_g_at)
-    width = (last - first) * taps
-    sums = np.zeros(width, np.float64)
-    across, along = np.empty(width, np.float32), np.empty(width, np.float32)
-    add_products(up, v, sums, inputs, outputs, taps, first)
-    for o in range(last - first):
-        grad_g[first + o], a, b = coefficients(total_of(sums, o, taps), g[first + o], norms[first + o])
-        for j in range(o * taps, (o + 1) * taps):
-            across[j], along[j] = a, b
-    for i in range(inputs):
-        start = (i * outputs + first) * taps
-        if up_at == grad_v_at:
-            for j in range(width):
-                up[start + j] = up[start + j] * across[j] - v[start + j] * along[j]
-        else:
-            for j in range(width):
-                grad_v[start + j] = up[start + j] * across[j] - v[start + j] * along[j]
+    for begin, end, skipped in strips_of(first, last, inputs, outputs, taps):
+        up, v, grad_v = floats_at(up_at + skipped), floats_at(v_at + skipped), floats_at(grad_v_at + skipped)
+        width = (end - begin) * taps
+        sums = np.zeros(width, np.float64)
+        across, along = np.empty(width, np.float32), np.empty(width, np.float32)
+        add_products(up, v, sums, inputs, outputs, taps, begin)
+        for o in range(end - begin):
+            grad_g[begin + o], a, b = coefficients(total_of(sums, o, taps), g[begin + o], norms[begin + o])
+            for j in range(o * taps, (o + 1) * taps):
+                across[j], along[j] = a, b
+        for i in range(inputs):
+            start = (i * outputs + begin) * taps
+            if up_at == grad_v_at:
+                for j in range(width):
+                    up[start + j] = up[start + j] * across[j] - v[start + j] * along[j]
+            else:
+                for j in range(width):
+                    grad_v[start + j] = up[start + j] * across[j] - v[start + j] * along[j]
 
 
 @_exact

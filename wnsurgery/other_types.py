@@ -33,14 +33,12 @@ _LARGE_HALF = torch.finfo(torch.float16).max / 4  # a g in 16 bits above which m
 
 
 class Rows(NamedTuple):
-    """A weight as the kernels see it: `inputs`, `rows` and `columns` are those of `fused.Sizes`. `across` says that the
-    rows are axis 1, and must be laid out one after the other first; `log` that g is stored as its logarithm; `as_it_is`
-    that the kernels read v where it lies, and write dL/dg in the type of g."""
+    """A weight as the kernels see it: `laid` are the sizes they are told. `across`, where the rows are axis 1 and must
+    be laid out one after the other first, are those it has itself; `log` says that g is stored as its logarithm;
+    `as_it_is` that the kernels read v where it lies, and write dL/dg in the type of g."""
 
-    inputs: int
-    rows: int
-    columns: int
-    across: bool
+    laid: fused.Sizes
+    across: fused.Sizes | None
     log: bool
     as_it_is: bool
 
@@ -62,9 +60,9 @@ def rows_of(g: Tensor, v: Tensor, kept: tuple[int, ...], groups: int, magnitude:
     sizes = fused.sizes_of_pair(g, v, kept, groups) if g.dtype in types else None
     if sizes is None:
         return None
-    across = sizes.inputs > 0 and v.dtype is not torch.float32
-    laid = fused.Sizes(0, sizes.rows, v.numel() // sizes.rows) if across else sizes
-    return Rows(*laid, across, log, not across and g.dtype is own)
+    if sizes.inputs and v.dtype is not torch.float32:
+        return Rows(fused.Sizes(0, sizes.rows, v.numel() // sizes.rows), sizes, log, as_it_is=False)
+    return Rows(sizes, None, log, as_it_is=g.dtype is own)
 
 
 def sizes_of(g: Tensor, sizes: Rows) -> Tensor:
@@ -84,24 +82,24 @@ def sizes_for_gradients(g: Tensor, sizes: Rows) -> Tensor:
 def forward_call(g: Tensor, v: Tensor, sizes: Rows) -> tuple[Callable[..., bool], tuple[int, ...]]:
     """What `forward` calls, as `fused.forward_call` has it: a function of the addresses of v, of what `sizes_of` gives,
     of w and of ||v||, in float64 for such weights and else in float32; and the arguments that come after these."""
-    logs = g.data_ptr() if sizes.log else 0
+    logs, columns = g.data_ptr() if sizes.log else 0, sizes.laid.columns
     if v.dtype is torch.float64:
-        return _call("double_forward", v, sizes, (logs, sizes.columns, *ridge_bits(sizes.columns)))
-    if sizes.inputs:
-        return _call("columns_log_forward", v, sizes, (logs, sizes.inputs, sizes.rows, sizes.columns))
+        return _call("double_forward", v, sizes, (logs, columns, *ridge_bits(columns)))
+    if sizes.laid.inputs:
+        return _call("columns_log_forward", v, sizes, (logs, *sizes.laid.told))
     if v.dtype is torch.float32:
-        return _call("log_forward", v, sizes, (logs, sizes.columns))
-    return _call("short_forward", v, sizes, (logs, _kind(v), sizes.columns))
+        return _call("log_forward", v, sizes, (logs, columns))
+    return _call("short_forward", v, sizes, (logs, _kind(v), columns))
 
 
 def backward_call(v: Tensor, sizes: Rows) -> tuple[Callable[..., bool], tuple[int, ...]]:
     """The same of `backward`: of the addresses of dL/dw, v, what `sizes_for_gradients` gives, ||v||, dL/dg and dL/dv;
     where g is stored as its logarithm, dL/dg is yet to be multiplied by those sizes."""
     if v.dtype is torch.float64:
-        return _call("double_backward", v, sizes, (sizes.columns,))
+        return _call("double_backward", v, sizes, (sizes.laid.columns,))
     if v.dtype is torch.float32:
-        return fused.backward_call(fused.Sizes(sizes.inputs, sizes.rows, sizes.columns), v.numel())
-    return _call("short_backward", v, sizes, (_kind(v), sizes.columns))
+        return fused.backward_call(sizes.laid, v.numel())
+    return _call("short_backward", v, sizes, (_kind(v), sizes.laid.columns))
 
 
 def forward(g: Tensor, v: Tensor, sizes: Rows, w: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
@@ -117,38 +115,50 @@ def forward(g: Tensor, v: Tensor, sizes: Rows, w: Tensor | None = None) -> tuple
     """
     if g.dtype is torch.float16 and bool(g.detach().abs().amax() >= _LARGE_HALF):
         return None
-    size, rows = sizes_of(g, sizes), _turned(v.detach(), sizes)
+    size, rows = sizes_of(g, sizes), _in_rows(v.detach(), sizes)
     made = torch.empty_like(rows, requires_grad=False) if w is None or sizes.across else w
     norms = torch.empty_like(g, dtype=_type_of_rows(v), requires_grad=False)
     call, rest = forward_call(g, v, sizes)
     if not call(rows.data_ptr(), size.data_ptr(), made.data_ptr(), norms.data_ptr(), *rest):
         return None
-    if sizes.across:
-        made = _turned(made, sizes) if w is None else w.copy_(made.transpose(0, 1))
-    return made, norms
+    if sizes.across and w is not None:
+        _by_rows(w, sizes.across).copy_(made)
+        return w, norms
+    return _as_stored(made, v, sizes), norms
 
 
 def backward(up: Tensor, g: Tensor, v: Tensor, norms: Tensor, sizes: Rows) -> tuple[Tensor, Tensor]:
     """dL/dg and dL/dv from dL/dw, a plain tensor of the type of v, and ||v|| as `forward` gave it."""
     up = up.resolve_neg()
     up = up if fused.lies_as(up, v) else torch.empty_like(v, requires_grad=False).copy_(up)
-    up, rows, size = _turned(up, sizes), _turned(v.detach(), sizes), sizes_for_gradients(g, sizes)
+    up, rows, size = _in_rows(up, sizes), _in_rows(v.detach(), sizes), sizes_for_gradients(g, sizes)
     grad_g = torch.empty_like(g, dtype=_type_of_rows(v), requires_grad=False)
     grad_v = torch.empty_like(rows, requires_grad=False)
     call, rest = backward_call(v, sizes)
     call(*(x.data_ptr() for x in (up, rows, size, norms, grad_g, grad_v)), *rest)
     if sizes.log:
         grad_g.mul_(size)
-    return grad_g.to(g.dtype), _turned(grad_v, sizes)
+    return grad_g.to(g.dtype), _as_stored(grad_v, v, sizes)
 
 
 def _call(name: str, v: Tensor, sizes: Rows, rest: tuple[int, ...]) -> tuple[Callable[..., bool], tuple[int, ...]]:
-    return fused.call_of(_kernels(), name, v.numel(), sizes.rows, rest)
+    return fused.call_of(_kernels(), name, v.numel(), sizes.laid.rows, rest)
 
 
-def _turned(x: Tensor, sizes: Rows) -> Tensor:
-    """With the rows as axis 0, row after row in memory; and what is so as it was, once more."""
-    return x.transpose(0, 1).contiguous() if sizes.across else x
+def _by_rows(x: Tensor, sizes: fused.Sizes) -> Tensor:
+    """A weight whose rows are axis 1, seen as (groups, rows of each, inputs, columns)."""
+    inputs, outputs, columns = sizes.told
+    return x.view(sizes.groups, inputs, outputs, columns).transpose(1, 2)
+
+
+def _in_rows(x: Tensor, sizes: Rows) -> Tensor:
+    """With row after row in memory."""
+    return x if sizes.across is None else _by_rows(x, sizes.across).contiguous()
+
+
+def _as_stored(rows: Tensor, v: Tensor, sizes: Rows) -> Tensor:
+    """What `_in_rows` has laid out, as v is once more."""
+    return rows if sizes.across is None else rows.transpose(1, 2).contiguous().view(v.shape)
 
 
 def _type_of_rows(v: Tensor) -> torch.dtype:

@@ -203,7 +203,7 @@ class _Selection:
         for s, _, own in known[1:]:
             if self._axes(s, own) != axes:
                 return f"tied under different kept axes: {', '.join(s.fqn for s in group)}"
-        return axes
+        return axes.fault(slot.shape or ()) or axes
 
     def _not_wanted(self, group: list[Slot], known: list[tuple[Slot, Layer, Axes]]) -> str:
         if self.include is not None:

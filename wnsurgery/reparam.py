@@ -97,6 +97,17 @@ class Axes:
         """Whether g has the shape of a magnitude for v; remembered, for use in eager mode."""
         return _known_to_fit(g.shape, v.shape, self.kept, self.groups)
 
+    def fault(self, weight_shape: Sequence[int]) -> str:
+        """Why a weight of this shape is left alone, "" if it is not. Along several axes a g of the shape of v is no
+        norm, and in a file only its name would tell it from v.
+
+        >>> Axes((0, 1)).fault((3, 4)), Axes((0,)).fault((3, 1))
+        ('each element would be a row of its own, without a direction', '')
+        """
+        several = sum(size != 1 for size in weight_shape) > 1
+        elementwise = several and self.magnitude_shape(weight_shape) == tuple(weight_shape)
+        return "each element would be a row of its own, without a direction" if elementwise else ""
+
     def check(self, weight_shape: Sequence[int]) -> Axes:
         """The same axes, non-negative and checked against a weight's shape; PairError where they do not fit."""
         return _checked(self, tuple(weight_shape))

@@ -29,6 +29,7 @@ from wnsurgery.fused_kernels import (
     product,
     settle,
     squares,
+    strips_of,
     total_of,
     write_columns,
     write_row,
@@ -36,12 +37,12 @@ from wnsurgery.fused_kernels import (
 
 __all__ = ["JOBS", "PLACES", "RULE", "columns_step", "in_parallel", "many_step", "rows_step", "worker"]
 
-PLACES = ("up", "v", "g", "norms", "grad_g", "grad_v", "w", "past_v", "past_g", "inputs", "rows", "columns")
+PLACES = ("up", "v", "g", "norms", "grad_g", "grad_v", "w", "past_v", "past_g", "inputs", "outputs", "columns")
 RULE = ("rate", "decay", "keep", "add", "ahead")
 _ROWS_STEP, _COLUMNS_STEP, _MANY_STEP = range(3)
 JOBS = {"rows_step": _ROWS_STEP, "columns_step": _COLUMNS_STEP, "many_step": _MANY_STEP}  # how a job names its kernel
 _LINE, _RULE = len(PLACES), len(RULE)
-_W, _ROWS = PLACES.index("w"), PLACES.index("rows")
+_W, _ROWS = PLACES.index("w"), PLACES.index("outputs")
 
 
 @intrinsic
@@ -100,7 +101,7 @@ def rows_step(places_at, rules_at, far, first, last):
     """One step of the rows of a weight from `first` to before `last`; whether each is an ordinary one afterwards. If
     not, g and v have moved and nothing in w is of use.
 
-    At `places_at` stand `PLACES`, addresses but for the three numbers at the end, which are `fused.Sizes`; at
+    At `places_at` stand `PLACES`, addresses but for the three numbers at the end, which are `fused.Sizes.told`; at
     `rules_at` the `RULE` of v, then that of g. Where `keep` is 0 there is no momentum. ||v|| is that of before, and
     becomes that of afterwards; dL/dv may take the place of dL/dw. With `far`, w is written past the cache.
     """
@@ -138,40 +139,43 @@ def rows_step(places_at, rules_at, far, first, last):
 
 @kernel
 def columns_step(places_at, rules_at, far, first, last):
-    """`rows_step` with axis 1 kept, for the kept indices from `first` to before `last`."""
+    """`rows_step` with axis 1 kept, for the kept indices from `first` to before `last`: so many in each group."""
     p = numbers_at(places_at)
-    up, v, g, norms, grad_g = floats_at(p[0]), floats_at(p[1]), floats_at(p[2]), floats_at(p[3]), floats_at(p[4])
-    grad_v, past_v, past_g = floats_at(p[5]), floats_at(p[7]), floats_at(p[8])
+    g, norms, grad_g, past_g = floats_at(p[2]), floats_at(p[3]), floats_at(p[4]), floats_at(p[8])
     inputs, outputs, taps = p[9], p[10], p[11]
     of_v, of_g = floats_at(rules_at), floats_at(rules_at + 4 * _RULE)
-    width, in_place, fine = (last - first) * taps, p[0] == p[5], True
-    sums, factors = np.zeros(width, np.float64), np.empty(width + EIGHT, np.float32)
-    across, along = np.empty(width, np.float32), np.empty(width, np.float32)
-    add_products(up, v, sums, inputs, outputs, taps, first)
-    for o in range(last - first):
-        grad_g[first + o], a, b = coefficients(total_of(sums, o, taps), g[first + o], norms[first + o])
-        for j in range(o * taps, (o + 1) * taps):
-            across[j], along[j], sums[j] = a, b, 0.0
-    _move(g, grad_g, past_g, of_g, first, last)
-    for i in range(inputs):
-        start = (i * outputs + first) * taps
-        if in_place:
-            for j in range(width):
-                up[start + j] = up[start + j] * across[j] - v[start + j] * along[j]
-        else:
-            for j in range(width):
-                grad_v[start + j] = up[start + j] * across[j] - v[start + j] * along[j]
-        _move(v, grad_v, past_v, of_v, start, start + width)
-        add_squares(v, sums, start)
-    for o in range(last - first):
-        norm = math.sqrt(total_of(sums, o, taps))
-        factor = factor_of(g[first + o], norm)
-        if math.isnan(factor):
-            fine = False
-        norms[first + o] = np.float32(norm)
-        for j in range(o * taps, (o + 1) * taps):
-            factors[j] = factor
-    write_columns(p[6], p[1], factors, width, inputs, outputs, taps, first, far)
+    in_place, fine = p[0] == p[5], True
+    for begin, end, skipped in strips_of(first, last, inputs, outputs, taps):
+        up, v = floats_at(p[0] + skipped), floats_at(p[1] + skipped)
+        grad_v, past_v = floats_at(p[5] + skipped), floats_at(p[7] + skipped)
+        width = (end - begin) * taps
+        sums, factors = np.zeros(width, np.float64), np.empty(width + EIGHT, np.float32)
+        across, along = np.empty(width, np.float32), np.empty(width, np.float32)
+        add_products(up, v, sums, inputs, outputs, taps, begin)
+        for o in range(end - begin):
+            grad_g[begin + o], a, b = coefficients(total_of(sums, o, taps), g[begin + o], norms[begin + o])
+            for j in range(o * taps, (o + 1) * taps):
+                across[j], along[j], sums[j] = a, b, 0.0
+        _move(g, grad_g, past_g, of_g, begin, end)
+        for i in range(inputs):
+            start = (i * outputs + begin) * taps
+            if in_place:
+                for j in range(width):
+                    up[start + j] = up[start + j] * across[j] - v[start + j] * along[j]
+            else:
+                for j in range(width):
+                    grad_v[start + j] = up[start + j] * across[j] - v[start + j] * along[j]
+            _move(v, grad_v, past_v, of_v, start, start + width)
+            add_squares(v, sums, start)
+        for o in range(end - begin):
+            norm = math.sqrt(total_of(sums, o, taps))
+            factor = factor_of(g[begin + o], norm)
+            if math.isnan(factor):
+                fine = False
+            norms[begin + o] = np.float32(norm)
+            for j in range(o * taps, (o + 1) * taps):
+                factors[j] = factor
+        write_columns(p[6] + skipped, p[1] + skipped, factors, width, inputs, outputs, taps, begin, far)
     return fine
 
 

@@ -30,7 +30,7 @@ __all__ = ["Rule", "Stepped", "StepsOfPairs", "momentum_of", "rules_of"]
 
 _log = logging.getLogger("wnsurgery")
 _LINE = 12  # numbers that `sgd_kernels.PLACES` names
-_PAIR, _WEIGHT, _SIZES = slice(1, 3), 6, slice(9, 12)  # where among them: v and g, w, inputs, rows and columns
+_PAIR, _WEIGHT, _SIZES = slice(1, 3), 6, slice(9, 12)  # where among them: v and g, w, and the sizes
 _GIVEN = (0, 3, 4, 5, _WEIGHT)  # dL/dw, ||v||, dL/dg, dL/dv, w
 _PAST = (7, 8)  # momentum of v and of g
 _NUMBERS = {int, float}
@@ -123,8 +123,9 @@ class StepsOfPairs:
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[fused.Sizes]) -> None:
         self._pairs = pairs
         self._lines = np.zeros((len(pairs), _LINE), np.int64)
-        for line, (g, v), three in zip(self._lines, pairs, sizes, strict=True):
-            line[_PAIR], line[_SIZES] = (v.data_ptr(), g.data_ptr()), three
+        for line, (g, v), one in zip(self._lines, pairs, sizes, strict=True):
+            line[_PAIR], line[_SIZES] = (v.data_ptr(), g.data_ptr()), one.told
+        self._sizes = sizes
         self._placed = Placed(half for pair in pairs for half in pair)
         self._elements = [v.numel() for _, v in pairs]
         small = [n <= LARGE and not one.inputs for n, one in zip(self._elements, sizes, strict=True)]
@@ -176,9 +177,10 @@ class StepsOfPairs:
             for i, written in zip(self._small, some[:, _WEIGHT].tolist(), strict=True):
                 fine[i] = written != 0
         for i in self._others:
-            inputs, rows, _ = lines[i, _SIZES].tolist()
-            name, past_cache = "columns_step" if inputs else "rows_step", int(self._elements[i] >= fused.far())
-            fine[i] = _run(name, self._elements[i], rows, lines[i], told[i], past_cache)
+            name, past_cache = "rows_step", int(self._elements[i] >= fused.far())
+            if self._sizes[i].inputs:
+                name = "columns_step"
+            fine[i] = _run(name, self._elements[i], self._sizes[i].rows, lines[i], told[i], past_cache)
         return Stepped(list(zip(to_g, to_v, strict=True)), fine)
 
 
@@ -198,7 +200,7 @@ def _kernels() -> Any:
 
 _TRIED = [  # below, beside and above what is done at a time
     *(fused.Sizes(0, 3, 7), fused.Sizes(0, 2, 131), fused.Sizes(0, 2, 1030)),
-    *(fused.Sizes(5, 3, 4), fused.Sizes(3, 33, 8)),
+    *(fused.Sizes(5, 3, 4), fused.Sizes(3, 33, 8), fused.Sizes(3, 6, 4, groups=2)),
 ]
 _MOMENTA = ((0.0, 1.0, 0.0), (0.9, 1.0, 0.0), (0.9, 0.7, 0.0), (0.9, 1.0, 0.9))
 _RULES = [Rule(-0.1, decay, keep, add, ahead) for decay, (keep, add, ahead) in product((0.0, 0.01), _MOMENTA)]
@@ -215,8 +217,10 @@ def _agree() -> bool:
 
 
 def _agree_on(sizes: fused.Sizes, rule: Rule) -> bool:
-    inputs, rows, columns = sizes
-    shape, shape_of_g = ((inputs, rows, columns), (1, rows, 1)) if inputs else ((rows, columns), (rows, 1))
+    inputs, outputs, columns = sizes.told
+    rows, groups = sizes.rows, sizes.groups
+    across = (groups * inputs, outputs, columns), (groups, outputs, 1)
+    shape, shape_of_g = across if inputs else ((rows, columns), (rows, 1))
 
     like: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
 

@@ -215,13 +215,14 @@ def plan_convert(
             skipped.append(Skip(state.full(key), shape, left[key]))
         elif tensor.ndim >= 2:
             verdict = refusal(tensor) or choose.verdict(state, key, tensor)
+            if isinstance(verdict, Axes):
+                axes = verdict.check(shape)
+                verdict = axes.fault(shape) or axes
             if isinstance(verdict, str):
                 skipped.append(Skip(state.full(key), shape, verdict))
             else:
                 keys, kind = pair_of(key, layout, log=log).keys, dtype_name(tensor)
-                steps.append(
-                    Step("converted", state.full(key), (key,), keys, verdict.check(shape), shape, kind, log, state.path)
-                )
+                steps.append(Step("converted", state.full(key), (key,), keys, verdict, shape, kind, log, state.path))
     _refuse_collisions(state, steps)
     return steps, skipped
 

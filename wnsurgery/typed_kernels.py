@@ -37,6 +37,7 @@ from wnsurgery.fused_kernels import (
     product,
     same_bits,
     squares,
+    strips_of,
     total_of,
     write_columns,
     write_row,
@@ -469,19 +470,21 @@ def log_forward(v_at, sizes_at, w_at, norms_at, logs_at, columns, first, last):
 
 @kernel
 def columns_log_forward(v_at, sizes_at, w_at, norms_at, logs_at, inputs, outputs, taps, first, last):
-    """The same with axis 1 kept, for the kept indices from `first` to before `last`."""
-    v, sizes, norms, logs = floats_at(v_at), doubles_at(sizes_at), floats_at(norms_at), floats_at(logs_at)
-    width = (last - first) * taps
-    sums, factors = column_squares(v, inputs, outputs, taps, first, last), np.empty(width + EIGHT, np.float32)
-    for o in range(last - first):
-        norm = math.sqrt(total_of(sums, o, taps))
-        factor = _log_factor(sizes[first + o], logs[first + o], norm)
-        if math.isnan(factor):
-            return False
-        norms[first + o] = np.float32(norm)
-        for j in range(o * taps, (o + 1) * taps):
-            factors[j] = factor
-    write_columns(w_at, v_at, factors, width, inputs, outputs, taps, first, 0)
+    """The same with axis 1 kept, as `columns_forward` has it."""
+    sizes, norms, logs = doubles_at(sizes_at), floats_at(norms_at), floats_at(logs_at)
+    for begin, end, skipped in strips_of(first, last, inputs, outputs, taps):
+        width = (end - begin) * taps
+        sums = column_squares(floats_at(v_at + skipped), inputs, outputs, taps, begin, end)
+        factors = np.empty(width + EIGHT, np.float32)
+        for o in range(end - begin):
+            norm = math.sqrt(total_of(sums, o, taps))
+            factor = _log_factor(sizes[begin + o], logs[begin + o], norm)
+            if math.isnan(factor):
+                return False
+            norms[begin + o] = np.float32(norm)
+            for j in range(o * taps, (o + 1) * taps):
+                factors[j] = factor
+        write_columns(w_at + skipped, v_at + skipped, factors, width, inputs, outputs, taps, begin, 0)
     return True
 
 
