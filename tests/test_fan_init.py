@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import wnsurgery as wn
+from wnsurgery import fans
 
 from nets import TiedLanguageModel, effective
 
@@ -140,3 +143,33 @@ def test_refusals() -> None:
             wn.fan_init(model, **options)  # type: ignore[arg-type]
     with pytest.raises(wn.SelectionError, match="go together"):
         wn.apply_weight_norm(nn.Linear(3, 2), init="fan", data=torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("options", [{"init_scale": {"1": 1e39}}, {"generator": 42}, {"generator": "damaged"}], ids=str)
+def test_an_error_leaves_all_as_it_was(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is met when some weights are set already."""
+    model = wn.apply_weight_norm(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)))
+    before = copy.deepcopy(model.state_dict())
+    if options.get("generator") == "damaged":
+        draws, options = iter([fans._orthogonal(4, 4, None)]), {}
+        monkeypatch.setattr(fans, "_orthogonal", lambda *_: next(draws))
+    with pytest.raises((wn.SelectionError, TypeError, StopIteration)):
+        wn.fan_init(model, **options)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(4, 0),
+        lambda: nn.Linear(0, 4),
+        lambda: nn.Conv2d(4, 0, 2),
+        lambda: nn.ConvTranspose1d(4, 0, 3),
+    ],
+)
+def test_weights_without_elements_are_named(make: Callable[[], nn.Module]) -> None:
+    model = wn.apply_weight_norm(nn.Sequential(nn.Linear(4, 4), make()))
+    report = wn.fan_init(model)
+    assert [fan.name for fan in report.initialised] == ["0.weight"]
+    assert {skip.name: skip.reason for skip in report.left} == {"1.weight": "it has no elements"}

@@ -806,3 +806,69 @@ def test_a_wrapper_with_state_of_its_own_is_taken_as_it_is() -> None:
     outer.state = {}
     assert as_optimizers(outer) == (outer,)
     assert as_optimizers(Around(outer)) == (outer,)
+
+
+@pytest.mark.parametrize("mode", ["parametrized", "deferred"])
+@pytest.mark.parametrize("form", ["ours", "fold alone"])
+def test_what_no_optimizer_held_is_held_by_none_afterwards(mode: Any, form: str) -> None:
+    """Biases alone, as in BitFit: weights left out of an optimizer stay as they are."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    biases = [model[0].bias, model[2].bias]
+    optimizer = torch.optim.SGD(biases, lr=0.1)
+    wn.apply_weight_norm(model, mode=mode, optimizer=optimizer if form == "ours" else None)
+    assert list(map(id, optimizer.param_groups[0]["params"])) == list(map(id, biases))
+    before = [model[i].weight.detach().clone() for i in (0, 2)]
+    model(torch.randn(8, 4)).square().mean().backward()
+    optimizer.step()
+    assert all(torch.equal(w, model[i].weight) for w, i in zip(before, (0, 2), strict=True))
+    wn.fold_weight_norm(model, optimizer=optimizer)
+    assert list(map(id, optimizer.param_groups[0]["params"])) == list(map(id, biases))
+
+
+def test_weights_with_another_optimizer_than_the_one_given() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
+    weights = torch.optim.SGD([model[0].weight, model[1].weight], lr=0.1)
+    biases = torch.optim.SGD([model[0].bias, model[1].bias], lr=0.1)
+    wn.apply_weight_norm(model, optimizer=biases)
+    assert len(biases.param_groups[0]["params"]) == 2
+    wn.fold_weight_norm(model)
+    weights = torch.optim.SGD([model[0].weight, model[1].weight], lr=0.1)
+    wn.apply_weight_norm(model, optimizer=[biases, weights])
+    assert [len(one.param_groups[0]["params"]) for one in (biases, weights)] == [2, 4]
+
+
+@pytest.mark.parametrize("batch_norm", ["fold", "mean-only"])
+def test_a_bias_made_in_a_frozen_layer_is_held_as_the_layer_is(batch_norm: Any) -> None:
+    """So that its optimizer's state dict fits one newly built over the model."""
+    model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+    model(torch.randn(9, 4))
+    for parameter in [*model[0].parameters(), *model[1].parameters()]:
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    wn.apply_weight_norm(model, batch_norm=batch_norm, optimizer=optimizer)
+    assert list(map(id, optimizer.param_groups[0]["params"])) == list(map(id, model.parameters()))
+    wn.fold_weight_norm(model, optimizer=optimizer)
+    assert list(map(id, optimizer.param_groups[0]["params"])) == list(map(id, model.parameters()))
+
+
+@pytest.mark.parametrize("init", ["fan", "data"])
+def test_an_initialisation_that_comes_to_nothing_leaves_values(init: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.Muon([model[0].weight, model[1].weight], lr=0.1)
+    options = {"data": torch.randn(8, 4)} if init == "data" else {}
+    with pytest.raises(wn.SelectionError, match="Muon"):
+        wn.apply_weight_norm(model, init=init, optimizer=optimizer, **options)
+    assert type(model[0]) is nn.Linear
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_deferred_mode_refuses_before_anything_has_changed() -> None:
+    model = wn.apply_weight_norm(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3)), include="0")
+    model[0].parametrizations.weight.original0.register_hook(lambda grad: grad)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    held = list(map(id, optimizer.param_groups[0]["params"]))
+    with pytest.raises(wn.ModeError):
+        wn.apply_weight_norm(model, mode="deferred", optimizer=optimizer)
+    assert type(model[1]) is nn.Linear
+    assert list(map(id, optimizer.param_groups[0]["params"])) == held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from typing import Any
@@ -306,3 +307,22 @@ def test_freezing(magnitude: Any) -> None:
     for at in ("none", -1.0, math.inf, None, True, [1.0], "1.0"):
         with pytest.raises(wn.SelectionError):
             wn.freeze_magnitude(model, at=at)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("magnitude", ["linear", "log"])
+def test_a_magnitude_beyond_its_type_is_refused_before_anything_has_changed(magnitude: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 5).double(), nn.Linear(5, 3))
+    wn.apply_weight_norm(model, magnitude=magnitude)
+    before = copy.deepcopy(model.state_dict())
+    for size in (1e39, 1e-60):
+        with pytest.raises(wn.SelectionError, match=r"1\.weight: at=1e.* is beyond its type, float32"):
+            wn.freeze_magnitude(model, at=size)
+    with pytest.raises(wn.SelectionError, match="min=1e"):
+        wn.clamp_magnitude_(model, min=1e39)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    wn.clamp_magnitude_(model, max=1e39)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    for kind in (torch.float8_e4m3fn, torch.int32, "float32"):
+        with pytest.raises(wn.SelectionError, match="magnitude_dtype"):
+            wn.apply_weight_norm(nn.Linear(4, 3), magnitude_dtype=kind)  # type: ignore[arg-type]

@@ -70,6 +70,24 @@ def test_another_parametrization_of_one_layers_bias() -> None:
     assert type(model[0]) is nn.Linear and torch.equal(model[1].bias, torch.full((4,), 2.0))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_what_another_parametrization_is_left_with_is_torchs_class(first: bool) -> None:
+    """Nothing of ours is in it, whichever was there first."""
+    theirs, layer = nn.Linear(3, 4), nn.Linear(3, 4)
+    parametrize.register_parametrization(theirs, "bias", Doubled())
+    if first:
+        parametrize.register_parametrization(layer, "bias", Doubled())
+    wn.apply_weight_norm(layer)
+    if not first:
+        parametrize.register_parametrization(layer, "bias", Doubled())
+    expected, weight = layer.bias.detach().clone(), layer.weight.detach().clone()
+    wn.fold_weight_norm(layer)
+    assert vars(type(layer)).keys() == vars(type(theirs)).keys()
+    assert same_bits(layer.weight, weight) and torch.equal(layer.bias, expected)
+    parametrize.remove_parametrizations(layer, "bias")
+    assert type(layer) is nn.Linear and torch.equal(layer.bias, expected)
+
+
 def test_torchs_weight_norm_of_one_layers_other_weight() -> None:
     """A weight beside ours that torch normalises, on one of two modules, then taken out."""
     torch.manual_seed(0)

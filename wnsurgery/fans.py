@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wnsurgery.errors import SelectionError
 from wnsurgery.layers import layer_of
 from wnsurgery.plan import Pattern, Skipped
 from wnsurgery.reparam import Axes
+from wnsurgery.safety import values_kept
 from wnsurgery.targets import Scale, bias_of, is_log, scales_of, select, settable_bias, sort_out
 from wnsurgery.text import by, columns
 from wnsurgery.walk import Slot, slots
@@ -95,14 +97,17 @@ def fan_init(
 
     Returns a FanReport. Recurrent, attention-packed and lookup weights and frozen magnitudes stay as they are.
 
-    Raises SelectionError when nothing is selected or a scale is not positive and finite or fits nothing.
+    Raises SelectionError when nothing is selected or a scale is not positive and finite, fits nothing, or takes g out
+    of its type; nothing has changed then.
     """
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise TypeError(f"generator must be a torch.Generator, not {type(generator).__name__}")
     found = slots(model)
     scales = scales_of(init_scale, found)
     chosen = select(found, include, exclude)
     targets, reasons = sort_out(chosen, found)
     free = settable_bias(found)
-    done: list[LayerFan] = []
+    planned: list[tuple[Slot, LayerFan]] = []
     directions: dict[int, str] = {}
     for slot, _ in targets:
         first = directions.get(id(slot.tensor)) or directions.get(id(slot.magnitude))
@@ -112,24 +117,35 @@ def fan_init(
             reasons[slot.fqn] = "its direction is frozen"
         else:
             directions[id(slot.tensor)] = directions[id(slot.magnitude)] = slot.fqn
-            done.append(_set(slot, scales[id(slot)], id(bias_of(slot)) in free, generator))
+            planned.append((slot, _fan(slot, scales[id(slot)], id(bias_of(slot)) in free)))
+    written = [t for slot, _ in planned for t in (slot.magnitude, slot.tensor, bias_of(slot)) if t is not None]
+    with values_kept(written):
+        for slot, fan in planned:
+            _set(slot, fan, generator)
     left = [Skipped(s.fqn, s.shape, reasons[s.fqn]) for s in chosen if s.fqn in reasons]
-    return FanReport(tuple(done), tuple(left))
+    return FanReport(tuple(fan for _, fan in planned), tuple(left))
 
 
-def _set(slot: Slot, scale: float, zero_bias: bool, generator: torch.Generator | None) -> LayerFan:
-    g, v, bias = slot.magnitude, slot.tensor, bias_of(slot)
+def _fan(slot: Slot, scale: float, zero_bias: bool) -> LayerFan:
+    """What a weight is to be set to."""
+    g, v = slot.magnitude, slot.tensor
     assert g is not None and v is not None
-    axes = _axes(slot)
     fan_in, fan_out = _fans(slot, v, g.numel())
     size = scale * math.sqrt(2 * fan_in / fan_out)
+    if size > torch.finfo(g.dtype).max:
+        raise SelectionError(f"{slot.fqn}: init_scale={scale:.6g} takes its magnitude out of its type")
+    return LayerFan(slot.fqn, tuple(v.shape), fan_in, fan_out, size, bias_of(slot) is not None and zero_bias)
+
+
+def _set(slot: Slot, fan: LayerFan, generator: torch.Generator | None) -> None:
+    g, v, bias = slot.magnitude, slot.tensor, bias_of(slot)
+    assert g is not None and v is not None
     with torch.no_grad():
-        g.fill_(math.log(size) if is_log(slot) else size)
-        v.copy_(_directions(axes, v, _groups(slot), generator))
-        if bias is not None and zero_bias:
+        g.fill_(math.log(fan.magnitude) if is_log(slot) else fan.magnitude)
+        v.copy_(_directions(_axes(slot), v, _groups(slot), generator))
+        if bias is not None and fan.bias:
             bias.zero_()
     torch.clear_autocast_cache()  # which does not see that a Parameter was written to
-    return LayerFan(slot.fqn, tuple(v.shape), fan_in, fan_out, size, bias is not None and zero_bias)
 
 
 def _axes(slot: Slot) -> Axes:

@@ -109,6 +109,7 @@ class Follower:
         self.model = model
         self.optimizers = as_optimizers(optimizer)
         self.before = _names(model) if self.optimizers else {}
+        self.swapped: set[int] = set()  # pairs and weights that came by `split` and `join`
 
     def split(self, swaps: Iterable[Swap], *, changed_by: str = "") -> None:
         """Weights became pairs. `changed_by`: what gave the weights other values, if anything did, in words; state and
@@ -135,6 +136,7 @@ class Follower:
                     states += [(one, swap.g, for_g)] if swap.g.requires_grad else []
                     states.append((one, swap.v, for_v))
         places = {id(swap.weight): [swap.g, swap.v] for swap in swaps}
+        self.swapped.update(id(half) for swap in swaps for half in (swap.g, swap.v))
         self._commit([places] * len(self.optimizers), [s.weight for s in swaps], grads, states)
 
     def join(self, swaps: Iterable[Swap]) -> None:
@@ -155,13 +157,15 @@ class Follower:
                 if id(swap.v if anywhere else swap.g) in ids:
                     state = self._joined_state(one, swap, rule)
                     states += [(one, swap.weight, state)] if state else []
+        self.swapped.update(id(swap.weight) for swap in swaps)
         self._commit(places, [p for swap in swaps for p in (swap.g, swap.v)], grads, states)
 
     def settle(self, changed: Iterable[nn.Parameter] = ()) -> None:
         """Other parameters that came and went (biases, BatchNorms): drop those gone, adopt those new.
 
-        A new one goes into the first group that holds a parameter of the same module. The state of `changed` starts
-        anew: their values were rescaled under the optimizer.
+        A new one goes into the first group that holds a parameter of the same module; what no optimizer held before
+        surgery is held by none after it. The state of `changed` starts anew: their values were rescaled under the
+        optimizer.
         """
         now = {id(p): (name, p) for name, p in self.model.named_parameters()} if self.optimizers else {}
         changed = list(changed)
@@ -178,7 +182,7 @@ class Follower:
                 one.state.pop(parameter, None)
         held = set().union(*map(_held, self.optimizers)) if self.optimizers else set()
         for key, (name, parameter) in now.items():
-            if parameter.requires_grad and key not in self.before and key not in held:
+            if key not in self.before and key not in held and key not in self.swapped:
                 self._adopt(name, parameter, now)
 
     def _adopt(self, name: str, parameter: nn.Parameter, now: Mapping[int, tuple[str, nn.Parameter]]) -> None:
@@ -200,7 +204,8 @@ class Follower:
                 if "param_names" in group:
                     group["param_names"].insert(place, name)
                 return
-        _log.warning("%s is new and no optimizer holds a parameter of its module: it is not being trained", name)
+        if parameter.requires_grad:
+            _log.warning("%s is new and no optimizer holds a parameter of its module: it is not being trained", name)
 
     def _joined_state(self, one: Optimizer, swap: Swap, rule: ChainRule) -> State:
         """The state of a folded weight, from that of v and g; g may be with another optimizer of the same type."""

@@ -121,16 +121,20 @@ def restore_parameter(module: nn.Module, name: str, weight: nn.Parameter) -> Any
     list that held its pair.
 
     The generated class is left as it is, since torch's copies share it with their original; a module that keeps
-    other parametrizations gets a fresh one.
+    other parametrizations gets a fresh one, torch's where none of them is ours.
     """
     table = _table(module)
     order: tuple[str, ...] = table.__dict__.get(_ORDER, ())
     entry = table._modules.pop(name)
     _undressed(module)
-    if table._modules:
+    if not table._modules:
+        del module._modules["parametrizations"]
+    elif any(isinstance(other, WeightNormList) for other in table._modules.values()):
         _give_class(module, tuple(table._modules))
     else:
-        del module._modules["parametrizations"]
+        parametrize._inject_new_class(module)
+        for other in table._modules:
+            parametrize._inject_property(module, other)
     module._parameters[name] = weight
     reorder_parameters(module, order)
     return entry

@@ -13,7 +13,7 @@ from wnsurgery.errors import SelectionError
 from wnsurgery.following import Optimizers, as_optimizers
 from wnsurgery.pairs import Pair, pairs
 from wnsurgery.plan import Pattern
-from wnsurgery.reparam import ZERO_LOG
+from wnsurgery.reparam import ZERO_LOG, magnitude_dtype_for
 
 __all__ = ["clamp_magnitude_", "freeze_magnitude", "keep_magnitude_within", "unfreeze_magnitude"]
 
@@ -44,13 +44,16 @@ def freeze_magnitude(
         at: "current", "unit", or a positive number.
         include, exclude: patterns as in `plan_weight_norm`.
 
-    Raises SelectionError when nothing is selected or `at` is none of these.
+    Raises SelectionError when nothing is selected or `at` is none of these, or beyond what some g can be.
     """
     value = {"current": None, "unit": 1.0}.get(at, math.nan) if isinstance(at, str) else _number(at)
     if value is not None and not 0 < value < math.inf:
         raise SelectionError(f'at must be "current", "unit" or a positive number, not {at!r}')
+    chosen = pairs(model, include, exclude)
+    if value is not None:
+        _refuse_beyond(chosen, "at", value)
     with torch.inference_mode(False), torch.no_grad():
-        for pair in pairs(model, include, exclude):
+        for pair in chosen:
             if value is not None:
                 pair.g.fill_(math.log(value) if pair.magnitude == "log" else value)
             pair.g.requires_grad_(False)
@@ -92,10 +95,13 @@ def clamp_magnitude_(
     >>> bool((model.weight.norm(dim=1) < 0.2501).all())
     True
 
-    Raises SelectionError when no bound is given, a bound is negative, min exceeds max, or nothing is selected.
+    Raises SelectionError when no bound is given, a bound is negative, min exceeds max or is beyond what some g can be,
+    or nothing is selected.
     """
     bounds = _bounds(min, max)
-    _clamp(pairs(model, include, exclude), bounds)
+    chosen = pairs(model, include, exclude)
+    _refuse_beyond(chosen, "min", bounds[0])
+    _clamp(chosen, bounds)
     return model
 
 
@@ -129,6 +135,7 @@ def keep_magnitude_within(
     if not optimizers:
         raise SelectionError("keep_magnitude_within needs the optimizer whose steps it follows")
     chosen = pairs(model, include, exclude)
+    _refuse_beyond(chosen, "min", bounds[0])
     _clamp(chosen, bounds)
     return StepHandle(optimizers, lambda: _clamp(chosen, bounds))
 
@@ -150,6 +157,17 @@ def _number(value: Any) -> float:
         return math.nan
 
 
+def _refuse_beyond(chosen: list[Pair], name: str, size: float) -> None:
+    """SelectionError where a magnitude of this size is infinite in the type of a g, or positive and 0 there."""
+    for pair in chosen:
+        kind = magnitude_dtype_for(pair.v.dtype) if pair.magnitude == "log" else pair.g.dtype
+        held = float(torch.tensor(size, dtype=torch.float64).to(kind))
+        if held == math.inf or (held == 0 and size > 0):
+            raise SelectionError(
+                f"{pair.fqn}: {name}={size:.6g} is beyond its type, {str(kind).removeprefix('torch.')}"
+            )
+
+
 def _clamp(chosen: list[Pair], bounds: tuple[float, float]) -> None:
     low, high = bounds
     with torch.inference_mode(False), torch.no_grad():
@@ -158,4 +176,5 @@ def _clamp(chosen: list[Pair], bounds: tuple[float, float]) -> None:
             if pair.magnitude == "log":
                 g.clamp_(math.log(low) if low else -math.inf, math.log(high) if high else ZERO_LOG)
             else:
-                g.copy_(torch.where(g < 0, -1.0, 1.0).to(g.dtype) * g.abs().clamp(low, high))
+                most = torch.finfo(g.dtype).max
+                g.copy_(torch.where(g < 0, -1.0, 1.0).to(g.dtype) * g.abs().clamp(low, high if high < most else None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
@@ -10,8 +11,9 @@ from wnsurgery.deferred import DeferredGroup, DeferredWeight, weight_of
 from wnsurgery.errors import ModeError, SelectionError
 from wnsurgery.mechanism import WeightNormList
 from wnsurgery.pairs import pairs
+from wnsurgery.walk import slots
 
-__all__ = ["Mode", "check_mode", "set_weight_norm_mode"]
+__all__ = ["Mode", "check_can_defer", "check_mode", "set_weight_norm_mode"]
 
 Mode = Literal["parametrized", "deferred"]
 
@@ -60,8 +62,8 @@ def set_weight_norm_mode(model: M, mode: Mode) -> M:
         if entry._deferred is not None:
             known[key] = entry._deferred
             entry._refresh()
-        elif any(map(_has_hooks, entry.pair())):
-            raise ModeError("g or v has a hook on its gradient, which deferred mode would not run")
+        else:
+            _check_hooks(entry.pair())
     group = next((weight.group for weight in known.values() if weight is not None), None) or DeferredGroup()
     for entry, key in entries:
         if entry._deferred is None:
@@ -70,8 +72,16 @@ def set_weight_norm_mode(model: M, mode: Mode) -> M:
     return model
 
 
-def _has_hooks(half: Tensor) -> bool:
-    return bool(half._backward_hooks or half._post_accumulate_grad_hooks)
+def check_can_defer(model: nn.Module) -> None:
+    """ModeError where a weight that is under our weight norm already cannot be deferred."""
+    for slot in slots(model, plain=False):
+        if slot.form == "ours":
+            _check_hooks(half for half in (slot.magnitude, slot.tensor) if half is not None)
+
+
+def _check_hooks(pair: Iterable[Tensor]) -> None:
+    if any(half._backward_hooks or half._post_accumulate_grad_hooks for half in pair):
+        raise ModeError("g or v has a hook on its gradient, which deferred mode would not run")
 
 
 def check_mode(mode: str) -> None:

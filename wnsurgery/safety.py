@@ -1,20 +1,28 @@
-"""What surgery is done under: modules are put back as they were if anything goes wrong, parameters made are ordinary
-ones whatever the caller's mode, compiled code runs as it was written, no weight is a cached one, and the collector
-waits."""
+"""What surgery is done under: modules and values are put back as they were if anything goes wrong, parameters made are
+ordinary ones whatever the caller's mode, compiled code runs as it was written, no weight is a cached one, and the
+collector waits."""
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["all_or_nothing", "as_written", "collecting_later", "is_recurrent", "plain_grad_mode", "uncached"]
+__all__ = [
+    "all_or_nothing",
+    "as_written",
+    "collecting_later",
+    "is_recurrent",
+    "plain_grad_mode",
+    "uncached",
+    "values_kept",
+]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_load_state_dict_pre_hooks")
 _TABLES = ("_parameters", "_modules", *_HOOKS)  # of a module: what surgery writes to
@@ -74,6 +82,21 @@ def all_or_nothing(*, attributes: bool = False) -> Iterator[Callable[[nn.Module]
         yield before.save
     except BaseException:
         before.restore()
+        raise
+
+
+@contextmanager
+def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Puts values back as they were if anything goes wrong inside."""
+    with torch.no_grad():
+        before = [(tensor, tensor.clone()) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        torch.clear_autocast_cache()  # which does not see that a Parameter was written to
         raise
 
 

@@ -20,14 +20,14 @@ from wnsurgery.following import Follower, Optimizers, Swap
 from wnsurgery.fully_sharded import FullyShard
 from wnsurgery.hosts import fresh_parameter, install, new_parameter, reorder_parameters, restore_parameter
 from wnsurgery.mechanism import WeightNormList
-from wnsurgery.modes import Mode, check_mode, set_weight_norm_mode
+from wnsurgery.modes import Mode, check_can_defer, check_mode, set_weight_norm_mode
 from wnsurgery.plan import Dim, Pattern, Plan, Site, plan_weight_norm
 from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, decompose
 from wnsurgery.resizing import guard_resizing
-from wnsurgery.safety import all_or_nothing, collecting_later, is_recurrent, plain_grad_mode
+from wnsurgery.safety import all_or_nothing, collecting_later, is_recurrent, plain_grad_mode, values_kept
 from wnsurgery.small_weights import SmallWeights, is_small, small_magnitudes
-from wnsurgery.targets import normed
+from wnsurgery.targets import bias_of, normed
 from wnsurgery.tied_names import rename_tied
 from wnsurgery.walk import Slot, check_module, legacy_hooks, modules_of, slots
 
@@ -35,6 +35,7 @@ __all__ = ["apply_weight_norm", "fold_weight_norm", "is_weight_normed"]
 
 _log = logging.getLogger("wnsurgery")
 _WEIGHT_NORM = ("ours", "torch", "legacy")
+_MAGNITUDES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FEW = 512  # small weights that are computed at a time
 
 M = TypeVar("M", bound=nn.Module)
@@ -108,6 +109,8 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
         raise TypeError(f"apply_weight_norm got unexpected arguments: {', '.join(sorted(init_options))}")
     check_mode(mode)
     modules = _unwrapped(model)
+    if mode == "deferred":
+        check_can_defer(model)
     sharding = FullyShard(model)
     follower = Follower(model, optimizer)
     with without_batch_norm(model, batch_norm, inputs, data=data) as norms:
@@ -116,7 +119,8 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
         asked = init != "preserve" or freeze_magnitude
         old = normed(slots(model, plain=False), include, exclude) if asked else []
         options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
-        with all_or_nothing(attributes=init != "preserve") as save:
+        written = _written_by(init, plan)
+        with values_kept(written), all_or_nothing(attributes=init != "preserve") as save:
             options["freeze_magnitude"] = freeze_magnitude and init == "preserve"
             _carry_out(plan, **options, sharding=sharding, save=save)
             if init != "preserve" and plan.sites:
@@ -135,6 +139,14 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
     if mode == "deferred":
         set_weight_norm_mode(model, mode)
     return model
+
+
+def _written_by(init: str, plan: Plan) -> Iterator[Tensor]:
+    """The tensors that an initialisation writes to, of those that a model has before its conversion."""
+    for site in plan.sites if init != "preserve" else ():
+        yield from (bias for owner in site.owners if (bias := bias_of(owner)) is not None)
+        if init == "fan":
+            yield site.weight
 
 
 def _finish_init(plan: Plan, report: InitReport | FanReport, freeze_magnitude: bool) -> None:
@@ -193,8 +205,8 @@ def _carry_out(
     if magnitude not in ("linear", "log"):
         raise SelectionError(f'magnitude must be "linear" or "log", not {magnitude!r}')
     kind = magnitude_dtype
-    if kind is not None and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-        raise SelectionError(f"magnitude_dtype must be a floating-point torch.dtype, not {kind!r}")
+    if kind not in _MAGNITUDES:
+        raise SelectionError(f"magnitude_dtype must be torch.float64, float32, bfloat16 or float16, not {kind!r}")
     with plain_grad_mode(), collecting_later():
         pairs = []
         plain = magnitude == "linear" and magnitude_dtype in (None, torch.float32)

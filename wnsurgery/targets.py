@@ -130,6 +130,8 @@ def _how(slot: Slot) -> tuple[str, int | None]:
         return "its magnitude is frozen", None
     if g.is_meta or v.is_meta:
         return "on the meta device: it holds no values yet", None
+    if not v.numel():
+        return "it has no elements", None
     if row.registered:
         row.check(slot.module, slot.parameter, slot.fqn, v.shape)
     per_channel = own.check(v.shape).magnitude_shape(v.shape)
