@@ -332,3 +332,27 @@ def test_a_weight_that_is_gone_leaves_no_memory(how: str) -> None:
     optimizer.step()
     gc.collect()
     assert v() is None
+
+
+def test_owners_that_are_parted_by_the_meta_device_have_weights_of_their_own() -> None:
+    """torch makes a Parameter for each of the owners there, of plain modules, too."""
+    model = nn.ModuleDict({"table": nn.Embedding(6, 6), "head": nn.Linear(6, 6, bias=False)})
+    model["head"].weight = model["table"].weight  # type: ignore[union-attr]
+    wn.apply_weight_norm(model, include="*", mode="deferred")
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    before = model["head"].weight.detach().clone()  # type: ignore[union-attr]
+    model.to("meta").to_empty(device="cpu").load_state_dict(state)
+    for layer, other in (("table", 1.0), ("head", 1.5)):
+        with torch.no_grad():
+            model[layer].weight.mul_(1.5)  # type: ignore[union-attr, operator]
+        model.state_dict()
+        assert torch.allclose(model[layer].weight, 1.5 * before)  # type: ignore[union-attr, arg-type]
+        beside = model["head" if layer == "table" else "table"].weight  # type: ignore[union-attr]
+        assert torch.allclose(beside, other * before)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model["head"](model["table"](torch.tensor([1, 2]))).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    then = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    for p, was in zip(model.parameters(), then, strict=True):
+        torch.testing.assert_close(p.detach(), was - 0.1 * p.grad)  # type: ignore[operator]

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from wnsurgery import fused, other_types
-from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight
+from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight, weight_of
 from wnsurgery.errors import PairError
 from wnsurgery.kept import Kept, Rooms, probes_of, steps
 from wnsurgery.large_linear import HowLarge, large_linear, nobody_looks_on, takes_input
@@ -479,7 +479,11 @@ class WeightNormList(LeanModule, ParametrizationList):
         if weight is not None:
             g, v = self.pair()
             if type(g) is type(v) is nn.Parameter:  # others, or as `torch.utils.swap_tensors` has left them
-                weight.adopt(g, v)
+                if weight.uses > 1:  # the other owners keep theirs: `model.to("meta")` parts what was tied
+                    weight.uses -= 1
+                    weight = self.defer(weight_of(g, v), weight.group) or weight
+                else:
+                    weight.adopt(g, v)
             weight.current(g, v)
 
     def __getattr__(self, name: str) -> Any:
