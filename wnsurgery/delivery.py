@@ -116,9 +116,15 @@ def deliver(output: Output, src: Path_, stored: Stored, report: CheckpointReport
             stored.source.check_all()
         output.settle(whole())
 
+    def told(written: Path) -> None:
+        """A manifest that cannot be made keeps the output from taking its place."""
+        last()
+        if sink is not None:
+            sink.write(_manifest(output, written, stored, whole()))
+
     if promises is not None and output.progress is not None:
         watch(promises, output.progress)
-    written = 0
+    written, sink = 0, None
     if not output.write:
         if promises is not None:
             promises.run_all()
@@ -127,10 +133,8 @@ def deliver(output: Output, src: Path_, stored: Stored, report: CheckpointReport
         with ExitStack() as stack:
             if output.manifest is not None:
                 sink = stack.enter_context(committed(output.manifest, force=output.force))
-            write_store(output.path, stored, force=output.force or output.in_place, values=promises, last=last)
+            write_store(output.path, stored, force=output.force or output.in_place, values=promises, last=told)
             written = Path(output.path).stat().st_size
-            if output.manifest is not None:
-                sink.write(_manifest(output, stored, whole()))
     read = stored.source.size if stored.source is not None else Path(src).stat().st_size
     return replace(whole(), proof=figures(output, whole(), maker, read, written))
 
@@ -160,9 +164,9 @@ def every_name(content: Any) -> Iterator[tuple[str, Tensor]]:
         yield from flat_tensors({where: module.state_dict()} if where else module.state_dict()).items()
 
 
-def _manifest(output: Output, stored: Stored, report: CheckpointReport) -> bytes:
-    """The manifest of the output, read back; a module in memory is what was written."""
-    again = map_store(output.path)
+def _manifest(output: Output, written: Path, stored: Stored, report: CheckpointReport) -> bytes:
+    """The manifest of what was written, read back; a module in memory is what was written."""
+    again = map_store(written)
     if again is None or again.source is None:
         return manifest_text(output.operation, __version__, report, every_name(stored.content), lambda t: t)
     try:

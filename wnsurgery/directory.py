@@ -184,19 +184,26 @@ def deliver_directory(
                     maker.run_all()  # what an earlier run wrote has its warnings, too
                 folder.source.check_all()
                 output.settle(whole())
+                if output.manifest is not None:  # one that cannot be made keeps the output from taking its place
+                    sink.write(_manifest(output, staging.payload, whole()))
         if ranks.rank > 0:
             ranks.gather(None)
             return replace(whole(), proof=figures(output, whole(), maker, folder.source.size, 0))
         names = list_files(target)
         written = sum((target / name).stat().st_size for name in names)
-        if output.manifest is not None:
-            again = map_directory(target)
-            digests = {name: file_digest(target / name) for name in names}
-            tensors = every_name(again.stored.content)
-            sink.write(manifest_text(output.operation, __version__, whole(), tensors, again.source.fetch, digests))
-            again.source.close()
     ranks.gather(None)
     return replace(whole(), proof=figures(output, whole(), maker, folder.source.size, written))
+
+
+def _manifest(output: Output, written: Path, report: CheckpointReport) -> bytes:
+    """The manifest of the directory that was written, read back."""
+    again = map_directory(written)
+    try:
+        digests = {name: file_digest(written / name) for name in list_files(written)}
+        tensors = every_name(again.stored.content)
+        return manifest_text(output.operation, __version__, report, tensors, again.source.fetch, digests)
+    finally:
+        again.source.close()
 
 
 def _refuse_strangers(target: Path, written: set[str]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wnsurgery.checkpoint import CheckpointReport
 from wnsurgery.states import dtype_name
+from wnsurgery.stores.mapped import row_major
 
 __all__ = ["manifest_text", "tensor_digest"]
 
@@ -67,6 +68,6 @@ def tensor_digest(tensor: Tensor) -> str:
     tensor = tensor.detach()
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         return hashlib.sha256(str(tensor).encode()).hexdigest()
-    flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    flat = row_major(tensor.cpu().resolve_conj().resolve_neg())
     data = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""  # type: ignore[arg-type]
     return hashlib.sha256(data).hexdigest()

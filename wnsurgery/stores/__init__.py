@@ -152,7 +152,7 @@ def write_store(
     *,
     force: bool = False,
     values: Values | None = None,
-    last: Callable[[], None] | None = None,
+    last: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a file whole or not at all, in the format its suffix asks for (else `stored.format`).
 
@@ -161,7 +161,8 @@ def write_store(
         stored: what to write.
         force: replace an existing file.
         values: brings the tensors one by one; None where they are all in memory.
-        last: called when everything is written, before the output takes its place; may raise to prevent that.
+        last: called when everything is written, with where, before that takes the output's place; may raise to
+            prevent it.
 
     Raises:
         InputError: the content does not fit into the format.
@@ -184,7 +185,7 @@ def write_store(
         else:
             write_torch(stored.content, file, path)
         if last is not None:
-            last()
+            last(Path(file.name))
 
 
 def _refuse_unflat(content: Any, path: Path) -> None:

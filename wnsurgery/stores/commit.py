@@ -148,7 +148,7 @@ def _create(temporary: Path, path: Path) -> BinaryIO:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     except OSError as error:
         raise OutputError(f"{path}: {_reason(error)}") from error
-    return cast(BinaryIO, _Unbuffered(handle, "wb"))
+    return cast(BinaryIO, _Unbuffered(temporary, "wb", opener=lambda *_: handle))  # so that it knows its name
 
 
 _AT_ONCE = 1 << 16  # bytes: writes of many megabytes took half as long again, and up to five times as long

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wnsurgery.errors import InputError, printable
-from wnsurgery.stores.mapped import MappedFile, Record, resolved
+from wnsurgery.stores.mapped import MappedFile, Record, resolved, row_major
 from wnsurgery.stores.values import Loaded, Values
 
 __all__ = [
@@ -137,7 +137,7 @@ def write_safetensors(
     file.write(len(header).to_bytes(8, "little") + header)
     for name in order:
         if tensors[name].numel():
-            flat = resolved(values.fetch(tensors[name]).detach().cpu()).contiguous().reshape(-1)
+            flat = row_major(resolved(values.fetch(tensors[name]).detach().cpu()))
             file.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
             del flat
 
