@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from wnsurgery import __version__
@@ -206,7 +207,7 @@ def _tied(content: Any) -> tuple[str, str] | None:
     """Two names that share memory. Tensors of one storage that do not overlap are apart as well as together."""
     seen: dict[Any, str] = {}
     for name, tensor in flat_tensors(content).items():
-        if not tensor.numel() or tensor.is_sparse:
+        if tensor.layout != torch.strided or tensor.is_nested or not tensor.numel():
             continue
         start = ("promise", tensor.untyped_storage()._cdata) if tensor.is_meta else tensor.untyped_storage().data_ptr()
         if start and seen.setdefault(start, name) != name:

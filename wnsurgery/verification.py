@@ -41,6 +41,7 @@ from wnsurgery.errors import (
     printable,
 )
 from wnsurgery.parity import cast_to_declared, open_session, refuse_other_outputs, run_session
+from wnsurgery.parts import plain_parts
 from wnsurgery.reparam import Magnitude
 from wnsurgery.runs import Case, Inputs, copy_of, rng_kept
 from wnsurgery.surgery import fold_weight_norm
@@ -217,8 +218,8 @@ class _Side:
         case = case.cast_for(self.module) if any_dtype else case
         with torch.no_grad(), rng_kept(self.module):
             if not beside_graph:
-                named = case.run_by_name(self.module)
-                return list(named), list(named.values())
+                found = _comparable(case.run_by_name(self.module))
+                return list(found), list(found.values())
             values = case.run(self.module)
         return [""] * len(values), list(values)
 
@@ -239,7 +240,7 @@ def _of_module(model: nn.Module, name: str, *, built: bool = False) -> _Side:
         running, plain = copy_of(model), copy_of(model)
         running.eval()
         fold_weight_norm(plain)
-    tensors = {k: v for k, v in plain.state_dict().items() if isinstance(v, Tensor)}
+    tensors = {k: v for k, v in _comparable(plain.state_dict()).items() if isinstance(v, Tensor)}
     return _Side(name, tensors, module=running, built=built)
 
 
@@ -261,6 +262,7 @@ def _of_graph(path: Path) -> _Side:
 def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool, magnitude: Magnitude, entry: str | None) -> _Side:
     from wnsurgery.checkpoint import flat_tensors, fold_state, state_dicts
     from wnsurgery.files import load_model, load_object
+    from wnsurgery.loading import named
     from wnsurgery.stores.modules import modules_in
 
     content = _of_directory(path) if path.is_dir() and arch is None else load_object(path, trust_pickle=trust_pickle)
@@ -277,7 +279,14 @@ def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool, magnitude:
     states = [state for state in state_dicts(content) if entry in (None, state.path)]
     # a wrapper around the only state dict ({"model": ...}) is no part of the names
     tensors = states[0].tensors if len(states) == 1 else flat_tensors(content)
-    return _Side(str(path), tensors, entered=entry is not None)
+    with named(path):
+        return _Side(str(path), _comparable(tensors), entered=entry is not None)
+
+
+def _comparable(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors as numbers to compare: what is sparse, quantized or nested as its parts."""
+    parts = (plain_parts(k, v) if isinstance(v, Tensor) else {k: v} for k, v in tensors.items())
+    return {name: part for entry in parts for name, part in entry.items()}
 
 
 def _of_directory(path: Path) -> Any:

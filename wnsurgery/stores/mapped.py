@@ -270,7 +270,8 @@ def row_major(tensor: Tensor) -> Tensor:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is a strided CPU tensor over memory of its own kind."""
-    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized and tensor.is_cpu
+    odd = tensor.is_meta or tensor.is_quantized or tensor.is_nested
+    return tensor.layout == torch.strided and not odd and tensor.is_cpu
 
 
 def byte_span(tensor: Tensor) -> tuple[int, int]:

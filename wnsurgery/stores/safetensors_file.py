@@ -176,9 +176,11 @@ def _checked(tensor: Tensor, name: str, path: Path, values: Values) -> Tensor:
         raise InputError.of(
             path, f"the name {printable(name)} does not fit into a .safetensors file", "write a .pt file instead"
         )
-    if tensor.layout != torch.strided or tensor.is_quantized or meta or tensor.dtype not in _NAMES:
+    odd = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested
+    if odd or meta or tensor.dtype not in _NAMES:
         kind = f"{tensor.dtype}".removeprefix("torch.")
         kind = "meta" if meta else kind if tensor.layout == torch.strided else f"sparse {kind}"
+        kind = f"nested {kind}" if tensor.is_nested else kind
         raise InputError.of(
             path, f"{printable(name)} ({kind}) does not fit into a .safetensors file", "write a .pt file instead"
         )
