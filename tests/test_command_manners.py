@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -246,6 +247,37 @@ def test_a_stderr_that_takes_nothing(stderr: str, file: Path) -> None:
         assert done.returncode == code
         assert not done.stdout if code else json.loads(done.stdout)
     assert load_file(plain).keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+_STRUCK = """
+import os, signal, sys
+import wnsurgery.stores as stores
+from wnsurgery.cli import main
+write = stores.write_safetensors
+def struck(*given):
+    os.kill(os.getpid(), int(sys.argv[1]))
+    write(*given)
+stores.write_safetensors = struck
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has other signals")
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGXCPU"])
+def test_signals_leave_nothing_behind(name: str, ignored: bool, file: Path) -> None:
+    """In the middle of writing each of them ends the command without a trace; a hang-up that is ignored does not."""
+    number = getattr(signal, name)
+    if ignored and name != "SIGHUP":
+        pytest.skip("nobody ignores these")
+    words = [sys.executable, "-c", _STRUCK, str(int(number)), "fold", str(file)]
+    handling = signal.SIG_IGN if ignored else signal.SIG_DFL
+    done = subprocess.run(words, check=False, capture_output=True, preexec_fn=lambda: signal.signal(number, handling))
+    output = file.with_name("n.folded.safetensors")
+    assert done.returncode == (0 if ignored else 128 + number)
+    assert sorted(path.name for path in file.parent.iterdir()) == sorted(
+        [file.name, *([output.name] if ignored else [])]
+    )
 
 
 LONG, SECRET = "x" * 300, "secret/x.npz"
