@@ -25,7 +25,8 @@ from torch import Tensor
 from wnsurgery import __version__
 from wnsurgery.checkpoint import CheckpointReport
 from wnsurgery.delivery import Output, every_name, figures, watch
-from wnsurgery.errors import InputError, OutputError, OutputExistsError, printable
+from wnsurgery.errors import InputError, OutputError, OutputExistsError, UnsafeFileError, WnsurgeryError, printable
+from wnsurgery.loading import read
 from wnsurgery.manifest import manifest_text
 from wnsurgery.promises import Promises
 from wnsurgery.ranks import Ranks
@@ -125,7 +126,7 @@ def _fill(
     for name in files:
         stored = map_store(path / name)
         if stored is None or stored.source is None or not isinstance(stored.content, dict):
-            raise InputError.of(path / name, "not a file of plain tensors")
+            raise _not_plain(path / name)
         sources.append(stored.source)
         shards.formats[name], shards.metadata[name] = stored.format, stored.metadata
         shards.entries[name] = {k: v for k, v in stored.content.items() if not isinstance(v, Tensor)}
@@ -141,6 +142,17 @@ def _fill(
     if missing:
         raise InputError.of(path / shards.index, f"names {printable(missing[0])}, which is in no file")
     return tensors
+
+
+def _not_plain(path: Path) -> WnsurgeryError:
+    """Why a file cannot be one of a directory: its pickle would run code, it is damaged, or it holds something else."""
+    try:
+        read(path, trust_pickle=False)
+    except UnsafeFileError as error:
+        return UnsafeFileError(error.message, hint="a file that you trust can be named alone, with --trust-pickle")
+    except InputError as error:
+        return error
+    return InputError.of(path, "not a file of plain tensors")
 
 
 # Writing -------------------------------------------------------------------------------------------------
