@@ -92,7 +92,9 @@ def test_safetensors_without_code(run: Any, tmp_path: Path) -> None:
     """A bare state dict converts by names, says what it assumed, and folds back to the same bits."""
     tensors = {"up.weight": torch.randn(4, 6, 3), "up.bias": torch.randn(6), "fc.weight": torch.randn(5, 4)}
     save_file(tensors, tmp_path / "w.safetensors")
-    code, out, _ = run("convert", tmp_path / "w.safetensors", "--dim", "up.*=1", "-o", tmp_path / "c.safetensors")
+    code, out, _ = run(
+        "convert", tmp_path / "w.safetensors", "--dim", "0", "--dim", "up.*=1", "-o", tmp_path / "c.safetensors"
+    )
     assert code == 0
     assert "assum" in out.lower()
     converted = load_file(tmp_path / "c.safetensors")

@@ -77,7 +77,13 @@ _selection = _options(
         "--include", multiple=True, metavar="PATTERN", help='Only these weights: a glob, or "re:..."; repeat.'
     ),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Not these weights; repeat."),
-    click.option("--dim", "dims", multiple=True, metavar="[PATTERN=]AXES", help='Kept axes: 0, "0,2" or none; repeat.'),
+    click.option(
+        "--dim",
+        "dims",
+        multiple=True,
+        metavar="[PATTERN=]AXES",
+        help='Kept axes: 0, "0,2" or none, for the rest or by pattern; repeat.',
+    ),
 )
 _feeding = _options(
     click.option("--input", "input_file", type=_PATH, help="Inputs: .npz, .npy, .pt, .safetensors."),
