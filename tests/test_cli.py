@@ -353,6 +353,45 @@ def test_usage_errors(run: Any, model_file: Path) -> None:
         assert err.startswith("wnsurgery: error: ")
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("convert m.pt --init-scale nan", "--init-scale"),
+        ("convert m.pt --init-scale 1", "--init-scale"),
+        ("convert m.pt --input x.npz", "--input"),
+        ("convert m.pt --resume", "--resume"),
+        ("fold m.pt --resume", "--resume"),
+        ("fold folder -o out.pt --resume", "--resume"),
+        ("run m.onnx --input folder -o out --time 3", "--time"),
+        ("run m.onnx --input x.npz -o y.npz --batch 5", "--batch"),
+        ("bench m.pt --input-shape 1x1x8x8 --no-compile", "--no-compile"),
+        ("bench --suite --input x.npz", "--input"),
+        ("bench --suite --arch os:getcwd", "--arch"),
+        ("bench --suite --deploy", "--deploy"),
+    ],
+)
+def test_no_option_is_ignored_in_silence(
+    run: Any, words: str, option: str, model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An option that means nothing beside the others is a usage error that names it, and nothing is written."""
+    monkeypatch.chdir(model_file.parent)
+    model_file.rename("m.pt")
+    np.savez("x.npz", np.zeros((1, 1, 8, 8), "f4"))
+    Path("folder").mkdir()
+    before = sorted(Path.cwd().iterdir())
+    code, out, err = run(*words.split())
+    assert (code, out) == (2, "")
+    assert option.lstrip("-") in err.partition("hint:")[0].replace("_", "-")
+    assert sorted(Path.cwd().iterdir()) == before
+
+
+@pytest.mark.parametrize("options", [{"init_scale": 0.5}, {"inputs": [torch.ones(1)]}, {"resume": True}])
+def test_no_argument_is_ignored_in_silence(options: dict[str, Any], model_file: Path) -> None:
+    """The same in the library."""
+    with pytest.raises(wn.SelectionError, match=next(iter(options))):
+        wn.convert_checkpoint(model_file, model_file.with_name("out.pt"), **options)
+
+
 def test_selection_reaches_the_library(run: Any, model_file: Path) -> None:
     """--include and --exclude pick weights by glob and regular expression."""
     assert run("convert", model_file, "--include", "re:^(0|2)", "--exclude", "2.*")[0] == 0

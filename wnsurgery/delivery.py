@@ -71,7 +71,10 @@ class Output:
         if graphs == [False, True]:  # an input that is a graph is told when it is read
             hint = "export_onnx (wnsurgery export) makes an ONNX graph of a model"
             raise SelectionError(f"{self.path}: would be a checkpoint, and is called an ONNX graph", hint=hint)
-        if Path(src).is_dir() and not is_file_name(self.path):
+        whole = Path(src).is_dir() and not is_file_name(self.path)
+        if self.resume and not whole:
+            raise SelectionError(f"{self.path}: resume (--resume) is for directories; a file is written at one go")
+        if whole:
             if self.write:
                 check_output_directory(self.path, src, force=self.force, in_place=self.in_place)
         elif self.write:
