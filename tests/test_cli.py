@@ -233,13 +233,16 @@ def test_no_output_replaces_an_input(run: Any, model_file: Path, words: str, mon
         ("fold m.pt -o o.onnx", "would be a checkpoint, and is called an ONNX graph"),
         ("convert m.pt -o o.onnx", "would be a checkpoint, and is called an ONNX graph"),
         ("fold f.onnx -o o.pt", "would be an ONNX graph, and is called a checkpoint"),
+        ("export m.pt --input-shape 1x1x8x8 -o o.pt", "would be an ONNX graph, and is called a checkpoint"),
         ("fold ", "an empty path"),
         ("fold m.pt -o ", "an empty path"),
         ("run f.onnx -o y.npz --input ", "an empty path"),
+        ("fold a\0b.pt", "no path holds a NUL"),
+        ("inspect m.pt --html a\0b.html", "no path holds a NUL"),
     ],
 )
 def test_names_that_say_something_else(run: Any, model_file: Path, words: str, said: str) -> None:
-    """An output is called what it is, and an empty path is not the current directory."""
+    """An output is called what it is, an empty path is not the current directory, and none holds a NUL."""
     graph = model_file.with_name("f.onnx")
     wn.export_onnx(wn.load_model(model_file), torch.zeros(1, 1, 8, 8), graph)
     before = sorted(model_file.parent.iterdir())

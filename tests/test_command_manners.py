@@ -122,6 +122,33 @@ def test_did_you_mean(words: list[str], said: str, file: Path, capsys: pytest.Ca
     assert said.format(folder=file.parent) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["fold", "convert", "inspect", "verify"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("to_nothing.pt", "a link to nothing (to_nothing.pt leads to gone.pt)"),
+        ("loop.pt", "loop.pt leads to pool.pt"),
+        ("gone/n.pt", "a link to nothing (gone leads to nowhere)"),
+    ],
+)
+def test_broken_links_are_told(
+    command: str, name: str, said: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An input that is a link to nothing, or one of a loop, is told as that, with what it leads to."""
+    monkeypatch.chdir(file.parent)
+    for link, target in (
+        ("to_nothing.pt", "gone.pt"),
+        ("loop.pt", "pool.pt"),
+        ("pool.pt", "loop.pt"),
+        ("gone", "nowhere"),
+    ):
+        Path(link).symlink_to(target)
+    assert run(command, name, *([file] if command == "verify" else [])) == 3
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
 def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     """The command alone shows its whole help, line by line, and no error."""
     code = run()

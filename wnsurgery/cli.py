@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ class _Path(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not value:
             self.fail("an empty path", param, ctx)
+        if "\0" in os.fspath(value):
+            self.fail("no path holds a NUL", param, ctx)
         return super().convert(value, param, ctx)
 
 

@@ -6,6 +6,7 @@ write_store("folded.safetensors", stored)  # format by suffix, commit by rename
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -217,6 +218,8 @@ def open_regular(path: Path) -> BinaryIO:
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
+        if getattr(error, "errno", None) == errno.ELOOP:
+            raise InputMissingError.at(path) from None
         raise InputError.of(path, getattr(error, "strerror", None) or str(error)) from error
     return os.fdopen(handle, "rb")
 
