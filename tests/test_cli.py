@@ -92,7 +92,9 @@ def test_safetensors_without_code(run: Any, tmp_path: Path) -> None:
     """A bare state dict converts by names, says what it assumed, and folds back to the same bits."""
     tensors = {"up.weight": torch.randn(4, 6, 3), "up.bias": torch.randn(6), "fc.weight": torch.randn(5, 4)}
     save_file(tensors, tmp_path / "w.safetensors")
-    code, out, _ = run("convert", tmp_path / "w.safetensors", "--dim", "up.*=1", "-o", tmp_path / "c.safetensors")
+    code, out, _ = run(
+        "convert", tmp_path / "w.safetensors", "--dim", "0", "--dim", "up.*=1", "-o", tmp_path / "c.safetensors"
+    )
     assert code == 0
     assert "assum" in out.lower()
     converted = load_file(tmp_path / "c.safetensors")
@@ -231,13 +233,16 @@ def test_no_output_replaces_an_input(run: Any, model_file: Path, words: str, mon
         ("fold m.pt -o o.onnx", "would be a checkpoint, and is called an ONNX graph"),
         ("convert m.pt -o o.onnx", "would be a checkpoint, and is called an ONNX graph"),
         ("fold f.onnx -o o.pt", "would be an ONNX graph, and is called a checkpoint"),
+        ("export m.pt --input-shape 1x1x8x8 -o o.pt", "would be an ONNX graph, and is called a checkpoint"),
         ("fold ", "an empty path"),
         ("fold m.pt -o ", "an empty path"),
         ("run f.onnx -o y.npz --input ", "an empty path"),
+        ("fold a\0b.pt", "no path holds a NUL"),
+        ("inspect m.pt --html a\0b.html", "no path holds a NUL"),
     ],
 )
 def test_names_that_say_something_else(run: Any, model_file: Path, words: str, said: str) -> None:
-    """An output is called what it is, and an empty path is not the current directory."""
+    """An output is called what it is, an empty path is not the current directory, and none holds a NUL."""
     graph = model_file.with_name("f.onnx")
     wn.export_onnx(wn.load_model(model_file), torch.zeros(1, 1, 8, 8), graph)
     before = sorted(model_file.parent.iterdir())
@@ -349,6 +354,45 @@ def test_usage_errors(run: Any, model_file: Path) -> None:
         code, out, err = run(*arguments)
         assert (code, out) == (2, ""), (arguments, code, err)
         assert err.startswith("wnsurgery: error: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("convert m.pt --init-scale nan", "--init-scale"),
+        ("convert m.pt --init-scale 1", "--init-scale"),
+        ("convert m.pt --input x.npz", "--input"),
+        ("convert m.pt --resume", "--resume"),
+        ("fold m.pt --resume", "--resume"),
+        ("fold folder -o out.pt --resume", "--resume"),
+        ("run m.onnx --input folder -o out --time 3", "--time"),
+        ("run m.onnx --input x.npz -o y.npz --batch 5", "--batch"),
+        ("bench m.pt --input-shape 1x1x8x8 --no-compile", "--no-compile"),
+        ("bench --suite --input x.npz", "--input"),
+        ("bench --suite --arch os:getcwd", "--arch"),
+        ("bench --suite --deploy", "--deploy"),
+    ],
+)
+def test_no_option_is_ignored_in_silence(
+    run: Any, words: str, option: str, model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An option that means nothing beside the others is a usage error that names it, and nothing is written."""
+    monkeypatch.chdir(model_file.parent)
+    model_file.rename("m.pt")
+    np.savez("x.npz", np.zeros((1, 1, 8, 8), "f4"))
+    Path("folder").mkdir()
+    before = sorted(Path.cwd().iterdir())
+    code, out, err = run(*words.split())
+    assert (code, out) == (2, "")
+    assert option.lstrip("-") in err.partition("hint:")[0].replace("_", "-")
+    assert sorted(Path.cwd().iterdir()) == before
+
+
+@pytest.mark.parametrize("options", [{"init_scale": 0.5}, {"inputs": [torch.ones(1)]}, {"resume": True}])
+def test_no_argument_is_ignored_in_silence(options: dict[str, Any], model_file: Path) -> None:
+    """The same in the library."""
+    with pytest.raises(wn.SelectionError, match=next(iter(options))):
+        wn.convert_checkpoint(model_file, model_file.with_name("out.pt"), **options)
 
 
 def test_selection_reaches_the_library(run: Any, model_file: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -119,6 +120,33 @@ def test_did_you_mean(words: list[str], said: str, file: Path, capsys: pytest.Ca
     code = run(*(word.format(folder=file.parent) for word in words))
     assert code == (3 if "near" in said else 2)
     assert said.format(folder=file.parent) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fold", "convert", "inspect", "verify"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("to_nothing.pt", "a link to nothing (to_nothing.pt leads to gone.pt)"),
+        ("loop.pt", "loop.pt leads to pool.pt"),
+        ("gone/n.pt", "a link to nothing (gone leads to nowhere)"),
+    ],
+)
+def test_broken_links_are_told(
+    command: str, name: str, said: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An input that is a link to nothing, or one of a loop, is told as that, with what it leads to."""
+    monkeypatch.chdir(file.parent)
+    for link, target in (
+        ("to_nothing.pt", "gone.pt"),
+        ("loop.pt", "pool.pt"),
+        ("pool.pt", "loop.pt"),
+        ("gone", "nowhere"),
+    ):
+        Path(link).symlink_to(target)
+    assert run(command, name, *([file] if command == "verify" else [])) == 3
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.splitlines()) == 1
 
 
 def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,6 +274,37 @@ def test_a_stderr_that_takes_nothing(stderr: str, file: Path) -> None:
         assert done.returncode == code
         assert not done.stdout if code else json.loads(done.stdout)
     assert load_file(plain).keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+_STRUCK = """
+import os, signal, sys
+import wnsurgery.stores as stores
+from wnsurgery.cli import main
+write = stores.write_safetensors
+def struck(*given):
+    os.kill(os.getpid(), int(sys.argv[1]))
+    write(*given)
+stores.write_safetensors = struck
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has other signals")
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGXCPU"])
+def test_signals_leave_nothing_behind(name: str, ignored: bool, file: Path) -> None:
+    """In the middle of writing each of them ends the command without a trace; a hang-up that is ignored does not."""
+    number = getattr(signal, name)
+    if ignored and name != "SIGHUP":
+        pytest.skip("nobody ignores these")
+    words = [sys.executable, "-c", _STRUCK, str(int(number)), "fold", str(file)]
+    handling = signal.SIG_IGN if ignored else signal.SIG_DFL
+    done = subprocess.run(words, check=False, capture_output=True, preexec_fn=lambda: signal.signal(number, handling))
+    output = file.with_name("n.folded.safetensors")
+    assert done.returncode == (0 if ignored else 128 + number)
+    assert sorted(path.name for path in file.parent.iterdir()) == sorted(
+        [file.name, *([output.name] if ignored else [])]
+    )
 
 
 LONG, SECRET = "x" * 300, "secret/x.npz"

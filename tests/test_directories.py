@@ -428,6 +428,20 @@ class Calls:
         return os.system, ("touch ran",)
 
 
+def test_weights_are_read_as_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weights file whose pickle calls anything is refused with exit code 4 and its name, and has no effect."""
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    torch.save({"c.weight": torch.ones(2, 2), "x": Calls()}, "a/pytorch_model.bin")
+    for job in (lambda: fold_checkpoint("a", "out"), lambda: inspect("a"), lambda: verify("a", "a")):
+        with pytest.raises(UnsafeFileError, match=r"pytorch_model\.bin: refused, its pickle would run posix\.system"):
+            job()
+    torch.save(torch.nn.Linear(2, 2), "a/pytorch_model.bin")
+    with pytest.raises(InputError, match="not a file of plain tensors"):
+        fold_checkpoint("a", "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
 def test_metadata_is_read_as_data(distributed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pickle that calls anything is refused with exit code 4 and has no effect."""
     monkeypatch.chdir(tmp_path)

@@ -24,7 +24,7 @@ LAYERS = [
     | {"onlookers"},
     {"other_types"},
     {"keys", "loans", "reparam", "stores", "differences", "onnx_values", "optimizer_state", "blocked_linear"}
-    | {"charts", "page", "onnx_checks"}
+    | {"charts", "page", "onnx_checks", "parts"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "channelwise"},
     {
         "fully_sharded",

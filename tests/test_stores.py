@@ -585,6 +585,26 @@ def test_output_checks(tmp_path):
     assert check_output(tmp_path / "new.pt", source) == tmp_path / "new.pt"
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+@pytest.mark.parametrize("links", [["/proc/self/fd/{}"], ["inner", "/proc/self/fd/{}"], ["fds/{}"]])
+def test_the_links_of_the_system_are_no_outputs(tmp_path, links):
+    """A link to an open file by way of /proc, as /dev/stdout is one, is refused and stays, whatever it leads to."""
+    (tmp_path / "fds").symlink_to("/proc/self/fd")
+    with (tmp_path / "open").open("wb") as file:
+        last = tmp_path / links[-1].format(file.fileno())
+        (tmp_path / "inner").symlink_to(last)
+        output = tmp_path / "stdout"
+        output.symlink_to(tmp_path / "inner" if len(links) > 1 else last)
+        for path in (output, tmp_path / "fds" / str(file.fileno())):
+            with pytest.raises(OutputError, match="belongs to the system"):
+                check_output(path, force=True)
+            assert path.is_symlink()
+    with pytest.raises(OutputError, match="belongs to the system"):
+        check_output("/dev/new.pt")
+    (tmp_path / "out.pt").symlink_to("open")
+    assert check_output(tmp_path / "out.pt", force=True) == tmp_path / "out.pt"
+
+
 @pytest.mark.parametrize("name", ["\U0001f600" * 61 + ".pt", "é" * 120 + ".pt", "x" * 252 + ".pt", "\U0001f600" * 63])
 def test_names_as_long_as_they_may_be(tmp_path, name):
     """What is written on the way has a name that is no longer than the output's own may be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from torch import nn
 from wnsurgery.checkpoint import AtOnce, fold_state
 from wnsurgery.errors import InputError, OutputError, PairError, VerificationError, WnsurgeryError
 from wnsurgery.files import convert_checkpoint, fold_checkpoint
+from wnsurgery.loading import load_tensors
 from wnsurgery.proof import ulps_apart
 from wnsurgery.reparam import Axes, compose
 from wnsurgery.states import every_tensor
@@ -102,8 +104,6 @@ def test_bytes_do_not_depend_on_path_or_threads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_the_manifest_names_every_tensor(tmp_path: Path, suffix: str) -> None:
     """Each tensor of the output stands in the manifest with its action and the hash of its bytes."""
-    import hashlib
-
     state = content()["sd"]
     (torch.save if suffix == ".pt" else safetensors.torch.save_file)(state, tmp_path / f"a{suffix}")
     fold_checkpoint(tmp_path / f"a{suffix}", tmp_path / f"b{suffix}", manifest=tmp_path / "m.json")
@@ -113,6 +113,36 @@ def test_the_manifest_names_every_tensor(tmp_path: Path, suffix: str) -> None:
     bias = next(row for row in table["tensors"] if row["name"] == "c.bias")
     assert bias["sha256"] == hashlib.sha256(torch.ones(4).numpy().tobytes()).hexdigest()
     assert str(tmp_path) not in json.dumps(table)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_one_element_of_a_wider_step_is_written(tmp_path: Path, suffix: str) -> None:
+    """A tensor of a single element is written and stands in the manifest whatever its stride."""
+    torch.save({"fc.weight": torch.ones(2, 2), "one": torch.arange(4.0)[::2][:1]}, tmp_path / "a.pt")
+    convert_checkpoint(tmp_path / "a.pt", tmp_path / f"b{suffix}", manifest=tmp_path / "m.json")
+    assert load_tensors(tmp_path / f"b{suffix}")["one"].tolist() == [0.0]
+    rows = json.loads((tmp_path / "m.json").read_text())["tensors"]
+    assert next(r["sha256"] for r in rows if r["name"] == "one") == hashlib.sha256(bytes(4)).hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_no_output_without_the_manifest_asked_for(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the manifest cannot be made, neither it nor the output is written, and an old output is intact."""
+
+    def fail(*_: object) -> str:
+        raise MemoryError
+
+    source, target = (tmp_path / name if kind == "directory" else tmp_path / f"{name}.pt" for name in ("a", "b"))
+    for path in (source, target):
+        path.mkdir() if kind == "directory" else None
+        torch.save(content()["sd"], path / "pytorch_model.bin" if kind == "directory" else path)
+    file = target / "pytorch_model.bin" if kind == "directory" else target
+    before = file.read_bytes()
+    monkeypatch.setattr("wnsurgery.manifest.tensor_digest", fail)
+    with pytest.raises(MemoryError):
+        fold_checkpoint(source, target, force=True, manifest=tmp_path / "m.json")
+    assert file.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [source.name, target.name]
 
 
 def test_tensors_stay_in_the_file_until_asked_for(tmp_path: Path) -> None:

@@ -211,12 +211,34 @@ def test_swapped_outputs_fail(tmp_path: Path) -> None:
     assert not verify(swapped, tmp_path / "m.onnx").ok
 
 
-def test_outputs_that_are_all_nan_prove_nothing() -> None:
-    """Two models that agree on NaN alone do not pass."""
-    layer = nn.Linear(2, 2)
-    report = verify(layer, layer, torch.full((1, 2), float("nan")))
+@pytest.mark.parametrize("share", ["all", "some", "further inputs"])
+@pytest.mark.parametrize("form", ["modules", "graph"])
+def test_nan_outputs_prove_nothing(share: str, form: str, tmp_path: Path) -> None:
+    """Two sides that agree on NaN do not pass, be it in one element of one set of inputs; the message says where."""
+    layer, good = nn.Linear(2, 2), torch.ones(3, 2)
+    bad = torch.full((3, 2), torch.nan) if share == "all" else torch.tensor([[1.0, 2.0], [3.0, torch.nan], [5.0, 6.0]])
+    if form == "graph":
+        export_onnx(layer, good, tmp_path / "m.onnx")
+    other = tmp_path / "m.onnx" if form == "graph" else layer
+    further = share == "further inputs"
+    report = verify(layer, other, good, more=[bad]) if further else verify(layer, other, bad)
     assert not report.ok
-    assert "proves nothing" in report.problems[0]
+    assert len(report.problems) == 1
+    assert "6 of 6" in report.problems[0] if share == "all" else "2 of 6" in report.problems[0]
+    assert f"on {'set 2 of the' if further else 'these'} inputs (they hold NaN), first at" in report.problems[0]
+
+
+def test_nan_of_the_model_itself_proves_nothing_and_equal_infinities_pass() -> None:
+    """Where no input is to blame the message does not say so; the same infinity on both sides is agreement."""
+    problems = verify(_Log(), _Log(), {"x": torch.tensor([-1.0, 0.0, 1.0])}).problems
+    assert len(problems) == 1
+    assert "1 of 3 elements are NaN on both sides on these inputs, first at (0,)" in problems[0]
+    assert verify(_Log(), _Log(), torch.tensor([0.0, 1.0])).ok
+
+
+class _Log(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.log()
 
 
 def test_tolerances_can_be_set(model: nn.Module, files: dict[str, Path]) -> None:
@@ -301,9 +323,10 @@ def test_inputs_that_do_not_fit_are_named(model: nn.Module, files: dict[str, Pat
     assert any("does not run on these inputs" in p and "2x3x8" in p for p in report.problems)
 
 
-def test_nan_weights_prove_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [torch.float32, torch.complex64, torch.float8_e5m2])
+def test_nan_weights_prove_nothing(kind: torch.dtype, tmp_path: Path) -> None:
     """A file with NaN in a weight does not pass for equal to itself."""
-    torch.save({"w": torch.tensor([[1.0, float("nan")]])}, tmp_path / "a.pt")
+    torch.save({"w": torch.tensor([[1.0, float("nan")]]).to(kind)}, tmp_path / "a.pt")
     report = verify(tmp_path / "a.pt", tmp_path / "a.pt")
     assert not report.ok
     assert "NaN on both sides" in report.problems[0]

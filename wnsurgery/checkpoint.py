@@ -29,6 +29,7 @@ from wnsurgery.states import (
     identity,
     is_optimizer,
     refusal,
+    shape_of,
     state_dicts,
 )
 from wnsurgery.steps import Action, Skip, Step, ZeroNorm, pair_step, plan_convert, plan_fold, run_step
@@ -320,9 +321,9 @@ def _folded(state: StateDict, pair: Pair, magnitude: Magnitude) -> tuple[str, Te
 
 def _split_like(template: StateDict, target: Pair, plain: Tensor, magnitude: Magnitude) -> tuple[Tensor, Tensor]:
     """A plain weight as (g, v) with the axes a pair of the template has."""
-    shape = tuple(template.entries[target.v_key].shape)
-    if tuple(plain.shape) != shape or refusal(plain):
-        raise PairError(f"{printable(target.plain_key)}: {tuple(plain.shape)} where the model has {shape}")
+    shape = shape_of(template.entries[target.v_key])
+    if shape_of(plain) != shape or refusal(plain):
+        raise PairError(f"{printable(target.plain_key)}: {shape_of(plain)} where the model has {shape}")
     axes = Axes.of_pair(template.entries[target.g_key].shape, shape)
     keys = (target.g_key, target.v_key)
     step = Step("converted", target.plain_key, (target.plain_key,), keys, axes, shape, dtype_name(plain))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ class _Path(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not value:
             self.fail("an empty path", param, ctx)
+        if "\0" in os.fspath(value):
+            self.fail("no path holds a NUL", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -77,7 +80,13 @@ _selection = _options(
         "--include", multiple=True, metavar="PATTERN", help='Only these weights: a glob, or "re:..."; repeat.'
     ),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Not these weights; repeat."),
-    click.option("--dim", "dims", multiple=True, metavar="[PATTERN=]AXES", help='Kept axes: 0, "0,2" or none; repeat.'),
+    click.option(
+        "--dim",
+        "dims",
+        multiple=True,
+        metavar="[PATTERN=]AXES",
+        help='Kept axes: 0, "0,2" or none, for the rest or by pattern; repeat.',
+    ),
 )
 _feeding = _options(
     click.option("--input", "input_file", type=_PATH, help="Inputs: .npz, .npy, .pt, .safetensors."),
@@ -135,7 +144,8 @@ def cli() -> None:
     "scales",
     multiple=True,
     metavar="[PATTERN=]X",
-    help="Standard deviation --init data aims at, factor of g for --init fan; default 1; repeat.",
+    help="Standard deviation --init data aims at, factor of g for --init fan; default 1; for the rest or by pattern; "
+    "repeat.",
 )
 @click.option(
     "--layout",
@@ -187,6 +197,10 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
         _refuse_inputs(path, batch, options["input_file"])
     if (options["init"] == "data") != (batch is not None):
         raise SelectionError("--init data and --data FILE go together")
+    if options["scales"] and options["init"] == "preserve":
+        raise SelectionError("--init-scale goes with --init data or --init fan")
+    if options["input_file"] is not None and options["batch_norm"] == "keep":
+        raise SelectionError("--input goes with --batch-norm fold or --batch-norm mean-only")
     if batch is not None:
         options["data"] = _read_inputs(batch)
     options["inputs"] = _inputs(options.pop("input_file"), ())
@@ -237,7 +251,8 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
     if model.suffix.lower() == ".onnx":
         from wnsurgery.graph import fold_onnx
 
-        _refuse_given("dry_run", "strict", "manifest", "resume", "dims", "magnitude", "arch", "trust_pickle")
+        own = "dry_run", "strict", "manifest", "resume", "dims", "magnitude", "arch", "trust_pickle"
+        _refuse_given("ONNX files", *own)
         keywords = {name: options[name] for name in ("zero_norm", "force", "in_place")}
         report = fold_onnx(model, output, **keywords)
         show(report, as_json=as_json)
@@ -321,7 +336,12 @@ def export(model: Path, as_json: bool, **options: Any) -> None:
 @click.option("-o", "--output", type=_PATH, required=True, help="Outputs: .npz, or .npy for one.")
 @click.option("--provider", default="cpu", show_default=True, metavar="|".join(_PROVIDERS), help="Where to run.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Files of a folder run at once.")
-@click.option("--time", "repeats", type=click.IntRange(1), help="Run this often and print the times.")
+@click.option(
+    "--time",
+    "repeats",
+    type=click.IntRange(1),
+    help="Run a file this often and print the times; a folder's always are.",
+)
 @click.option("--force", is_flag=True, help="Overwrite an existing output.")
 @_common
 def run(model: Path, input_file: Path, output: Path, provider: str, force: bool, as_json: bool, **options: Any) -> None:
@@ -334,6 +354,7 @@ def run(model: Path, input_file: Path, output: Path, provider: str, force: bool,
       wnsurgery run model.onnx --input x.npz -o y.npz --provider cpu
       wnsurgery run model.onnx --input inputs -o outputs --batch 8
     """
+    _refuse_given(*(("a folder", "repeats") if input_file.is_dir() else ("a file", "batch")))
     if input_file.is_dir():
         from wnsurgery.folder import run_folder
 
@@ -482,7 +503,11 @@ def bench(model: Path | None, as_json: bool, suite: bool, deploy: bool, no_compi
     from wnsurgery.files import load_model
 
     own = {name: options.pop(name) for name in ("works", "threads", "fault_free")}
+    if no_compile and not deploy:
+        raise SelectionError("--no-compile goes with --deploy")
     if suite:
+        loading = "arch", "trust_pickle", "entry", "magnitude", "input_file", "input_shape"
+        _refuse_given("--suite", *loading, "deploy")
         _bench_suite(model, as_json, options["repeats"], own)
         return
     if model is None or any(own.values()):
@@ -562,13 +587,13 @@ def _beside(model: Path, word: str) -> Path:
     return model.with_name(f"{model.stem}.{word}{model.suffix}")
 
 
-def _refuse_given(*names: str) -> None:
-    """Refuse options of the command that mean nothing for an ONNX file, where they were given."""
+def _refuse_given(what: str, *names: str) -> None:
+    """Refuse options of the command that mean nothing for `what`, where they were given."""
     context = click.get_current_context()
     for option in context.command.params:
         if option.name in names and context.get_parameter_source(option.name) is not ParameterSource.DEFAULT:
             hint = "wnsurgery inspect shows what is there" if option.name == "dry_run" else None
-            raise SelectionError(f"{option.opts[0]} does not apply to ONNX files", hint=hint)
+            raise SelectionError(f"{option.opts[0]} does not apply to {what}", hint=hint)
 
 
 def _refuse_inputs(output: Path | None, *inputs: Path | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wnsurgery.errors import InputError
 from wnsurgery.plan import Skipped, plan_weight_norm
 from wnsurgery.reparam import Axes, Magnitude
-from wnsurgery.states import identity
+from wnsurgery.states import identity, shape_of
 from wnsurgery.walk import Slot, slots
 
 __all__ = ["Contents", "Normed", "Plain", "opened"]
@@ -178,7 +178,7 @@ def _of_checkpoint(
             name = state.full(key)
             if key not in used and tensor.ndim > 1:
                 value = _one(fetch, tensor)
-                others.append(Plain(name, tuple(tensor.shape), reasons.get(name, "plain"), value))
+                others.append(Plain(name, shape_of(tensor), reasons.get(name, "plain"), value))
     held = [tensor for state in found for tensor in state.tensors.values()]
     return Contents(list(weights.values()), others, *_totals(held))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from wnsurgery import __version__
@@ -70,7 +71,10 @@ class Output:
         if graphs == [False, True]:  # an input that is a graph is told when it is read
             hint = "export_onnx (wnsurgery export) makes an ONNX graph of a model"
             raise SelectionError(f"{self.path}: would be a checkpoint, and is called an ONNX graph", hint=hint)
-        if Path(src).is_dir() and not is_file_name(self.path):
+        whole = Path(src).is_dir() and not is_file_name(self.path)
+        if self.resume and not whole:
+            raise SelectionError(f"{self.path}: resume (--resume) is for directories; a file is written at one go")
+        if whole:
             if self.write:
                 check_output_directory(self.path, src, force=self.force, in_place=self.in_place)
         elif self.write:
@@ -116,9 +120,15 @@ def deliver(output: Output, src: Path_, stored: Stored, report: CheckpointReport
             stored.source.check_all()
         output.settle(whole())
 
+    def told(written: Path) -> None:
+        """A manifest that cannot be made keeps the output from taking its place."""
+        last()
+        if sink is not None:
+            sink.write(_manifest(output, written, stored, whole()))
+
     if promises is not None and output.progress is not None:
         watch(promises, output.progress)
-    written = 0
+    written, sink = 0, None
     if not output.write:
         if promises is not None:
             promises.run_all()
@@ -127,10 +137,8 @@ def deliver(output: Output, src: Path_, stored: Stored, report: CheckpointReport
         with ExitStack() as stack:
             if output.manifest is not None:
                 sink = stack.enter_context(committed(output.manifest, force=output.force))
-            write_store(output.path, stored, force=output.force or output.in_place, values=promises, last=last)
+            write_store(output.path, stored, force=output.force or output.in_place, values=promises, last=told)
             written = Path(output.path).stat().st_size
-            if output.manifest is not None:
-                sink.write(_manifest(output, stored, whole()))
     read = stored.source.size if stored.source is not None else Path(src).stat().st_size
     return replace(whole(), proof=figures(output, whole(), maker, read, written))
 
@@ -160,9 +168,9 @@ def every_name(content: Any) -> Iterator[tuple[str, Tensor]]:
         yield from flat_tensors({where: module.state_dict()} if where else module.state_dict()).items()
 
 
-def _manifest(output: Output, stored: Stored, report: CheckpointReport) -> bytes:
-    """The manifest of the output, read back; a module in memory is what was written."""
-    again = map_store(output.path)
+def _manifest(output: Output, written: Path, stored: Stored, report: CheckpointReport) -> bytes:
+    """The manifest of what was written, read back; a module in memory is what was written."""
+    again = map_store(written)
     if again is None or again.source is None:
         return manifest_text(output.operation, __version__, report, every_name(stored.content), lambda t: t)
     try:
@@ -202,7 +210,7 @@ def _tied(content: Any) -> tuple[str, str] | None:
     """Two names that share memory. Tensors of one storage that do not overlap are apart as well as together."""
     seen: dict[Any, str] = {}
     for name, tensor in flat_tensors(content).items():
-        if not tensor.numel() or tensor.is_sparse:
+        if tensor.layout != torch.strided or tensor.is_nested or not tensor.numel():
             continue
         start = ("promise", tensor.untyped_storage()._cdata) if tensor.is_meta else tensor.untyped_storage().data_ptr()
         if start and seen.setdefault(start, name) != name:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from wnsurgery.errors import SelectionError, VerificationError, printable
+from wnsurgery.errors import InputError, SelectionError, VerificationError, printable
 from wnsurgery.text import by, columns
 
 __all__ = [
@@ -46,7 +46,8 @@ _SHOWN = 20  # rows a report prints
 def as_array(value: Any) -> Array:
     """A tensor of torch, an array of numpy or anything array-like as a numpy array of the same bits.
 
-    bfloat16 and the 8-bit floats arrive as `ml_dtypes`; tensors come to the CPU, without their graph.
+    bfloat16 and the 8-bit floats arrive as `ml_dtypes`; tensors come to the CPU, without their graph. Raises InputError
+    for meta, quantized and nested tensors, which are no arrays of numbers.
 
     >>> as_array([1.0, 2.0]).dtype
     dtype('float64')
@@ -54,6 +55,9 @@ def as_array(value: Any) -> Array:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(value, torch.Tensor):
         return np.asarray(value)
+    odd = [kind for kind in ("meta", "quantized", "nested") if getattr(value, f"is_{kind}")]
+    if odd:
+        raise InputError(f"a {odd[0]} tensor is no array of numbers that could be compared")
     tensor: Any = value.detach().cpu().resolve_conj().resolve_neg()
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()

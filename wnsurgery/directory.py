@@ -25,7 +25,8 @@ from torch import Tensor
 from wnsurgery import __version__
 from wnsurgery.checkpoint import CheckpointReport
 from wnsurgery.delivery import Output, every_name, figures, watch
-from wnsurgery.errors import InputError, OutputError, OutputExistsError, printable
+from wnsurgery.errors import InputError, OutputError, OutputExistsError, UnsafeFileError, WnsurgeryError, printable
+from wnsurgery.loading import read
 from wnsurgery.manifest import manifest_text
 from wnsurgery.promises import Promises
 from wnsurgery.ranks import Ranks
@@ -125,7 +126,7 @@ def _fill(
     for name in files:
         stored = map_store(path / name)
         if stored is None or stored.source is None or not isinstance(stored.content, dict):
-            raise InputError.of(path / name, "not a file of plain tensors")
+            raise _not_plain(path / name)
         sources.append(stored.source)
         shards.formats[name], shards.metadata[name] = stored.format, stored.metadata
         shards.entries[name] = {k: v for k, v in stored.content.items() if not isinstance(v, Tensor)}
@@ -141,6 +142,17 @@ def _fill(
     if missing:
         raise InputError.of(path / shards.index, f"names {printable(missing[0])}, which is in no file")
     return tensors
+
+
+def _not_plain(path: Path) -> WnsurgeryError:
+    """Why a file cannot be one of a directory: its pickle would run code, it is damaged, or it holds something else."""
+    try:
+        read(path, trust_pickle=False)
+    except UnsafeFileError as error:
+        return UnsafeFileError(error.message, hint="a file that you trust can be named alone, with --trust-pickle")
+    except InputError as error:
+        return error
+    return InputError.of(path, "not a file of plain tensors")
 
 
 # Writing -------------------------------------------------------------------------------------------------
@@ -184,19 +196,26 @@ def deliver_directory(
                     maker.run_all()  # what an earlier run wrote has its warnings, too
                 folder.source.check_all()
                 output.settle(whole())
+                if output.manifest is not None:  # one that cannot be made keeps the output from taking its place
+                    sink.write(_manifest(output, staging.payload, whole()))
         if ranks.rank > 0:
             ranks.gather(None)
             return replace(whole(), proof=figures(output, whole(), maker, folder.source.size, 0))
         names = list_files(target)
         written = sum((target / name).stat().st_size for name in names)
-        if output.manifest is not None:
-            again = map_directory(target)
-            digests = {name: file_digest(target / name) for name in names}
-            tensors = every_name(again.stored.content)
-            sink.write(manifest_text(output.operation, __version__, whole(), tensors, again.source.fetch, digests))
-            again.source.close()
     ranks.gather(None)
     return replace(whole(), proof=figures(output, whole(), maker, folder.source.size, written))
+
+
+def _manifest(output: Output, written: Path, report: CheckpointReport) -> bytes:
+    """The manifest of the directory that was written, read back."""
+    again = map_directory(written)
+    try:
+        digests = {name: file_digest(written / name) for name in list_files(written)}
+        tensors = every_name(again.stored.content)
+        return manifest_text(output.operation, __version__, report, tensors, again.source.fetch, digests)
+    finally:
+        again.source.close()
 
 
 def _refuse_strangers(target: Path, written: set[str]) -> None:

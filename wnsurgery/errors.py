@@ -19,6 +19,7 @@ WnsurgeryError
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -131,13 +132,30 @@ class InputMissingError(InputError, FileNotFoundError):
 
     @classmethod
     def at(cls, path: PathLike[str] | str) -> InputMissingError:
-        """That nothing is at a path, with the names most like it in its directory."""
+        """That nothing is at a path: a link that leads nowhere, or the names most like it in its directory."""
         where = Path(path)
+        if (broken := _broken_link(where)) is not None:
+            return cls(f"{path}: {broken}")
         near: list[str] = []
         with contextlib.suppress(OSError, ValueError):
             near = get_close_matches(where.name, [other.name for other in where.parent.iterdir()], n=3)
         hint = f"near names: {', '.join(printable(where.with_name(name)) for name in near)}" if near else None
         return cls(f"{path}: no such file", hint=hint)
+
+
+_BROKEN = {errno.ENOENT: "a link to nothing", errno.ELOOP: "a loop of links"}
+
+
+def _broken_link(path: Path) -> str | None:
+    """What is wrong with the first link on the way to a path that leads nowhere; None where there is none."""
+    for step in (*reversed(path.parents), path):
+        try:
+            if step.is_symlink():
+                step.stat()
+        except (OSError, ValueError) as error:
+            kind = _BROKEN.get(getattr(error, "errno", None) or 0)
+            return kind and f"{kind} ({printable(step)} leads to {printable(step.readlink())})"
+    return None
 
 
 class ExportError(WnsurgeryError, RuntimeError):

@@ -149,13 +149,16 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
         rtol, atol: tolerance on outputs, see `differences.tolerance`.
 
     Raises:
-        SelectionError: there is no such opset, or a tolerance is none.
+        SelectionError: there is no such opset, a tolerance is none, or `path` has the suffix of a checkpoint.
         ExportError: the model cannot be traced or translated; the module where it happens is named if known.
         VerificationError: onnxruntime's outputs differ from the model's, or hold NaN. Nothing is written then.
         OutputExistsError, OutputError: about `path`.
     """
+    from wnsurgery.stores import is_file_name
     from wnsurgery.stores.commit import check_output
 
+    if is_file_name(path):
+        raise SelectionError(f"{path}: would be an ONNX graph, and is called a checkpoint", hint="call it .onnx")
     path = check_output(path, force=force)
     _check_name(path)
     _check_opset(opset)

@@ -334,6 +334,10 @@ def _convert(
     """Convert a loaded file in place, by whichever of the three ways it calls for."""
     if (setup["init"] == "data") != (setup["data"] is not None):
         raise SelectionError('init="data" and data go together')
+    if setup["init"] == "preserve" and setup["init_scale"] != 1.0:
+        raise SelectionError('init_scale goes with init="data" or init="fan"')
+    if setup["batch_norm"] == "keep" and setup["inputs"] is not None:
+        raise SelectionError('inputs go with batch_norm="fold" or batch_norm="mean-only"')
     modules = modules_in(content)
     if modules:
         if layout != "parametrized" or arch is not None:

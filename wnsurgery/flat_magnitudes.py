@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from wnsurgery.choice import ByName
 from wnsurgery.errors import PairError, printable
 from wnsurgery.keys import flat_pairs
-from wnsurgery.states import StateDict
+from wnsurgery.states import StateDict, shape_of
 
 __all__ = ["spread_magnitudes"]
 
@@ -27,7 +27,7 @@ def spread_magnitudes(states: Sequence[StateDict], choose: ByName) -> None:
     """
     for state in states:
         tensors = state.tensors
-        for pair in flat_pairs({key: tuple(t.shape) for key, t in tensors.items()}):
+        for pair in flat_pairs({key: shape_of(t) for key, t in tensors.items()}):
             g, v = tensors[pair.g_key], tensors[pair.v_key]
             axes = choose.told(state, pair.plain_key, v)
             if axes is None:

@@ -45,8 +45,9 @@ def write_html(
 
     Raises InputError for a parity file that is no JSON, OutputExistsError, OutputError.
     """
-    from wnsurgery.stores.commit import committed
+    from wnsurgery.stores.commit import check_output, committed
 
+    check_output(path, force=force)
     beside = None if parity is None else _read(parity)
     page = html_page(report, title=title, parity=beside, changes=changes)
     with committed(path, force=force) as file:

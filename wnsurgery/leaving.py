@@ -24,11 +24,19 @@ _REFUSALS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)  # of t
 def leave(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
     """Run a command and end the process with its exit code, whatever happens."""
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _leave_on_signals()
     _fill_in_stderr()
     _show_warnings()
     _spell_out_what_cannot_be_written()
     sys.exit(_run(command, arguments, debug))
+
+
+def _leave_on_signals() -> None:
+    """What asks a process to end lets it put its files in order first; a hang-up that `nohup` ignores stays ignored."""
+    for name in ("SIGTERM", "SIGHUP", "SIGXCPU"):
+        number = getattr(signal, name, None)  # not every system has all three
+        if number is not None and (name == "SIGTERM" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
 def _fill_in_stderr() -> None:

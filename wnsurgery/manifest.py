@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from wnsurgery.checkpoint import CheckpointReport
-from wnsurgery.states import dtype_name
+from wnsurgery.parts import plain_parts
+from wnsurgery.states import dtype_name, shape_of
+from wnsurgery.stores.mapped import row_major
 
 __all__ = ["manifest_text", "tensor_digest"]
 
@@ -48,7 +50,7 @@ def manifest_text(
         row: dict[str, Any] = {"name": name, "action": step.action if step else "kept"}
         if step is not None:
             row["from"] = [step.full(key) for key in step.sources]
-        shown = {"dtype": dtype_name(tensor), "shape": list(tensor.shape), "sha256": tensor_digest(fetch(tensor))}
+        shown = {"dtype": dtype_name(tensor), "shape": list(shape_of(tensor)), "sha256": tensor_digest(fetch(tensor))}
         rows.append({**row, **shown})
     table["tensors"] = sorted(rows, key=lambda row: row["name"])
     table["removed"] = sorted(
@@ -59,14 +61,16 @@ def manifest_text(
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes in row-major order; of its text where it is not strided.
+    """SHA-256 of a tensor's bytes in row-major order; of those of its parts where it is no plain one.
 
     >>> tensor_digest(torch.zeros(2, dtype=torch.uint8)) == hashlib.sha256(bytes(2)).hexdigest()
     True
     """
-    tensor = tensor.detach()
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+    if tensor.is_meta:
         return hashlib.sha256(str(tensor).encode()).hexdigest()
-    flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        digests = [f"{name} {tensor_digest(part)}" for name, part in plain_parts("", tensor).items()]
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    flat = row_major(tensor.detach().cpu().resolve_conj().resolve_neg())
     data = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""  # type: ignore[arg-type]
     return hashlib.sha256(data).hexdigest()

@@ -32,7 +32,7 @@ class Parameters:
         return [
             (key, tensor)
             for key, tensor in self.tensors.items()
-            if tensor.is_floating_point() and not key.endswith(_BUFFERS)
+            if tensor.is_floating_point() and not tensor.is_nested and not key.endswith(_BUFFERS)
         ]
 
 

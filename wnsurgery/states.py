@@ -28,6 +28,7 @@ __all__ = [
     "identity",
     "is_optimizer",
     "refusal",
+    "shape_of",
     "state_dicts",
 ]
 
@@ -118,7 +119,7 @@ def is_optimizer(item: dict[Any, Any]) -> bool:
 def found_in(state: StateDict) -> Found:
     """The pairs of one state dict and the look-alikes; errors carry its path."""
     try:
-        return find_pairs({key: tuple(t.shape) for key, t in state.tensors.items()}, _fits)
+        return find_pairs({key: shape_of(t) for key, t in state.tensors.items()}, _fits)
     except PairError as error:
         if not state.path:
             raise
@@ -135,6 +136,8 @@ def _fits(g_shape: Sequence[int], v_shape: Sequence[int]) -> bool:
 
 def refusal(tensor: Tensor) -> str:
     """Why a tensor cannot go in or out of weight norm whatever its name; empty if it can."""
+    if tensor.is_nested:
+        return "nested: of several tensors of different sizes"
     if tensor.layout != torch.strided or tensor.is_quantized:
         return "sparse or quantized"
     if tensor.dtype not in _FLOATS:
@@ -142,6 +145,15 @@ def refusal(tensor: Tensor) -> str:
     if type(tensor) not in (Tensor, nn.Parameter) and not is_spread(tensor):
         return f"a tensor subclass ({type(tensor).__name__})"
     return ""
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape; of a nested tensor -1 for the sizes in which its parts may differ.
+
+    >>> shape_of(torch.ones(2, 3))
+    (2, 3)
+    """
+    return (tensor.size(0), *[-1] * (tensor.ndim - 1)) if tensor.is_nested else tuple(tensor.shape)
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -152,6 +164,8 @@ def dtype_name(tensor: Tensor) -> str:
 def identity(tensor: Tensor) -> Any:
     """Equal for two names of one tensor (a tie), however the file came to share it."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or not tensor.numel():
+        return id(tensor)
+    if tensor.is_nested:
         return id(tensor)
     if is_spread(tensor):  # its memory differs from process to process; a decision must not
         return id(tensor)

@@ -15,7 +15,7 @@ from wnsurgery.errors import NonFiniteWeightError, PairError, printable
 from wnsurgery.kept import Rooms
 from wnsurgery.keys import Layout, Pair, pair_of
 from wnsurgery.reparam import Axes, Magnitude, compose, decompose
-from wnsurgery.states import StateDict, dtype_name, found_in, refusal
+from wnsurgery.states import StateDict, dtype_name, found_in, refusal, shape_of
 
 __all__ = [
     "Action",
@@ -191,7 +191,7 @@ def plan_fold(state: StateDict) -> tuple[list[Step], list[Skip]]:
     found = found_in(state)
     steps = [pair_step("folded", state, p, (p.plain_key,)) for p in found.pairs]
     _refuse_collisions(state, steps)
-    return steps, [Skip(state.full(k), tuple(tensors[k].shape), reason) for k, reason in found.left]
+    return steps, [Skip(state.full(k), shape_of(tensors[k]), reason) for k, reason in found.left]
 
 
 def plan_convert(
@@ -206,7 +206,7 @@ def plan_convert(
     halves = {key: pair for pair in found.pairs for key in pair.keys}
     left, log = dict(found.left), magnitude == "log"
     for key, tensor in tensors.items():
-        shape = tuple(tensor.shape)
+        shape = shape_of(tensor)
         pair = halves.get(key)
         if pair is not None:
             if key == pair.v_key:
@@ -230,7 +230,7 @@ def plan_convert(
 def _convert_pair(
     state: StateDict, pair: Pair, target: Pair, choose: Choice, steps: list[Step], skipped: list[Skip]
 ) -> None:
-    shape, name = tuple(state.entries[pair.v_key].shape), state.full(pair.plain_key)
+    shape, name = shape_of(state.entries[pair.v_key]), state.full(pair.plain_key)
     if pair.layout == target.layout:
         skipped.append(Skip(name, shape, f"already under weight norm ({pair.layout})"))
     elif not choose.wants(state, pair.plain_key):
@@ -248,9 +248,9 @@ def pair_step(
         reason = refusal(v) or refusal(g)
         if reason:
             raise PairError(f"{printable(name)}: its pair cannot be folded ({reason})")
-    axes = Axes.of_pair(g.shape, v.shape)
+    axes = Axes.of_pair(shape_of(g), shape_of(v))
     marked = pair.log if log is None else log
-    return Step(action, name, pair.keys, targets, axes, tuple(v.shape), dtype_name(v), marked, state.path)
+    return Step(action, name, pair.keys, targets, axes, shape_of(v), dtype_name(v), marked, state.path)
 
 
 def _refuse_collisions(state: StateDict, steps: Iterable[Step]) -> None:

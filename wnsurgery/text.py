@@ -18,5 +18,5 @@ def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def by(shape: Sequence[int] | None) -> str:
-    """A shape as `3x4`; "scalar" for a tensor of no dimensions, "?" where there is none yet."""
-    return "?" if shape is None else "x".join(map(str, shape)) or "scalar"
+    """A shape as `3x4`; "scalar" for a tensor of no dimensions, "?" for what is not known."""
+    return "?" if shape is None else "x".join("?" if size < 0 else str(size) for size in shape) or "scalar"

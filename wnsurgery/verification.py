@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from wnsurgery.bisection import Parting, first_difference
 from wnsurgery.differences import (
@@ -40,6 +41,7 @@ from wnsurgery.errors import (
     printable,
 )
 from wnsurgery.parity import cast_to_declared, open_session, refuse_other_outputs, run_session
+from wnsurgery.parts import plain_parts
 from wnsurgery.reparam import Magnitude
 from wnsurgery.runs import Case, Inputs, copy_of, rng_kept
 from wnsurgery.surgery import fold_weight_norm
@@ -136,9 +138,10 @@ def verify(  # noqa: PLR0913 - what is compared, how, and how it is loaded; all 
 
     Weights: names, shapes, types and every bit. Between an ONNX graph and something else they are compared only where
     outputs cannot be, because exporters rename, transpose and merge weights; each tensor of the checkpoint must then be
-    found in the graph, by name or by content. Outputs: `|a - b| <= atol + rtol * max|b|`; NaN against anything but NaN
-    fails. Two modules may return any structure, the same on both sides, that tensors are found in (containers,
-    dataclasses, caches); beside an ONNX graph, a module must return tensors alone. Both run in eval mode, on copies.
+    found in the graph, by name or by content. Outputs: `|a - b| <= atol + rtol * max|b|`; NaN fails even where
+    both sides hold it; infinities pass where both sides hold the same. Two modules may return any structure, the same
+    on both sides, that tensors are found in (containers, dataclasses, caches); beside an ONNX graph, a module must
+    return tensors alone. Both run in eval mode, on copies.
 
     >>> verify(nn.Linear(2, 2), nn.Linear(2, 2)).ok
     False
@@ -215,8 +218,8 @@ class _Side:
         case = case.cast_for(self.module) if any_dtype else case
         with torch.no_grad(), rng_kept(self.module):
             if not beside_graph:
-                named = case.run_by_name(self.module)
-                return list(named), list(named.values())
+                found = _comparable(case.run_by_name(self.module))
+                return list(found), list(found.values())
             values = case.run(self.module)
         return [""] * len(values), list(values)
 
@@ -237,7 +240,7 @@ def _of_module(model: nn.Module, name: str, *, built: bool = False) -> _Side:
         running, plain = copy_of(model), copy_of(model)
         running.eval()
         fold_weight_norm(plain)
-    tensors = {k: v for k, v in plain.state_dict().items() if isinstance(v, Tensor)}
+    tensors = {k: v for k, v in _comparable(plain.state_dict()).items() if isinstance(v, Tensor)}
     return _Side(name, tensors, module=running, built=built)
 
 
@@ -259,6 +262,7 @@ def _of_graph(path: Path) -> _Side:
 def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool, magnitude: Magnitude, entry: str | None) -> _Side:
     from wnsurgery.checkpoint import flat_tensors, fold_state, state_dicts
     from wnsurgery.files import load_model, load_object
+    from wnsurgery.loading import named
     from wnsurgery.stores.modules import modules_in
 
     content = _of_directory(path) if path.is_dir() and arch is None else load_object(path, trust_pickle=trust_pickle)
@@ -275,7 +279,14 @@ def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool, magnitude:
     states = [state for state in state_dicts(content) if entry in (None, state.path)]
     # a wrapper around the only state dict ({"model": ...}) is no part of the names
     tensors = states[0].tensors if len(states) == 1 else flat_tensors(content)
-    return _Side(str(path), tensors, entered=entry is not None)
+    with named(path):
+        return _Side(str(path), _comparable(tensors), entered=entry is not None)
+
+
+def _comparable(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors as numbers to compare: what is sparse, quantized or nested as its parts."""
+    parts = (plain_parts(k, v) if isinstance(v, Tensor) else {k: v} for k, v in tensors.items())
+    return {name: part for entry in parts for name, part in entry.items()}
 
 
 def _of_directory(path: Path) -> Any:
@@ -332,9 +343,9 @@ def _both_nan(a: _Side, b: _Side) -> list[str]:
 
 def _has_nan(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.is_floating_point() and not value.is_meta and bool(torch.isnan(value).any())
-    array = as_array(value)
-    return array.dtype.kind == "f" and bool(np.isnan(array).any())
+        number = value.is_floating_point() or value.is_complex()
+        return number and not value.is_meta and bool(torch.isnan(value).any())
+    return bool(_nans(as_array(value)).any())
 
 
 def _is_weight(array: Array) -> bool:
@@ -380,7 +391,7 @@ def _outputs(
 ) -> tuple[OutputsReport, ...]:
     reports: list[OutputsReport] = []
     values: list[Array] = []
-    for case in cases:
+    for number, case in enumerate(cases, 1):
         results = []
         for side in (a, b):
             try:
@@ -391,15 +402,46 @@ def _outputs(
             raise InputError(f"the inputs fit neither side: {'; '.join(failures[-2:])}")
         if len(results) < 2:
             break
-        report = _output_report if a.is_graph or b.is_graph else _report_by_name
+        by_name = not (a.is_graph or b.is_graph)
+        report = _report_by_name if by_name else _output_report
         reports.append(report(results[0], results[1], limits, any_dtype))
         values += (as_array(value) for value in results[0][1])
-    full = [value for value in values if value.size]
-    if values and not full:
+        which = f"set {number} of the inputs" if len(cases) > 1 else "these inputs"
+        failures += _holes(_pairs(results, by_name), case, which)
+    if values and not any(value.size for value in values):
         failures.append("every output is empty, which proves nothing")
-    elif full and all(value.dtype.kind not in "iub" and bool(np.isnan(value).all()) for value in full):
-        failures.append("every output is NaN, which proves nothing")
     return tuple(reports)
+
+
+def _holes(pairs: Sequence[tuple[str, Any, Any]], case: Any, which: str) -> list[str]:
+    """Outputs that are NaN in the same place on both sides: how much, where, and whether the inputs are to blame."""
+    given = case.values() if isinstance(case, Mapping) else [case] if isinstance(case, Tensor | np.ndarray) else case
+    why = " (they hold NaN)" if any(_nans(leaf).any() for leaf in pytree.tree_leaves(list(given))) else ""
+    found = []
+    for name, x, y in pairs:
+        one, other = _nans(x), _nans(y)
+        both = one & other if one.shape == other.shape else np.zeros(0, bool)
+        if both.any():
+            at = tuple(int(i) for i in np.unravel_index(int(both.argmax()), both.shape))
+            where = f"{int(both.sum())} of {both.size} elements are NaN on both sides on {which}{why}, first at {at}"
+            found.append(f"{printable(name)}: {where}, which proves nothing")
+    return found
+
+
+def _nans(value: Any) -> Array:
+    """Which elements are NaN; none of what is no array of real or complex numbers."""
+    array = as_array(value) if isinstance(value, Tensor | np.ndarray) else np.zeros(0)
+    return np.isnan(array) if is_float(array.dtype) or array.dtype.kind == "c" else np.zeros(array.shape, bool)
+
+
+def _pairs(sides: Sequence[tuple[list[str], list[Any]]], by_name: bool = False) -> list[tuple[str, Any, Any]]:
+    """The outputs of both sides: of two modules by name, else by position, named after the side that has names."""
+    a, b = sides
+    if by_name:
+        theirs = dict(zip(*b, strict=True))
+        return [(name, value, theirs[name]) for name, value in zip(*a, strict=True) if name in theirs]
+    names = [y or x or f"output {i}" for i, (x, y) in enumerate(zip(a[0], b[0], strict=False))]
+    return list(zip(names, a[1], b[1], strict=False))
 
 
 def _cases(
@@ -442,15 +484,14 @@ def _output_report(
     limits: tuple[float | None, float | None],
     any_dtype: bool,
 ) -> OutputsReport:
-    """Compared by position, as callers of either side unpack them; named after the side that has names."""
+    """Compared by position, as callers of either side unpack them."""
     if len(a[1]) != len(b[1]):
         return compare_outputs(a[1], b[1])
     if any_dtype:
-        pairs = [_coarser(x, y) for x, y in zip(a[1], b[1], strict=True)]
-        a, b = (a[0], [x for x, _ in pairs]), (b[0], [y for _, y in pairs])
-    names = [y or x or f"output {i}" for i, (x, y) in enumerate(zip(a[0], b[0], strict=True))]
-    sides = [dict(zip(names, side[1], strict=True)) for side in (a, b)]
-    return compare_outputs(sides[0], sides[1], rtol=limits[0], atol=limits[1])
+        judged = [_coarser(x, y) for x, y in zip(a[1], b[1], strict=True)]
+        a, b = (a[0], [x for x, _ in judged]), (b[0], [y for _, y in judged])
+    pairs = _pairs((a, b))
+    return compare_outputs({n: x for n, x, _ in pairs}, {n: y for n, _, y in pairs}, rtol=limits[0], atol=limits[1])
 
 
 def _report_by_name(

@@ -6,6 +6,7 @@ write_store("folded.safetensors", stored)  # format by suffix, commit by rename
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -152,7 +153,7 @@ def write_store(
     *,
     force: bool = False,
     values: Values | None = None,
-    last: Callable[[], None] | None = None,
+    last: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a file whole or not at all, in the format its suffix asks for (else `stored.format`).
 
@@ -161,7 +162,8 @@ def write_store(
         stored: what to write.
         force: replace an existing file.
         values: brings the tensors one by one; None where they are all in memory.
-        last: called when everything is written, before the output takes its place; may raise to prevent that.
+        last: called when everything is written, with where, before that takes the output's place; may raise to
+            prevent it.
 
     Raises:
         InputError: the content does not fit into the format.
@@ -184,7 +186,7 @@ def write_store(
         else:
             write_torch(stored.content, file, path)
         if last is not None:
-            last()
+            last(Path(file.name))
 
 
 def _refuse_unflat(content: Any, path: Path) -> None:
@@ -216,6 +218,8 @@ def open_regular(path: Path) -> BinaryIO:
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
+        if getattr(error, "errno", None) == errno.ELOOP:
+            raise InputMissingError.at(path) from None
         raise InputError.of(path, getattr(error, "strerror", None) or str(error)) from error
     return os.fdopen(handle, "rb")
 

@@ -19,6 +19,7 @@ from wnsurgery.errors import InputError, OutputError, OutputExistsError
 
 __all__ = ["beside", "check_output", "check_space", "committed", "file_digest", "is_same_file", "refuse_inputs"]
 
+_MAX_LINKS = 40  # in a chain, as Linux has it
 _MAX_START = 200  # bytes, of the 255 that names may have nearly everywhere
 
 
@@ -36,7 +37,7 @@ def check_output(
 
     Raises:
         OutputExistsError: it exists and `force` is not given, or it is the input and `in_place` is not given.
-        OutputError: its directory is missing, or it is something else than a regular file.
+        OutputError: its directory is missing, it is something else than a regular file, or it belongs to the system.
     """
     path = Path(output)
     try:
@@ -46,18 +47,32 @@ def check_output(
             raise OutputError(f"{path}: the directory {path.parent} does not exist") from None
         if path.is_symlink():
             raise OutputError(f"{path}: a link that leads nowhere") from None
+        _refuse_system(path)
         return path
     except (OSError, ValueError) as error:
         raise OutputError(f"{path}: {_reason(error)}") from error
     if not stat.S_ISREG(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
         raise OutputError(f"{path}: {kind}; nothing was written")
+    _refuse_system(path)
     if source is not None and is_same_file(path, source):
         if not in_place:
             raise OutputExistsError(f"{path}: this is the input", hint="in_place=True (--in-place) replaces it")
     elif not force:
         raise OutputExistsError(f"{path}: already exists", hint="force=True (--force) replaces it")
     return path
+
+
+def _refuse_system(path: Path) -> None:
+    """Raise OutputError for what lies in /proc or among the devices, or is a link there, as /dev/stdout is: a rename
+    would replace the system's own link."""
+    for _ in range(_MAX_LINKS):
+        folder = path.parent.resolve()
+        if folder == Path("/dev") or folder.parts[:2] in (("/", "proc"), ("/", "sys")):
+            raise OutputError(f"{path}: {folder} belongs to the system; nothing was written")
+        if not path.is_symlink():
+            return
+        path = folder / path.readlink()
 
 
 def beside(path: Path, ending: str) -> Path:
@@ -148,7 +163,7 @@ def _create(temporary: Path, path: Path) -> BinaryIO:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     except OSError as error:
         raise OutputError(f"{path}: {_reason(error)}") from error
-    return cast(BinaryIO, _Unbuffered(handle, "wb"))
+    return cast(BinaryIO, _Unbuffered(temporary, "wb", opener=lambda *_: handle))  # so that it knows its name
 
 
 _AT_ONCE = 1 << 16  # bytes: writes of many megabytes took half as long again, and up to five times as long

@@ -24,7 +24,7 @@ from torch import Tensor
 from wnsurgery.errors import InputError, printable
 from wnsurgery.kept import extent
 
-__all__ = ["Assembly", "MappedFile", "Record", "Source", "byte_span", "is_plain", "no_bytes", "resolved"]
+__all__ = ["Assembly", "MappedFile", "Record", "Source", "byte_span", "is_plain", "no_bytes", "resolved", "row_major"]
 
 _BLOCK = 1 << 22
 _LARGE = 1 << 20  # bytes from which fresh memory costs more than reading into it
@@ -258,9 +258,20 @@ def resolved(tensor: Tensor) -> Tensor:
         raise InputError(f"a {tensor.dtype} tensor is marked as negated, which that type cannot be") from error
 
 
+def row_major(tensor: Tensor) -> Tensor:
+    """The elements of a strided tensor one after the other, so that they can be seen as bytes; a copy where need be.
+
+    >>> row_major(torch.arange(4.0)[::2][:1]).stride()
+    (1,)
+    """
+    flat = tensor.contiguous().reshape(-1)
+    return flat.as_strided(flat.shape, (1,))  # to torch a single element is contiguous whatever its stride
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is a strided CPU tensor over memory of its own kind."""
-    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized and tensor.is_cpu
+    odd = tensor.is_meta or tensor.is_quantized or tensor.is_nested
+    return tensor.layout == torch.strided and not odd and tensor.is_cpu
 
 
 def byte_span(tensor: Tensor) -> tuple[int, int]:

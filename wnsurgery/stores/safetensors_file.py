@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wnsurgery.errors import InputError, printable
-from wnsurgery.stores.mapped import MappedFile, Record, resolved
+from wnsurgery.stores.mapped import MappedFile, Record, resolved, row_major
 from wnsurgery.stores.values import Loaded, Values
 
 __all__ = [
@@ -137,7 +137,7 @@ def write_safetensors(
     file.write(len(header).to_bytes(8, "little") + header)
     for name in order:
         if tensors[name].numel():
-            flat = resolved(values.fetch(tensors[name]).detach().cpu()).contiguous().reshape(-1)
+            flat = row_major(resolved(values.fetch(tensors[name]).detach().cpu()))
             file.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
             del flat
 
@@ -176,9 +176,11 @@ def _checked(tensor: Tensor, name: str, path: Path, values: Values) -> Tensor:
         raise InputError.of(
             path, f"the name {printable(name)} does not fit into a .safetensors file", "write a .pt file instead"
         )
-    if tensor.layout != torch.strided or tensor.is_quantized or meta or tensor.dtype not in _NAMES:
+    odd = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested
+    if odd or meta or tensor.dtype not in _NAMES:
         kind = f"{tensor.dtype}".removeprefix("torch.")
         kind = "meta" if meta else kind if tensor.layout == torch.strided else f"sparse {kind}"
+        kind = f"nested {kind}" if tensor.is_nested else kind
         raise InputError.of(
             path, f"{printable(name)} ({kind}) does not fit into a .safetensors file", "write a .pt file instead"
         )
