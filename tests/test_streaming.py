@@ -24,6 +24,7 @@ from wnsurgery.proof import ulps_apart
 from wnsurgery.reparam import Axes, compose
 from wnsurgery.states import every_tensor
 from wnsurgery.stores import map_store, read_store
+from wnsurgery.surgery import apply_weight_norm
 
 
 def content() -> dict:
@@ -241,6 +242,39 @@ def test_optimizer_state_that_cannot_be_told_apart_goes_whole(tmp_path: Path) ->
     report = fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt")
     assert torch.load(tmp_path / "b.pt")["optimizer"]["state"] == {}
     assert any("all of its state is dropped" in text for text in report.warnings)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_optimizer_state_of_other_parameters_survives_there_and_back(tmp_path: Path, converted: bool) -> None:
+    """A second and a third surgery find the weights replaced before by the gaps in the optimizer's numbers."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3))
+    if converted:
+        apply_weight_norm(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 3, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "0.pt")
+    for i in range(3):
+        job = fold_checkpoint if (i + converted) % 2 else convert_checkpoint
+        warnings = job(tmp_path / f"{i}.pt", tmp_path / f"{i + 1}.pt").warnings
+        assert len(warnings) == (i == 0)
+    left = torch.load(tmp_path / "3.pt", weights_only=True)["optimizer"]
+    names = [name for name, _ in model.named_parameters()]
+    kept = [i for i, name in enumerate(names) if name.endswith("bias") or name == "1.weight"]
+    assert left["param_groups"][0]["params"] == list(left["state"]) == kept
+    for number, parameter in zip(kept, [list(model.parameters())[i] for i in kept], strict=True):
+        assert torch.equal(left["state"][number]["exp_avg"], optimizer.state[parameter]["exp_avg"])
+
+
+@pytest.mark.parametrize("numbers", [[1, 2, 3], [0, 2], [2, 3], [0, 1, 3, 4]])
+def test_gaps_that_fit_no_earlier_surgery_tell_nothing(tmp_path: Path, numbers: list[int]) -> None:
+    """Where numbers are too many or too few, or a gap would be a bias, the whole state goes."""
+    state = {n: {"exp_avg": torch.ones(3)} for n in numbers}
+    groups = [{"params": numbers, "lr": 0.1}]
+    net = {"a.weight_g": torch.ones(3, 1), "a.weight_v": torch.ones(3, 3), "a.bias": torch.ones(3)}
+    torch.save({"net": net, "optimizer": {"state": state, "param_groups": groups}}, tmp_path / "a.pt")
+    report = fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt")
+    assert "all of its state is dropped" in report.warnings[0]
 
 
 # The proof -----------------------------------------------------------------------------------------------

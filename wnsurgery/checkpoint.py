@@ -241,7 +241,8 @@ def _parameters(state: StateDict, steps: list[Step]) -> Parameters:
     for key, tensor in state.tensors.items():
         firsts.setdefault(identity(tensor), key)
     gone = {key for step in steps if step.action != "rekeyed" for key in step.sources}
-    return Parameters({k: state.entries[k] for k in firsts.values()}, frozenset(gone), state.path)
+    pairs = [pair.keys[:2] for pair in found_in(state).pairs]
+    return Parameters({k: state.entries[k] for k in firsts.values()}, frozenset(gone), state.path, pairs)
 
 
 def _renewed(state: StateDict, steps: list[Step], maker: Maker, known: dict[Any, tuple[Tensor, ...]]) -> dict[Any, Any]:

@@ -2,7 +2,8 @@
 
 A file numbers an optimizer's parameters in the order in which the model had them, and does not name them. Where
 a state dict of the same file has as many parameters with the same shapes in the same order, the numbers can be
-told; where not, the whole state goes, since momentum on the wrong weight is worse than none.
+told; where not, the whole state goes, since momentum on the wrong weight is worse than none. An earlier surgery has
+left gaps in the numbers, which torch itself never does: there went the weights that it replaced.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "log_scale", "
 
 @dataclass(frozen=True)
 class Parameters:
-    """One state dict before the change: its tensors in order, each tie once, and the keys that go."""
+    """One state dict before the change: its tensors in order, each tie once, the keys that go, and those of g and v."""
 
     tensors: Mapping[str, Tensor]
     gone: frozenset[str]
     path: str = ""
+    pairs: Sequence[Sequence[str]] = ()
 
     def candidates(self) -> list[tuple[str, Tensor]]:
         """What may be parameters: floating-point tensors that are no buffer torch's layers are known for."""
@@ -114,7 +116,42 @@ def _matched(numbers: list[Any], state: Mapping[Any, Any], states: Sequence[Para
             _could_be(state.get(n), tensor) for n, (_, tensor) in zip(numbers, parameters, strict=True)
         ):
             found.append({n: key in candidate.gone for n, (key, _) in zip(numbers, parameters, strict=True)})
+        elif _has_gaps(numbers):
+            found += [fit for wide in (1, 2) if (fit := _beside_gaps(numbers, state, candidate, wide)) is not None]
     return found[0] if found and all(f == found[0] for f in found) else None
+
+
+def _has_gaps(numbers: list[Any]) -> bool:
+    """Whether numbers rise and leave some out before the last."""
+    return all(isinstance(n, int) for n in numbers) and sorted(set(numbers)) == numbers != list(range(len(numbers)))
+
+
+def _beside_gaps(
+    numbers: list[Any], state: Mapping[Any, Any], candidate: Parameters, wide: int
+) -> dict[Any, bool] | None:
+    """For every parameter whether it is replaced, where each gap of `wide` numbers is a weight replaced earlier.
+
+    A gap is one number wide where the optimizer knew a plain weight, two where it knew g and v.
+    """
+    tensors, left, at = dict(candidate.candidates()), set(numbers), 0
+    halves = {key: pair for pair in candidate.pairs for key in pair}
+    found: dict[Any, bool] = {}
+    for key in list(tensors):
+        entry = [k for k in halves.get(key, (key,)) if k in tensors]
+        if not entry:  # the other half of a pair that is done
+            continue
+        known = [tensors.pop(k) for k in sorted(entry, key=list(tensors).index)]
+        if at not in left:
+            if not left.isdisjoint(range(at, at + wide)) or (len(known) == 1 and known[0].ndim < 2):
+                return None
+            at += wide
+            continue
+        for tensor in known:
+            if at not in left or not _could_be(state.get(at), tensor):
+                return None
+            found[at] = key in candidate.gone
+            at += 1
+    return found if len(found) == len(numbers) else None
 
 
 def _could_be(entry: Any, parameter: Tensor) -> bool:
