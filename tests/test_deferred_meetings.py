@@ -356,3 +356,24 @@ def test_owners_that_are_parted_by_the_meta_device_have_weights_of_their_own() -
     optimizer.step()
     for p, was in zip(model.parameters(), then, strict=True):
         torch.testing.assert_close(p.detach(), was - 0.1 * p.grad)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fused_optimizers_find_gradients_laid_out_as_the_pair(kind: Any, dtype: torch.dtype) -> None:
+    """Which go through memory, whatever the strides: of a weight in groups with its axes exchanged, too."""
+    torch.manual_seed(0)
+    base = nn.ConvTranspose1d(8, 4, 3, groups=2).to(dtype)
+    base.weight.data = base.weight.data.transpose(0, 1).contiguous().transpose(0, 1)
+    x, seen = torch.randn(4, 8, 9, dtype=dtype), []
+    for mode in ("parametrized", "deferred"):
+        model = wn.apply_weight_norm(copy.deepcopy(base), mode=mode)  # type: ignore[arg-type]
+        optimizer = kind(model.parameters(), lr=0.1, fused=True)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        v = model.parametrizations.weight.original1  # type: ignore[union-attr, index]
+        assert v.grad.stride() == v.stride()
+        seen.append(v.detach().clone())
+    torch.testing.assert_close(*seen)

@@ -295,8 +295,9 @@ class DeferredWeight:
             if not _is_wanted(half):
                 continue
             held = _held_by(half)
-            if held is None:
-                _hold(half, part)
+            if held is None:  # laid out as its half, for fused optimizers go through the memory of both
+                alike = part.stride() == half.stride()
+                _hold(half, part if alike else torch.empty_like(half, requires_grad=False).copy_(part))
             else:
                 held.add_(part)
 
