@@ -173,6 +173,35 @@ def test_a_tied_weight_whose_owners_are_switched_apart(how: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", ["load", "one half"])
+def test_a_graph_gives_its_gradient_to_the_pair_it_was_made_with(mode: Any, how: str) -> None:
+    """Also when another pair has taken that one's place since, and with what had gathered before."""
+    torch.manual_seed(0)
+    layer: Any = wn.apply_weight_norm(nn.Linear(4, 3), mode=mode)
+    x, pair = torch.randn(2, 4), layer.parametrizations.weight
+    old: Any = [pair.original0, pair.original1]
+    layer(x).square().sum().backward()
+    alone = [half.grad.clone() for half in old]
+    loss = layer(x).square().sum()
+    if how == "load":
+        layer.load_state_dict({k: 2 * v.detach() for k, v in layer.state_dict().items()}, assign=True)
+    else:
+        pair.original0 = nn.Parameter(torch.ones(3, 1))
+    layer(x)
+    loss.backward()
+    for half, once in zip(old, alone, strict=True):
+        torch.testing.assert_close(half.grad, 2 * once)
+    assert pair.original0 is not old[0] and pair.original0.grad is None
+    assert (pair.original1 is old[1]) is (how == "one half")
+    pair.original1.grad = None
+    layer(x).square().sum().backward()
+    found = [pair.original0.grad, pair.original1.grad]
+    g, v = (half.detach().clone().requires_grad_() for half in (pair.original0, pair.original1))
+    w = g * v / v.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(found, torch.autograd.grad((x @ w.T + layer.bias).square().sum(), [g, v]))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_assigning_a_weight_of_a_recurrent_layer(mode: Any) -> None:
     torch.manual_seed(0)
     net: Any = wn.apply_weight_norm(nn.LSTM(2, 3, batch_first=True), mode=mode)

@@ -146,6 +146,9 @@ class DeferredWeight:
     is not made of ordinary tensors; the weight is then computed from g and v by `compose`, as in the default mode.
     """
 
+    g: nn.Parameter
+    v: nn.Parameter
+
     def __init__(self, group: DeferredGroup, rule: WeightNorm, g: nn.Parameter, v: nn.Parameter) -> None:
         self.group, self.rule = group, rule
         self.uses = 0  # by modules that have the pair
@@ -161,7 +164,9 @@ class DeferredWeight:
 
     def adopt(self, g: nn.Parameter, v: nn.Parameter) -> None:
         """Take this pair, whatever was held before, and give it a leaf of its type on its device; the same leaf where
-        that can be. The weight is computed at its first use."""
+        it is the same pair. The weight is computed at its first use."""
+        if self.leaf is not None and not (g is self.g and v is self.v):
+            self._leave_leaf()
         for old in (self.__dict__.get("g"), self.__dict__.get("v")):
             if old is not None and old is not g and old is not v:
                 _set_plain(old)
@@ -203,12 +208,17 @@ class DeferredWeight:
         those that graphs are yet to give."""
         if settle:
             self.settle()
-            if self.leaf is not None and self.kept is not None:
-                self.leaf.register_post_accumulate_grad_hook(_PassLate(self))  # type: ignore[no-untyped-call]
+            self._leave_leaf()
         self.leaf = self.shown = self.kept = None
         self.group.forget()
         for half in (self.g, self.v):
             _set_plain(half)
+
+    def _leave_leaf(self) -> None:
+        """Be done with the leaf: what graphs are yet to give it passes on to the pair they were made with."""
+        if self.leaf is not None and self.kept is not None:
+            self.leaf.register_post_accumulate_grad_hook(_PassLate(self))  # type: ignore[no-untyped-call]
+        self.leaf = self.shown = None
 
     def current(self, g: Tensor, v: Tensor) -> nn.Parameter | None:
         """The leaf with the weight of this pair as it is now; None where the pair is not its own, as under
@@ -352,7 +362,7 @@ class DeferredWeight:
 
 
 class _PassLate:
-    """Called when a graph gives a leaf a gradient after its weight has left deferred mode.
+    """Called when a graph gives a leaf a gradient after its weight has left deferred mode or taken another pair.
 
     Of the weight it keeps all but the leaf, which holds this and ends with its graphs.
     """
