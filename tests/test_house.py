@@ -22,9 +22,9 @@ LAYERS = [
     | {"csv_text", "ownership", "dtensors", "compiled", "loaded_keys", "placed", "onnx_nodes"}
     | {"sgd_kernels", "linear_kernels", "channel_kernels", "typed_kernels", "lean_modules", "safety"}
     | {"onlookers"},
-    {"other_types"},
+    {"other_types", "parts"},
     {"keys", "loans", "reparam", "stores", "differences", "onnx_values", "optimizer_state", "blocked_linear"}
-    | {"charts", "page", "onnx_checks", "parts"}
+    | {"charts", "page", "onnx_checks"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "channelwise"},
     {
         "fully_sharded",

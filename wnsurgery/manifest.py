@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wnsurgery.checkpoint import CheckpointReport
-from wnsurgery.parts import plain_parts
+from wnsurgery.parts import plain_parts, structure_of
 from wnsurgery.states import dtype_name, shape_of
 from wnsurgery.stores.mapped import row_major
 
@@ -68,7 +68,7 @@ def tensor_digest(tensor: Tensor) -> str:
     """
     if tensor.is_meta:
         return hashlib.sha256(str(tensor).encode()).hexdigest()
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+    if structure_of(tensor):
         digests = [f"{name} {tensor_digest(part)}" for name, part in plain_parts("", tensor).items()]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
     flat = row_major(tensor.detach().cpu().resolve_conj().resolve_neg())

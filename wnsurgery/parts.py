@@ -9,7 +9,20 @@ from torch import Tensor
 
 from wnsurgery.errors import InputError, printable
 
-__all__ = ["plain_parts"]
+__all__ = ["plain_parts", "structure_of"]
+
+
+def structure_of(tensor: Tensor) -> str:
+    """What a tensor is that is no plain array of numbers: "nested", "quantized" or "sparse"; else empty.
+
+    >>> structure_of(torch.eye(2)), structure_of(torch.eye(2).to_sparse())
+    ('', 'sparse')
+    """
+    if tensor.is_nested:  # whose layout may be strided
+        return "nested"
+    if tensor.is_quantized:  # whose layout is
+        return "quantized"
+    return "" if tensor.layout == torch.strided else "sparse"
 
 
 def plain_parts(name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from wnsurgery.dtensors import is_spread
 from wnsurgery.errors import InputError, PairError, printable
 from wnsurgery.keys import Found, find_pairs
 from wnsurgery.optimizer_state import is_flat_optimizer
+from wnsurgery.parts import structure_of
 from wnsurgery.reparam import Axes
 
 __all__ = [
@@ -136,10 +137,8 @@ def _fits(g_shape: Sequence[int], v_shape: Sequence[int]) -> bool:
 
 def refusal(tensor: Tensor) -> str:
     """Why a tensor cannot go in or out of weight norm whatever its name; empty if it can."""
-    if tensor.is_nested:
-        return "nested: of several tensors of different sizes"
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        return "sparse or quantized"
+    if structure := structure_of(tensor):
+        return f"{structure}: not one array of numbers"
     if tensor.dtype not in _FLOATS:
         return f"{dtype_name(tensor)}: not a floating-point weight of 16 bits or more"
     if type(tensor) not in (Tensor, nn.Parameter) and not is_spread(tensor):
@@ -163,9 +162,7 @@ def dtype_name(tensor: Tensor) -> str:
 
 def identity(tensor: Tensor) -> Any:
     """Equal for two names of one tensor (a tie), however the file came to share it."""
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or not tensor.numel():
-        return id(tensor)
-    if tensor.is_nested:
+    if structure_of(tensor) or tensor.is_meta or not tensor.numel():
         return id(tensor)
     if is_spread(tensor):  # its memory differs from process to process; a decision must not
         return id(tensor)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from wnsurgery.errors import InputError, printable
 from wnsurgery.kept import extent
+from wnsurgery.parts import structure_of
 
 __all__ = ["Assembly", "MappedFile", "Record", "Source", "byte_span", "is_plain", "no_bytes", "resolved", "row_major"]
 
@@ -270,8 +271,7 @@ def row_major(tensor: Tensor) -> Tensor:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is a strided CPU tensor over memory of its own kind."""
-    odd = tensor.is_meta or tensor.is_quantized or tensor.is_nested
-    return tensor.layout == torch.strided and not odd and tensor.is_cpu
+    return tensor.is_cpu and not structure_of(tensor)
 
 
 def byte_span(tensor: Tensor) -> tuple[int, int]:

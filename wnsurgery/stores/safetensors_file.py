@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wnsurgery.errors import InputError, printable
+from wnsurgery.parts import structure_of
 from wnsurgery.stores.mapped import MappedFile, Record, resolved, row_major
 from wnsurgery.stores.values import Loaded, Values
 
@@ -176,11 +177,9 @@ def _checked(tensor: Tensor, name: str, path: Path, values: Values) -> Tensor:
         raise InputError.of(
             path, f"the name {printable(name)} does not fit into a .safetensors file", "write a .pt file instead"
         )
-    odd = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested
-    if odd or meta or tensor.dtype not in _NAMES:
-        kind = f"{tensor.dtype}".removeprefix("torch.")
-        kind = "meta" if meta else kind if tensor.layout == torch.strided else f"sparse {kind}"
-        kind = f"nested {kind}" if tensor.is_nested else kind
+    structure = structure_of(tensor)
+    if structure or meta or tensor.dtype not in _NAMES:
+        kind = "meta" if meta else f"{structure} {tensor.dtype}".replace("torch.", "").strip()
         raise InputError.of(
             path, f"{printable(name)} ({kind}) does not fit into a .safetensors file", "write a .pt file instead"
         )
