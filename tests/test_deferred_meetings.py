@@ -7,6 +7,7 @@ import copy
 import gc
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -170,6 +171,67 @@ def test_a_tied_weight_whose_owners_are_switched_apart(how: str) -> None:
         assert mode == "parametrized" or (net.head.weight is net.embed.weight) is (how != "one left")
         found.append(flat(net.parameters()))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("which", ["both", "g", "v"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("load", [False, True])
+def test_parameters_that_were_swapped_are_trained(which: str, tied: bool, load: bool) -> None:
+    """`torch.utils.swap_tensors` takes away what a Parameter of deferred mode knew."""
+    found = []
+    for mode in MODES:
+        torch.manual_seed(0)
+        net: Any = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+        if tied:
+            net[2].weight = net[0].weight
+        wn.apply_weight_norm(net, mode=mode)
+        for name, parameter in list(net.named_parameters()):
+            if which == "both" or name.endswith("0" if which == "g" else "1"):
+                torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach() * 1.2))
+        if load:
+            net.load_state_dict({k: 1.1 * v for k, v in net.state_dict().items()})
+        optimizer = torch.optim.Adam(net.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(torch.ones(2, 4, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+        found.append(flat(net.parameters()))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("what", ["a step", "all"])
+def test_a_compiled_optimizer_step(kind: Any, what: str) -> None:
+    torch.compiler.reset()
+    found = []
+    for mode in MODES:  # both compiled: Adam counts its steps in float32 there
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+        optimizer = kind(net.parameters(), 0.05)
+        wn.apply_weight_norm(net, optimizer=optimizer, mode=mode)
+
+        def step(net: Any = net, optimizer: Any = optimizer) -> None:
+            optimizer.zero_grad()
+            net(torch.ones(2, 4, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if what == "all":
+                step = torch.compile(step, backend="eager")
+            else:
+                optimizer.step = torch.compile(optimizer.step, backend="eager")
+            for _ in range(3):
+                step()
+        found.append(flat(net.parameters()))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_are_no_views() -> None:
+    """Which torch's compiler does not take for gradients once their Parameter has another type."""
+    net = wn.apply_weight_norm(nn.ConvTranspose1d(6, 4, 4).double(), mode="deferred")
+    net(torch.randn(2, 6, 8, dtype=torch.float64)).sum().backward()
+    assert all(p.grad is not None and p.grad._base is None for p in net.parameters())
 
 
 @pytest.mark.parametrize("mode", MODES)

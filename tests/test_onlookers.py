@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,9 +15,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 import wnsurgery as wn
-from wnsurgery.onlookers import is_intercepted, past_modes
+from wnsurgery.onlookers import aside, is_intercepted
 
 MODES: list[Any] = ["parametrized", "deferred"]
 
@@ -119,9 +122,69 @@ def test_who_stands_between() -> None:
         assert not is_intercepted()
         with Looks():  # type: ignore[no-untyped-call]
             assert is_intercepted()
-            with past_modes():
+            with aside():
                 assert not is_intercepted()
+                assert not torch.is_grad_enabled()
         assert not is_intercepted()
+
+
+def counted(net: nn.Module, x: Tensor) -> Tensor:
+    with FlopCounterMode(display=False):
+        return net(x)  # type: ignore[no-any-return]
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "vmap": lambda net, x: torch.vmap(net)(x),
+    "jvp": lambda net, x: torch.func.jvp(net, (x,), (x,))[0],
+    "grad": lambda net, x: torch.func.grad(lambda x: (net(x).sum(), net(x)), has_aux=True)(x)[1],
+    "jacrev": lambda net, x: torch.func.jacrev(lambda x: (net(x), net(x)), has_aux=True)(x)[1],
+    "a mode": counted,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward mode uses it
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("written", ["a weight that is held", "a weight's data", "g", "v"])
+def test_writes_are_seen_inside_of_transforms_and_modes(written: str, transform: str, dtype: Any, mode: Any) -> None:
+    """And are kept: the next use finds them, too."""
+    torch.manual_seed(0)
+    net: Any = wn.apply_weight_norm(nn.Linear(6, 3), mode=mode).to(dtype)
+    x, pair = torch.randn(4, 6, dtype=dtype), net.parametrizations.weight._parameters
+    net(x)
+    held = net.weight
+    with torch.no_grad():
+        if written == "g":
+            pair["original0"].mul_(2)
+        elif written == "v":
+            pair["original1"][:, 0].mul_(2)
+        elif written == "a weight's data":
+            held.data.mul_(2)
+        else:
+            held.mul_(2)
+    expected = nn.functional.linear(x, wn.compose(pair["original0"], pair["original1"]), net.bias)
+    if written.startswith("a weight"):
+        expected = 2 * (expected - net.bias) + net.bias
+    torch.testing.assert_close(TRANSFORMS[transform](net, x), expected)
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_a_gradient_that_waits_is_read_inside_of_a_transform() -> None:
+    net: Any = wn.apply_weight_norm(nn.Linear(6, 3), mode="deferred")
+    v, x = net.parametrizations.weight.original1, torch.randn(4, 6)
+    net(x).square().sum().backward()
+    seen: list[Tensor] = []
+
+    def f(x: Tensor) -> Tensor:
+        seen.append(v.grad)
+        return x.sum()
+
+    torch.func.grad(f)(x)
+    twin = wn.set_weight_norm_mode(copy.deepcopy(net), "parametrized")
+    twin.zero_grad()
+    twin(x).square().sum().backward()
+    torch.testing.assert_close(seen[0], twin.parametrizations.weight.original1.grad)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -10,6 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ import wnsurgery as wn
 from wnsurgery import fused
 from wnsurgery.lean_modules import _LATE, LeanModule
 from wnsurgery.mechanism import PASSING
+from wnsurgery.runs import copy_of
 
 from nets import NETS, effective, halves, net, same_bits
 
@@ -365,6 +368,21 @@ def test_folding_a_copy_of_torchs_own_leaves_the_original() -> None:
         assert same_bits(model(x), expected)
         wn.fold_weight_norm(model)
         assert type(twin) is not type(model)
+
+
+@pytest.mark.parametrize("form", ["ours", "torch's", "legacy"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_model_under_any_weight_norm_is_compared_and_exported_as_the_plain_net(form: str, tmp_path: Path) -> None:
+    make: Any = {"ours": wn.apply_weight_norm, "torch's": parametrizations.weight_norm, "legacy": nn.utils.weight_norm}
+    torch.manual_seed(0)
+    model, x = nn.Sequential(make[form](nn.Conv1d(40, 40, 3)), nn.ReLU()).eval(), torch.randn(2, 40, 9)
+    plain: Any = wn.fold_weight_norm(copy_of(model))
+    assert wn.is_weight_normed(model)
+    assert not wn.is_weight_normed(plain)
+    assert wn.verify(model, plain, x).ok
+    assert wn.export_onnx(model, x, tmp_path / "a.onnx").folded == 1
+    stored = [onnx.numpy_helper.to_array(item) for item in onnx.load(tmp_path / "a.onnx").graph.initializer]
+    assert any(np.array_equal(item, plain[0].weight.detach().numpy()) for item in stored)
 
 
 def test_recurrent_order_survives_a_mixture() -> None:

@@ -26,11 +26,11 @@ from wnsurgery import fused
 from wnsurgery.errors import ModeError, NonFiniteWeightError, PairError
 from wnsurgery.kept import Kept, is_alone
 from wnsurgery.multi_tensor import Item, ManyWeights
-from wnsurgery.onlookers import past_modes
+from wnsurgery.onlookers import aside, not_compiled, uncompiled
 from wnsurgery.reparam import WeightNorm, direction_of, first_order_gradients, is_readable
 from wnsurgery.sgd_step import Rule, StepsOfPairs, momentum_of, rules_of
 
-__all__ = ["OWNER", "DeferredGroup", "DeferredParameter", "DeferredWeight", "weight_of"]
+__all__ = ["OWNER", "DeferredGroup", "DeferredParameter", "DeferredWeight", "is_plain_pair", "weight_of"]
 
 _GRAD: Any = torch.Tensor.grad
 _held_by, _hold = _GRAD.__get__, _GRAD.__set__
@@ -106,6 +106,9 @@ class DeferredParameter(nn.Parameter):
         return _plain(self, self.data).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
+not_compiled(DeferredParameter.grad.fget)  # type: ignore[attr-defined]
+
+
 def owner_of(half: Tensor) -> DeferredWeight | None:
     """The weight in deferred mode that g or v is a half of; the last, where several have it."""
     reference = half.__dict__.get(OWNER)
@@ -116,6 +119,13 @@ def weight_of(g: Tensor, v: Tensor) -> DeferredWeight | None:
     """The weight in deferred mode that is made of this pair, in whichever module."""
     weight = owner_of(v)
     return weight if weight is not None and weight.g is g and weight.v is v else None
+
+
+def is_plain_pair(g: Tensor, v: Tensor) -> bool:
+    """Whether both are Parameters of which one at least would not tell of its gradients: new, or swapped for another
+    (`torch.utils.swap_tensors`)."""
+    kinds = {type(g), type(v)}
+    return nn.Parameter in kinds and kinds <= {nn.Parameter, DeferredParameter}
 
 
 def _plain(half: DeferredParameter, data: Tensor) -> nn.Parameter:
@@ -179,7 +189,7 @@ class DeferredWeight:
             self.shares = self.shares or owner_of(half) not in (None, self)
             half.__class__ = DeferredParameter
             half.__dict__[OWNER] = weakref.ref(self)
-        with torch.inference_mode(False), torch.no_grad():
+        with aside():
             memory = torch.empty_like(v, requires_grad=False)
             if self.leaf is None:
                 self.leaf = nn.Parameter(memory)
@@ -193,7 +203,7 @@ class DeferredWeight:
         if leaf is None or _is_wanted(self.g) or _is_wanted(self.v):
             self.shown = leaf
         else:
-            with torch.inference_mode(False):
+            with aside():
                 self.shown = Tensor._make_subclass(nn.Parameter, leaf.detach(), False)
 
     def is_laid_as(self, g: Tensor, v: Tensor) -> bool:
@@ -228,11 +238,12 @@ class DeferredWeight:
             return None
         if self.kept is None or not self.kept.is_of(g, v):
             self.settle()
-            if not _is_like(leaf, v):  # somebody has given the pair another type through its `.data`
+            if not _is_like(leaf, v) or is_plain_pair(g, v):  # another type through `.data`; `swap_tensors`
                 self.adopt(self.g, self.v)
             self.group.renew([self])
         return self.shown
 
+    @uncompiled
     def settle(self) -> None:
         """Let gradients and writes that reached the leaf reach g and v."""
         leaf = self.leaf
@@ -247,23 +258,26 @@ class DeferredWeight:
         kept, leaf = self.kept, self.leaf
         if kept is None or leaf is None or not kept.is_written():
             return
-        self.kept = None
-        with torch.inference_mode(False), torch.no_grad():
+        with aside():
             value = leaf.detach().clone()
             if (value.shape, value.stride(), value.dtype) != (self.v.shape, self.v.stride(), self.v.dtype):
                 leaf.data = torch.empty_like(self.v, requires_grad=False)  # somebody has set its `.data`
                 self.show()
             if value.shape != self.v.shape:
+                self.kept = None
                 raise PairError(f"a weight of shape {tuple(value.shape)} does not fit {tuple(self.v.shape)}")
             if not kept.was_of(self.g, self.v):
+                self.kept = None
                 return
             try:
                 new_g, new_v = self.rule.right_inverse(value.to(self.v))
             except NonFiniteWeightError:
+                self.kept = None
                 self.group.renew([self])
                 raise
             self.g.copy_(new_g)
             self.v.copy_(new_v)
+            self.kept = None
 
     def take_grad(self) -> tuple[Tensor, bool]:
         """dL/dw, from now on the caller's, and whether nobody else holds it."""
@@ -307,7 +321,8 @@ class DeferredWeight:
             held = _held_by(half)
             if held is None:  # laid out as its half, for fused optimizers go through the memory of both
                 alike = part.stride() == half.stride()
-                _hold(half, part if alike else torch.empty_like(half, requires_grad=False).copy_(part))
+                own = part if alike else torch.empty_like(half, requires_grad=False).copy_(part)
+                _hold(half, own if own._base is None else own.detach())  # compilers take no view for a gradient
             else:
                 held.add_(part)
 
@@ -382,7 +397,7 @@ class _PassLate:
         if torch.is_grad_enabled():
             leaf.grad = None
             raise _no_second_derivatives()
-        with self._weight.group.lock, torch.inference_mode(False), torch.no_grad():
+        with self._weight.group.lock, aside():
             self._put(leaf)
             try:
                 self._weight.pass_on_alone()
@@ -445,6 +460,7 @@ class DeferredGroup:
         self._weights.remove(reference)
         self.forget()
 
+    @uncompiled
     def wait(self) -> None:
         """Until no other thread passes gradients on."""
         with self.lock:
@@ -465,7 +481,7 @@ class DeferredGroup:
         weights = [weight for weight in weights if weight.leaf is not None]
         if not weights:
             return
-        with self.lock, torch.inference_mode(False), torch.no_grad(), past_modes():
+        with self.lock, aside():
             if any(weight.leaf.grad is not None for weight in weights):  # type: ignore[union-attr]
                 self.project()
             many = self._together(weights)
@@ -488,7 +504,7 @@ class DeferredGroup:
 
     def project(self) -> None:
         """Pass on what has gathered on all weights."""
-        with self.lock, torch.inference_mode(False), torch.no_grad():
+        with self.lock, aside():
             waiting = [w for w in self.weights if w.leaf is not None and w.leaf.grad is not None]
             if any(w.leaf.grad.requires_grad for w in waiting):  # type: ignore[union-attr]
                 for weight in waiting:
@@ -535,7 +551,7 @@ class DeferredGroup:
 
         Until the optimizer's step ends they have no gradients for it to see.
         """
-        with self.lock, torch.inference_mode(False), torch.no_grad():
+        with self.lock, aside():
             taken, pairs = self._pairs_of(moves)
             weights, rules, pasts = zip(*compress(moves, taken), strict=True) if pairs.count else ((), (), ())
             if not weights or not pairs.are_where_they_were():
@@ -593,11 +609,13 @@ def _watch_steps(group: DeferredGroup) -> None:
     _groups.add(group)
 
 
+@uncompiled
 def _before_step(optimizer: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     for group in list(_groups):
         group.before_step(optimizer, arguments, options)
 
 
+@uncompiled
 def _after_step(optimizer: Any, *_: Any) -> None:
     for group in list(_groups):
         group.after_step(optimizer)

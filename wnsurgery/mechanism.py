@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from wnsurgery import fused, other_types
-from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight, weight_of
+from wnsurgery.deferred import DeferredGroup, DeferredParameter, DeferredWeight, is_plain_pair, weight_of
 from wnsurgery.errors import PairError
 from wnsurgery.kept import Kept, Rooms, probes_of, steps
 from wnsurgery.large_linear import HowLarge, large_linear, nobody_looks_on, takes_input
@@ -26,7 +26,7 @@ from wnsurgery.lean_modules import LeanModule, copied_module
 from wnsurgery.loans import Lasting, Loan, lend_out, outstanding
 from wnsurgery.looked_up import look_up, serves
 from wnsurgery.multi_tensor import Item
-from wnsurgery.onlookers import depth, is_intercepted
+from wnsurgery.onlookers import aside, depth, is_intercepted
 from wnsurgery.preparation import Preparation
 from wnsurgery.reparam import compose_in_one_pass
 from wnsurgery.straight import Straight
@@ -146,6 +146,9 @@ class WeightNormList(LeanModule, ParametrizationList):
             if leaf is not None:
                 return leaf
         if _is_watched(g, v):
+            if type(g) is type(v) is nn.Parameter and not (_is_compiling() or _is_tracing()):
+                with aside():
+                    self.absorb()
             return rule(g, v)  # type: ignore[no-any-return]
         kept = self.__dict__.get("_kept")
         training = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()  # which has no graphs
@@ -478,12 +481,12 @@ class WeightNormList(LeanModule, ParametrizationList):
         weight = self._deferred
         if weight is not None:
             g, v = self.pair()
-            if type(g) is type(v) is nn.Parameter:  # others, or as `torch.utils.swap_tensors` has left them
-                if weight.uses > 1:  # the other owners keep theirs: `model.to("meta")` parts what was tied
-                    weight.uses -= 1
+            if is_plain_pair(g, v):
+                if weight.uses > 1 and not (g is weight.g and v is weight.v):
+                    weight.uses -= 1  # the other owners keep theirs: `model.to("meta")` parts what was tied
                     weight = self.defer(weight_of(g, v), weight.group) or weight
                 else:
-                    weight.adopt(g, v)
+                    weight.adopt(g, v)  # type: ignore[arg-type]
             weight.current(g, v)
 
     def __getattr__(self, name: str) -> Any:

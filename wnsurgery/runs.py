@@ -43,7 +43,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model, computed)
     for module in copied.modules():
         cls = type(module)
-        if cls.__module__ == parametrize.__name__:
+        if cls.__module__ == parametrize.__name__ and "parametrizations" in module._modules:
             # parametrize makes a class for one module, and a copy shares it: surgery on one would break the other
             members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
             module.__class__ = type(cls.__name__, cls.__bases__, members)
