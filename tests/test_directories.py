@@ -34,6 +34,7 @@ from wnsurgery.errors import (
 )
 from wnsurgery.files import convert_checkpoint, fold_checkpoint
 from wnsurgery.inspection import inspect
+from wnsurgery.loading import load_model, load_object, load_tensors
 from wnsurgery.reparam import compose
 from wnsurgery.states import every_tensor
 from wnsurgery.stores.dcp import map_distributed
@@ -104,8 +105,26 @@ def test_a_directory_that_holds_no_weights_is_not_compared(tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="without weights"):
         verify(folder, tmp_path / "empty")
-    with pytest.raises(InputError, match="name the file in it"):
-        verify(folder, folder, arch=lambda: torch.nn.Conv1d(3, 4, 2))
+
+
+def conv() -> torch.nn.Module:
+    return torch.nn.Conv1d(3, 4, 2)
+
+
+def test_the_model_of_a_directory(tmp_path: Path) -> None:
+    """A directory stands for its state dict wherever a file does."""
+    folder, x = hub(tmp_path / "a"), torch.randn(2, 3, 9)
+    model: Any = load_model(folder, arch=conv)
+    assert torch.equal(model.weight, compose(*pair()))
+    assert load_tensors(folder).keys() == load_object(folder).keys() >= {"c.weight_g", "c.weight_v", "c.bias"}
+    report = verify(folder, model, x, arch=conv)
+    assert report.ok
+    assert report.outputs
+    assert inspect(folder, arch="test_directories:conv").totals.parameters == 28
+    with pytest.raises(InputError, match="do not fit the model"):
+        load_model(folder, arch=lambda: torch.nn.Conv1d(5, 4, 2))
+    with pytest.raises(InputError, match="holds tensors but no module"):
+        load_model(folder)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])

@@ -47,6 +47,8 @@ LAYERS = [
     {"plan", "mechanism", "checkpoint", "tracing", "tied_names", "resizing"},
     {"affine", "directions", "own_passes", "pairs", "targets", "promises", "manifest"},
     {"batchnorm", "data_init", "fans", "hosts", "modes"},
+    {"reading"},
+    {"checkpoint_directory"},
     {"surgery", "renormalize", "magnitudes", "param_groups", "delivery", "monitor", "loading"},
     {"directory"},
     {"files", "runs", "benchmark", "bench_models", "bench_works"},

@@ -78,13 +78,13 @@ def opened(
     if path.suffix.lower() == ".onnx":
         yield _of_graph(path)
         return
-    from wnsurgery.directory import map_directory
+    from wnsurgery.checkpoint_directory import map_directory
     from wnsurgery.files import load_model, load_object
     from wnsurgery.stores import map_store
 
     content: Any
     stored = None
-    if path.is_dir():
+    if path.is_dir() and not arch:
         stored = map_directory(path).stored
     elif not arch and not trust_pickle:
         stored = map_store(path)

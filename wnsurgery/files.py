@@ -32,8 +32,9 @@ from wnsurgery.checkpoint import (
     state_dicts,
     translate,
 )
+from wnsurgery.checkpoint_directory import Folder, map_directory
 from wnsurgery.delivery import Output, Progress, deliver
-from wnsurgery.directory import Folder, deliver_directory, map_directory
+from wnsurgery.directory import deliver_directory
 from wnsurgery.errors import InputError, PairError, SelectionError, WnsurgeryError, printable
 from wnsurgery.flat_magnitudes import spread_magnitudes
 from wnsurgery.keys import Layout
@@ -47,13 +48,13 @@ from wnsurgery.loading import (
     load_object,
     load_tensors,
     named,
-    read,
     state_for,
     stripped,
 )
 from wnsurgery.plan import Plan, plan_weight_norm
 from wnsurgery.promises import Promises
 from wnsurgery.ranks import Ranks
+from wnsurgery.reading import read
 from wnsurgery.reparam import Axes, Magnitude
 from wnsurgery.steps import ZeroNorm, rows_without_direction
 from wnsurgery.stores import Stored, check_output, format_for, is_file_name, map_store, write_store

@@ -1,24 +1,22 @@
-"""What a checkpoint file holds, in memory: objects, tensors, and the model a state dict belongs to.
+"""What a checkpoint holds, in memory: objects, tensors, and the model a state dict belongs to.
 
-Whole modules are read without executing the file when they consist of torch.nn classes; anything else needs
-`trust_pickle`, or a state dict together with `arch`.
+A whole module of other classes than torch.nn's needs `trust_pickle`, or its state dict together with `arch`.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from wnsurgery.checkpoint import StateDict, flat_tensors, plain_keys, state_dicts, translate
+from wnsurgery.checkpoint_directory import read_directory
 from wnsurgery.errors import (
     InputError,
     NonFiniteWeightError,
@@ -28,13 +26,10 @@ from wnsurgery.errors import (
     first_line,
     printable,
 )
-from wnsurgery.hosts import WeightNormDict, rebuild_parametrized
-from wnsurgery.mean_only import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
-from wnsurgery.mechanism import PASSING, WeightNormList
 from wnsurgery.ranks import OtherRankError
-from wnsurgery.reparam import Axes, Magnitude, WeightNorm
-from wnsurgery.stores import Stored, read_store
-from wnsurgery.stores.modules import ModulePolicy, modules_in
+from wnsurgery.reading import Path_, read
+from wnsurgery.reparam import Magnitude, WeightNorm
+from wnsurgery.stores.modules import modules_in
 from wnsurgery.walk import Slot, slots
 
 __all__ = [
@@ -47,14 +42,12 @@ __all__ = [
     "load_object",
     "load_tensors",
     "named",
-    "read",
     "state_for",
     "stripped",
 ]
 
 WEIGHT_NORM = ("ours", "torch", "legacy")
 
-Path_ = str | os.PathLike[str]
 Arch = str | Callable[[], nn.Module]
 
 
@@ -62,7 +55,7 @@ Arch = str | Callable[[], nn.Module]
 
 
 def load_object(path: Path_, *, trust_pickle: bool = False) -> Any:
-    """Whatever a checkpoint file holds, tensors on the CPU; nothing of the file is executed without trust.
+    """Whatever a checkpoint file, or a directory of them, holds, tensors on the CPU; nothing is executed without trust.
 
     >>> load_object("run.ckpt")["epoch"]  # doctest: +SKIP
     3
@@ -71,11 +64,12 @@ def load_object(path: Path_, *, trust_pickle: bool = False) -> Any:
         InputMissingError, InputError: not there, damaged, or no checkpoint.
         UnsafeFileError: it needs more than tensors, plain containers and torch.nn modules.
     """
-    return read(path, trust_pickle).content
+    return read_directory(Path(path)) if Path(path).is_dir() else read(path, trust_pickle).content
 
 
 def load_tensors(path: Path_, *, trust_pickle: bool = False) -> dict[str, Tensor]:
-    """Every tensor of the state dicts and modules in a file, under its dotted name, as stored (pairs unfolded).
+    """Every tensor of the state dicts and modules in a file or directory, under its dotted name, as stored (pairs
+    unfolded).
 
     >>> sorted(load_tensors("generator.pth"))  # doctest: +SKIP
     ['generator.conv_pre.bias', 'generator.conv_pre.weight_g', 'generator.conv_pre.weight_v']
@@ -97,14 +91,16 @@ def load_model(
     entry: str | None = None,
     magnitude: Magnitude = "linear",
 ) -> nn.Module:
-    """The model in a file: a whole module, or a state dict loaded strictly into what `arch` builds.
+    """The model in a file: a whole module, or a state dict, of a file or a directory, loaded strictly into what `arch`
+    builds.
 
     A state dict in another layout than the model's is folded, converted or re-keyed on the way in.
 
     >>> load_model("weights.safetensors", arch="torchvision.models:resnet18")  # doctest: +SKIP
 
     Args:
-        path: file that `torch.save` or safetensors wrote.
+        path: file that `torch.save` or safetensors wrote, or a directory of state dicts as the Hugging Face hub or
+            torch.distributed.checkpoint has it.
         arch: "package.module:factory", or the factory itself; called without arguments. The working directory
             is searched for the package, too.
         trust_pickle: let the file's pickle run code.
@@ -116,7 +112,7 @@ def load_model(
         UnsafeFileError: a whole module of other classes than torch.nn's.
         SelectionError: `arch` names nothing that builds a module, or is missing, or not needed.
     """
-    content = read(path, trust_pickle).content
+    content = load_object(path, trust_pickle=trust_pickle)
     modules = modules_in(content)
     if modules:
         if arch is not None:
@@ -132,64 +128,6 @@ def load_model(
         state, prefix = state_for(path, content, model, entry)
         load_into(model, stripped(state, prefix), path, magnitude)
     return model
-
-
-def read(path: Path_, trust_pickle: bool) -> Stored:
-    policy = _policy()
-    stored = read_store(path, trust_pickle=trust_pickle, allow=policy.allow)
-    if not trust_pickle:
-        policy.vet(stored.content, Path(path))
-    return stored
-
-
-def _policy() -> ModulePolicy:
-    """torch.nn's classes and the ones this package puts into a converted module."""
-    own = (
-        WeightNormDict,
-        WeightNormList,
-        WeightNorm,
-        Axes,
-        MeanOnlyBatchNorm1d,
-        MeanOnlyBatchNorm2d,
-        MeanOnlyBatchNorm3d,
-    )
-    rebuild = rebuild_parametrized
-    return ModulePolicy(
-        {f"{cls.__module__}.{cls.__qualname__}": cls for cls in own},
-        {f"{rebuild.__module__}.{rebuild.__qualname__}": rebuild},
-        _fault,
-    )
-
-
-def _fault(module: nn.Module) -> str:
-    """What is wrong with a module from a file that claims to be under our weight norm; "" if nothing is."""
-
-    table: Any = module._modules["parametrizations"]
-    known = type(table) in (nn.ModuleDict, WeightNormDict)  # the former where torch made it first
-    for name, entry in table._modules.items() if known else [("", None)]:
-        if type(entry) is not WeightNormList or list(entry._modules) != ["0"] or not PASSING.isdisjoint(vars(entry)):
-            return "its parametrization is not weight norm"
-        rule, g, v = entry._modules["0"], entry._parameters.get("original0"), entry._parameters.get("original1")
-        if type(rule) is not WeightNorm or g is None or v is None or not _is_sound_rule(vars(rule), g, v):
-            return f"the pair of {printable(name)} does not fit"
-        if not isinstance(vars(type(module)).get(name), property):
-            return f"{printable(name)} is not parametrized in its class"
-    return ""
-
-
-def _is_sound_rule(rule: Mapping[str, Any], g: Tensor, v: Tensor) -> bool:
-    """Whether the attributes of a WeightNorm from a file are what its constructor makes, and fit the pair."""
-    axes, dtype = rule.get("axes"), rule.get("magnitude_dtype", 0)
-    if type(axes) is not Axes or rule.get("magnitude") not in ("linear", "log"):
-        return False
-    kept, groups = vars(axes).get("kept"), vars(axes).get("groups")
-    if type(groups) is not int or type(kept) is not tuple or any(type(axis) is not int for axis in kept):
-        return False
-    try:
-        fits = tuple(g.shape) == axes.check(v.shape).magnitude_shape(v.shape)
-    except PairError:
-        return False
-    return fits and groups > 0 and (dtype is None or isinstance(dtype, torch.dtype))
 
 
 def _only(path: Path_, found: Sequence[tuple[str, Any]], kind: str) -> Any:

@@ -265,7 +265,7 @@ def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool, magnitude:
     from wnsurgery.loading import named
     from wnsurgery.stores.modules import modules_in
 
-    content = _of_directory(path) if path.is_dir() and arch is None else load_object(path, trust_pickle=trust_pickle)
+    content = load_object(path, trust_pickle=trust_pickle)
     modules = modules_in(content)
     names = [where for where, _ in modules] or [state.path for state in state_dicts(content)]
     entry = entry if entry in names else None  # the other side may hold nothing but what is meant
@@ -287,24 +287,6 @@ def _comparable(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors as numbers to compare: what is sparse, quantized or nested as its parts."""
     parts = (plain_parts(k, v) if isinstance(v, Tensor) else {k: v} for k, v in tensors.items())
     return {name: part for entry in parts for name, part in entry.items()}
-
-
-def _of_directory(path: Path) -> Any:
-    from wnsurgery.directory import map_directory
-
-    stored = map_directory(path).stored
-    assert stored.source is not None
-    fetch = stored.source.fetch
-
-    def fetched(content: Any) -> Any:
-        if isinstance(content, dict):
-            return {name: fetched(value) for name, value in content.items()}
-        return fetch(content) if isinstance(content, Tensor) else content
-
-    try:
-        return fetched(stored.content)
-    finally:
-        stored.source.close()
 
 
 # Weights -------------------------------------------------------------------------------------------------
