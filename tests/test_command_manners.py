@@ -24,6 +24,7 @@ from torch import nn
 import wnsurgery as wn
 from wnsurgery.cli import cli, main
 
+Capture = pytest.CaptureFixture[str]
 COMMANDS = sorted(cli.commands)
 COMMAND = [sys.executable, "-m", "wnsurgery"]
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7])[;m]")
@@ -405,3 +406,42 @@ def test_any_file_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert Path(name).read_bytes() == before
     assert run("fold", "-o", name, "--force", "out.pt") == 0 if not name.startswith("-") else True
     assert torch.load(name, weights_only=True).keys() == {"weight", "bias"}
+
+
+# What was asked for, and what was done ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["inspect", "GRAPH", "--arch", "a:b"], "does not apply to ONNX files"),
+        (["inspect", "FILE", "--reference", "OTHER"], "the reference is another net: 0.weight is 4x3 here, 6x5 there"),
+        (["fold", "MODULE", "-o", "x.pt", "--dim", "0"], "there are none here"),
+        (["convert", "OTHER", "-o", "x.pt", "--dry-run", "--manifest", "m.json"], "a dry run writes nothing"),
+        (["bench", "--suite", "nothing"], "matches no net of the suite"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    words: list[str], said: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 2))
+    torch.save(other.state_dict(), tmp_path / "other.pt")
+    torch.save(wn.apply_weight_norm(other), tmp_path / "module.pt")
+    wn.export_onnx(nn.Linear(3, 4), torch.ones(1, 3), tmp_path / "graph.onnx")
+    places = {"GRAPH": "graph.onnx", "FILE": str(file), "OTHER": "other.pt", "MODULE": "module.pt"}
+    assert run(*(places.get(word, word) for word in words)) in (2, 3)
+    out, err = capfd.readouterr()
+    assert not out
+    assert said in err
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_where_it_was_written(file: Path, capfd: Capture) -> None:
+    assert run("fold", file) == 0
+    written = file.with_name("n.folded.safetensors")
+    assert re.search(rf"^ +output +{re.escape(str(written))}$", capfd.readouterr().out, re.MULTILINE)
+    assert run("convert", written, "--json") == 0
+    assert json.loads(capfd.readouterr().out)["proof"]["output"] == str(file.with_name("n.folded.wn.safetensors"))
+    assert run("fold", file, "--force", "--dry-run", "--json") == 0
+    assert not json.loads(capfd.readouterr().out)["proof"]["output"]

@@ -131,10 +131,11 @@ def test_the_model_of_a_directory(tmp_path: Path) -> None:
 def test_a_pair_split_over_shards_folds(tmp_path: Path, suffix: str) -> None:
     """The weight goes where its direction was, the index is right, everything else is carried along."""
     before = contents(hub(tmp_path / "a", suffix))
-    fold_checkpoint(tmp_path / "a", tmp_path / "b")
+    report = fold_checkpoint(tmp_path / "a", tmp_path / "b")
     after = contents(tmp_path / "b")
     assert after.keys() == before.keys()
     assert after["config.json"] == before["config.json"]
+    assert "the class that config.json names builds plain layers" in report.assumptions[0]
     assert after["tokenizer/vocab.txt"] == b"a"
     index = json.loads(next(data for name, data in after.items() if name.endswith("index.json")))
     assert index["metadata"] == {"total_size": 4 * (24 + 4), "more": 1}

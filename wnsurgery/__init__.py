@@ -23,6 +23,7 @@ _NAMES = {
     "Axes": "reparam",
     "BatchNormPlan": "batchnorm",
     "ExportError": "errors",
+    "GraphLimits": "onnx_guard",
     "InputError": "errors",
     "InputMissingError": "errors",
     "MeanOnlyBatchNorm1d": "mean_only",

@@ -165,7 +165,7 @@ def without_batch_norm(
 
 def _plan(model: nn.Module, mode: str, inputs: Any, data: Any = None) -> tuple[BatchNormPlan, list[_Cut]]:
     if mode not in ("fold", "mean-only"):
-        raise SelectionError(f'batch_norm must be "keep", "fold" or "mean-only", not {mode!r}')
+        raise SelectionError(f'batch_norm must be "keep" (in apply_weight_norm), "fold" or "mean-only", not {mode!r}')
     check_module(model)
     norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)]
     if not norms:

@@ -359,6 +359,8 @@ def _figures(report: CheckpointReport, proof: Proof) -> list[tuple[str, ...]]:
     rows += [("kept axes", f"{axes.removeprefix('kept ')}: {count}") for axes, count in proof.axes]
     if proof.max_ulp is not None:
         rows.append(("max ulp against float64", f"{proof.max_ulp:.3g} in {printable(proof.worst)}"))
+    if proof.output:
+        rows.append(("output", printable(proof.output)))
     out = f"{proof.bytes_out:,} bytes out" if proof.bytes_out else "nothing written"
     rows.append(("size", f"{proof.bytes_in:,} bytes in, {out}"))
     rows.append(("time", f"{proof.seconds:.2f} s, {proof.rate:.0f} MB/s"))

@@ -99,8 +99,8 @@ class ByName(Choice):
 
 
 _ASSUMPTIONS = (
-    "the kept axis is 0 wherever `dim` says nothing: right for Linear, Conv, RNN and attention weights; for a "
-    "ConvTranspose it is the input axis, as in torch's own weight_norm",
+    "the kept axis is 0 wherever `dim` says nothing: the outputs of Linear, Conv and RNN weights, but the inputs of a "
+    "ConvTranspose, as in torch's own weight_norm, and of a Conv1D of transformers (GPT-2)",
     "weights are told by their names: a file without its model does not tell Conv from ConvTranspose, or Linear from "
     "Embedding; 2-D weights named like lookup tables (embed, emb, wte, wpe) are left out unless included",
 )

@@ -284,7 +284,7 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
 @click.option("--dynamic", is_flag=True, help="Let the first axis of every input vary.")
 @click.option("--dynamic-axes", multiple=True, metavar="NAME=0,2", help="Let these axes of an input vary; repeat.")
 @click.option("--half", is_flag=True, help="Round the folded weights to float16.")
-@click.option("--external", is_flag=True, help="Put the weights into OUTPUT.data in any case.")
+@click.option("--external", is_flag=True, help="Put the weights, but those under 256 bytes, into OUTPUT.data.")
 @click.option(
     "--exporter",
     type=click.Choice(["dynamo", "torchscript"]),
@@ -458,6 +458,8 @@ def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against:
         raise click.UsageError("--parity needs --html")
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
+    if all(path is None or path.suffix.lower() == ".onnx" for path in (model, against, options["reference"])):
+        _refuse_given("ONNX files", "arch", "trust_pickle", "magnitude")
     _refuse_inputs(page, model, against, options["reference"], parity)
     if against is not None:
         changes = _changes(model, against, options)

@@ -81,7 +81,9 @@ class Output:
             check_output(self.path, src, force=self.force, in_place=self.in_place)
             if Path(src).is_dir():
                 refuse_inputs(self.path, src)
-        if self.write and self.manifest is not None:
+        if self.manifest is not None and not self.write:
+            raise SelectionError("a manifest (--manifest) tells what was written, and a dry run writes nothing")
+        if self.manifest is not None:
             refuse_inputs(self.manifest, src)
             check_output(self.manifest, src, force=self.force)
             if Path(self.manifest).absolute() == Path(self.path).absolute():
@@ -158,6 +160,7 @@ def figures(output: Output, report: CheckpointReport, maker: AtOnce, read: int, 
         read,
         written,
         time.perf_counter() - output.started,
+        str(output.path) if written else "",
     )
 
 

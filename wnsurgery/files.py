@@ -76,6 +76,12 @@ __all__ = [
 # Folding -------------------------------------------------------------------------------------------------
 
 
+_PLAIN_CLASS = (
+    "the class that config.json names builds plain layers; one that puts weight norm on itself, as those of wav2vec2, "
+    "VITS and EnCodec do, looks for its pairs: load such weights with load_model"
+)
+
+
 def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
     src: Path_,
     dst: Path_,
@@ -139,7 +145,8 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
             _refuse_empty(src, stored.content)
             if dim != "auto":
                 choose, states = ByName(dim=dim), state_dicts(stored.content)
-                spread_magnitudes(states, choose)
+                if not spread_magnitudes(states, choose):
+                    raise SelectionError("dim (--dim) is for magnitudes stored as a plain list; there are none here")
                 choose.check(states)
             report = fold_state(stored.content, magnitude=magnitude, maker=maker)
             for where, module in modules_in(stored.content):
@@ -151,6 +158,8 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
                 load_into(model, stripped(state, prefix), src, magnitude)
             if not report.steps:
                 report = replace(report, warnings=(*report.warnings, "no weight norm in this file: nothing to fold"))
+            elif folder is not None and (Path(src) / "config.json").exists():
+                report = replace(report, assumptions=(*report.assumptions, _PLAIN_CLASS))
             return _deliver(output, src, stored, report, maker, folder)
 
 

@@ -12,22 +12,25 @@ from wnsurgery.states import StateDict, shape_of
 __all__ = ["spread_magnitudes"]
 
 
-def spread_magnitudes(states: Sequence[StateDict], choose: ByName) -> None:
-    """Give every list of magnitudes the shape of the axis that `choose.dim` names for it, in place.
+def spread_magnitudes(states: Sequence[StateDict], choose: ByName) -> int:
+    """Give every list of magnitudes the shape of the axis that `choose.dim` names for it, in place; how many lists
+    there are.
 
     Only those whose axis is given; the others stay, for `find_pairs` to refuse. Values and memory are the same.
 
     >>> import torch
     >>> state = StateDict("", {"fc.weight_g": torch.ones(4), "fc.weight_v": torch.ones(4, 4)})
     >>> spread_magnitudes([state], ByName(dim=1))
+    1
     >>> state.entries["fc.weight_g"].shape
     torch.Size([1, 4])
 
     Raises PairError, naming the key, where the axis does not have that length.
     """
-    for state in states:
+    found = [(state, flat_pairs({key: shape_of(t) for key, t in state.tensors.items()})) for state in states]
+    for state, pairs in found:
         tensors = state.tensors
-        for pair in flat_pairs({key: shape_of(t) for key, t in tensors.items()}):
+        for pair in pairs:
             g, v = tensors[pair.g_key], tensors[pair.v_key]
             axes = choose.told(state, pair.plain_key, v)
             if axes is None:
@@ -40,3 +43,4 @@ def spread_magnitudes(states: Sequence[StateDict], choose: ByName) -> None:
                     f"direction of shape {tuple(v.shape)}"
                 )
             state.entries[pair.g_key] = g.reshape(shape)
+    return sum(len(pairs) for _, pairs in found)

@@ -159,6 +159,12 @@ def inspect(
             known |= {name: w for w in before.weights for name in (w.name, *w.also)}
             if not any(w.name in known for w in contents.weights):
                 raise InputError("the reference has none of the weights that are under weight norm here")
+            others = [(w, known[w.name].shape) for w in contents.weights if w.name in known]
+            if all(shape != w.shape for w, shape in others) and others:
+                w, shape = others[0]
+                raise InputError(
+                    f"the reference is another net: {printable(w.name)} is {by(w.shape)} here, {by(shape)} there"
+                )
             return _inspected(contents, known, lr, progress)
 
 

@@ -41,6 +41,7 @@ class Proof:
             or converted; `worst` names the weight.
         bytes_in, bytes_out: sizes of the input and of the output (0 where nothing was written).
         seconds: how long it took.
+        output: what was written ("" where nothing was).
     """
 
     pairs: int = 0
@@ -51,6 +52,7 @@ class Proof:
     bytes_in: int = 0
     bytes_out: int = 0
     seconds: float = 0.0
+    output: str = ""
 
     @property
     def rate(self) -> float:

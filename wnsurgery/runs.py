@@ -50,6 +50,9 @@ def copy_of(model: nn.Module) -> nn.Module:
     return copied
 
 
+_NO_CACHE = "wrap the model so that it returns tensors; one of transformers: model.config.use_cache = False"
+
+
 @contextlib.contextmanager
 def rng_kept(model: nn.Module) -> Iterator[None]:
     """Give the random generators of the CPU and of the model's devices back as they were."""
@@ -66,7 +69,9 @@ def tensor_outputs(output: Any) -> list[Tensor]:
     leaves = pytree.tree_leaves(output)
     other = sorted({type(leaf).__name__ for leaf in leaves if leaf is not None and not isinstance(leaf, Tensor)})
     if other:
-        raise ExportError(f"the model returns {', '.join(other)}: only tensors can be outputs of an ONNX graph")
+        raise ExportError(
+            f"the model returns {', '.join(other)}: only tensors can be outputs of an ONNX graph", hint=_NO_CACHE
+        )
     return [leaf for leaf in leaves if leaf is not None]
 
 

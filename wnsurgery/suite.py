@@ -156,7 +156,7 @@ def bench_suite(
     chosen = [name for name in MODELS if any(fnmatch.fnmatchcase(name, pattern) for pattern in models)]
     for pattern in models:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in MODELS):
-            raise SelectionError.no_match("models", pattern, MODELS)
+            raise SelectionError.no_match("models", pattern, MODELS, "net of the suite")
     for work in works:
         if work not in WORKS:
             raise SelectionError(f"works={work!r} is none of {', '.join(WORKS)}")

@@ -106,7 +106,8 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
     if (init == "data") != (data is not None):
         raise SelectionError('init="data" and data=... go together')
     if init == "preserve" and init_options:
-        raise TypeError(f"apply_weight_norm got unexpected arguments: {', '.join(sorted(init_options))}")
+        more = ", ".join(sorted(init_options))
+        raise TypeError(f'apply_weight_norm got unexpected arguments: {more} (init="data" and init="fan" have more)')
     check_mode(mode)
     modules = _unwrapped(model)
     if mode == "deferred":

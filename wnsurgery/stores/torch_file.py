@@ -151,7 +151,8 @@ def _known_to_torch() -> set[str]:
 def _load_error(path: Path, error: Exception, seen: Scan, zipped: bool, trust_pickle: bool) -> Exception:
     reason = printable(str(error).strip().partition("\n")[0] or type(error).__name__)
     if trust_pickle:
-        return InputError.of(path, f"cannot be unpickled ({type(error).__name__}: {reason})")
+        own = "save its state_dict(), and name what builds the model with --arch" if "__main__" in reason else None
+        return InputError.of(path, f"cannot be unpickled ({type(error).__name__}: {reason})", own)
     if isinstance(error, pickle.UnpicklingError):
         if seen.protocol > 2 and seen.complete:
             return UnsafeFileError(
