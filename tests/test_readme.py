@@ -160,7 +160,7 @@ def make(folder: Path, net: Callable[[], nn.Module], x: Tensor) -> Path:
     save_file(theirs.state_dict(), folder / "generator.safetensors")
     torch.save(normed(copy.deepcopy(plain)).state_dict(), folder / "step0.pt")
     torch.save(theirs.state_dict(), folder / "step9000.pt")
-    directory(folder / "wav2vec2-base", theirs.state_dict(), 1)
+    directory(folder / "gpt2-normed", theirs.state_dict(), 1)
     directory(folder / "sharded-model", theirs.state_dict(), 3)
     (folder / "fold.json").write_text(json.dumps({"proof": {"max_ulp": 1.25}}))
     torch.onnx.export(theirs, (x,), folder / "exported.onnx", input_names=["x"], dynamo=False, verbose=False)
