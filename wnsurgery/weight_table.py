@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from wnsurgery.errors import printable
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["show_weights"]
 
 _MANY = 40  # weights from which those that differ in the numbers of their names alone share a line
+_NAME = 24  # characters of a name that stand on one line however narrow the terminal
 _SHOWN = 60  # lines a table has without `everything`
 
 
@@ -88,11 +90,13 @@ def _print(console: Any, rows: list[tuple[str, ...]], everything: bool) -> None:
     from rich.text import Text
 
     table = Table(expand=False)
-    for title in rows[0]:
-        table.add_column(Text(title), overflow="fold")
+    filled = [any(cells) for cells in zip(*rows[1:], strict=True)]
+    longest = max(len(row[0]) for row in rows)
+    for title in compress(rows[0], filled):
+        table.add_column(Text(title), overflow="fold", min_width=min(longest, _NAME) if title is rows[0][0] else None)
     shown = rows[1:] if everything else rows[1 : _SHOWN + 1]
     for row in shown:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*map(Text, compress(row, filled)))
     console.print(table)
     if len(shown) < len(rows) - 1:
         console.print(f"{len(rows) - 1 - len(shown)} more lines; --all shows them", markup=False, highlight=False)
