@@ -41,7 +41,7 @@ LAYERS = [
         "spread",
         "sgd_step",
     }
-    | {"onnx_layout", "onnx_functions", "onnx_guard", "moments", "outputs"},
+    | {"onnx_layout", "onnx_functions", "onnx_guard", "moments", "outputs", "onnx_weights", "graph_inputs"},
     {"graph", "parity", "choice", "following", "multi_tensor", "straight", "joint_norm"},
     {"walk", "steps", "flat_magnitudes", "deferred", "preparation"},
     {"plan", "mechanism", "checkpoint", "tracing", "tied_names", "resizing"},

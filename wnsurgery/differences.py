@@ -38,6 +38,7 @@ Array = np.ndarray[Any, Any]
 
 _NEVER = np.uint64(2**64 - 1)  # the distance between a number and NaN
 _SHOWN = 20  # rows a report prints
+_NEAR_ZERO = 1e-6  # outputs below this may be the rounding errors of larger numbers that cancel
 
 
 # Bits ----------------------------------------------------------------------------------------------------
@@ -278,11 +279,11 @@ def tolerance(dtype: Any) -> tuple[float, float]:
     float32 and float64: 256 eps relative to the largest element. Two correct runtimes add up the same products in
     different orders and use different exponentials; sums of thousands of terms through some dozens of layers end
     up tens of eps apart, wrong weights thousands. 16-bit types: 8 eps, because every layer rounds its result to
-    eps / 2 and runtimes differ in where they do. atol is one eps, for outputs that should be zero. Integers and
-    booleans must be equal.
+    eps / 2 and runtimes differ in where they do. atol is as much of the smallest normal number, below which the steps
+    between numbers get no smaller: outputs of 1e-9 are held to their own size. Integers and booleans must be equal.
 
     >>> tolerance(np.float32)
-    (3.0517578125e-05, 1.1920928955078125e-07)
+    (3.0517578125e-05, 3.587324068671532e-43)
     """
     dtype = _dtype(dtype)
     if dtype.kind == "c":
@@ -291,8 +292,9 @@ def tolerance(dtype: Any) -> tuple[float, float]:
         return 0.0, 0.0
     import ml_dtypes
 
-    eps = float(ml_dtypes.finfo(dtype).eps)  # type: ignore[no-untyped-call]
-    return (256 if dtype.itemsize >= 4 else 8) * eps, eps
+    kind = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    rtol = (256 if dtype.itemsize >= 4 else 8) * float(kind.eps)
+    return rtol, rtol * float(kind.smallest_normal)
 
 
 def check_tolerances(rtol: float | None, atol: float | None) -> None:
@@ -473,7 +475,8 @@ def _output_difference(name: str, a: Array, b: Array, rtol: float | None, atol: 
         return verdict(f"{int((~finite).sum())} infinities differ (first at {worst})", *figures)
     figures = (*figures, _smallest(max_abs, atol, scale))
     if not max_abs <= atol + rtol * scale:
-        return verdict(f"off by {max_abs:.3g}, more than {atol + rtol * scale:.3g} (at {worst})", *figures)
+        zeros = "; atol allows for what should be zero" if scale < _NEAR_ZERO and max_abs < _NEAR_ZERO else ""
+        return verdict(f"off by {max_abs:.3g}, more than {atol + rtol * scale:.3g} (at {worst}){zeros}", *figures)
     return verdict("", *figures)
 
 
