@@ -25,6 +25,7 @@ import wnsurgery.export
 from wnsurgery.errors import ExportError, OutputError, OutputExistsError, SelectionError, VerificationError
 from wnsurgery.export import export_onnx
 from wnsurgery.surgery import apply_weight_norm, is_weight_normed
+from wnsurgery.verification import verify
 
 # Models --------------------------------------------------------------------------------------------------
 
@@ -511,3 +512,40 @@ def test_any_axes_can_vary(tmp_path: Path) -> None:
     for wrong in ({"melody": [0]}, {"mel": [3]}):
         with pytest.raises(SelectionError, match=next(iter(wrong))):
             export_onnx(model, torch.randn(1, 20, 6), tmp_path / "n.onnx", dynamic=wrong)
+
+
+# Float64 and its norms -----------------------------------------------------------------------------------
+
+NORMS: dict[str, Callable[[], nn.Module]] = {  # of those that onnxruntime computes in float64
+    "layer": lambda: nn.LayerNorm(8),
+    "batch": lambda: nn.BatchNorm1d(6),
+}
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("kind", NORMS)
+def test_float64_norms_have_the_eps_that_a_file_can_hold(tmp_path: Path, kind: str, exporter: Any) -> None:
+    """ONNX keeps eps in float32, which shows in float64: the reference takes that one, and the model keeps its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), NORMS[kind](), nn.Linear(8, 2)).double()
+    x = 0.01 * torch.randn(4, 6, 3, dtype=torch.float64)
+    assert export_onnx(model, x, tmp_path / "m.onnx", exporter=exporter).ok
+    assert model[2].eps == 1e-5
+    verify(model.eval(), tmp_path / "m.onnx", x, bisect=True).raise_for_status()
+    with torch.no_grad():
+        model[3].bias.add_(1e-9)
+    assert not verify(model.eval(), tmp_path / "m.onnx", x).ok
+
+
+def test_a_norm_that_is_called_as_a_function_is_named(tmp_path: Path) -> None:
+    """Nobody can reach the eps of a functional call: the error says where the difference comes from."""
+
+    class Functional(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(super().forward(x), (8,))
+
+    model = Functional(6, 8).double()
+    x = 0.01 * torch.randn(4, 6, dtype=torch.float64)
+    with pytest.raises(VerificationError, match="off by") as caught:
+        export_onnx(model, x, tmp_path / "m.onnx")
+    assert "the eps of LayerNormalization in float32" in str(caught.value.hint)

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from wnsurgery.differences import OutputDifference, as_array, check_tolerances, compare_outputs
 from wnsurgery.errors import printable
 from wnsurgery.parity import open_with_all_values, run_session
-from wnsurgery.runs import Case, copy_of, named_outputs, rng_kept
+from wnsurgery.runs import Case, copy_of, named_outputs, rng_kept, with_eps_of_graphs
 
 __all__ = ["Parting", "first_difference"]
 
@@ -149,7 +149,7 @@ def _trace(side: nn.Module | Path_, inputs: Any, beside_graph: bool) -> _Trace:
 
 def _trace_of_module(model: nn.Module, inputs: Any, beside_graph: bool) -> _Trace:
     with torch.no_grad():
-        model = copy_of(model).eval()
+        model = with_eps_of_graphs(copy_of(model).eval()) if beside_graph else copy_of(model).eval()
     steps: list[_Step] = []
     calls: dict[str, int] = {}
 

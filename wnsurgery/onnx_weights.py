@@ -129,7 +129,7 @@ def _missing_variances(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iter
 
 
 def _alike(a: Array, b: Array) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype
+    return a.shape == b.shape and bool(a.dtype == b.dtype)
 
 
 def _is_transpose(a: Array, b: Array) -> bool:

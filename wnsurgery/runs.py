@@ -20,7 +20,17 @@ from torch.utils import _pytree as pytree
 from wnsurgery.batches import NamedArrays, arguments_of
 from wnsurgery.errors import ExportError, first_line, printable
 
-__all__ = ["Case", "Inputs", "copy_of", "named_outputs", "rng_kept", "tensor_outputs", "tracking", "where"]
+__all__ = [
+    "Case",
+    "Inputs",
+    "copy_of",
+    "named_outputs",
+    "rng_kept",
+    "tensor_outputs",
+    "tracking",
+    "where",
+    "with_eps_of_graphs",
+]
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -48,6 +58,19 @@ def copy_of(model: nn.Module) -> nn.Module:
             members = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
             module.__class__ = type(cls.__name__, cls.__bases__, members)
     return copied
+
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
+def with_eps_of_graphs(model: nn.Module) -> nn.Module:
+    """Give the norms of a copy that computes in float64 the eps that a graph can hold, in place: ONNX keeps that of
+    LayerNormalization, BatchNormalization and the like in float32.
+    """
+    if any(tensor.dtype in (torch.float64, torch.complex128) for tensor in (*model.parameters(), *model.buffers())):
+        for norm in (module for module in model.modules() if isinstance(module, _NORMS)):
+            norm.eps = float(np.float32(norm.eps))
+    return model
 
 
 @contextlib.contextmanager

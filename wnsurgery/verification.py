@@ -45,7 +45,7 @@ from wnsurgery.onnx_weights import constants_of, contradictions, fingerprint, fo
 from wnsurgery.parity import cast_to_declared, open_session, refuse_other_outputs, run_session
 from wnsurgery.parts import plain_parts
 from wnsurgery.reparam import Magnitude
-from wnsurgery.runs import Case, Inputs, copy_of, rng_kept
+from wnsurgery.runs import Case, Inputs, copy_of, rng_kept, with_eps_of_graphs
 from wnsurgery.surgery import fold_weight_norm
 
 __all__ = ["VerifyReport", "verify"]
@@ -143,7 +143,8 @@ def verify(  # noqa: PLR0913 - what is compared, how, and how it is loaded; all 
     in the graph, by name or by content. Outputs: `|a - b| <= atol + rtol * max|b|`; NaN fails even where
     both sides hold it; infinities pass where both sides hold the same. Two modules may return any structure, the same
     on both sides, that tensors are found in (containers, dataclasses, caches); beside an ONNX graph, a module must
-    return tensors alone. Both run in eval mode, on copies.
+    return tensors alone, and in float64 its norms get the eps that a graph can hold, in float32. Both run in eval mode,
+    on copies.
 
     >>> verify(nn.Linear(2, 2), nn.Linear(2, 2)).ok
     False
@@ -176,6 +177,9 @@ def verify(  # noqa: PLR0913 - what is compared, how, and how it is loaded; all 
         raise SelectionError(f"entry={entry!r}: no state dict or module of this name on either side")
     if arch is not None and not (first.built or second.built):
         raise SelectionError("arch is given, but neither side is a checkpoint that it could build a model for")
+    if first.is_graph != second.is_graph:
+        for module in (side.module for side in (first, second) if side.module is not None):
+            with_eps_of_graphs(module)
     notes: list[str] = []
     failures: list[str] = []
     cases = _cases(first, second, inputs, n_inputs, more, notes)
