@@ -22,6 +22,7 @@ from torch.nn.utils import weight_norm as legacy_weight_norm
 from torch.nn.utils.parametrizations import weight_norm
 
 import wnsurgery.export
+from wnsurgery.bisection import first_difference
 from wnsurgery.errors import ExportError, OutputError, OutputExistsError, SelectionError, VerificationError
 from wnsurgery.export import export_onnx
 from wnsurgery.surgery import apply_weight_norm, is_weight_normed
@@ -549,3 +550,107 @@ def test_a_norm_that_is_called_as_a_function_is_named(tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match="off by") as caught:
         export_onnx(model, x, tmp_path / "m.onnx")
     assert "the eps of LayerNormalization in float32" in str(caught.value.hint)
+
+
+# Nothing is printed --------------------------------------------------------------------------------------
+
+
+class Talking(nn.Module):
+    """Prints and warns whenever it runs, and cannot be exported if asked so."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        super().__init__()
+        self.layer, self.fails = nn.Linear(3, 3), fails
+
+    def forward(self, x: Tensor) -> Tensor:
+        print("a print of the model")
+        os.write(1, b"a print of C++\n")
+        warnings.warn("a warning of the model", UserWarning, stacklevel=1)
+        return torch.linalg.svd(self.layer(x))[1] if self.fails else self.layer(x)
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_nothing_of_the_model_or_the_exporter_is_heard(
+    tmp_path: Path, exporter: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither prints nor warnings nor what C++ writes reach the caller, and what was printed before and after does."""
+    x = torch.ones(2, 3)
+    print("before")
+    assert export_onnx(Talking(), x, tmp_path / "m.onnx", exporter=exporter).ok
+    verify(Talking(), Talking(), x)
+    with pytest.raises(ExportError) as caught:
+        export_onnx(Talking(fails=True), x, tmp_path / "n.onnx", exporter=exporter)
+    print("after")
+    assert "\n" not in caught.value.message
+    assert capfd.readouterr() == ("before\nafter\n", "")
+
+
+_LSTM = """
+import os, sys, torch
+import wnsurgery as wn
+os.close(int(sys.argv[2])) if len(sys.argv) > 2 else None
+try:
+    wn.export_onnx(torch.nn.LSTM(4, 6, proj_size=3), torch.ones(2, 4), sys.argv[1], exporter="torchscript")
+except wn.ExportError:
+    sys.exit(9)
+"""
+
+
+@pytest.mark.parametrize("closed", ["", "1", "2"])
+def test_a_graph_that_torch_dumps_is_not_heard(tmp_path: Path, closed: str) -> None:
+    """What the TorchScript exporter writes from C++ when it fails stays away, whichever stream is closed."""
+    words = [sys.executable, "-c", _LSTM, str(tmp_path / "m.onnx"), *closed]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout, done.stderr) == (9, "", "")
+
+
+# Inputs that are left out, modules that are compiled -----------------------------------------------------
+
+
+class Unused(nn.Module):
+    """Takes two tensors between the two that it uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, unused: Tensor, mask: Tensor | None, scale: Tensor) -> Tensor:
+        return self.layer(x) * scale
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_inputs_that_an_exporter_leaves_out(tmp_path: Path, exporter: Any, named: bool) -> None:
+    """What nothing is computed from is no input of the file; the others reach it under their names, in every check."""
+    x, other, scale = torch.randn(4, 6), torch.randn(2), torch.randn(4, 1)
+    inputs: Any = (x, other, other, scale)
+    if named:
+        inputs = {"scale": scale, "unused": other, "x": x, "mask": other}
+    model = Unused()
+    report = export_onnx(model, inputs, tmp_path / "m.onnx", exporter=exporter)
+    assert report.ok
+    assert {"x", "scale"} <= {name for name, _, _ in report.inputs}
+    verify(model, tmp_path / "m.onnx", inputs).raise_for_status()
+    verify(tmp_path / "m.onnx", model, inputs).raise_for_status()
+    assert first_difference(model, tmp_path / "m.onnx", inputs).layer is None
+    with torch.no_grad():
+        model.layer.bias += 1
+    assert verify(model, tmp_path / "m.onnx", inputs, bisect=True).parting is not None
+
+
+@pytest.mark.parametrize("compiled", ["script", "trace"])
+def test_modules_of_torchscript(tmp_path: Path, compiled: str) -> None:
+    """What torch.jit made is exported by the exporter of its kind, runs in comparisons, and errors are ours."""
+    x, plain = torch.randn(4, 6), nn.Sequential(nn.Linear(6, 3), nn.Tanh())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are deprecated
+        model = torch.jit.script(plain) if compiled == "script" else torch.jit.trace(plain, x)
+    with pytest.raises(ExportError) as caught:
+        export_onnx(model, x, tmp_path / "m.onnx")
+    assert "--exporter torchscript" in str(caught.value.hint)
+    for inputs in ((x, x), (), {"no": x}):
+        with pytest.raises(ExportError, match="the inputs do not fit"):
+            export_onnx(model, inputs, tmp_path / "m.onnx", exporter="torchscript")
+    assert export_onnx(model, x, tmp_path / "m.onnx", exporter="torchscript", dynamic=True).ok
+    verify(model, tmp_path / "m.onnx", x).raise_for_status()
+    verify(model, plain, x).raise_for_status()

@@ -21,7 +21,7 @@ LAYERS = [
     {"errors", "fused", "kept", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts"}
     | {"csv_text", "ownership", "dtensors", "compiled", "loaded_keys", "placed", "onnx_nodes"}
     | {"sgd_kernels", "linear_kernels", "channel_kernels", "typed_kernels", "lean_modules", "safety"}
-    | {"onlookers"},
+    | {"onlookers", "silence"},
     {"other_types", "parts"},
     {"keys", "loans", "reparam", "stores", "differences", "onnx_values", "optimizer_state", "blocked_linear"}
     | {"charts", "page", "onnx_checks"}

@@ -9,12 +9,9 @@ model computes.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
-import logging
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +33,7 @@ from wnsurgery.errors import (
 )
 from wnsurgery.parity import OutputsReport, compare_outputs, open_session, run_session
 from wnsurgery.runs import Case, Inputs, copy_of, rng_kept, tracking, where, with_eps_of_graphs
+from wnsurgery.silence import silenced
 from wnsurgery.surgery import fold_weight_norm
 from wnsurgery.text import columns
 
@@ -184,7 +182,10 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
         with _staged(graph, path, force=force, external=external) as (report, staged):
             _check_file(staged)
             session = open_session(staged, trusted=True) if proven else None
-            proofs = [_compared(session, case, ends, path, (rtol, atol), half) for case, ends in proven]
+            proofs = [
+                _compared(session, feeds_of(session, case, plain), ends, path, (rtol, atol), half)
+                for case, ends in proven
+            ]
             names = sorted(file.name for file in staged.parent.iterdir())
     except VerificationError as error:
         error.hint = error.hint or _rounded_eps(graph)
@@ -273,7 +274,7 @@ def _exported(model: nn.Module, case: Case, opset: int | None, axes: Mapping[str
     shapes = _dynamic_shapes(case.named(model), axes) if axes else None
     fresh = case.fresh()
     try:
-        with _silence():
+        with silenced():
             program: Any = torch.onnx.export(
                 model,
                 fresh.args,
@@ -298,7 +299,7 @@ def _traced(model: nn.Module, case: Case, opset: int | None, axes: Mapping[str, 
 
     file: Any = io.BytesIO()
     fresh = case.fresh()
-    bound = inspect.signature(model.forward).bind(*fresh.args, **fresh.kwargs)
+    bound = fresh.bound(model)
     arguments, forward = dict(bound.arguments), model.forward
 
     def positional(*values: Any) -> Any:
@@ -310,8 +311,9 @@ def _traced(model: nn.Module, case: Case, opset: int | None, axes: Mapping[str, 
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # its fused operations have no translation
-        model.forward = positional  # the exporter would turn defaults such as is_causal=False into tensors
-        with _silence():
+        if not isinstance(model, torch.jit.ScriptModule):
+            model.forward = positional  # the exporter would turn defaults such as is_causal=False into tensors
+        with silenced():
             torch.onnx.export(
                 model,
                 tuple(arguments.values()),
@@ -323,16 +325,21 @@ def _traced(model: nn.Module, case: Case, opset: int | None, axes: Mapping[str, 
                 verbose=False,
             )
     except Exception as error:
-        model.forward = forward
+        _put_back(model, forward)
         raise ExportError(f"{_culprit(model, case, error)}the exporter failed: {first_line(error)}") from error
     finally:
-        model.forward = forward
+        _put_back(model, forward)
         torch.backends.mha.set_fastpath_enabled(fast)
     import onnx
 
     graph = ir.from_proto(onnx.load_model_from_string(file.getvalue()))
     _check_written(graph, opset, {})
     return graph
+
+
+def _put_back(model: nn.Module, forward: Any) -> None:
+    if not isinstance(model, torch.jit.ScriptModule):
+        model.forward = forward
 
 
 def _check_written(graph: ir.Model, opset: int | None, axes: Mapping[str, tuple[int, ...]]) -> None:
@@ -364,32 +371,10 @@ def _dynamic_shapes(arguments: Mapping[str, Any], axes: Mapping[str, tuple[int, 
     return {name: pytree.tree_map(lambda x, n=name: open_axes(n, x), value) for name, value in arguments.items()}
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """No print, log line or warning of the exporter reaches the caller; warnings as errors would end the export."""
-
-    def drop(record: logging.LogRecord) -> bool:
-        return not record.name.startswith(("torch", "onnxscript", "onnx_ir"))
-
-    loggers = (logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith("torch"))
-    handlers: list[logging.Handler] = [handler for logger in loggers for handler in logger.handlers]
-    handlers += [logging.lastResort] if logging.lastResort is not None else []
-    for handler in handlers:
-        handler.addFilter(drop)
-    try:
-        nowhere = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(drop)
-
-
 def _culprit(model: nn.Module, case: Case, error: BaseException) -> str:
     """The module at fault, as `name: `, by tracing once more and looking where it breaks; "" if it cannot be told."""
     fresh = case.fresh()
-    with _silence(), tracking(model) as active:
+    with silenced(), tracking(model) as active:
         try:
             program = torch.export.export(model, fresh.args, fresh.kwargs, strict=False).run_decompositions()
         except Exception:  # whatever it is, the error in hand is the one to report
@@ -469,7 +454,7 @@ def _check_file(path: Path) -> None:
 
 def _compared(
     session: Any,
-    case: Case,
+    feeds: dict[str, Tensor] | list[Tensor],
     expected: tuple[list[Tensor], list[Tensor]],
     path: Path,
     limits: _Limits,
@@ -477,7 +462,7 @@ def _compared(
 ) -> tuple[OutputsReport, OutputsReport]:
     """onnxruntime's outputs against those of the folded copy and of the original; raises where they differ."""
     names = [output.name for output in session.get_outputs()]
-    found = run_session(session, feeds_of(session, case), path)
+    found = run_session(session, feeds, path)
     reports = []
     for who, tensors in zip(("folded model", "model"), expected, strict=True):
         if len(tensors) != len(names):
@@ -507,13 +492,16 @@ def _rounded_eps(graph: ir.Model) -> str | None:
     return f"ONNX keeps the eps of {', '.join(norms)} in float32: take one that float32 holds" if norms else None
 
 
-def feeds_of(session: Any, case: Case) -> dict[str, Tensor] | list[Tensor]:
-    """Tensors for the graph's inputs: by name where the names are those of `forward`, else in order."""
+def feeds_of(session: Any, case: Case, model: nn.Module) -> dict[str, Tensor] | list[Tensor]:
+    """Tensors for the graph's inputs: by name where the names are those of `forward`, else in order.
+
+    Exporters leave out those that nothing is computed from.
+    """
     declared = [value.name for value in session.get_inputs()]
-    leaves = [x for x in pytree.tree_leaves((case.args, case.kwargs)) if isinstance(x, Tensor)]
-    if not case.args and all(name in case.kwargs for name in declared):
-        return {name: case.kwargs[name] for name in declared}
-    return leaves
+    named = {name: value for name, value in (case.named(model) | case.kwargs).items() if isinstance(value, Tensor)}
+    if all(name in named for name in declared):
+        return {name: named[name] for name in declared}
+    return [x for x in pytree.tree_leaves((case.args, case.kwargs)) if isinstance(x, Tensor)]
 
 
 def _worst(reports: tuple[OutputsReport, ...]) -> OutputsReport | None:

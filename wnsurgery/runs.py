@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from wnsurgery.batches import NamedArrays, arguments_of
 from wnsurgery.errors import ExportError, first_line, printable
+from wnsurgery.silence import silenced
 
 __all__ = [
     "Case",
@@ -129,7 +130,7 @@ def _parts_of(value: Any) -> Mapping[Any, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """One set of arguments."""
+    """One set of arguments; what a model prints or warns of when it runs on them is not heard."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -182,16 +183,21 @@ class Case:
             name: pytree.tree_map_only(Tensor, partial(twice, along=axes.get(name, ())), value)
             for name, value in self.named(model).items()
         }
-        bound = inspect.signature(model.forward).bind(*self.args, **self.kwargs)
+        bound = self.bound(model)
         bound.arguments.update(arguments)
         return Case(bound.args, dict(bound.kwargs))
 
     def named(self, model: nn.Module) -> dict[str, Any]:
         """The arguments by parameter name of `forward`, in its order."""
+        return dict(self.bound(model).arguments)
+
+    def bound(self, model: nn.Module) -> inspect.BoundArguments:
+        """The arguments as `forward` takes them; ExportError where it does not."""
         try:
-            return dict(inspect.signature(model.forward).bind(*self.args, **self.kwargs).arguments)
-        except TypeError as error:
-            raise ExportError(f"the inputs do not fit {type(model).__name__}.forward: {error}") from error
+            return _signature(model).bind(*self.args, **self.kwargs)
+        except (TypeError, ValueError) as error:
+            reason = f"the inputs do not fit {type(model).__name__}.forward: {printable(error, 300)}"
+            raise ExportError(reason) from error
 
     def run(self, model: nn.Module) -> list[Tensor]:
         """The model's output tensors; an error names the module it happened in."""
@@ -216,13 +222,46 @@ class Case:
     def _call(self, model: nn.Module) -> Any:
         case = self.fresh()
         torch.manual_seed(0)  # inside fork_rng; a model that draws noise draws the same each time
-        return model(*case.args, **case.kwargs)
+        with silenced():
+            return model(*case.args, **case.kwargs)
 
     def _where_it_fails(self, model: nn.Module) -> str:
         # a second run, because hooks switch off the fast paths that the first one should take
         with tracking(model) as active, contextlib.suppress(Exception):
             self._call(model)
         return where(active)
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    """What `forward` takes, of compiled modules of TorchScript, too."""
+    schema: Any = getattr(model.forward, "schema", None)
+    if schema is None:
+        return inspect.signature(model.forward)
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                one.name,
+                kinds[one.kwarg_only],
+                default=one.default_value if one.has_default_value() else inspect.Parameter.empty,
+            )
+            for one in schema.arguments[1:]
+        ]
+    )
+
+
+def for_graph(inputs: Any, declared: Sequence[str], model: nn.Module) -> Any:
+    """Inputs of a module for a graph of it: by name where its names are those of `forward`, without those that an
+    exporter left out because nothing is computed from them; else as they are.
+    """
+    try:
+        arguments = Case.fitting(inputs, model).named(model)
+    except ExportError:
+        return inputs
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    if not declared or not tensors.keys() >= set(declared):
+        return inputs
+    return {name: tensors[name] for name in declared}
 
 
 @contextlib.contextmanager

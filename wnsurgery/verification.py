@@ -45,7 +45,7 @@ from wnsurgery.onnx_weights import constants_of, contradictions, fingerprint, fo
 from wnsurgery.parity import cast_to_declared, open_session, refuse_other_outputs, run_session
 from wnsurgery.parts import plain_parts
 from wnsurgery.reparam import Magnitude
-from wnsurgery.runs import Case, Inputs, copy_of, rng_kept, with_eps_of_graphs
+from wnsurgery.runs import Case, Inputs, copy_of, for_graph, rng_kept, with_eps_of_graphs
 from wnsurgery.surgery import fold_weight_norm
 
 __all__ = ["VerifyReport", "verify"]
@@ -212,6 +212,12 @@ class _Side:
     @property
     def runs(self) -> bool:
         return self.module is not None or self.session is not None
+
+    def taking(self, inputs: Any, other: _Side) -> Any:
+        """Inputs as this side takes them: a graph beside a module those that it declares."""
+        if self.session is None or other.module is None:
+            return inputs
+        return for_graph(inputs, [value.name for value in self.session.get_inputs()], other.module)
 
     def run(self, inputs: Any, *, any_dtype: bool = False, beside_graph: bool = True) -> tuple[list[str], list[Any]]:
         """Names ("" where there are none) and values of the outputs; `any_dtype` casts floats to what it takes.
@@ -381,9 +387,10 @@ def _outputs(
     values: list[Array] = []
     for number, case in enumerate(cases, 1):
         results = []
-        for side in (a, b):
+        for side, other in ((a, b), (b, a)):
+            given_here = side.taking(case, other)
             try:
-                results.append(side.run(case, any_dtype=any_dtype, beside_graph=a.is_graph or b.is_graph))
+                results.append(side.run(given_here, any_dtype=any_dtype, beside_graph=a.is_graph or b.is_graph))
             except (ExportError, InputError) as error:
                 failures.append(f"{side.name} does not run on these inputs: {_reason(error, side.name)}")
         if not results and given:
