@@ -44,13 +44,14 @@ def made_up_inputs(
     sizes: dict[str, int] = {}
     made: dict[str, Array] = {}
     for place, one in enumerate(declared):
-        if ranks.get(one.name, ()) is None:
-            raise InputError.of(name, f"{printable(one.name)}: no inputs can be made up where any shape will do")
         shape = []
         for axis, size in enumerate(one.shape):
             known = isinstance(size, int)
             shape.append(size if known else sizes.setdefault(str(size or axis), _OTHER if axis else _FIRST))
-        kind = one.type.removeprefix("tensor(").removesuffix(")")
+        if one.type.startswith("tensor(") and ranks.get(one.name, ()) is None:
+            reason = "no inputs can be made up where any shape will do; give some"
+            raise InputError.of(name, f"{printable(one.name)}: {reason}")
+        kind = one.type.removeprefix("optional(").removeprefix("tensor(").rstrip(")")
         dtype = {"float": "float32", "double": "float64"}.get(kind, kind)
         if dtype in ("float32", "float64", "float16"):
             made[one.name] = np.asarray(generator.standard_normal(shape)).astype(dtype)
