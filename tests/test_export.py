@@ -654,3 +654,15 @@ def test_modules_of_torchscript(tmp_path: Path, compiled: str) -> None:
     assert export_onnx(model, x, tmp_path / "m.onnx", exporter="torchscript", dynamic=True).ok
     verify(model, tmp_path / "m.onnx", x).raise_for_status()
     verify(model, plain, x).raise_for_status()
+
+
+def test_axes_that_cannot_vary_are_named(tmp_path: Path) -> None:
+    """Channels cannot vary: the error says that the axis was tried at twice its size, and which one, in one line."""
+    model = nn.Sequential(nn.Conv1d(4, 3, 1))
+    with pytest.raises(ExportError) as caught:
+        export_onnx(model, torch.ones(1, 4, 5), tmp_path / "m.onnx", dynamic={"input": [0, 1]})
+    assert "the dynamic axes (input=0,1) were tried at twice the size" in caught.value.message
+    assert "0: forward failed" in caught.value.message
+    assert "\n" not in caught.value.message
+    with pytest.raises(ExportError, match=r"^0: forward failed"):
+        export_onnx(model, torch.ones(1, 5, 5), tmp_path / "m.onnx", dynamic={"input": [0, 1]})

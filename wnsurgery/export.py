@@ -170,7 +170,8 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
         axes = _axes(cases[0].named(plain), dynamic)
         if axes:
             cases.append(cases[0].doubled(axes, plain))
-        wanted = [case.run(original) for case in cases]
+        wanted = [case.run(original) for case in cases[:1]]
+        wanted += [_run_doubled(case, original, axes) for case in cases[1:]]
         if half:
             plain = plain.half()
             cases = [case.cast_for(plain) for case in cases]
@@ -243,6 +244,16 @@ def _axes(arguments: Mapping[str, Any], dynamic: bool | Mapping[str, Sequence[in
             if wrong:
                 raise SelectionError(f"dynamic: {name} has no axis {wrong[0]}, it has {tensor.ndim}")
     return {name: tuple(axes) for name, axes in dynamic.items()}
+
+
+def _run_doubled(case: Case, model: nn.Module, axes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
+    """The outputs for inputs of twice the size; an error says that they were doubled, and along what."""
+    try:
+        return case.run(model)
+    except ExportError as error:
+        which = ", ".join(f"{printable(name)}={','.join(map(str, along))}" for name, along in axes.items() if along)
+        reason = f"the dynamic axes ({which}) were tried at twice the size, which the model does not take"
+        raise ExportError(f"{reason}: {error.message}") from error
 
 
 def _check_name(path: Path) -> None:
