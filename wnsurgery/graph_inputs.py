@@ -16,8 +16,10 @@ from wnsurgery.errors import InputError, printable
 __all__ = ["made_up_inputs", "rows_indexed"]
 
 Array = np.ndarray[Any, Any]
+_Given = dict[ir.Value | None, ir.Value | None]  # what a function's inputs are where it is called
 
 _FIRST, _OTHER = 2, 16  # sizes tried for a dimension that a graph leaves open
+_CALLS = 1000  # of functions, followed for an input: few bytes may call many
 _INDEXING = {"Gather": 1, "GatherElements": 1}  # which of their inputs holds the indices
 _KEEPING = frozenset(
     ("Cast", "CastLike", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape", "Slice")
@@ -72,24 +74,35 @@ def _some_of(rows: int, shape: Sequence[int], number: int, place: int) -> Array:
 
 
 def rows_indexed(model: ir.Model) -> dict[str, int]:
-    """For each input of a graph that comes to a lookup as indices, the rows of the smallest table it looks into."""
-    found = {str(value.name): min(_tables(value, model), default=0) for value in model.graph.inputs}
-    return {name: rows for name, rows in found.items() if rows > 0}
+    """For each input of a graph that comes to a lookup as indices, the rows of the smallest table it looks into.
+
+    One that looks into a table of unknown size is left out.
+    """
+    found = {str(value.name): [*_tables(value, model)] for value in model.graph.inputs}
+    return {name: min(filter(None, rows)) for name, rows in found.items() if rows and all(rows)}
 
 
-def _tables(value: ir.Value, model: ir.Model) -> Iterator[int]:
-    """The sizes of the tables that a value, or a rearrangement of it, looks into."""
-    seen, todo = {value}, [value]
+def _tables(value: ir.Value, model: ir.Model) -> Iterator[int | None]:
+    """The sizes of the tables that a value, or a rearrangement of it, looks into; None where it is not known."""
+    start: tuple[ir.Value, _Given] = (value, {})
+    seen, todo = {value}, [start]
+    calls = 0
     while todo:
-        for node, place in todo.pop().uses():
+        looked_at, given = todo.pop()
+        if calls > _CALLS:
+            yield None
+            return
+        for node, place in looked_at.uses():
             if place == _INDEXING.get(node.op_type):
-                rows = _size(node.inputs[0], _axis(node))
-                if rows is not None:
-                    yield rows
+                yield _size(given.get(node.inputs[0], node.inputs[0]), _axis(node))
             called = model.functions.get(node.op_identifier())
-            further = [called.inputs[place]] if called is not None else node.outputs if _keeps(node, place) else ()
-            todo += [each for each in further if each not in seen]
-            seen.update(further)
+            if called is not None:
+                calls += 1
+                inner = zip(called.inputs, (given.get(each, each) for each in node.inputs), strict=False)
+                todo.append((called.inputs[place], dict(inner)))
+            elif _keeps(node, place):
+                todo += [(output, given) for output in node.outputs if output not in seen]
+                seen.update(node.outputs)
 
 
 def _keeps(node: ir.Node, place: int) -> bool:

@@ -213,6 +213,14 @@ class _Side:
     def runs(self) -> bool:
         return self.module is not None or self.session is not None
 
+    def takes(self, inputs: Any) -> bool:
+        """Whether a graph runs on these inputs."""
+        try:
+            self.run(inputs)
+        except InputError:
+            return False
+        return True
+
     def taking(self, inputs: Any, other: _Side) -> Any:
         """Inputs as this side takes them: a graph beside a module those that it declares."""
         if self.session is None or other.module is None:
@@ -340,14 +348,14 @@ def _weights(
     if ran or state.is_graph:
         wrong, merged = contradictions(known if state.is_graph else arrays, graph.tensors, renamed=state.is_graph)
         failures += wrong
-        notes += [_standing(known, graph.tensors), *(_MERGED.format(name) for name in merged)]
+        notes.append(_standing(known, graph.tensors))
+        if merged:
+            which = f"{', '.join(merged[:3])}{f' and {len(merged) - 3} more' if len(merged) > 3 else ''}"
+            notes.append(f"{which}: other bits under the same name; a batch norm was merged, so the outputs decide")
         return None
     found = found_in(graph.tensors, known)
     notes.append("outputs cannot be compared, so each weight must stand in the graph; one that was merged fails")
     return compare_tensors(found, known) if a.is_graph else compare_tensors(known, found)
-
-
-_MERGED = "{}: other bits under the same name; a batch norm of its size was merged, so the outputs decide"
 
 
 def _standing(known: Mapping[str, Array], graph: Mapping[str, Any]) -> str:
@@ -452,17 +460,25 @@ def _cases(
         if not more:
             notes.append("outputs not compared: no inputs were given")
         return list(more)
-    return [*([inputs] if inputs is not None else _made_up(graph, b, n_inputs)), *more]
+    return [*([inputs] if inputs is not None else _made_up(graph, b, n_inputs, notes)), *more]
 
 
-def _made_up(graph: _Side, other: _Side, count: int) -> list[dict[str, Array]]:
+def _made_up(graph: _Side, other: _Side, count: int, notes: list[str]) -> list[dict[str, Array]]:
     """Sets of inputs for a graph; what indexes tables fits those of both sides."""
     rows = rows_indexed(graph.graph)
     if other.is_graph:
         theirs = rows_indexed(other.graph)
         rows = {name: min(each[name] for each in (rows, theirs) if name in each) for name in rows | theirs}
-    declared = graph.session.get_inputs()
-    return [made_up_inputs(declared, graph.graph, graph.name, number, rows=rows) for number in range(count)]
+
+    def sets(rows: dict[str, int]) -> list[dict[str, Array]]:
+        declared = graph.session.get_inputs()
+        return [made_up_inputs(declared, graph.graph, graph.name, number, rows=rows) for number in range(count)]
+
+    made = sets(rows)
+    if rows and not all(graph.takes(inputs) for inputs in made):
+        notes.append(f"{graph.name} does not take all indices of its tables, so 0 and 1 were tried")
+        return sets({})
+    return made
 
 
 def _parting(
