@@ -638,6 +638,22 @@ def test_inputs_that_an_exporter_leaves_out(tmp_path: Path, exporter: Any, named
     assert verify(model, tmp_path / "m.onnx", inputs, bisect=True).parting is not None
 
 
+def test_inputs_that_were_left_out_of_a_graph_with_names_of_its_own(tmp_path: Path) -> None:
+    """Where an exporter made up the names, types and shapes tell which inputs are left, or it is an error."""
+    x, other, scale = torch.randn(4, 6), torch.randn(2), torch.randn(4, 1)
+    model, path = Unused().eval(), tmp_path / "m.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x, other, other, scale), path, dynamo=False, verbose=False)
+    assert [value.name for value in onnx.load(path).graph.input] not in (["x", "scale"], ["x"])
+    verify(model, path, (x, other, other, scale)).raise_for_status()
+    verify(model, path, {"scale": scale, "x": x, "mask": other, "unused": other}, bisect=True).raise_for_status()
+    same = torch.ones(4, 1)
+    verify(model, path, (x, same, same, same)).raise_for_status()
+    report = verify(model, path, (x, same, same, 2 * same))
+    assert "4 inputs given" in report.problems[0]
+
+
 @pytest.mark.parametrize("compiled", ["script", "trace"])
 def test_modules_of_torchscript(tmp_path: Path, compiled: str) -> None:
     """What torch.jit made is exported by the exporter of its kind, runs in comparisons, and errors are ours."""

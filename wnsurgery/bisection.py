@@ -175,7 +175,7 @@ def _kind(module: nn.Module) -> str:
 def _trace_of_graph(path: Path_, inputs: Any, other: nn.Module | Path_) -> _Trace:
     model, session = open_with_all_values(path)
     if isinstance(other, nn.Module):
-        inputs = for_graph(inputs, [value.name for value in session.get_inputs()], other)
+        inputs = for_graph(inputs, session.get_inputs(), other)
     given = [inputs] if isinstance(inputs, Tensor | np.ndarray) else inputs
     found = run_session(session, given, path, some=True)
     steps = []

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from types import ModuleType
 from typing import Any
 
@@ -61,6 +62,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     return copied
 
 
+_FEW = 12  # tensors, of which every choice is looked at
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -250,18 +252,46 @@ def _signature(model: nn.Module) -> inspect.Signature:
     )
 
 
-def for_graph(inputs: Any, declared: Sequence[str], model: nn.Module) -> Any:
-    """Inputs of a module for a graph of it: by name where its names are those of `forward`, without those that an
-    exporter left out because nothing is computed from them; else as they are.
+def for_graph(inputs: Any, declared: Sequence[Any], model: nn.Module) -> Any:
+    """Inputs of a module for a graph of it, without those that an exporter left out because nothing is computed from
+    them: by name where the graph's names are those of `forward`, else the only ones of its types and shapes, else all.
+
+    `declared` are the inputs of an onnxruntime session.
     """
     try:
         arguments = Case.fitting(inputs, model).named(model)
     except ExportError:
         return inputs
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    if not declared or not tensors.keys() >= set(declared):
-        return inputs
-    return {name: tensors[name] for name in declared}
+    names = [one.name for one in declared]
+    if names and tensors.keys() >= set(names):
+        return {name: tensors[name] for name in names}
+    fitting = _only_choice(list(tensors.values()), declared)
+    return inputs if fitting is None else fitting
+
+
+def _only_choice(tensors: Sequence[Tensor], declared: Sequence[Any]) -> list[Tensor] | None:
+    """As many tensors as a graph declares, in order, of its types and shapes; None unless there is one choice."""
+    if not 0 < len(declared) < len(tensors) <= _FEW:
+        return None
+    found = [
+        chosen
+        for chosen in combinations(tensors, len(declared))
+        if all(_fits(tensor, one) for tensor, one in zip(chosen, declared, strict=True))
+    ]
+    alike = all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+    return list(found[0]) if found and alike else None
+
+
+def _fits(tensor: Tensor, declared: Any) -> bool:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    kind = {"float32": "float", "float64": "double"}.get(kind, kind)
+    sizes = zip(declared.shape, tensor.shape, strict=False)
+    return (
+        declared.type == f"tensor({kind})"
+        and len(declared.shape) == tensor.ndim
+        and all(not isinstance(one, int) or one == size for one, size in sizes)
+    )
 
 
 @contextlib.contextmanager

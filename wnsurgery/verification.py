@@ -225,7 +225,7 @@ class _Side:
         """Inputs as this side takes them: a graph beside a module those that it declares."""
         if self.session is None or other.module is None:
             return inputs
-        return for_graph(inputs, [value.name for value in self.session.get_inputs()], other.module)
+        return for_graph(inputs, self.session.get_inputs(), other.module)
 
     def run(self, inputs: Any, *, any_dtype: bool = False, beside_graph: bool = True) -> tuple[list[str], list[Any]]:
         """Names ("" where there are none) and values of the outputs; `any_dtype` casts floats to what it takes.
