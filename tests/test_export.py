@@ -22,9 +22,11 @@ from torch.nn.utils import weight_norm as legacy_weight_norm
 from torch.nn.utils.parametrizations import weight_norm
 
 import wnsurgery.export
+from wnsurgery.bisection import first_difference
 from wnsurgery.errors import ExportError, OutputError, OutputExistsError, SelectionError, VerificationError
 from wnsurgery.export import export_onnx
 from wnsurgery.surgery import apply_weight_norm, is_weight_normed
+from wnsurgery.verification import verify
 
 # Models --------------------------------------------------------------------------------------------------
 
@@ -511,3 +513,172 @@ def test_any_axes_can_vary(tmp_path: Path) -> None:
     for wrong in ({"melody": [0]}, {"mel": [3]}):
         with pytest.raises(SelectionError, match=next(iter(wrong))):
             export_onnx(model, torch.randn(1, 20, 6), tmp_path / "n.onnx", dynamic=wrong)
+
+
+# Float64 and its norms -----------------------------------------------------------------------------------
+
+NORMS: dict[str, Callable[[], nn.Module]] = {  # of those that onnxruntime computes in float64
+    "layer": lambda: nn.LayerNorm(8),
+    "batch": lambda: nn.BatchNorm1d(6),
+}
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("kind", NORMS)
+def test_float64_norms_have_the_eps_that_a_file_can_hold(tmp_path: Path, kind: str, exporter: Any) -> None:
+    """ONNX keeps eps in float32, which shows in float64: the reference takes that one, and the model keeps its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), NORMS[kind](), nn.Linear(8, 2)).double()
+    x = 0.01 * torch.randn(4, 6, 3, dtype=torch.float64)
+    assert export_onnx(model, x, tmp_path / "m.onnx", exporter=exporter).ok
+    assert model[2].eps == 1e-5
+    verify(model.eval(), tmp_path / "m.onnx", x, bisect=True).raise_for_status()
+    with torch.no_grad():
+        model[3].bias.add_(1e-9)
+    assert not verify(model.eval(), tmp_path / "m.onnx", x).ok
+
+
+def test_a_norm_that_is_called_as_a_function_is_named(tmp_path: Path) -> None:
+    """Nobody can reach the eps of a functional call: the error says where the difference comes from."""
+
+    class Functional(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(super().forward(x), (8,))
+
+    model = Functional(6, 8).double()
+    x = 0.01 * torch.randn(4, 6, dtype=torch.float64)
+    with pytest.raises(VerificationError, match="off by") as caught:
+        export_onnx(model, x, tmp_path / "m.onnx")
+    assert "the eps of LayerNormalization in float32" in str(caught.value.hint)
+
+
+# Nothing is printed --------------------------------------------------------------------------------------
+
+
+class Talking(nn.Module):
+    """Prints and warns whenever it runs, and cannot be exported if asked so."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        super().__init__()
+        self.layer, self.fails = nn.Linear(3, 3), fails
+
+    def forward(self, x: Tensor) -> Tensor:
+        print("a print of the model")
+        os.write(1, b"a print of C++\n")
+        warnings.warn("a warning of the model", UserWarning, stacklevel=1)
+        return torch.linalg.svd(self.layer(x))[1] if self.fails else self.layer(x)
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_nothing_of_the_model_or_the_exporter_is_heard(
+    tmp_path: Path, exporter: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither prints nor warnings nor what C++ writes reach the caller, and what was printed before and after does."""
+    x = torch.ones(2, 3)
+    print("before")
+    assert export_onnx(Talking(), x, tmp_path / "m.onnx", exporter=exporter).ok
+    verify(Talking(), Talking(), x)
+    with pytest.raises(ExportError) as caught:
+        export_onnx(Talking(fails=True), x, tmp_path / "n.onnx", exporter=exporter)
+    print("after")
+    assert "\n" not in caught.value.message
+    assert capfd.readouterr() == ("before\nafter\n", "")
+
+
+_LSTM = """
+import os, sys, torch
+import wnsurgery as wn
+os.close(int(sys.argv[2])) if len(sys.argv) > 2 else None
+try:
+    wn.export_onnx(torch.nn.LSTM(4, 6, proj_size=3), torch.ones(2, 4), sys.argv[1], exporter="torchscript")
+except wn.ExportError:
+    sys.exit(9)
+"""
+
+
+@pytest.mark.parametrize("closed", ["", "1", "2"])
+def test_a_graph_that_torch_dumps_is_not_heard(tmp_path: Path, closed: str) -> None:
+    """What the TorchScript exporter writes from C++ when it fails stays away, whichever stream is closed."""
+    words = [sys.executable, "-c", _LSTM, str(tmp_path / "m.onnx"), *closed]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout, done.stderr) == (9, "", "")
+
+
+# Inputs that are left out, modules that are compiled -----------------------------------------------------
+
+
+class Unused(nn.Module):
+    """Takes two tensors between the two that it uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, unused: Tensor, mask: Tensor | None, scale: Tensor) -> Tensor:
+        return self.layer(x) * scale
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_inputs_that_an_exporter_leaves_out(tmp_path: Path, exporter: Any, named: bool) -> None:
+    """What nothing is computed from is no input of the file; the others reach it under their names, in every check."""
+    x, other, scale = torch.randn(4, 6), torch.randn(2), torch.randn(4, 1)
+    inputs: Any = (x, other, other, scale)
+    if named:
+        inputs = {"scale": scale, "unused": other, "x": x, "mask": other}
+    model = Unused()
+    report = export_onnx(model, inputs, tmp_path / "m.onnx", exporter=exporter)
+    assert report.ok
+    assert {"x", "scale"} <= {name for name, _, _ in report.inputs}
+    verify(model, tmp_path / "m.onnx", inputs).raise_for_status()
+    verify(tmp_path / "m.onnx", model, inputs).raise_for_status()
+    assert first_difference(model, tmp_path / "m.onnx", inputs).layer is None
+    with torch.no_grad():
+        model.layer.bias += 1
+    assert verify(model, tmp_path / "m.onnx", inputs, bisect=True).parting is not None
+
+
+def test_inputs_that_were_left_out_of_a_graph_with_names_of_its_own(tmp_path: Path) -> None:
+    """Where an exporter made up the names, types and shapes tell which inputs are left, or it is an error."""
+    x, other, scale = torch.randn(4, 6), torch.randn(2), torch.randn(4, 1)
+    model, path = Unused().eval(), tmp_path / "m.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x, other, other, scale), path, dynamo=False, verbose=False)
+    assert [value.name for value in onnx.load(path).graph.input] not in (["x", "scale"], ["x"])
+    verify(model, path, (x, other, other, scale)).raise_for_status()
+    verify(model, path, {"scale": scale, "x": x, "mask": other, "unused": other}, bisect=True).raise_for_status()
+    same = torch.ones(4, 1)
+    verify(model, path, (x, same, same, same)).raise_for_status()
+    report = verify(model, path, (x, same, same, 2 * same))
+    assert "4 inputs given" in report.problems[0]
+
+
+@pytest.mark.parametrize("compiled", ["script", "trace"])
+def test_modules_of_torchscript(tmp_path: Path, compiled: str) -> None:
+    """What torch.jit made is exported by the exporter of its kind, runs in comparisons, and errors are ours."""
+    x, plain = torch.randn(4, 6), nn.Sequential(nn.Linear(6, 3), nn.Tanh())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are deprecated
+        model = torch.jit.script(plain) if compiled == "script" else torch.jit.trace(plain, x)
+    with pytest.raises(ExportError) as caught:
+        export_onnx(model, x, tmp_path / "m.onnx")
+    assert "--exporter torchscript" in str(caught.value.hint)
+    for inputs in ((x, x), (), {"no": x}):
+        with pytest.raises(ExportError, match="the inputs do not fit"):
+            export_onnx(model, inputs, tmp_path / "m.onnx", exporter="torchscript")
+    assert export_onnx(model, x, tmp_path / "m.onnx", exporter="torchscript", dynamic=True).ok
+    verify(model, tmp_path / "m.onnx", x).raise_for_status()
+    verify(model, plain, x).raise_for_status()
+
+
+def test_axes_that_cannot_vary_are_named(tmp_path: Path) -> None:
+    """Channels cannot vary: the error says that the axis was tried at twice its size, and which one, in one line."""
+    model = nn.Sequential(nn.Conv1d(4, 3, 1))
+    with pytest.raises(ExportError) as caught:
+        export_onnx(model, torch.ones(1, 4, 5), tmp_path / "m.onnx", dynamic={"input": [0, 1]})
+    assert "the dynamic axes (input=0,1) were tried at twice the size" in caught.value.message
+    assert "0: forward failed" in caught.value.message
+    assert "\n" not in caught.value.message
+    with pytest.raises(ExportError, match=r"^0: forward failed"):
+        export_onnx(model, torch.ones(1, 5, 5), tmp_path / "m.onnx", dynamic={"input": [0, 1]})

@@ -21,7 +21,7 @@ LAYERS = [
     {"errors", "fused", "kept", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts"}
     | {"csv_text", "ownership", "dtensors", "compiled", "loaded_keys", "placed", "onnx_nodes"}
     | {"sgd_kernels", "linear_kernels", "channel_kernels", "typed_kernels", "lean_modules", "safety"}
-    | {"onlookers"},
+    | {"onlookers", "silence"},
     {"other_types", "parts"},
     {"keys", "loans", "reparam", "stores", "differences", "onnx_values", "optimizer_state", "blocked_linear"}
     | {"charts", "page", "onnx_checks"}
@@ -41,7 +41,7 @@ LAYERS = [
         "spread",
         "sgd_step",
     }
-    | {"onnx_layout", "onnx_functions", "onnx_guard", "moments", "outputs"},
+    | {"onnx_layout", "onnx_functions", "onnx_guard", "moments", "outputs", "onnx_weights", "graph_inputs"},
     {"graph", "parity", "choice", "following", "multi_tensor", "straight", "joint_norm"},
     {"walk", "steps", "flat_magnitudes", "deferred", "preparation"},
     {"plan", "mechanism", "checkpoint", "tracing", "tied_names", "resizing"},

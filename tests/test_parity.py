@@ -498,3 +498,60 @@ def test_a_name_too_long_for_an_npz_is_an_error(tmp_path: Path) -> None:
     assert (caught.value.exit_code, list(tmp_path.iterdir())) == (3, [])
     write_arrays(tmp_path / "y.npz", {"n" * 65_000: np.zeros(2)})
     write_arrays(tmp_path / "y.npy", {"n" * 70_000: np.zeros(2)})
+
+
+# What a graph may declare
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    return path
+
+
+def test_inputs_of_any_shape(tmp_path: Path) -> None:
+    """A graph that leaves the number of axes open takes any; one that declares a scalar takes a scalar."""
+    node = helper.make_node("Relu", ["x"], ["y"])
+    for shape, name in ((None, "any.onnx"), ([], "scalar.onnx")):
+        ends = (helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in "xy")
+        graph = helper.make_graph([node], "g", *([end] for end in ends))
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / name)
+    for x in (np.float32(1), np.ones(3, np.float32), np.ones((2, 3), np.float32)):
+        assert np.array_equal(run_onnx(tmp_path / "any.onnx", [x])["y"], x)
+        verify(tmp_path / "any.onnx", tmp_path / "any.onnx", [x]).raise_for_status()
+    assert first_difference(tmp_path / "any.onnx", tmp_path / "any.onnx", [x]).compared == 1
+    with pytest.raises(InputError, match=r"takes tensor\(float\) of any shape, not int64 2"):
+        run_onnx(tmp_path / "any.onnx", [np.ones(2, np.int64)])
+    with pytest.raises(InputError, match="x: no inputs can be made up where any shape will do"):
+        verify(tmp_path / "any.onnx", tmp_path / "any.onnx")
+    with pytest.raises(InputError, match=r"takes tensor\(float\) scalar, not float32 3"):
+        run_onnx(tmp_path / "scalar.onnx", [np.ones(3, np.float32)])
+
+
+def test_inputs_with_a_value_of_their_own_can_be_overridden(tmp_path: Path) -> None:
+    """An initializer that is listed as an input is left out, or given by name or after the others."""
+    text = '<ir_version: 9, opset_import: ["" : 18]> g (float[2] x, float[1] k = {2.0}) => (float[2] y) {y = Mul(x, k)}'
+    path, x, k = _written(tmp_path / "m.onnx", text), np.ones(2, np.float32), np.float32([5])
+    assert [run_onnx(path, inputs)["y"].tolist() for inputs in ([x], {"x": x})] == [[2, 2]] * 2
+    assert [run_onnx(path, inputs)["y"].tolist() for inputs in ([x, k], {"k": k, "x": x})] == [[5, 5]] * 2
+    for wrong, what in (([x, k, k], "3 inputs given"), ({"k": k}, "x is missing"), ([x, x], "k: takes optional")):
+        with pytest.raises(InputError, match=what):
+            run_onnx(path, wrong)
+    assert verify(path, path).ok
+
+
+def test_optional_inputs(tmp_path: Path) -> None:
+    """An `optional(tensor)` takes its tensor, None, or nothing, and no other type or shape."""
+    kind = helper.make_optional_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, [2]))
+    graph = helper.make_graph(
+        [helper.make_node("OptionalHasElement", ["o"], ["y"])],
+        "g",
+        [helper.make_value_info("o", kind)],
+        [helper.make_tensor_value_info("y", TensorProto.BOOL, [])],
+    )
+    path, x = tmp_path / "m.onnx", np.ones(2, np.float32)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    assert [bool(run_onnx(path, inputs)["y"]) for inputs in ([x], {"o": x}, [None], {})] == [True, True, False, False]
+    for wrong in ([np.ones(3, np.float32)], [np.ones(2)]):
+        with pytest.raises(InputError, match=r"takes optional tensor\(float\) 2"):
+            run_onnx(path, wrong)
+    assert verify(path, path).ok

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from wnsurgery.differences import OutputDifference, as_array, check_tolerances, compare_outputs
 from wnsurgery.errors import printable
 from wnsurgery.parity import open_with_all_values, run_session
-from wnsurgery.runs import Case, copy_of, named_outputs, rng_kept
+from wnsurgery.runs import Case, copy_of, for_graph, named_outputs, rng_kept, with_eps_of_graphs
 
 __all__ = ["Parting", "first_difference"]
 
@@ -89,8 +89,7 @@ def first_difference(
     none.
     """
     check_tolerances(rtol, atol)
-    beside_graph = not (isinstance(a, nn.Module) and isinstance(b, nn.Module))
-    sides = [_trace(x, inputs, beside_graph) for x in (a, b)]
+    sides = [_trace(x, inputs, y) for x, y in ((a, b), (b, a))]
     pair = _pairs(sides[0], sides[1])
     verdicts = [_compared(x, y, (rtol, atol)) for x, y in pair]
     alone = len(sides[0].steps) + len(sides[1].steps) - 2 * len(pair)
@@ -141,15 +140,15 @@ class _Trace:
     is_graph: bool
 
 
-def _trace(side: nn.Module | Path_, inputs: Any, beside_graph: bool) -> _Trace:
+def _trace(side: nn.Module | Path_, inputs: Any, other: nn.Module | Path_) -> _Trace:
     if isinstance(side, nn.Module):
-        return _trace_of_module(side, inputs, beside_graph)
-    return _trace_of_graph(side, inputs)
+        return _trace_of_module(side, inputs, beside_graph=not isinstance(other, nn.Module))
+    return _trace_of_graph(side, inputs, other)
 
 
 def _trace_of_module(model: nn.Module, inputs: Any, beside_graph: bool) -> _Trace:
     with torch.no_grad():
-        model = copy_of(model).eval()
+        model = with_eps_of_graphs(copy_of(model).eval()) if beside_graph else copy_of(model).eval()
     steps: list[_Step] = []
     calls: dict[str, int] = {}
 
@@ -173,8 +172,10 @@ def _kind(module: nn.Module) -> str:
     return type(module).__name__.removeprefix("Parametrized")
 
 
-def _trace_of_graph(path: Path_, inputs: Any) -> _Trace:
+def _trace_of_graph(path: Path_, inputs: Any, other: nn.Module | Path_) -> _Trace:
     model, session = open_with_all_values(path)
+    if isinstance(other, nn.Module):
+        inputs = for_graph(inputs, session.get_inputs(), other)
     given = [inputs] if isinstance(inputs, Tensor | np.ndarray) else inputs
     found = run_session(session, given, path, some=True)
     steps = []

@@ -150,7 +150,7 @@ def _on(
         if step is not None:
             steps[variant] = step
     for variant, path in files.items():
-        row, step = _session_variant(variant, device, path, case)
+        row, step = _session_variant(variant, device, path, case, plain)
         rows[variant] = row
         if step is not None:
             steps[variant] = step
@@ -188,14 +188,16 @@ def _torch_variant(variant: str, device: str, net: nn.Module, case: Case) -> tup
     return (replace(row, start=seconds) if variant == "torch.compile" else row), step
 
 
-def _session_variant(variant: str, device: str, path: Path, case: Case) -> tuple[DeploymentRow, _Step | None]:
+def _session_variant(
+    variant: str, device: str, path: Path, case: Case, model: nn.Module
+) -> tuple[DeploymentRow, _Step | None]:
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
     row = DeploymentRow(variant, device, file_bytes=size)
     starts = []
     try:
         with _peak("cpu") as peak:
             session = open_session(path, device, trusted=True)
-            feeds = feeds_of(session, case)
+            feeds = feeds_of(session, case, model)
             run_session(session, feeds, path)
         for _ in range(_STARTS):
             started = time.perf_counter()

@@ -38,6 +38,8 @@ Array = np.ndarray[Any, Any]
 
 _NEVER = np.uint64(2**64 - 1)  # the distance between a number and NaN
 _SHOWN = 20  # rows a report prints
+_SHARE = 0.01  # of the largest element that the default atol is at most
+_NEAR_ZERO = 1e-6  # outputs below this may be the rounding errors of larger numbers that cancel
 
 
 # Bits ----------------------------------------------------------------------------------------------------
@@ -278,8 +280,9 @@ def tolerance(dtype: Any) -> tuple[float, float]:
     float32 and float64: 256 eps relative to the largest element. Two correct runtimes add up the same products in
     different orders and use different exponentials; sums of thousands of terms through some dozens of layers end
     up tens of eps apart, wrong weights thousands. 16-bit types: 8 eps, because every layer rounds its result to
-    eps / 2 and runtimes differ in where they do. atol is one eps, for outputs that should be zero. Integers and
-    booleans must be equal.
+    eps / 2 and runtimes differ in where they do. atol is one eps, for outputs that should be zero beside others of size
+    1, and at most a hundredth of the largest element: outputs of 1e-9 are held to their own size. Integers and booleans
+    must be equal.
 
     >>> tolerance(np.float32)
     (3.0517578125e-05, 1.1920928955078125e-07)
@@ -398,7 +401,8 @@ class OutputsReport:
             rows: list[tuple[str, ...]] = [("output", "shape", "type", *head)]
             rows += [_output_row(o) for o in self.outputs[:_SHOWN]]
             lines += columns(rows)
-            kinds = dict.fromkeys(o.dtype for o in self.outputs if (o.rtol, o.atol) == tolerance(o.dtype))
+            limits = ((o, *tolerance(o.dtype)) for o in self.outputs)
+            kinds = dict.fromkeys(o.dtype for o, rtol, atol in limits if o.rtol == rtol and o.atol <= atol)
             lines += [f"  allowed for {kind}: {reason}" for kind in kinds if (reason := tolerance_reason(kind))]
         return "\n".join([*lines, *_problem_lines(self.problems)])
 
@@ -442,7 +446,10 @@ def compare_outputs(
 
 def _output_difference(name: str, a: Array, b: Array, rtol: float | None, atol: float | None) -> OutputDifference:
     name, default = printable(name), tolerance(b.dtype)
-    rtol, atol = default[0] if rtol is None else rtol, default[1] if atol is None else atol
+    x, y = _widened(a), _widened(b)
+    scale = float(np.abs(y[np.isfinite(y)]).max(initial=0.0))
+    rtol = default[0] if rtol is None else rtol
+    atol = min(default[1], _SHARE * scale) if atol is None else atol
 
     def verdict(reason: str, *figures: Any) -> OutputDifference:
         max_abs, mean_abs, max_rel, worst, *more = figures or (np.inf, np.inf, np.inf, ())
@@ -453,14 +460,12 @@ def _output_difference(name: str, a: Array, b: Array, rtol: float | None, atol: 
         return verdict(reason)
     if a.size == 0:
         return verdict("", 0.0, 0.0, 0.0, (), 0.0, (0.0,) * 4, 0.0)
-    x, y = _widened(a), _widened(b)
     with np.errstate(all="ignore"):
         # integers beyond 2^53 must differ by at least one even where float64 cannot tell them apart
         difference = np.where(a == b, 0.0, np.maximum(np.abs(x - y), 0.0 if _is_inexact(a.dtype) else 1.0))
     nan_x, nan_y = np.isnan(x), np.isnan(y)
     difference[nan_x & nan_y] = 0.0
     finite = np.isfinite(difference)
-    scale = float(np.abs(y[np.isfinite(y)]).max(initial=0.0))
     max_abs = float(difference[finite].max(initial=0.0))
     mean_abs = float(difference[finite].mean()) if finite.any() else np.inf
     worst = tuple(int(i) for i in np.unravel_index(int(np.where(finite, difference, np.inf).argmax()), x.shape))
@@ -473,7 +478,8 @@ def _output_difference(name: str, a: Array, b: Array, rtol: float | None, atol: 
         return verdict(f"{int((~finite).sum())} infinities differ (first at {worst})", *figures)
     figures = (*figures, _smallest(max_abs, atol, scale))
     if not max_abs <= atol + rtol * scale:
-        return verdict(f"off by {max_abs:.3g}, more than {atol + rtol * scale:.3g} (at {worst})", *figures)
+        zeros = "; atol allows for what should be zero" if scale < _NEAR_ZERO and max_abs < _NEAR_ZERO else ""
+        return verdict(f"off by {max_abs:.3g}, more than {atol + rtol * scale:.3g} (at {worst}){zeros}", *figures)
     return verdict("", *figures)
 
 

@@ -9,12 +9,9 @@ model computes.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
-import logging
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +32,8 @@ from wnsurgery.errors import (
     printable,
 )
 from wnsurgery.parity import OutputsReport, compare_outputs, open_session, run_session
-from wnsurgery.runs import Case, Inputs, copy_of, rng_kept, tracking, where
+from wnsurgery.runs import Case, Inputs, copy_of, rng_kept, tracking, where, with_eps_of_graphs
+from wnsurgery.silence import silenced
 from wnsurgery.surgery import fold_weight_norm
 from wnsurgery.text import columns
 
@@ -63,7 +61,8 @@ class ExportReport:
         folded: number of weights whose norm was folded, in the module or, where the exporter kept a norm, in the graph.
         left: (node, reason) for norms that stay: those of run-time values.
         parity: onnxruntime on the CPU against the folded copy; None with check=False.
-        original: onnxruntime against the model as it was given; None with check=False.
+        original: onnxruntime against the model as it was given (a float64 norm's eps rounded to float32, as ONNX keeps
+            it); None with check=False.
         exporter: "dynamo", or "torchscript" where that was asked for.
     """
 
@@ -164,14 +163,15 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
     _check_opset(opset)
     check_tolerances(rtol, atol)
     with torch.no_grad(), rng_kept(model):
-        original, plain = copy_of(model).eval(), copy_of(model).eval()
+        original, plain = (with_eps_of_graphs(copy_of(model).eval()) for _ in range(2))
         folded = _count_folded(plain)
         fold_weight_norm(plain)
         cases = [Case.of(inputs, plain)]
         axes = _axes(cases[0].named(plain), dynamic)
         if axes:
             cases.append(cases[0].doubled(axes, plain))
-        wanted = [case.run(original) for case in cases]
+        wanted = [case.run(original) for case in cases[:1]]
+        wanted += [_run_doubled(case, original, axes) for case in cases[1:]]
         if half:
             plain = plain.half()
             cases = [case.cast_for(plain) for case in cases]
@@ -183,8 +183,14 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
         with _staged(graph, path, force=force, external=external) as (report, staged):
             _check_file(staged)
             session = open_session(staged, trusted=True) if proven else None
-            proofs = [_compared(session, case, ends, path, (rtol, atol), half) for case, ends in proven]
+            proofs = [
+                _compared(session, feeds_of(session, case, plain), ends, path, (rtol, atol), half)
+                for case, ends in proven
+            ]
             names = sorted(file.name for file in staged.parent.iterdir())
+    except VerificationError as error:
+        error.hint = error.hint or _rounded_eps(graph)
+        raise
     except InputError as error:
         # what is refused here is the exporter's work, not a file of the caller's
         reason = error.message.split(": ", 1)[-1]
@@ -240,6 +246,16 @@ def _axes(arguments: Mapping[str, Any], dynamic: bool | Mapping[str, Sequence[in
     return {name: tuple(axes) for name, axes in dynamic.items()}
 
 
+def _run_doubled(case: Case, model: nn.Module, axes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
+    """The outputs for inputs of twice the size; an error says that they were doubled, and along what."""
+    try:
+        return case.run(model)
+    except ExportError as error:
+        which = ", ".join(f"{printable(name)}={','.join(map(str, along))}" for name, along in axes.items() if along)
+        reason = f"the dynamic axes ({which}) were tried at twice the size, which the model does not take"
+        raise ExportError(f"{reason}: {error.message}") from error
+
+
 def _check_name(path: Path) -> None:
     try:
         os.fspath(path).encode()
@@ -269,7 +285,7 @@ def _exported(model: nn.Module, case: Case, opset: int | None, axes: Mapping[str
     shapes = _dynamic_shapes(case.named(model), axes) if axes else None
     fresh = case.fresh()
     try:
-        with _silence():
+        with silenced():
             program: Any = torch.onnx.export(
                 model,
                 fresh.args,
@@ -294,7 +310,7 @@ def _traced(model: nn.Module, case: Case, opset: int | None, axes: Mapping[str, 
 
     file: Any = io.BytesIO()
     fresh = case.fresh()
-    bound = inspect.signature(model.forward).bind(*fresh.args, **fresh.kwargs)
+    bound = fresh.bound(model)
     arguments, forward = dict(bound.arguments), model.forward
 
     def positional(*values: Any) -> Any:
@@ -306,8 +322,9 @@ def _traced(model: nn.Module, case: Case, opset: int | None, axes: Mapping[str, 
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # its fused operations have no translation
-        model.forward = positional  # the exporter would turn defaults such as is_causal=False into tensors
-        with _silence():
+        if not isinstance(model, torch.jit.ScriptModule):
+            model.forward = positional  # the exporter would turn defaults such as is_causal=False into tensors
+        with silenced():
             torch.onnx.export(
                 model,
                 tuple(arguments.values()),
@@ -319,16 +336,21 @@ def _traced(model: nn.Module, case: Case, opset: int | None, axes: Mapping[str, 
                 verbose=False,
             )
     except Exception as error:
-        model.forward = forward
+        _put_back(model, forward)
         raise ExportError(f"{_culprit(model, case, error)}the exporter failed: {first_line(error)}") from error
     finally:
-        model.forward = forward
+        _put_back(model, forward)
         torch.backends.mha.set_fastpath_enabled(fast)
     import onnx
 
     graph = ir.from_proto(onnx.load_model_from_string(file.getvalue()))
     _check_written(graph, opset, {})
     return graph
+
+
+def _put_back(model: nn.Module, forward: Any) -> None:
+    if not isinstance(model, torch.jit.ScriptModule):
+        model.forward = forward
 
 
 def _check_written(graph: ir.Model, opset: int | None, axes: Mapping[str, tuple[int, ...]]) -> None:
@@ -360,32 +382,10 @@ def _dynamic_shapes(arguments: Mapping[str, Any], axes: Mapping[str, tuple[int, 
     return {name: pytree.tree_map(lambda x, n=name: open_axes(n, x), value) for name, value in arguments.items()}
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """No print, log line or warning of the exporter reaches the caller; warnings as errors would end the export."""
-
-    def drop(record: logging.LogRecord) -> bool:
-        return not record.name.startswith(("torch", "onnxscript", "onnx_ir"))
-
-    loggers = (logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith("torch"))
-    handlers: list[logging.Handler] = [handler for logger in loggers for handler in logger.handlers]
-    handlers += [logging.lastResort] if logging.lastResort is not None else []
-    for handler in handlers:
-        handler.addFilter(drop)
-    try:
-        nowhere = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(drop)
-
-
 def _culprit(model: nn.Module, case: Case, error: BaseException) -> str:
     """The module at fault, as `name: `, by tracing once more and looking where it breaks; "" if it cannot be told."""
     fresh = case.fresh()
-    with _silence(), tracking(model) as active:
+    with silenced(), tracking(model) as active:
         try:
             program = torch.export.export(model, fresh.args, fresh.kwargs, strict=False).run_decompositions()
         except Exception:  # whatever it is, the error in hand is the one to report
@@ -465,7 +465,7 @@ def _check_file(path: Path) -> None:
 
 def _compared(
     session: Any,
-    case: Case,
+    feeds: dict[str, Tensor] | list[Tensor],
     expected: tuple[list[Tensor], list[Tensor]],
     path: Path,
     limits: _Limits,
@@ -473,7 +473,7 @@ def _compared(
 ) -> tuple[OutputsReport, OutputsReport]:
     """onnxruntime's outputs against those of the folded copy and of the original; raises where they differ."""
     names = [output.name for output in session.get_outputs()]
-    found = run_session(session, feeds_of(session, case), path)
+    found = run_session(session, feeds, path)
     reports = []
     for who, tensors in zip(("folded model", "model"), expected, strict=True):
         if len(tensors) != len(names):
@@ -493,13 +493,26 @@ def _compared(
     return reports[0], reports[1]
 
 
-def feeds_of(session: Any, case: Case) -> dict[str, Tensor] | list[Tensor]:
-    """Tensors for the graph's inputs: by name where the names are those of `forward`, else in order."""
+def _rounded_eps(graph: ir.Model) -> str | None:
+    """What explains a small difference in float64, for a norm that the model calls as a function."""
+    from wnsurgery.onnx_nodes import all_graphs
+
+    if not any(value.dtype is not None and value.dtype.name == "DOUBLE" for value in graph.graph.outputs):
+        return None
+    norms = sorted({node.op_type for body in all_graphs(graph) for node in body if "epsilon" in node.attributes})
+    return f"ONNX keeps the eps of {', '.join(norms)} in float32: take one that float32 holds" if norms else None
+
+
+def feeds_of(session: Any, case: Case, model: nn.Module) -> dict[str, Tensor] | list[Tensor]:
+    """Tensors for the graph's inputs: by name where the names are those of `forward`, else in order.
+
+    Exporters leave out those that nothing is computed from.
+    """
     declared = [value.name for value in session.get_inputs()]
-    leaves = [x for x in pytree.tree_leaves((case.args, case.kwargs)) if isinstance(x, Tensor)]
-    if not case.args and all(name in case.kwargs for name in declared):
-        return {name: case.kwargs[name] for name in declared}
-    return leaves
+    named = {name: value for name, value in (case.named(model) | case.kwargs).items() if isinstance(value, Tensor)}
+    if all(name in named for name in declared):
+        return {name: named[name] for name in declared}
+    return [x for x in pytree.tree_leaves((case.args, case.kwargs)) if isinstance(x, Tensor)]
 
 
 def _worst(reports: tuple[OutputsReport, ...]) -> OutputsReport | None:

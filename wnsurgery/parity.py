@@ -11,8 +11,10 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -89,6 +91,7 @@ _OTHERS = frozenset(
 ) | frozenset(("vitisai", "vsinpu", "webgpu", "webnn", "xnnpack"))
 _FLOATS = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
 _BOUND = ("CUDAExecutionProvider", "TensorrtExecutionProvider")  # they take bound inputs and outputs
+_ANY_RANK: WeakKeyDictionary[Any, frozenset[str]] = WeakKeyDictionary()  # onnxruntime calls these scalars
 _AUTO = ("tensorrt", "cuda", "coreml", "dml", "openvino", "cpu")
 
 
@@ -129,7 +132,9 @@ def open_session(
         try_graph(path, weights=sum(tensor.nbytes for tensor in external_tensors(model)), limits=limits)
     for name in candidates:
         try:
-            return _session(ort, os.fspath(path), name, path)
+            session = _session(ort, os.fspath(path), name, path)
+            _ANY_RANK[session] = frozenset(str(value.name) for value in model.graph.inputs if value.shape is None)
+            return session
         except ProviderError:
             if provider != "auto":
                 raise
@@ -147,7 +152,7 @@ def open_with_all_values(path: Path_, *, trusted: bool = False) -> tuple[ir.Mode
 
     from wnsurgery.onnx_file import read_onnx
 
-    open_session(path, trusted=trusted)
+    checked = open_session(path, trusted=trusted)
     model = read_onnx(path)
     known = set(model.graph.outputs)
     for node in model.graph:
@@ -155,7 +160,9 @@ def open_with_all_values(path: Path_, *, trusted: bool = False) -> tuple[ir.Mode
             if value.name and value not in known and value.dtype != ir.DataType.BFLOAT16 and _is_tensor(value):
                 model.graph.outputs.append(value)
     options = {"session.model_external_initializers_file_folder_path": os.fspath(Path(path).resolve().parent)}
-    return model, _session(_onnxruntime(), ir.to_proto(model).SerializeToString(), "cpu", path, options)
+    session = _session(_onnxruntime(), ir.to_proto(model).SerializeToString(), "cpu", path, options)
+    _ANY_RANK[session] = _ANY_RANK[checked]
+    return model, session
 
 
 def _known(provider: str) -> str:
@@ -235,7 +242,7 @@ def run_session(
 
     Outputs that are no arrays of numbers, but text or sequences, are an error, or left out with `some`.
     """
-    feeds = _feeds(session.get_inputs(), inputs, name)
+    feeds = _feeds(_Declared.all_of(session), inputs, name)
     if not some:
         refuse_other_outputs(session, name)
     names = [output.name for output in session.get_outputs() if _is_numeric(output.type)]
@@ -264,11 +271,12 @@ def _is_numeric(kind: str) -> bool:
     return kind.startswith("tensor(") and kind != "tensor(string)"
 
 
-def _run_bound(session: Any, feeds: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
+def _run_bound(session: Any, feeds: Mapping[str, Array | None], names: Sequence[str]) -> list[Array]:
     """Inputs go to the device once and intermediate copies are left out; outputs come back at the end."""
     binding = session.io_binding()
     for name, array in feeds.items():
-        binding.bind_cpu_input(name, array)
+        if array is not None:  # an optional input that is left out
+            binding.bind_cpu_input(name, array)
     for name in names:
         binding.bind_output(name)
     session.run_with_iobinding(binding)
@@ -297,6 +305,8 @@ def cast_to_declared(session: Any, inputs: Any) -> Any:
     kinds = {d.name: _FLOATS.get(d.type) for d in declared}
 
     def cast(name: str, value: Any) -> Any:
+        if value is None:  # an optional input that is left out
+            return None
         array, kind = as_array(value), kinds.get(name)
         return array.astype(kind) if kind is not None and is_float(array.dtype) else array
 
@@ -307,7 +317,37 @@ def cast_to_declared(session: Any, inputs: Any) -> Any:
     return [cast(d.name, value) for d, value in zip(declared, inputs, strict=True)]
 
 
-def _feeds(declared: Sequence[Any], inputs: Any, path: Path_) -> dict[str, Array]:
+@dataclass(frozen=True)
+class _Declared:
+    """An input of a graph: its type within `optional(...)`, its shape (None: any), and whether it may be left out."""
+
+    name: str
+    type: str
+    shape: tuple[Any, ...] | None
+    optional: bool = False
+    default: bool = False
+
+    @classmethod
+    def all_of(cls, session: Any) -> list[_Declared]:
+        """Those that must be given, then those that have a value of their own to be overridden."""
+        ranks = _ANY_RANK.get(session, frozenset())
+        found = []
+        for default, inputs in ((False, session.get_inputs()), (True, session.get_overridable_initializers())):
+            for one in inputs:
+                optional = one.type.startswith("optional(")
+                kind = one.type.removeprefix("optional(").removesuffix(")") if optional else one.type
+                kind = f"{kind})" if optional and kind.count("(") > kind.count(")") else kind
+                found.append(cls(one.name, kind, None if one.name in ranks else tuple(one.shape), optional, default))
+        return found
+
+    def __str__(self) -> str:
+        shape = "of any shape" if self.shape is None else "x".join(map(printable, self.shape)) or "scalar"
+        known = f"{self.type} {shape}" if self.type.startswith("tensor(") else self.type
+        return f"optional {known}" if self.optional or self.default else known
+
+
+def _feeds(declared: Sequence[_Declared], inputs: Any, path: Path_) -> dict[str, Array | None]:
+    needed = [d.name for d in declared if not d.default]
     if isinstance(inputs, NamedArrays) and {d.name for d in declared}.isdisjoint(inputs):
         inputs = list(inputs.values())
     if isinstance(inputs, Mapping) and not _is_numbered(inputs):
@@ -315,15 +355,21 @@ def _feeds(declared: Sequence[Any], inputs: Any, path: Path_) -> dict[str, Array
     else:
         inputs = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
         values = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
-        if len(values) != len(declared):
+        if not len(needed) <= len(values) <= len(declared):
             raise InputError.of(path, f"{len(values)} inputs given, it takes {_declaration(declared)}")
-        given = {d.name: v for d, v in zip(declared, values, strict=True)}
+        given = {d.name: v for d, v in zip(declared, values, strict=False)}
     names = [d.name for d in declared]
-    wrong = [f"{printable(n)} is missing" for n in names if n not in given]
+    wrong = [
+        f"{printable(d.name)} is missing" for d in declared if d.name not in given and not (d.default or d.optional)
+    ]
     wrong += [f"{printable(n)} is not one of its inputs" for n in given if n not in names]
     if wrong:
         raise InputError.of(path, f"{'; '.join(wrong)}; it takes {_declaration(declared)}")
-    return {d.name: _checked(d, as_array(given[d.name]), path) for d in declared}
+    return {
+        d.name: None if d.optional and given.get(d.name) is None else _checked(d, as_array(given[d.name]), path)
+        for d in declared
+        if d.name in given or d.optional
+    }
 
 
 def _is_numbered(inputs: Mapping[str, Any]) -> bool:
@@ -331,27 +377,24 @@ def _is_numbered(inputs: Mapping[str, Any]) -> bool:
     return bool(inputs) and list(inputs) == [f"arr_{i}" for i in range(len(inputs))]
 
 
-def _checked(declared: Any, array: Array, path: Path_) -> Array:
+def _checked(declared: _Declared, array: Array, path: Path_) -> Array:
     kind = declared.type.removeprefix("tensor(").removesuffix(")")
     kind = {"float": "float32", "double": "float64"}.get(kind, kind)
-    fits = len(declared.shape) == array.ndim and all(
-        not isinstance(d, int) or d == s for d, s in zip(declared.shape, array.shape, strict=False)
+    shape = array.shape if declared.shape is None else declared.shape
+    fits = len(shape) == array.ndim and all(
+        not isinstance(d, int) or d == s for d, s in zip(shape, array.shape, strict=False)
     )
     if array.dtype.name != kind or not fits:
         seen = f"{array.dtype.name} {by(array.shape)}"
-        raise InputError.of(path, f"{printable(declared.name)}: takes {_declared(declared)}, not {seen}")
+        raise InputError.of(path, f"{printable(declared.name)}: takes {declared}, not {seen}")
     if kind == "bfloat16":
         raise InputError.of(path, f"{printable(declared.name)}: onnxruntime takes no bfloat16 from Python")
     # onnxruntime takes bytes of the other order for its own
     return np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
 
 
-def _declared(declared: Any) -> str:
-    return f"{declared.type} {'x'.join(printable(d) for d in declared.shape) or 'scalar'}"
-
-
-def _declaration(declared: Sequence[Any]) -> str:
-    return ", ".join(f"{printable(d.name)}: {_declared(d)}" for d in declared) or "none"
+def _declaration(declared: Sequence[_Declared]) -> str:
+    return ", ".join(f"{printable(d.name)}: {d}" for d in declared) or "none"
 
 
 def _names_of(installed: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from types import ModuleType
 from typing import Any
 
@@ -19,8 +20,19 @@ from torch.utils import _pytree as pytree
 
 from wnsurgery.batches import NamedArrays, arguments_of
 from wnsurgery.errors import ExportError, first_line, printable
+from wnsurgery.silence import silenced
 
-__all__ = ["Case", "Inputs", "copy_of", "named_outputs", "rng_kept", "tensor_outputs", "tracking", "where"]
+__all__ = [
+    "Case",
+    "Inputs",
+    "copy_of",
+    "named_outputs",
+    "rng_kept",
+    "tensor_outputs",
+    "tracking",
+    "where",
+    "with_eps_of_graphs",
+]
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -51,6 +63,18 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 _NO_CACHE = "wrap the model so that it returns tensors; one of transformers: model.config.use_cache = False"
+_FEW = 12  # tensors, of which every choice is looked at
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
+def with_eps_of_graphs(model: nn.Module) -> nn.Module:
+    """Give the norms of a copy that computes in float64 the eps that a graph can hold, in place: ONNX keeps that of
+    LayerNormalization, BatchNormalization and the like in float32.
+    """
+    if any(tensor.dtype in (torch.float64, torch.complex128) for tensor in (*model.parameters(), *model.buffers())):
+        for norm in (module for module in model.modules() if isinstance(module, _NORMS)):
+            norm.eps = float(np.float32(norm.eps))
+    return model
 
 
 @contextlib.contextmanager
@@ -111,7 +135,7 @@ def _parts_of(value: Any) -> Mapping[Any, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """One set of arguments."""
+    """One set of arguments; what a model prints or warns of when it runs on them is not heard."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -164,16 +188,21 @@ class Case:
             name: pytree.tree_map_only(Tensor, partial(twice, along=axes.get(name, ())), value)
             for name, value in self.named(model).items()
         }
-        bound = inspect.signature(model.forward).bind(*self.args, **self.kwargs)
+        bound = self.bound(model)
         bound.arguments.update(arguments)
         return Case(bound.args, dict(bound.kwargs))
 
     def named(self, model: nn.Module) -> dict[str, Any]:
         """The arguments by parameter name of `forward`, in its order."""
+        return dict(self.bound(model).arguments)
+
+    def bound(self, model: nn.Module) -> inspect.BoundArguments:
+        """The arguments as `forward` takes them; ExportError where it does not."""
         try:
-            return dict(inspect.signature(model.forward).bind(*self.args, **self.kwargs).arguments)
-        except TypeError as error:
-            raise ExportError(f"the inputs do not fit {type(model).__name__}.forward: {error}") from error
+            return _signature(model).bind(*self.args, **self.kwargs)
+        except (TypeError, ValueError) as error:
+            reason = f"the inputs do not fit {type(model).__name__}.forward: {printable(error, 300)}"
+            raise ExportError(reason) from error
 
     def run(self, model: nn.Module) -> list[Tensor]:
         """The model's output tensors; an error names the module it happened in."""
@@ -198,13 +227,74 @@ class Case:
     def _call(self, model: nn.Module) -> Any:
         case = self.fresh()
         torch.manual_seed(0)  # inside fork_rng; a model that draws noise draws the same each time
-        return model(*case.args, **case.kwargs)
+        with silenced():
+            return model(*case.args, **case.kwargs)
 
     def _where_it_fails(self, model: nn.Module) -> str:
         # a second run, because hooks switch off the fast paths that the first one should take
         with tracking(model) as active, contextlib.suppress(Exception):
             self._call(model)
         return where(active)
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    """What `forward` takes, of compiled modules of TorchScript, too."""
+    schema: Any = getattr(model.forward, "schema", None)
+    if schema is None:
+        return inspect.signature(model.forward)
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                one.name,
+                kinds[one.kwarg_only],
+                default=one.default_value if one.has_default_value() else inspect.Parameter.empty,
+            )
+            for one in schema.arguments[1:]
+        ]
+    )
+
+
+def for_graph(inputs: Any, declared: Sequence[Any], model: nn.Module) -> Any:
+    """Inputs of a module for a graph of it, without those that an exporter left out because nothing is computed from
+    them: by name where the graph's names are those of `forward`, else the only ones of its types and shapes, else all.
+
+    `declared` are the inputs of an onnxruntime session.
+    """
+    try:
+        arguments = Case.fitting(inputs, model).named(model)
+    except ExportError:
+        return inputs
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    names = [one.name for one in declared]
+    if names and tensors.keys() >= set(names):
+        return {name: tensors[name] for name in names}
+    fitting = _only_choice(list(tensors.values()), declared)
+    return inputs if fitting is None else fitting
+
+
+def _only_choice(tensors: Sequence[Tensor], declared: Sequence[Any]) -> list[Tensor] | None:
+    """As many tensors as a graph declares, in order, of its types and shapes; None unless there is one choice."""
+    if not 0 < len(declared) < len(tensors) <= _FEW:
+        return None
+    found = [
+        chosen
+        for chosen in combinations(tensors, len(declared))
+        if all(_fits(tensor, one) for tensor, one in zip(chosen, declared, strict=True))
+    ]
+    alike = all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+    return list(found[0]) if found and alike else None
+
+
+def _fits(tensor: Tensor, declared: Any) -> bool:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    kind = {"float32": "float", "float64": "double"}.get(kind, kind)
+    sizes = zip(declared.shape, tensor.shape, strict=False)
+    return (
+        declared.type == f"tensor({kind})"
+        and len(declared.shape) == tensor.ndim
+        and all(not isinstance(one, int) or one == size for one, size in sizes)
+    )
 
 
 @contextlib.contextmanager

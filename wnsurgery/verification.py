@@ -40,10 +40,12 @@ from wnsurgery.errors import (
     WnsurgeryError,
     printable,
 )
+from wnsurgery.graph_inputs import made_up_inputs, rows_indexed
+from wnsurgery.onnx_weights import constants_of, contradictions, fingerprint, found_in, is_weight
 from wnsurgery.parity import cast_to_declared, open_session, refuse_other_outputs, run_session
 from wnsurgery.parts import plain_parts
 from wnsurgery.reparam import Magnitude
-from wnsurgery.runs import Case, Inputs, copy_of, rng_kept
+from wnsurgery.runs import Case, Inputs, copy_of, for_graph, rng_kept, with_eps_of_graphs
 from wnsurgery.surgery import fold_weight_norm
 
 __all__ = ["VerifyReport", "verify"]
@@ -52,8 +54,6 @@ Path_ = str | os.PathLike[str]
 Array = np.ndarray[Any, Any]
 Artefact = nn.Module | Path_
 Arch = str | Callable[[], nn.Module]
-
-_FIRST, _OTHER = 2, 16  # sizes tried for a dimension that a graph leaves open
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,15 @@ def verify(  # noqa: PLR0913 - what is compared, how, and how it is loaded; all 
 ) -> VerifyReport:
     """Compare two artefacts: plain weights bit for bit, outputs within tolerance.
 
-    Weights: names, shapes, types and every bit. Between an ONNX graph and something else they are compared only where
-    outputs cannot be, because exporters rename, transpose and merge weights; each tensor of the checkpoint must then be
-    found in the graph, by name or by content. Outputs: `|a - b| <= atol + rtol * max|b|`; NaN fails even where
+    Weights: names, shapes, types and every bit. An ONNX graph's are all its constants, in subgraphs and functions, too.
+    Exporters rename, transpose and merge weights; so beside a graph that names them differently a weight fails where
+    one of the same name, shape and type has other bits (unless a batch norm of its size was merged: it is noted then),
+    and the outputs decide about the others. Where outputs cannot be compared, each tensor of a checkpoint must be found
+    in the graph, by name or by content. Outputs: `|a - b| <= atol + rtol * max|b|`; NaN fails even where
     both sides hold it; infinities pass where both sides hold the same. Two modules may return any structure, the same
     on both sides, that tensors are found in (containers, dataclasses, caches); beside an ONNX graph, a module must
-    return tensors alone. Both run in eval mode, on copies.
+    return tensors alone, and in float64 its norms get the eps that a graph can hold, in float32. Both run in eval mode,
+    on copies.
 
     >>> verify(nn.Linear(2, 2), nn.Linear(2, 2)).ok
     False
@@ -151,7 +154,8 @@ def verify(  # noqa: PLR0913 - what is compared, how, and how it is loaded; all 
         inputs: a tensor, a sequence, or a mapping by name; None makes `n_inputs` random sets from what an ONNX
             graph declares.
         rtol, atol: tolerance on outputs; None goes by type, see `differences.tolerance`.
-        n_inputs: how many random sets are made.
+        n_inputs: how many random sets are made. Integers that index a table of the graph go through its rows, from set
+            to set, as far as there is room; others are 0 or 1.
         more: further sets of inputs.
         bisect: if the outputs differ, find the layer where the two part, see `bisection.first_difference`.
         any_dtype: let the two sides be of different types, say a net in float16 and its float32 original: outputs are
@@ -173,11 +177,14 @@ def verify(  # noqa: PLR0913 - what is compared, how, and how it is loaded; all 
         raise SelectionError(f"entry={entry!r}: no state dict or module of this name on either side")
     if arch is not None and not (first.built or second.built):
         raise SelectionError("arch is given, but neither side is a checkpoint that it could build a model for")
+    if first.is_graph != second.is_graph:
+        for module in (side.module for side in (first, second) if side.module is not None):
+            with_eps_of_graphs(module)
     notes: list[str] = []
     failures: list[str] = []
     cases = _cases(first, second, inputs, n_inputs, more, notes)
     outputs = _outputs(first, second, cases, inputs is not None, (rtol, atol), any_dtype, notes, failures)
-    weights = _weights(first, second, bool(outputs), notes, any_dtype)
+    weights = _weights(first, second, bool(outputs), notes, failures, any_dtype)
     failures += [f"{name}: holds NaN on both sides, which proves nothing" for name in _both_nan(first, second)]
     parting = _parting(first, second, cases, outputs, (rtol, atol), notes) if bisect else None
     return VerifyReport(first.name, second.name, weights, outputs, tuple(notes), tuple(failures), parting)
@@ -194,6 +201,7 @@ class _Side:
     tensors: Mapping[str, Any]
     module: nn.Module | None = None
     session: Any = None
+    graph: Any = None
     built: bool = field(default=False)
     entered: bool = field(default=False)
 
@@ -204,6 +212,20 @@ class _Side:
     @property
     def runs(self) -> bool:
         return self.module is not None or self.session is not None
+
+    def takes(self, inputs: Any) -> bool:
+        """Whether a graph runs on these inputs."""
+        try:
+            self.run(inputs)
+        except InputError:
+            return False
+        return True
+
+    def taking(self, inputs: Any, other: _Side) -> Any:
+        """Inputs as this side takes them: a graph beside a module those that it declares."""
+        if self.session is None or other.module is None:
+            return inputs
+        return for_graph(inputs, self.session.get_inputs(), other.module)
 
     def run(self, inputs: Any, *, any_dtype: bool = False, beside_graph: bool = True) -> tuple[list[str], list[Any]]:
         """Names ("" where there are none) and values of the outputs; `any_dtype` casts floats to what it takes.
@@ -252,11 +274,10 @@ def _of_graph(path: Path) -> _Side:
     with blamed_on(path):
         model = read_onnx(path)
         fold_model(model)
-        values = model.graph.initializers.values()
-        tensors = {str(value.name): value.const_value.numpy() for value in values if value.const_value is not None}
+        tensors = constants_of(model)
     session = open_session(path)
     refuse_other_outputs(session, path)
-    return _Side(str(path), tensors, session=session)
+    return _Side(str(path), tensors, session=session, graph=model)
 
 
 def _of_checkpoint(path: Path, arch: Arch | None, trust_pickle: bool, magnitude: Magnitude, entry: str | None) -> _Side:
@@ -292,30 +313,39 @@ def _comparable(tensors: Mapping[str, Any]) -> dict[str, Any]:
 # Weights -------------------------------------------------------------------------------------------------
 
 
-def _weights(a: _Side, b: _Side, ran: bool, notes: list[str], any_dtype: bool) -> TensorsReport | None:
+def _weights(
+    a: _Side, b: _Side, ran: bool, notes: list[str], failures: list[str], any_dtype: bool
+) -> TensorsReport | None:
     if any_dtype and ran:
         notes.append("weights not compared: the sides may be of different types, so the outputs decide")
         return None
     if not a.tensors or not b.tensors:
         notes.append(f"weights not compared: {a.name if not a.tensors else b.name} holds none")
         return None
-    if a.is_graph and b.is_graph:
-        if set(a.tensors) == set(b.tensors):
-            return compare_tensors(a.tensors, b.tensors)
-        notes.append("weights not compared: the two graphs name them differently")
-        return None
-    if a.is_graph == b.is_graph:
+    if a.is_graph == b.is_graph and (not a.is_graph or set(a.tensors) == set(b.tensors)):
         return compare_tensors(a.tensors, b.tensors)
-    state, graph = (b, a) if a.is_graph else (a, b)
-    known = {k: as_array(v) for k, v in state.tensors.items() if _is_weight(as_array(v))}
-    found = _search(known, graph.tensors)
-    if ran:
-        same = sum(_fingerprint(found[name]) == _fingerprint(known[name]) for name in found)
-        where = f"{same} of {len(known)} weights stand in the graph bit for bit"
-        notes.append(f"{where}; exporters merge some, so the outputs decide")
+    state, graph = (b, a) if a.is_graph and not b.is_graph else (a, b)
+    arrays = {name: as_array(value) for name, value in state.tensors.items()}
+    known = {name: array for name, array in arrays.items() if is_weight(array)}
+    if ran or state.is_graph:
+        wrong, merged = contradictions(known if state.is_graph else arrays, graph.tensors, renamed=state.is_graph)
+        failures += wrong
+        notes.append(_standing(known, graph.tensors))
+        if merged:
+            which = f"{', '.join(merged[:3])}{f' and {len(merged) - 3} more' if len(merged) > 3 else ''}"
+            notes.append(f"{which}: other bits under the same name; a batch norm was merged, so the outputs decide")
         return None
+    found = found_in(graph.tensors, known)
     notes.append("outputs cannot be compared, so each weight must stand in the graph; one that was merged fails")
     return compare_tensors(found, known) if a.is_graph else compare_tensors(known, found)
+
+
+def _standing(known: Mapping[str, Array], graph: Mapping[str, Any]) -> str:
+    """How many weights a graph holds as they are."""
+    found = found_in(graph, known)
+    same = sum(fingerprint(found[name]) == fingerprint(known[name]) for name in found)
+    where = f"{same} of {len(known)} weights stand in the graph bit for bit"
+    return f"{where}; exporters rename, transpose and merge some, so for the others the outputs decide"
 
 
 def _both_nan(a: _Side, b: _Side) -> list[str]:
@@ -328,34 +358,6 @@ def _has_nan(value: Any) -> bool:
         number = value.is_floating_point() or value.is_complex()
         return number and not value.is_meta and bool(torch.isnan(value).any())
     return bool(_nans(as_array(value)).any())
-
-
-def _is_weight(array: Array) -> bool:
-    """Counters and flags do not go into a graph."""
-    return array.ndim > 0 and array.dtype.kind not in "iub"
-
-
-def _search(state: Mapping[str, Array], graph: Mapping[str, Any]) -> dict[str, Array]:
-    """For each tensor the one of a graph with its very bytes, straight or transposed, else the one of its name."""
-    arrays = {name: as_array(value) for name, value in graph.items()}
-    by_bytes: dict[tuple[str, tuple[int, ...], bytes], str] = {}
-    for name, array in arrays.items():
-        by_bytes.setdefault(_fingerprint(array), name)
-    found: dict[str, Array] = {}
-    for name, array in state.items():
-        if _fingerprint(array) in by_bytes:
-            found[name] = arrays[by_bytes[_fingerprint(array)]]
-        elif array.ndim == 2 and _fingerprint(array.T) in by_bytes:
-            found[name] = arrays[by_bytes[_fingerprint(array.T)]].T
-        elif name in arrays:
-            found[name] = arrays[name]
-    return found
-
-
-def _fingerprint(array: Array) -> tuple[str, tuple[int, ...], bytes]:
-    from hashlib import sha256
-
-    return array.dtype.name, array.shape, sha256(np.ascontiguousarray(array).tobytes()).digest()
 
 
 # Outputs -------------------------------------------------------------------------------------------------
@@ -375,9 +377,10 @@ def _outputs(
     values: list[Array] = []
     for number, case in enumerate(cases, 1):
         results = []
-        for side in (a, b):
+        for side, other in ((a, b), (b, a)):
+            given_here = side.taking(case, other)
             try:
-                results.append(side.run(case, any_dtype=any_dtype, beside_graph=a.is_graph or b.is_graph))
+                results.append(side.run(given_here, any_dtype=any_dtype, beside_graph=a.is_graph or b.is_graph))
             except (ExportError, InputError) as error:
                 failures.append(f"{side.name} does not run on these inputs: {_reason(error, side.name)}")
         if not results and given:
@@ -439,8 +442,25 @@ def _cases(
         if not more:
             notes.append("outputs not compared: no inputs were given")
         return list(more)
-    first = [inputs] if inputs is not None else [_random_inputs(graph, seed) for seed in range(n_inputs)]
-    return [*first, *more]
+    return [*([inputs] if inputs is not None else _made_up(graph, b, n_inputs, notes)), *more]
+
+
+def _made_up(graph: _Side, other: _Side, count: int, notes: list[str]) -> list[dict[str, Array]]:
+    """Sets of inputs for a graph; what indexes tables fits those of both sides."""
+    rows = rows_indexed(graph.graph)
+    if other.is_graph:
+        theirs = rows_indexed(other.graph)
+        rows = {name: min(each[name] for each in (rows, theirs) if name in each) for name in rows | theirs}
+
+    def sets(rows: dict[str, int]) -> list[dict[str, Array]]:
+        declared = graph.session.get_inputs()
+        return [made_up_inputs(declared, graph.graph, graph.name, number, rows=rows) for number in range(count)]
+
+    made = sets(rows)
+    if rows and not all(graph.takes(inputs) for inputs in made):
+        notes.append(f"{graph.name} does not take all indices of its tables, so 0 and 1 were tried")
+        return sets({})
+    return made
 
 
 def _parting(
@@ -494,30 +514,9 @@ def _coarser(a: Any, b: Any) -> tuple[Array, Array]:
     x, y = as_array(a), as_array(b)
     if x.dtype == y.dtype or not (is_float(x.dtype) and is_float(y.dtype)):
         return x, y
-    kind = max(x.dtype, y.dtype, key=lambda dtype: tolerance(dtype)[1])
+    kind = max(x.dtype, y.dtype, key=lambda dtype: tolerance(dtype)[0])
     return x.astype(kind), y.astype(kind)
 
 
 def _reason(error: WnsurgeryError, name: str) -> str:
     return error.message.removeprefix(f"{name}: ")
-
-
-def _random_inputs(side: _Side, seed: int) -> dict[str, Array]:
-    """Numbers for everything a graph declares, from a generator of its own; open dimensions get a small size."""
-    generator = np.random.default_rng(seed)
-    sizes: dict[str, int] = {}
-    made: dict[str, Array] = {}
-    for declared in side.session.get_inputs():
-        shape = []
-        for axis, size in enumerate(declared.shape):
-            known = isinstance(size, int)
-            shape.append(size if known else sizes.setdefault(str(size or axis), _OTHER if axis else _FIRST))
-        kind = declared.type.removeprefix("tensor(").removesuffix(")")
-        dtype = {"float": "float32", "double": "float64"}.get(kind, kind)
-        if dtype in ("float32", "float64", "float16"):
-            made[declared.name] = np.asarray(generator.standard_normal(shape)).astype(dtype)
-        elif dtype == "bool" or dtype.startswith(("int", "uint")):
-            made[declared.name] = np.asarray(generator.integers(0, 2, shape)).astype(dtype)
-        else:
-            raise InputError.of(side.name, f"{printable(declared.name)}: no inputs can be made up for {declared.type}")
-    return made
