@@ -28,7 +28,8 @@ from wnsurgery.onnx_file import read_onnx, refuse_sources, weight_files, write_o
 from wnsurgery.onnx_functions import function_norms, open_norm_functions
 from wnsurgery.onnx_layout import drop_unused, put_initializer, settle
 from wnsurgery.onnx_nodes import all_graphs
-from wnsurgery.onnx_values import Constants, Evaluated, Memo, Unknown, is_large
+from wnsurgery.onnx_own_types import FLOATS, Evaluated, Unknown, resolution
+from wnsurgery.onnx_values import Constants, Memo, is_large
 from wnsurgery.text import by, columns
 
 __all__ = ["Compose", "Found", "OnnxFoldReport", "find_weight_norms", "fold_model", "fold_onnx"]
@@ -40,11 +41,12 @@ Path_ = str | os.PathLike[str]
 Compose = Callable[[Array, Array, str], Array]
 ZeroNorm = Literal["error", "zero", "nan"]
 
-_FLOATS = (ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _LAYOUT = frozenset(("Cast", "CastLike", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 _HALF = re.compile(r"(?:(?P<stem>.*)\.)?parametrizations\.(?P<new>[^.]+)\.original1|(?P<old>.+)_v", re.DOTALL)
 _BLOCK = 1 << 18  # elements compared at a time
 _TRIES = 6  # magnitudes worth trying for one direction, nearest in size first; computed directions for one weight
+_SAME = 4  # units in the last place within which two directions are one
+_UNSURE, _UNSURE_IN_16_BITS = 64, 4  # units in the last place of the largest element, by which runtimes may differ
 _NEAR = 64  # values inside a weight that may turn out to be the weight
 _LOST, _LOST_IN_LARGE = 2.0**-44, 2.0**-20  # of a value, by evaluating it in float64 and in float32
 
@@ -225,7 +227,7 @@ class _Match:
     @property
     def is_exact(self) -> bool:
         """Whether the value is g * v / ||v|| but for what evaluating it lost."""
-        return self.misfit * _resolution(self.dtype)[0] <= (_LOST if self.wide == np.float64 else _LOST_IN_LARGE)
+        return self.misfit * resolution(self.dtype)[0] <= (_LOST if self.wide == np.float64 else _LOST_IN_LARGE)
 
     @property
     def is_trivial(self) -> bool:
@@ -242,13 +244,17 @@ class _Match:
         wide = np.dtype(np.float64 if self.dtype == ir.DataType.DOUBLE else np.float32)
         if self.g is None:
             return np.ones(self.g_shape, wide)
-        g = constants.evaluate(self.g, memo).array.reshape(self.g_shape)
+        g = _sure(constants.evaluate(self.g, memo), "magnitude").array
+        g = g.reshape(self.g_shape) if g.size == math.prod(self.g_shape) else np.broadcast_to(g, self.g_shape)
         narrow = _exactly(g, wide)
         return g if narrow is None else narrow
 
     def direction_array(self, constants: Constants, memo: Memo) -> Array:
-        """v in the weight's type; unrounded where v is computed, raises Unknown where a stored one does not fit."""
-        v = constants.evaluate(self.v, memo)
+        """v in the weight's type; unrounded where v is computed and `memo` does not round.
+
+        Raises Unknown where a stored one does not fit, and where runtimes differ in a computed one.
+        """
+        v = _sure(constants.evaluate(self.v, memo), "direction")
         narrow = _exactly(v.array, self.dtype.numpy())
         if narrow is None and (_origin(self.v) is not None or v.dtype != self.dtype):
             raise Unknown("the direction is finer than the weight")
@@ -264,6 +270,7 @@ class _Matcher:
         self.holes: dict[ir.Value, Array] = {}
         self._known: dict[ir.Value, _Match | None] = {}
         self._squares: dict[ir.Value, float] = {}
+        self._unknown: dict[ir.Value, str] = {}  # weights that would be found, but for this
         self.constants = Constants(model)
         self.compose = compose or _default_compose
         self.matches = self._search()
@@ -311,18 +318,19 @@ class _Matcher:
         made = self.constants.made_of(value)
         if made is None:
             return None
+        made = tuple(v for v in made if v is not value)
         try:
             weight = self.constants.evaluate(value, memo)
         except Unknown:
             return None
-        if weight.dtype not in _FLOATS or weight.array.ndim == 0 or weight.array.size == 0:
+        if weight.dtype not in FLOATS or weight.array.ndim == 0 or weight.array.size == 0:
             return None
         fitting = [v for v in made if _fits(memo.kinds[v], weight)]
         stored = [v for v in fitting if _origin(v) is not None]
-        computed = [v for v in fitting if v in self.constants.under_norms and _origin(v) is None]
+        computed = [v for v in fitting if v in self.constants.under_norms and _origin(v) is None][-_TRIES:]
         magnitudes = list(self._magnitudes(made, memo, weight.array))
         best: _Match | None = None
-        for v, (g, shape, magnitude) in product(stored + computed[:_TRIES], magnitudes):
+        for v, (g, shape, magnitude) in product(stored + computed, magnitudes):
             match = _Match(value, g, shape, v, magnitude, weight.dtype, weight.array.shape)
             if g is not None and (_origin(g) or g) is (_origin(v) or v):
                 continue
@@ -332,7 +340,50 @@ class _Matcher:
                 best = match
             if best is not None and best.is_exact:
                 break
-        return best
+        return None if best is None else self._in_own_types(best, computed, memo, weight.array)
+
+    def _in_own_types(self, match: _Match, computed: Sequence[ir.Value], memo: Memo, weight: Array) -> _Match | None:
+        """The match as it holds for what the graph's own types make of g and v; None where it does not."""
+        for v in reversed(computed):  # the one nearest to the norm is what is normalised
+            if v is match.v or _origin(match.v) is None:
+                continue
+            nearer = replace(match, v=v)
+            if self._misfit(nearer, memo, weight)[0] <= match.misfit and self._are_apart(match, nearer):
+                match = nearer
+                break
+        if not self._is_computed(match):
+            return match
+        own = Memo(own_types=True)
+        try:
+            match.magnitude_array(self.constants, own), match.direction_array(self.constants, own)
+            misfit, empty = self._misfit(match, own, self._weight(match))
+        except Unknown as unknown:
+            self._unknown.setdefault(match.value, str(unknown))
+            return None
+        return replace(match, empty=empty) if misfit < math.inf else None
+
+    def _is_computed(self, match: _Match) -> bool:
+        """Whether anything but the constants themselves is normalised, or multiplied with it."""
+        return any(v is not None and v.producer() is not None for v in (match.g, match.v))
+
+    def _are_apart(self, match: _Match, other: _Match) -> bool:
+        """Whether two directions make different weights, once each is rounded to its type."""
+        memo = Memo(own_types=True)
+        try:
+            g = match.magnitude_array(self.constants, memo)
+            pair = [_as_type(m.direction_array(self.constants, memo), m.wide) for m in (match, other)]
+            first, second = (self.compose(_as_type(g, match.wide), v, match.magnitude) for v in pair)
+            return not _difference(first, second, match.dtype)[0] <= _SAME + _slack(match)
+        except (Unknown, PairError, ValueError):
+            return True
+
+    def _weight(self, match: _Match) -> Array:
+        """What the graph makes of g and v as they are in its own types."""
+        own, memo = Memo(own_types=True), Memo()
+        for value in (match.g, match.v):
+            if value is not None:
+                memo.put(value, self.constants.evaluate(value, own))
+        return self.constants.evaluate(match.value, memo).array
 
     def _ends_before(self, match: _Match, memo: Memo) -> bool:
         """Whether the weight norm ends at a value further in: what follows is near one, and yet changes the weight."""
@@ -363,7 +414,8 @@ class _Matcher:
             for shape in _readings(size, weight.shape) if dtype.is_floating_point() else ():
                 if value not in self._squares:
                     self._squares[value] = _sum_of_squares(self.constants.evaluate(value, memo).array)
-                distance, log = abs(self._squares[value] - target), _logarithm(value)
+                copies = max(1, math.prod(shape)) / max(1, math.prod(size))
+                distance, log = abs(copies * self._squares[value] - target), _logarithm(value)
                 ranked.append((distance, len(ranked), (value, shape, "linear") if log is None else (log, shape, "log")))
         for shape in _unit_shapes(weight.shape):
             distance = abs(float(np.prod(shape, dtype=np.float64)) - target)
@@ -405,7 +457,7 @@ class _Matcher:
             value, memo = printable(match.value.name), Memo()
             g = _as_type(match.magnitude_array(self.constants, memo), match.wide)
             scaled = self.compose(g, np.ones(match.shape, match.wide), match.magnitude)
-            holes = np.isnan(self.constants.evaluate(match.value, memo).array) & (scaled != 0)
+            holes = np.isnan(self._weight(match)) & (scaled != 0)
             rows = math.prod(match.g_shape)
             lost = int(np.count_nonzero(holes)) * rows // holes.size
             if not lost:
@@ -421,7 +473,7 @@ class _Matcher:
 
     def weight_of(self, match: _Match) -> Callable[[], Array]:
         """A function that computes the folded weight, to the bit what `compose` gives, and outlives the graph."""
-        memo = Memo()
+        memo = Memo(own_types=True)
         g = match.magnitude_array(self.constants, memo)
         stored = match.v.producer() is None  # then it is read again when it is needed, and not held meanwhile
         held = None if stored else match.direction_array(self.constants, memo)
@@ -466,9 +518,12 @@ class _Matcher:
         """Every norm that stays in the graph, and why."""
         dead = set(self.dead)
         reasons, memo = [], Memo()
+        unknown = {v.producer(): why for value, why in self._unknown.items() for v in self.constants.cone(value)}
         for node in self.constants.norms:
             if node not in dead:
-                reasons.append((_node_name(node), self._why_left(node, memo)))
+                why = unknown.get(node)
+                told = self._why_left(node, memo) if why is None else f"constant, but not certain: {why}"
+                reasons.append((_node_name(node), told))
         for node, why in function_norms(self.model):
             reasons.append((_node_name(node), f"inside a function that {why}"))
         return tuple(reasons)
@@ -489,7 +544,17 @@ class _Matcher:
             return f"constant, but not in a way that can be evaluated: {printable(error)}"
         if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in found):
             return "constant, but it holds NaN or infinity"
-        return "constant, but no part of g * v / ||v||"
+        return "constant, but no part of anything that is found to be g * v / ||v||"
+
+
+def _sure(found: Evaluated, what: str) -> Evaluated:
+    """A value in which runtimes agree but for some units in the last place of its largest element."""
+    if found.doubt is not None:
+        size, step = np.abs(found.array).max(initial=0), resolution(found.dtype)[0]
+        units = _UNSURE if found.dtype.itemsize > 2 else _UNSURE_IN_16_BITS
+        if not found.doubt.max(initial=0) <= units * step * size:
+            raise Unknown(f"the {what} differs from one runtime to the next")
+    return found
 
 
 def _origin(value: ir.Value) -> ir.Value | None:
@@ -548,7 +613,7 @@ def _slack(match: _Match) -> float:
 
 def _difference(weight: Array, expected: Array, dtype: ir.DataType) -> tuple[float, int]:
     """The largest difference in units of a type, NaN where it cannot be told; how many are NaN for an expected zero."""
-    eps, tiny = _resolution(dtype)
+    eps, tiny = resolution(dtype)
     largest, empty = 0.0, 0
     for block in _blocks(weight.size):
         w = weight.reshape(-1)[block].astype(np.float64, copy=False)
@@ -582,10 +647,14 @@ def _logarithm(value: ir.Value) -> ir.Value | None:
 
 
 def _readings(g: tuple[int, ...], v: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes under which a constant can be a magnitude of v: broadcast as ONNX does, or one row per group."""
+    """The shapes under which a constant can be a magnitude of v: broadcast as ONNX does, or one row per group.
+
+    Each as it is first, then spread over rows that have their norms for themselves.
+    """
     padded = (1,) * (len(v) - len(g)) + g
     if g == () or (len(padded) == len(v) and all(a in (1, b) for a, b in zip(padded, v, strict=True))):
-        return [g if g == () else padded]
+        rows = (tuple(map(max, zip(padded, unit, strict=True))) for unit in _unit_shapes(v) if unit)
+        return list(dict.fromkeys((g if g == () else padded, *sorted(shape for shape in rows if shape != v))))
     if len(g) == len(v) + 1 and g[1] == 1:
         g = (g[0], *g[2:])  # (groups, 1, out/groups, 1...) against (groups, in/groups, out/groups, k...)
     groups = len(g) == len(v) >= 3 and g[0] > 1 and g[1] == v[1] and set(g[2:]) == {1} and v[0] % g[0] == 0
@@ -614,14 +683,6 @@ def _exactly(array: Array, dtype: np.dtype[Any]) -> Array | None:
         if not np.array_equal(narrow.reshape(-1)[block].astype(np.float64), array.reshape(-1)[block], equal_nan=True):
             return None
     return narrow
-
-
-def _resolution(dtype: ir.DataType) -> tuple[float, float]:
-    """The relative step of a type, and the smallest number above zero."""
-    import ml_dtypes
-
-    info: Any = ml_dtypes.finfo(dtype.numpy())  # type: ignore[no-untyped-call]
-    return float(info.eps), float(info.smallest_subnormal)
 
 
 def _default_compose(g: Array, v: Array, magnitude: str) -> Array:
