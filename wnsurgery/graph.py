@@ -244,17 +244,16 @@ class _Match:
         wide = np.dtype(np.float64 if self.dtype == ir.DataType.DOUBLE else np.float32)
         if self.g is None:
             return np.ones(self.g_shape, wide)
-        g = _sure(constants.evaluate(self.g, memo), "magnitude").array
-        g = g.reshape(self.g_shape) if g.size == math.prod(self.g_shape) else np.broadcast_to(g, self.g_shape)
+        g = _spread(constants.evaluate(self.g, memo).array, self.g_shape)
         narrow = _exactly(g, wide)
         return g if narrow is None else narrow
 
     def direction_array(self, constants: Constants, memo: Memo) -> Array:
-        """v in the weight's type; unrounded where v is computed and `memo` does not round.
+        """v in the weight's type, raises Unknown where a stored one does not fit.
 
-        Raises Unknown where a stored one does not fit, and where runtimes differ in a computed one.
+        A computed one is unrounded unless `memo` holds what the graph's own types make of it.
         """
-        v = _sure(constants.evaluate(self.v, memo), "direction")
+        v = constants.evaluate(self.v, memo)
         narrow = _exactly(v.array, self.dtype.numpy())
         if narrow is None and (_origin(self.v) is not None or v.dtype != self.dtype):
             raise Unknown("the direction is finer than the weight")
@@ -321,7 +320,8 @@ class _Matcher:
         made = tuple(v for v in made if v is not value)
         try:
             weight = self.constants.evaluate(value, memo)
-        except Unknown:
+        except Unknown as unknown:
+            self._unknown.setdefault(value, str(unknown))
             return None
         if weight.dtype not in FLOATS or weight.array.ndim == 0 or weight.array.size == 0:
             return None
@@ -330,7 +330,7 @@ class _Matcher:
         computed = [v for v in fitting if v in self.constants.under_norms and _origin(v) is None][-_TRIES:]
         magnitudes = list(self._magnitudes(made, memo, weight.array))
         best: _Match | None = None
-        for v, (g, shape, magnitude) in product(stored + computed, magnitudes):
+        for v, (g, shape, magnitude) in product(stored + computed[::-1], magnitudes):
             match = _Match(value, g, shape, v, magnitude, weight.dtype, weight.array.shape)
             if g is not None and (_origin(g) or g) is (_origin(v) or v):
                 continue
@@ -355,7 +355,9 @@ class _Matcher:
             return match
         own = Memo(own_types=True)
         try:
-            match.magnitude_array(self.constants, own), match.direction_array(self.constants, own)
+            for what, value in (("magnitude", match.g), ("direction", match.v)):
+                if value is not None:
+                    _check_sure(self.constants.evaluate(value, own), what)
             misfit, empty = self._misfit(match, own, self._weight(match))
         except Unknown as unknown:
             self._unknown.setdefault(match.value, str(unknown))
@@ -407,24 +409,31 @@ class _Matcher:
         self, sources: Sequence[ir.Value], memo: Memo, weight: Array
     ) -> Iterator[tuple[ir.Value | None, tuple[int, ...], str]]:
         """Magnitudes that fit by shape and by size (the norms of the rows are |g|), best first."""
-        target = _sum_of_squares(weight)
+        target, is_full = _sum_of_squares(weight), _is_full(weight)
         ranked: list[tuple[float, int, tuple[ir.Value | None, tuple[int, ...], str]]] = []
         for value in sources:
             size, dtype = memo.kinds[value]
             for shape in _readings(size, weight.shape) if dtype.is_floating_point() else ():
-                if value not in self._squares:
-                    self._squares[value] = _sum_of_squares(self.constants.evaluate(value, memo).array)
-                copies = max(1, math.prod(shape)) / max(1, math.prod(size))
-                distance, log = abs(copies * self._squares[value] - target), _logarithm(value)
+                log = _logarithm(value)
+                if is_full:
+                    distance = abs(self._square(value, memo) * math.prod(shape) / max(1, math.prod(size)) - target)
+                else:
+                    distance = _row_distance(self.constants.evaluate(value, memo).array, shape, weight)
                 ranked.append((distance, len(ranked), (value, shape, "linear") if log is None else (log, shape, "log")))
         for shape in _unit_shapes(weight.shape):
-            distance = abs(float(np.prod(shape, dtype=np.float64)) - target)
+            distance = abs(math.prod(shape) - target) if is_full else _row_distance(np.ones(()), shape, weight)
             ranked.append((distance, len(ranked), (None, shape, "linear")))
         ranked.sort(key=lambda entry: entry[:2])
-        far = 0.01 * target if ranked and ranked[-1][0] > 0.01 * target and _is_full(weight) else math.inf
+        far = 0.01 * target if ranked and ranked[-1][0] > 0.01 * target and is_full else math.inf
         for distance, _, candidate in ranked[:_TRIES]:
             if distance <= far:
                 yield candidate
+
+    def _square(self, value: ir.Value, memo: Memo) -> float:
+        """The sum of a magnitude's squares."""
+        if value not in self._squares:
+            self._squares[value] = _sum_of_squares(self.constants.evaluate(value, memo).array)
+        return self._squares[value]
 
     def _misfit(self, match: _Match, memo: Memo, weight: Array) -> tuple[float, int]:
         """The largest difference from g * v / ||v||, in units of the weight's type; infinite where that is too much.
@@ -521,14 +530,12 @@ class _Matcher:
         unknown = {v.producer(): why for value, why in self._unknown.items() for v in self.constants.cone(value)}
         for node in self.constants.norms:
             if node not in dead:
-                why = unknown.get(node)
-                told = self._why_left(node, memo) if why is None else f"constant, but not certain: {why}"
-                reasons.append((_node_name(node), told))
+                reasons.append((_node_name(node), self._why_left(node, memo, unknown.get(node))))
         for node, why in function_norms(self.model):
             reasons.append((_node_name(node), f"inside a function that {why}"))
         return tuple(reasons)
 
-    def _why_left(self, node: ir.Node, memo: Memo) -> str:
+    def _why_left(self, node: ir.Node, memo: Memo, unknown: str | None) -> str:
         constants, sources = self.constants, [value for value in node.inputs if value is not None]
         told = [value for value in sources if not constants.is_constant(value)]
         if any(value.const_value is not None for value in told):
@@ -541,20 +548,20 @@ class _Matcher:
         try:
             found = [constants.evaluate(value, memo).array for value in (*sources, *node.outputs)]
         except (Unknown, LookupError) as error:
-            return f"constant, but not in a way that can be evaluated: {printable(error)}"
+            unknown = str(error)
+        if unknown is not None:
+            return f"constant, but not in a way that can be evaluated: {printable(unknown)}"
         if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in found):
             return "constant, but it holds NaN or infinity"
         return "constant, but no part of anything that is found to be g * v / ||v||"
 
 
-def _sure(found: Evaluated, what: str) -> Evaluated:
-    """A value in which runtimes agree but for some units in the last place of its largest element."""
+def _check_sure(found: Evaluated, what: str) -> None:
+    """Raise Unknown where runtimes differ by more than some units in the last place of the largest element."""
     if found.doubt is not None:
-        size, step = np.abs(found.array).max(initial=0), resolution(found.dtype)[0]
         units = _UNSURE if found.dtype.itemsize > 2 else _UNSURE_IN_16_BITS
-        if not found.doubt.max(initial=0) <= units * step * size:
+        if not found.doubt.max(initial=0) <= units * resolution(found.dtype)[0] * np.abs(found.array).max(initial=0):
             raise Unknown(f"the {what} differs from one runtime to the next")
-    return found
 
 
 def _origin(value: ir.Value) -> ir.Value | None:
@@ -584,6 +591,21 @@ def _is_full(array: Array) -> bool:
     """Whether no element is zero or NaN, and so no row without direction."""
     flat = array.reshape(-1)
     return all(bool(np.all(flat[block]) and not np.isnan(flat[block]).any()) for block in _blocks(flat.size))
+
+
+def _spread(g: Array, shape: tuple[int, ...]) -> Array:
+    """A magnitude as it is broadcast against v: in another shape, or the same for several rows."""
+    return g.reshape(shape) if g.size == math.prod(shape) else np.broadcast_to(g, shape)
+
+
+def _row_distance(g: Array, shape: tuple[int, ...], weight: Array) -> float:
+    """How far the squares of a magnitude are from those of the rows' norms, rows without direction left out."""
+    if len(shape) not in (0, weight.ndim) or any(s not in (1, w) for s, w in zip(shape, weight.shape, strict=False)):
+        return abs(_sum_of_squares(g) - _sum_of_squares(weight))  # rows in groups
+    axes = tuple(i for i in range(weight.ndim) if not shape or shape[i] == 1)
+    rows = np.nansum(np.square(weight), axis=axes, keepdims=bool(shape), dtype=np.float64)
+    off = np.abs(np.square(_spread(g, shape), dtype=np.float64) - rows)
+    return float(np.nansum(off[rows > 0]))
 
 
 def _rows(g: Array, v: Array) -> Iterator[tuple[slice, Array]]:
