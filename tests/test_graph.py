@@ -614,6 +614,7 @@ def test_what_only_looks_like_it_is_left_and_named(tmp_path: Path, case: str) ->
     assert report.found == ()
     assert len(report.left) == 1
     assert reason in report.left[0][1]
+    assert str(report).startswith("no weight norm folded, ")
     assert (tmp_path / "b.onnx").read_bytes() == path.read_bytes()
 
 

@@ -94,7 +94,8 @@ class OnnxFoldReport:
 
     def __str__(self) -> str:
         head = f"{len(self.found)} weights folded, {self.nodes_before} -> {self.nodes_after} nodes"
-        lines = [head if self.found else f"no weight norm found, {self.nodes_before} nodes kept"]
+        what = "folded" if self.left else "found"
+        lines = [head if self.found else f"no weight norm {what}, {self.nodes_before} nodes kept"]
         lines += columns([(f.value, by(f.shape), f.dtype, f"from {f.g or 'no magnitude'}, {f.v}") for f in self.found])
         lines += [f"  left: {name}: {reason}" for name, reason in self.left]
         lines += [f"warning: {text}" for text in self.warnings]
@@ -347,8 +348,8 @@ class _Matcher:
         for v in reversed(computed):  # the one nearest to the norm is what is normalised
             if v is match.v or _origin(match.v) is None:
                 continue
-            nearer = replace(match, v=v)
-            if self._misfit(nearer, memo, weight)[0] <= match.misfit and self._are_apart(match, nearer):
+            nearer = replace(match, v=v, misfit=self._misfit(replace(match, v=v), memo, weight)[0])
+            if (nearer.is_exact or nearer.misfit <= match.misfit) and self._are_apart(match, nearer):
                 match = nearer
                 break
         if not self._is_computed(match):
