@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 from torch.nn.utils import weight_norm as legacy_weight_norm
 from torch.nn.utils.parametrizations import weight_norm
 
-from wnsurgery import onnx_values
+from wnsurgery import graph, onnx_values
 from wnsurgery.errors import (
     InputError,
     InputMissingError,
@@ -507,6 +508,35 @@ def test_the_weight_gets_its_plain_name_back(tmp_path: Path, g: str, v: str, nam
         fold_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx", force=True)
         assert set(_initializers(tmp_path / "b.onnx")) == ({"w", name} if taken else {name, "c"})
         onnx.checker.check_model(tmp_path / "b.onnx")
+
+
+def test_names_are_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many weights get their plain names back, the graph's names are gathered once; each is given once."""
+    count, calls, names = 5, [], graph._names
+
+    def counted(model: ir.Model) -> set[str]:
+        calls.append(model)
+        return names(model)
+
+    monkeypatch.setattr(graph, "_names", counted)
+    body = " ".join(
+        f"n{i} = ReduceL2(v{i}, axes) d{i} = Div(v{i}, n{i}) w{i} = Mul(d{i}, g) "
+        f"h{i + 1} = MatMul({f'h{i}' if i else 'x'}, w{i})"
+        for i in range(count)
+    )
+    arrays = {f"v{i}": RNG.standard_normal((6, 6)).astype(np.float32) for i in range(count)}
+    arrays |= {"g": np.ones((6, 1), np.float32), "axes": AXES}
+    model = onnx.load(_save(tmp_path / "a.onnx", f"{body} y = Identity(h{count})", **arrays))
+    renamed = {f"v{i}": f"up.{i}.weight_v" for i in range(3)}
+    renamed |= {"v3": "low.weight_v", "v4": "low.parametrizations.weight.original1"}
+    for tensor in model.graph.initializer:
+        tensor.name = renamed.get(tensor.name, tensor.name)
+    for node in model.graph.node:
+        node.input[:] = [renamed.get(i, i) for i in node.input]
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    fold_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert len(calls) == 1
+    assert set(_initializers(tmp_path / "b.onnx")) == {"up.0.weight", "up.1.weight", "up.2.weight", "low.weight", "w4"}
 
 
 def test_one_weight_for_two_consumers_stays_one(tmp_path: Path) -> None:

@@ -199,7 +199,8 @@ def fold_model(model: ir.Model, *, zero_norm: ZeroNorm = "zero", compose: Compos
     matcher = _Matcher(model, compose, zero_norm)
     warnings = matcher.settle_rows_without_direction()
     sources = dict.fromkeys(v for match in matcher.matches for v in matcher.constants.cone(match.value))
-    weights = [_replace(match, model, matcher) for match in matcher.matches]
+    taken = _names(model)
+    weights = [_replace(match, model, matcher, taken) for match in matcher.matches]
     for node in reversed(matcher.dead):
         node.graph.remove(node, safe=True)  # type: ignore[union-attr]
     for value in sources:
@@ -273,8 +274,10 @@ class _Matcher:
         self._unknown: dict[ir.Value, str] = {}  # weights that would be found, but for this
         self.constants = Constants(model)
         self.compose = compose or _default_compose
+        self._position = _position(model)
         self.matches = self._search()
         self.dead = self._dead_nodes()
+        self._dead = frozenset(self.dead)
         self.found = tuple(self._found(match) for match in self.matches)
 
     def _search(self) -> list[_Match]:
@@ -296,8 +299,7 @@ class _Matcher:
                     todo.extend(v for v in value.producer().inputs if v is not None)  # type: ignore[union-attr]
                 else:
                     matches.append(match)
-        position = _position(self.model)
-        return sorted(matches, key=lambda match: position(match.value.producer()))  # type: ignore[arg-type]
+        return sorted(matches, key=lambda match: self._position(match.value.producer()))  # type: ignore[arg-type]
 
     def _frontier(self) -> list[ir.Value]:
         """Constants behind a norm that a run-time operation, or the caller, reads."""
@@ -501,7 +503,7 @@ class _Matcher:
         """Nodes that nothing needs once the matched values are initializers, in the graph's order."""
         replaced = {match.value for match in self.matches}
         cones = {v.producer() for match in self.matches for v in self.constants.cone(match.value)}
-        order = sorted((node for node in cones if node is not None), key=_position(self.model))
+        order = sorted((node for node in cones if node is not None), key=self._position)
         dead: set[ir.Node] = set()
         for node in reversed(order):
             needed = (value for value in node.outputs if value not in replaced)
@@ -511,7 +513,8 @@ class _Matcher:
 
     def _found(self, match: _Match) -> Found:
         cone = {v.producer() for v in self.constants.cone(match.value)}
-        nodes = tuple(_node_name(node) for node in self.dead if node in cone)
+        gone = sorted((node for node in cone if node in self._dead), key=self._position)
+        nodes = tuple(_node_name(node) for node in gone)
         g = None if match.g is None else _origin(match.g) or match.g
         v = _origin(match.v) or match.v
         return Found(
@@ -526,15 +529,25 @@ class _Matcher:
 
     def left(self) -> tuple[tuple[str, str], ...]:
         """Every norm that stays in the graph, and why."""
-        dead = set(self.dead)
-        reasons, memo = [], Memo()
-        unknown = {v.producer(): why for value, why in self._unknown.items() for v in self.constants.cone(value)}
+        reasons, memo, unknown = [], Memo(), self._unknown_nodes()
         for node in self.constants.norms:
-            if node not in dead:
+            if node not in self._dead:
                 reasons.append((_node_name(node), self._why_left(node, memo, unknown.get(node))))
         for node, why in function_norms(self.model):
             reasons.append((_node_name(node), f"inside a function that {why}"))
         return tuple(reasons)
+
+    def _unknown_nodes(self) -> dict[ir.Node, str]:
+        """What goes into weights that are not known, with the reason why they are not."""
+        reasons: dict[ir.Node, str] = {}
+        for value, why in self._unknown.items():
+            todo = [value]
+            while todo:
+                node = todo.pop().producer()
+                if node is not None and node not in reasons:
+                    reasons[node] = why
+                    todo.extend(v for v in node.inputs if v is not None)
+        return reasons
 
     def _why_left(self, node: ir.Node, memo: Memo, unknown: str | None) -> str:
         constants, sources = self.constants, [value for value in node.inputs if value is not None]
@@ -601,11 +614,17 @@ def _spread(g: Array, shape: tuple[int, ...]) -> Array:
 
 def _row_distance(g: Array, shape: tuple[int, ...], weight: Array) -> float:
     """How far the squares of a magnitude are from those of the rows' norms, rows without direction left out."""
-    if len(shape) not in (0, weight.ndim) or any(s not in (1, w) for s, w in zip(shape, weight.shape, strict=False)):
-        return abs(_sum_of_squares(g) - _sum_of_squares(weight))  # rows in groups
-    axes = tuple(i for i in range(weight.ndim) if not shape or shape[i] == 1)
-    rows = np.nansum(np.square(weight), axis=axes, keepdims=bool(shape), dtype=np.float64)
-    off = np.abs(np.square(_spread(g, shape), dtype=np.float64) - rows)
+    kept = shape or (1,) * weight.ndim
+    if kept == weight.shape or any(s not in (1, w) for s, w in zip(kept, weight.shape, strict=True)):
+        return abs(_sum_of_squares(g) - _sum_of_squares(weight))  # rows of one element, or in groups
+    rows, axes = np.zeros(kept), tuple(i for i, s in enumerate(kept) if s == 1)
+    step = max(1, _BLOCK // max(1, weight[:1].size))
+    for start in range(0, len(weight), step):
+        squares = np.square(weight[start : start + step], dtype=np.float64)
+        squares[np.isnan(squares)] = 0
+        place = slice(start, start + step) if kept[0] > 1 else slice(None)
+        rows[place] += squares.sum(axis=axes, keepdims=True)
+    off = np.abs(np.square(_spread(g, shape).reshape(kept), dtype=np.float64) - rows)
     return float(np.nansum(off[rows > 0]))
 
 
@@ -730,20 +749,21 @@ def _default_compose(g: Array, v: Array, magnitude: str) -> Array:
 # Changing the graph --------------------------------------------------------------------------------------
 
 
-def _replace(match: _Match, model: ir.Model, matcher: _Matcher) -> ir.Value:
-    """Let an initializer stand where the computed weight stood."""
-    name, weight = _plain_name(match, model), matcher.weight_of(match)
+def _replace(match: _Match, model: ir.Model, matcher: _Matcher, taken: set[str]) -> ir.Value:
+    """Let an initializer stand where the computed weight stood; its name is taken from then on."""
+    name, weight = _plain_name(match, taken), matcher.weight_of(match)
+    taken.add(name)
     return put_initializer(model, match.value, name, weight, match.dtype, match.shape)
 
 
-def _plain_name(match: _Match, model: ir.Model) -> str:
+def _plain_name(match: _Match, taken: set[str]) -> str:
     """`X.weight` for a weight made of `X.weight_v` or `X.parametrizations.weight.original1`, if that is free."""
     name = str(match.value.name)
     half = _HALF.fullmatch(str((_origin(match.v) or match.v).name))
     if match.value.is_graph_output() or half is None:
         return name
     plain = half["old"] or (f"{half['stem']}.{half['new']}" if half["stem"] else half["new"])
-    return name if plain in _names(model) else plain
+    return name if plain in taken else plain
 
 
 def _names(model: ir.Model) -> set[str]:

@@ -158,7 +158,7 @@ def _own_doubt(
 ) -> Array:
     """By how much runtimes may differ in an operation on the same numbers."""
     eps = resolution(ir.DataType.DOUBLE if found.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT)[0]
-    kept = _distance(found.array, result) if found.dtype.itemsize < 4 else np.zeros(found.array.shape)
+    kept = _distance(found.array, result) if found.dtype.itemsize < 4 else np.zeros(())
     if node.op_type in _SUMS | _PRODUCTS:
         sizes = [x._replace(array=np.abs(x.array)) if x is not None and _is_float(x.dtype) else x for x in inputs]
         return kept + eps * (_FEW + math.sqrt(_terms(node, inputs, found))) * np.abs(run(sizes).array)
