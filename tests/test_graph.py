@@ -659,6 +659,25 @@ def test_an_initializer_that_a_caller_may_override_is_no_constant(tmp_path: Path
     assert "override" in report.left[0][1]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("where", ["g", "v", "both"])
+def test_signalling_nan_is_nan_without_a_warning(tmp_path: Path, where: str, dtype: type) -> None:
+    """NaN that processors complain about is folded or left like any other, and numpy says nothing of it."""
+    g, v = G.astype(dtype), V.astype(dtype)
+    kind, signal = {np.float32: (np.uint32, 0x7F800001), np.float16: (np.uint16, 0x7C01)}[dtype]
+    for name, array in (("g", g), ("v", v)):
+        if where in (name, "both"):
+            array.view(kind)[1, 0] = signal
+    body = "n = ReduceL2(v, axes) q = Div(g, n) w = Mul(v, q) f = Cast <to = 1> (w) y = Gemm <transB = 1> (x, f)"
+    path = _save(tmp_path / "a.onnx", body, g=g, v=v, axes=AXES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = find_weight_norms(path)
+        assert list(fold_onnx(path, tmp_path / "b.onnx").found) == found
+    before, after = _run(path, X)[0], _run(tmp_path / "b.onnx", X)[0]
+    assert np.array_equal(np.isnan(before), np.isnan(after))
+
+
 def test_a_hostile_expand_does_not_fill_the_memory(tmp_path: Path) -> None:
     """Constants that would evaluate to terabytes are left alone."""
     body = """e = Expand(v, shape) n = ReduceL2 <keepdims = 0> (e) q = Div(g, n) w = Mul(v, q)

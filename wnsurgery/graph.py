@@ -48,6 +48,7 @@ _TRIES = 6  # magnitudes worth trying for one direction, nearest in size first; 
 _SAME = 4  # units in the last place within which two directions are one
 _UNSURE, _UNSURE_IN_16_BITS = 64, 4  # units in the last place of the largest element, by which runtimes may differ
 _NEAR = 64  # values inside a weight that may turn out to be the weight
+_quietly = np.errstate(all="ignore")  # what a graph's numbers overflow to, or are no numbers of, is told in reports
 _LOST, _LOST_IN_LARGE = 2.0**-44, 2.0**-20  # of a value, by evaluating it in float64 and in float32
 
 
@@ -102,6 +103,7 @@ class OnnxFoldReport:
         return "\n".join([*lines, *(f"wrote {path}" for path in self.files)])
 
 
+@_quietly
 def find_weight_norms(model: Path_ | ir.Model, *, compose: Compose | None = None) -> list[Found]:
     """Every weight that an ONNX graph computes as g * v / ||v|| from constants, whatever operations it uses.
 
@@ -124,6 +126,7 @@ def find_weight_norms(model: Path_ | ir.Model, *, compose: Compose | None = None
     return list(_Matcher(opened, compose).found)
 
 
+@_quietly
 def fold_onnx(
     src: Path_,
     dst: Path_,
@@ -188,6 +191,7 @@ def fold_onnx(
     return replace(report, files=files)
 
 
+@_quietly
 def fold_model(model: ir.Model, *, zero_norm: ZeroNorm = "zero", compose: Compose | None = None) -> OnnxFoldReport:
     """`fold_onnx` on a model in memory, in place.
 
@@ -491,6 +495,7 @@ class _Matcher:
         held = None if stored else match.direction_array(self.constants, memo)
         holes = self.holes.get(match.value)
 
+        @_quietly
         def weight() -> Array:
             v = match.direction_array(self.constants, Memo()) if held is None else held
             exact = v.dtype == match.dtype.numpy()
