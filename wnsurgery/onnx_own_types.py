@@ -66,17 +66,17 @@ def in_own_type(node: ir.Node, inputs: _Inputs, run: Callable[[_Inputs], Evaluat
     """
     given = [None if x is None else x._replace(array=_plain(x.array, x.dtype)) for x in inputs]
     found = run(given)
-    result = _rounded(found, node)
-    others = [run(nudged) for nudged in _nudged(given)]
-    if _decides(node, found.dtype, given):
-        if not all(np.array_equal(_rounded(o, node), result, equal_nan=_is_float(found.dtype)) for o in others):
-            raise Unknown(f"{node.op_type} decides on numbers that differ from one runtime to the next")
-        return Evaluated(result, found.dtype)
-    if not _is_float(found.dtype):
+    result, is_float = _rounded(found, node), _is_float(found.dtype)
+    if _decides(node, found.dtype, given) or not is_float:
+        for moved in _nudged(given):
+            if not np.array_equal(_rounded(run(moved), node), result, equal_nan=is_float):
+                raise Unknown(f"{node.op_type} decides on numbers that differ from one runtime to the next")
         return Evaluated(result, found.dtype)
     doubt = _own_doubt(node, given, found, result, run)
-    if others:
-        doubt = doubt + np.maximum.reduce([_distance(other.array, found.array) for other in others])
+    passed_on = np.zeros((), doubt.dtype)
+    for moved in _nudged(given):
+        passed_on = np.maximum(passed_on, _distance(run(moved).array, found.array))
+    doubt = doubt + passed_on
     return Evaluated(result, found.dtype, doubt if np.any(doubt) else None)
 
 
@@ -148,9 +148,11 @@ def _nudged(inputs: _Inputs) -> Iterator[list[Evaluated | None]]:
 
 def _distance(a: Array, b: Array) -> Array:
     """How far two results are apart; infinitely far where one of them is no number."""
-    off = np.abs(a.astype(np.float64) - b)
-    off = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, off)
-    return np.where(np.isnan(off), np.inf, off)
+    off = np.asarray(np.subtract(a, b))
+    np.abs(off, out=off)
+    np.copyto(off, np.inf, where=np.isnan(off))
+    np.copyto(off, 0, where=(a == b) | (np.isnan(a) & np.isnan(b)))
+    return off
 
 
 def _own_doubt(
@@ -158,7 +160,7 @@ def _own_doubt(
 ) -> Array:
     """By how much runtimes may differ in an operation on the same numbers."""
     eps = resolution(ir.DataType.DOUBLE if found.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT)[0]
-    kept = _distance(found.array, result) if found.dtype.itemsize < 4 else np.zeros(())
+    kept = _distance(found.array, result) if found.dtype.itemsize < 4 else np.zeros((), np.float32)
     if node.op_type in _SUMS | _PRODUCTS:
         sizes = [x._replace(array=np.abs(x.array)) if x is not None and _is_float(x.dtype) else x for x in inputs]
         return kept + eps * (_FEW + math.sqrt(_terms(node, inputs, found))) * np.abs(run(sizes).array)
