@@ -187,6 +187,8 @@ MADE = {
     "a product of matrices": 'u = Einsum <equation = "ij,jk->ik"> (v, square) k = Identity(g)',
     "normalised before": """m = ReduceL2(v, axes) e = Div(v, m) r = Cast <to = 16> (e) u = Cast <to = 1> (r)
         k = Identity(g)""",
+    "a row without direction, and many constants": """a = Mul(tenth, three) e = Add(a, twentieth) b = Greater(v, e)
+        u = Where(b, v, zero) k = Identity(g)""",
     "one magnitude for all rows": "u = Identity(v) k = Identity(three)",
     "one magnitude for all rows, one element": "u = Identity(v) k = Identity(seven)",
 }
