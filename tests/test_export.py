@@ -196,6 +196,8 @@ def test_norms_that_the_module_computes_itself_are_folded_in_the_graph(tmp_path:
     report = export_onnx(Cosine(), torch.randn(3, 96), tmp_path / "m.onnx")
     assert report.folded == 1
     assert [reason for _, reason in report.left] == ["it normalises a run-time value"]
+    assert "1 norm left" in str(report)
+    assert "no weight norm left" not in str(report)
     assert report.ok
 
 

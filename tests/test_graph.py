@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 from torch.nn.utils import weight_norm as legacy_weight_norm
 from torch.nn.utils.parametrizations import weight_norm
 
-from wnsurgery import onnx_values
+from wnsurgery import graph, onnx_values
 from wnsurgery.errors import (
     InputError,
     InputMissingError,
@@ -509,6 +510,35 @@ def test_the_weight_gets_its_plain_name_back(tmp_path: Path, g: str, v: str, nam
         onnx.checker.check_model(tmp_path / "b.onnx")
 
 
+def test_names_are_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many weights get their plain names back, the graph's names are gathered once; each is given once."""
+    count, calls, names = 5, [], graph._names
+
+    def counted(model: ir.Model) -> set[str]:
+        calls.append(model)
+        return names(model)
+
+    monkeypatch.setattr(graph, "_names", counted)
+    body = " ".join(
+        f"n{i} = ReduceL2(v{i}, axes) d{i} = Div(v{i}, n{i}) w{i} = Mul(d{i}, g) "
+        f"h{i + 1} = MatMul({f'h{i}' if i else 'x'}, w{i})"
+        for i in range(count)
+    )
+    arrays = {f"v{i}": RNG.standard_normal((6, 6)).astype(np.float32) for i in range(count)}
+    arrays |= {"g": np.ones((6, 1), np.float32), "axes": AXES}
+    model = onnx.load(_save(tmp_path / "a.onnx", f"{body} y = Identity(h{count})", **arrays))
+    renamed = {f"v{i}": f"up.{i}.weight_v" for i in range(3)}
+    renamed |= {"v3": "low.weight_v", "v4": "low.parametrizations.weight.original1"}
+    for tensor in model.graph.initializer:
+        tensor.name = renamed.get(tensor.name, tensor.name)
+    for node in model.graph.node:
+        node.input[:] = [renamed.get(i, i) for i in node.input]
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    fold_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert len(calls) == 1
+    assert set(_initializers(tmp_path / "b.onnx")) == {"up.0.weight", "up.1.weight", "up.2.weight", "low.weight", "w4"}
+
+
 def test_one_weight_for_two_consumers_stays_one(tmp_path: Path) -> None:
     """A tied weight becomes one initializer; a norm shared by two weights goes once both are folded."""
     body = """n = ReduceL2(v, axes) q = Div(g, n) w = Mul(v, q) p = Div(h, n) u = Mul(v, p)
@@ -614,6 +644,7 @@ def test_what_only_looks_like_it_is_left_and_named(tmp_path: Path, case: str) ->
     assert report.found == ()
     assert len(report.left) == 1
     assert reason in report.left[0][1]
+    assert str(report).startswith("no weight norm folded, ")
     assert (tmp_path / "b.onnx").read_bytes() == path.read_bytes()
 
 
@@ -626,6 +657,25 @@ def test_an_initializer_that_a_caller_may_override_is_no_constant(tmp_path: Path
     report = fold_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx")
     assert report.found == ()
     assert "override" in report.left[0][1]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("where", ["g", "v", "both"])
+def test_signalling_nan_is_nan_without_a_warning(tmp_path: Path, where: str, dtype: type) -> None:
+    """NaN that processors complain about is folded or left like any other, and numpy says nothing of it."""
+    g, v = G.astype(dtype), V.astype(dtype)
+    kind, signal = {np.float32: (np.uint32, 0x7F800001), np.float16: (np.uint16, 0x7C01)}[dtype]
+    for name, array in (("g", g), ("v", v)):
+        if where in (name, "both"):
+            array.view(kind)[1, 0] = signal
+    body = "n = ReduceL2(v, axes) q = Div(g, n) w = Mul(v, q) f = Cast <to = 1> (w) y = Gemm <transB = 1> (x, f)"
+    path = _save(tmp_path / "a.onnx", body, g=g, v=v, axes=AXES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = find_weight_norms(path)
+        assert list(fold_onnx(path, tmp_path / "b.onnx").found) == found
+    before, after = _run(path, X)[0], _run(tmp_path / "b.onnx", X)[0]
+    assert np.array_equal(np.isnan(before), np.isnan(after))
 
 
 def test_a_hostile_expand_does_not_fill_the_memory(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "wnsurgery"
 LAYERS = [
     {"fused_kernels", "norms", "row_threads"},
     {"errors", "fused", "kept", "text", "snapshot", "mean_only", "calls", "dataflow", "axis_counts"}
-    | {"csv_text", "ownership", "dtensors", "compiled", "loaded_keys", "placed", "onnx_nodes"}
+    | {"csv_text", "ownership", "dtensors", "compiled", "loaded_keys", "placed", "onnx_nodes", "onnx_own_types"}
     | {"sgd_kernels", "linear_kernels", "channel_kernels", "typed_kernels", "lean_modules", "safety"}
     | {"onlookers", "silence"},
     {"other_types", "parts"},

@@ -59,7 +59,7 @@ class ExportReport:
         inputs, outputs: (name, type, shape); dimensions that may vary are names.
         nodes: number of operations.
         folded: number of weights whose norm was folded, in the module or, where the exporter kept a norm, in the graph.
-        left: (node, reason) for norms that stay: those of run-time values.
+        left: (node, reason) for norms that stay: those of run-time values, and any that could not be folded.
         parity: onnxruntime on the CPU against the folded copy; None with check=False.
         original: onnxruntime against the model as it was given (a float64 norm's eps rounded to float32, as ONNX keeps
             it); None with check=False.
@@ -93,7 +93,8 @@ class ExportReport:
 
     def __str__(self) -> str:
         lines = [f"wrote {path}" for path in self.files]
-        lines.append(f"opset {self.opset}, {self.nodes} nodes, {self.folded} weights folded, no weight norm left")
+        kept = ("1 norm" if len(self.left) == 1 else f"{len(self.left)} norms") if self.left else "no weight norm"
+        lines.append(f"opset {self.opset}, {self.nodes} nodes, {self.folded} weights folded, {kept} left")
         rows: list[tuple[str, ...]] = [("", "name", "type", "shape")]
         for kind, values in (("input", self.inputs), ("output", self.outputs)):
             rows += [(kind, name, dtype, "x".join(map(str, shape)) or "scalar") for name, dtype, shape in values]

@@ -28,7 +28,8 @@ from wnsurgery.onnx_file import read_onnx, refuse_sources, weight_files, write_o
 from wnsurgery.onnx_functions import function_norms, open_norm_functions
 from wnsurgery.onnx_layout import drop_unused, put_initializer, settle
 from wnsurgery.onnx_nodes import all_graphs
-from wnsurgery.onnx_values import Constants, Evaluated, Memo, Unknown, is_large
+from wnsurgery.onnx_own_types import FLOATS, Evaluated, Unknown, resolution
+from wnsurgery.onnx_values import Constants, Memo, is_large
 from wnsurgery.text import by, columns
 
 __all__ = ["Compose", "Found", "OnnxFoldReport", "find_weight_norms", "fold_model", "fold_onnx"]
@@ -40,12 +41,14 @@ Path_ = str | os.PathLike[str]
 Compose = Callable[[Array, Array, str], Array]
 ZeroNorm = Literal["error", "zero", "nan"]
 
-_FLOATS = (ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _LAYOUT = frozenset(("Cast", "CastLike", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 _HALF = re.compile(r"(?:(?P<stem>.*)\.)?parametrizations\.(?P<new>[^.]+)\.original1|(?P<old>.+)_v", re.DOTALL)
 _BLOCK = 1 << 18  # elements compared at a time
 _TRIES = 6  # magnitudes worth trying for one direction, nearest in size first; computed directions for one weight
+_SAME = 4  # units in the last place within which two directions are one
+_UNSURE, _UNSURE_IN_16_BITS = 64, 4  # units in the last place of the largest element, by which runtimes may differ
 _NEAR = 64  # values inside a weight that may turn out to be the weight
+_quietly = np.errstate(all="ignore")  # what a graph's numbers overflow to, or are no numbers of, is told in reports
 _LOST, _LOST_IN_LARGE = 2.0**-44, 2.0**-20  # of a value, by evaluating it in float64 and in float32
 
 
@@ -92,13 +95,15 @@ class OnnxFoldReport:
 
     def __str__(self) -> str:
         head = f"{len(self.found)} weights folded, {self.nodes_before} -> {self.nodes_after} nodes"
-        lines = [head if self.found else f"no weight norm found, {self.nodes_before} nodes kept"]
+        what = "folded" if self.left else "found"
+        lines = [head if self.found else f"no weight norm {what}, {self.nodes_before} nodes kept"]
         lines += columns([(f.value, by(f.shape), f.dtype, f"from {f.g or 'no magnitude'}, {f.v}") for f in self.found])
         lines += [f"  left: {name}: {reason}" for name, reason in self.left]
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join([*lines, *(f"wrote {path}" for path in self.files)])
 
 
+@_quietly
 def find_weight_norms(model: Path_ | ir.Model, *, compose: Compose | None = None) -> list[Found]:
     """Every weight that an ONNX graph computes as g * v / ||v|| from constants, whatever operations it uses.
 
@@ -121,6 +126,7 @@ def find_weight_norms(model: Path_ | ir.Model, *, compose: Compose | None = None
     return list(_Matcher(opened, compose).found)
 
 
+@_quietly
 def fold_onnx(
     src: Path_,
     dst: Path_,
@@ -185,6 +191,7 @@ def fold_onnx(
     return replace(report, files=files)
 
 
+@_quietly
 def fold_model(model: ir.Model, *, zero_norm: ZeroNorm = "zero", compose: Compose | None = None) -> OnnxFoldReport:
     """`fold_onnx` on a model in memory, in place.
 
@@ -196,7 +203,8 @@ def fold_model(model: ir.Model, *, zero_norm: ZeroNorm = "zero", compose: Compos
     matcher = _Matcher(model, compose, zero_norm)
     warnings = matcher.settle_rows_without_direction()
     sources = dict.fromkeys(v for match in matcher.matches for v in matcher.constants.cone(match.value))
-    weights = [_replace(match, model, matcher) for match in matcher.matches]
+    taken = _names(model)
+    weights = [_replace(match, model, matcher, taken) for match in matcher.matches]
     for node in reversed(matcher.dead):
         node.graph.remove(node, safe=True)  # type: ignore[union-attr]
     for value in sources:
@@ -225,7 +233,7 @@ class _Match:
     @property
     def is_exact(self) -> bool:
         """Whether the value is g * v / ||v|| but for what evaluating it lost."""
-        return self.misfit * _resolution(self.dtype)[0] <= (_LOST if self.wide == np.float64 else _LOST_IN_LARGE)
+        return self.misfit * resolution(self.dtype)[0] <= (_LOST if self.wide == np.float64 else _LOST_IN_LARGE)
 
     @property
     def is_trivial(self) -> bool:
@@ -242,12 +250,15 @@ class _Match:
         wide = np.dtype(np.float64 if self.dtype == ir.DataType.DOUBLE else np.float32)
         if self.g is None:
             return np.ones(self.g_shape, wide)
-        g = constants.evaluate(self.g, memo).array.reshape(self.g_shape)
+        g = _spread(constants.evaluate(self.g, memo).array, self.g_shape)
         narrow = _exactly(g, wide)
         return g if narrow is None else narrow
 
     def direction_array(self, constants: Constants, memo: Memo) -> Array:
-        """v in the weight's type; unrounded where v is computed, raises Unknown where a stored one does not fit."""
+        """v in the weight's type, raises Unknown where a stored one does not fit.
+
+        A computed one is unrounded unless `memo` holds what the graph's own types make of it.
+        """
         v = constants.evaluate(self.v, memo)
         narrow = _exactly(v.array, self.dtype.numpy())
         if narrow is None and (_origin(self.v) is not None or v.dtype != self.dtype):
@@ -264,10 +275,13 @@ class _Matcher:
         self.holes: dict[ir.Value, Array] = {}
         self._known: dict[ir.Value, _Match | None] = {}
         self._squares: dict[ir.Value, float] = {}
+        self._unknown: dict[ir.Value, str] = {}  # weights that would be found, but for this
         self.constants = Constants(model)
         self.compose = compose or _default_compose
+        self._position = _position(model)
         self.matches = self._search()
         self.dead = self._dead_nodes()
+        self._dead = frozenset(self.dead)
         self.found = tuple(self._found(match) for match in self.matches)
 
     def _search(self) -> list[_Match]:
@@ -289,8 +303,7 @@ class _Matcher:
                     todo.extend(v for v in value.producer().inputs if v is not None)  # type: ignore[union-attr]
                 else:
                     matches.append(match)
-        position = _position(self.model)
-        return sorted(matches, key=lambda match: position(match.value.producer()))  # type: ignore[arg-type]
+        return sorted(matches, key=lambda match: self._position(match.value.producer()))  # type: ignore[arg-type]
 
     def _frontier(self) -> list[ir.Value]:
         """Constants behind a norm that a run-time operation, or the caller, reads."""
@@ -311,18 +324,20 @@ class _Matcher:
         made = self.constants.made_of(value)
         if made is None:
             return None
+        made = tuple(v for v in made if v is not value)
         try:
             weight = self.constants.evaluate(value, memo)
-        except Unknown:
+        except Unknown as unknown:
+            self._unknown.setdefault(value, str(unknown))
             return None
-        if weight.dtype not in _FLOATS or weight.array.ndim == 0 or weight.array.size == 0:
+        if weight.dtype not in FLOATS or weight.array.ndim == 0 or weight.array.size == 0:
             return None
         fitting = [v for v in made if _fits(memo.kinds[v], weight)]
         stored = [v for v in fitting if _origin(v) is not None]
-        computed = [v for v in fitting if v in self.constants.under_norms and _origin(v) is None]
+        computed = [v for v in fitting if v in self.constants.under_norms and _origin(v) is None][-_TRIES:]
         magnitudes = list(self._magnitudes(made, memo, weight.array))
         best: _Match | None = None
-        for v, (g, shape, magnitude) in product(stored + computed[:_TRIES], magnitudes):
+        for v, (g, shape, magnitude) in product(stored + computed[::-1], magnitudes):
             match = _Match(value, g, shape, v, magnitude, weight.dtype, weight.array.shape)
             if g is not None and (_origin(g) or g) is (_origin(v) or v):
                 continue
@@ -332,7 +347,52 @@ class _Matcher:
                 best = match
             if best is not None and best.is_exact:
                 break
-        return best
+        return None if best is None else self._in_own_types(best, computed, memo, weight.array)
+
+    def _in_own_types(self, match: _Match, computed: Sequence[ir.Value], memo: Memo, weight: Array) -> _Match | None:
+        """The match as it holds for what the graph's own types make of g and v; None where it does not."""
+        for v in reversed(computed):  # the one nearest to the norm is what is normalised
+            if v is match.v or _origin(match.v) is None:
+                continue
+            nearer = replace(match, v=v, misfit=self._misfit(replace(match, v=v), memo, weight)[0])
+            if (nearer.is_exact or nearer.misfit <= match.misfit) and self._are_apart(match, nearer):
+                match = nearer
+                break
+        if not self._is_computed(match):
+            return match
+        own = Memo(own_types=True)
+        try:
+            for what, value in (("magnitude", match.g), ("direction", match.v)):
+                if value is not None:
+                    _check_sure(self.constants.evaluate(value, own), what)
+            misfit, empty = self._misfit(match, own, self._weight(match))
+        except Unknown as unknown:
+            self._unknown.setdefault(match.value, str(unknown))
+            return None
+        return replace(match, empty=empty) if misfit < math.inf else None
+
+    def _is_computed(self, match: _Match) -> bool:
+        """Whether anything but the constants themselves is normalised, or multiplied with it."""
+        return any(v is not None and v.producer() is not None for v in (match.g, match.v))
+
+    def _are_apart(self, match: _Match, other: _Match) -> bool:
+        """Whether two directions make different weights, once each is rounded to its type."""
+        memo = Memo(own_types=True)
+        try:
+            g = match.magnitude_array(self.constants, memo)
+            pair = [_as_type(m.direction_array(self.constants, memo), m.wide) for m in (match, other)]
+            first, second = (self.compose(_as_type(g, match.wide), v, match.magnitude) for v in pair)
+            return not _difference(first, second, match.dtype)[0] <= _SAME + _slack(match)
+        except (Unknown, PairError, ValueError):
+            return True
+
+    def _weight(self, match: _Match) -> Array:
+        """What the graph makes of g and v as they are in its own types."""
+        own, memo = Memo(own_types=True), Memo()
+        for value in (match.g, match.v):
+            if value is not None:
+                memo.put(value, self.constants.evaluate(value, own))
+        return self.constants.evaluate(match.value, memo).array
 
     def _ends_before(self, match: _Match, memo: Memo) -> bool:
         """Whether the weight norm ends at a value further in: what follows is near one, and yet changes the weight."""
@@ -356,23 +416,31 @@ class _Matcher:
         self, sources: Sequence[ir.Value], memo: Memo, weight: Array
     ) -> Iterator[tuple[ir.Value | None, tuple[int, ...], str]]:
         """Magnitudes that fit by shape and by size (the norms of the rows are |g|), best first."""
-        target = _sum_of_squares(weight)
+        target, is_full = _sum_of_squares(weight), _is_full(weight)
         ranked: list[tuple[float, int, tuple[ir.Value | None, tuple[int, ...], str]]] = []
         for value in sources:
             size, dtype = memo.kinds[value]
             for shape in _readings(size, weight.shape) if dtype.is_floating_point() else ():
-                if value not in self._squares:
-                    self._squares[value] = _sum_of_squares(self.constants.evaluate(value, memo).array)
-                distance, log = abs(self._squares[value] - target), _logarithm(value)
+                log = _logarithm(value)
+                if is_full:
+                    distance = abs(self._square(value, memo) * math.prod(shape) / max(1, math.prod(size)) - target)
+                else:
+                    distance = _row_distance(self.constants.evaluate(value, memo).array, shape, weight)
                 ranked.append((distance, len(ranked), (value, shape, "linear") if log is None else (log, shape, "log")))
         for shape in _unit_shapes(weight.shape):
-            distance = abs(float(np.prod(shape, dtype=np.float64)) - target)
+            distance = abs(math.prod(shape) - target) if is_full else _row_distance(np.ones(()), shape, weight)
             ranked.append((distance, len(ranked), (None, shape, "linear")))
         ranked.sort(key=lambda entry: entry[:2])
-        far = 0.01 * target if ranked and ranked[-1][0] > 0.01 * target and _is_full(weight) else math.inf
+        far = 0.01 * target if ranked and ranked[-1][0] > 0.01 * target and is_full else math.inf
         for distance, _, candidate in ranked[:_TRIES]:
             if distance <= far:
                 yield candidate
+
+    def _square(self, value: ir.Value, memo: Memo) -> float:
+        """The sum of a magnitude's squares."""
+        if value not in self._squares:
+            self._squares[value] = _sum_of_squares(self.constants.evaluate(value, memo).array)
+        return self._squares[value]
 
     def _misfit(self, match: _Match, memo: Memo, weight: Array) -> tuple[float, int]:
         """The largest difference from g * v / ||v||, in units of the weight's type; infinite where that is too much.
@@ -405,7 +473,7 @@ class _Matcher:
             value, memo = printable(match.value.name), Memo()
             g = _as_type(match.magnitude_array(self.constants, memo), match.wide)
             scaled = self.compose(g, np.ones(match.shape, match.wide), match.magnitude)
-            holes = np.isnan(self.constants.evaluate(match.value, memo).array) & (scaled != 0)
+            holes = np.isnan(self._weight(match)) & (scaled != 0)
             rows = math.prod(match.g_shape)
             lost = int(np.count_nonzero(holes)) * rows // holes.size
             if not lost:
@@ -421,12 +489,13 @@ class _Matcher:
 
     def weight_of(self, match: _Match) -> Callable[[], Array]:
         """A function that computes the folded weight, to the bit what `compose` gives, and outlives the graph."""
-        memo = Memo()
+        memo = Memo(own_types=True)
         g = match.magnitude_array(self.constants, memo)
         stored = match.v.producer() is None  # then it is read again when it is needed, and not held meanwhile
         held = None if stored else match.direction_array(self.constants, memo)
         holes = self.holes.get(match.value)
 
+        @_quietly
         def weight() -> Array:
             v = match.direction_array(self.constants, Memo()) if held is None else held
             exact = v.dtype == match.dtype.numpy()
@@ -439,7 +508,7 @@ class _Matcher:
         """Nodes that nothing needs once the matched values are initializers, in the graph's order."""
         replaced = {match.value for match in self.matches}
         cones = {v.producer() for match in self.matches for v in self.constants.cone(match.value)}
-        order = sorted((node for node in cones if node is not None), key=_position(self.model))
+        order = sorted((node for node in cones if node is not None), key=self._position)
         dead: set[ir.Node] = set()
         for node in reversed(order):
             needed = (value for value in node.outputs if value not in replaced)
@@ -449,7 +518,8 @@ class _Matcher:
 
     def _found(self, match: _Match) -> Found:
         cone = {v.producer() for v in self.constants.cone(match.value)}
-        nodes = tuple(_node_name(node) for node in self.dead if node in cone)
+        gone = sorted((node for node in cone if node in self._dead), key=self._position)
+        nodes = tuple(_node_name(node) for node in gone)
         g = None if match.g is None else _origin(match.g) or match.g
         v = _origin(match.v) or match.v
         return Found(
@@ -464,16 +534,27 @@ class _Matcher:
 
     def left(self) -> tuple[tuple[str, str], ...]:
         """Every norm that stays in the graph, and why."""
-        dead = set(self.dead)
-        reasons, memo = [], Memo()
+        reasons, memo, unknown = [], Memo(), self._unknown_nodes()
         for node in self.constants.norms:
-            if node not in dead:
-                reasons.append((_node_name(node), self._why_left(node, memo)))
+            if node not in self._dead:
+                reasons.append((_node_name(node), self._why_left(node, memo, unknown.get(node))))
         for node, why in function_norms(self.model):
             reasons.append((_node_name(node), f"inside a function that {why}"))
         return tuple(reasons)
 
-    def _why_left(self, node: ir.Node, memo: Memo) -> str:
+    def _unknown_nodes(self) -> dict[ir.Node, str]:
+        """What goes into weights that are not known, with the reason why they are not."""
+        reasons: dict[ir.Node, str] = {}
+        for value, why in self._unknown.items():
+            todo = [value]
+            while todo:
+                node = todo.pop().producer()
+                if node is not None and node not in reasons:
+                    reasons[node] = why
+                    todo.extend(v for v in node.inputs if v is not None)
+        return reasons
+
+    def _why_left(self, node: ir.Node, memo: Memo, unknown: str | None) -> str:
         constants, sources = self.constants, [value for value in node.inputs if value is not None]
         told = [value for value in sources if not constants.is_constant(value)]
         if any(value.const_value is not None for value in told):
@@ -486,10 +567,20 @@ class _Matcher:
         try:
             found = [constants.evaluate(value, memo).array for value in (*sources, *node.outputs)]
         except (Unknown, LookupError) as error:
-            return f"constant, but not in a way that can be evaluated: {printable(error)}"
+            unknown = str(error)
+        if unknown is not None:
+            return f"constant, but not in a way that can be evaluated: {printable(unknown)}"
         if any(array.dtype.kind == "f" and not np.isfinite(array).all() for array in found):
             return "constant, but it holds NaN or infinity"
-        return "constant, but no part of g * v / ||v||"
+        return "constant, but no part of anything that is found to be g * v / ||v||"
+
+
+def _check_sure(found: Evaluated, what: str) -> None:
+    """Raise Unknown where runtimes differ by more than some units in the last place of the largest element."""
+    if found.doubt is not None:
+        units = _UNSURE if found.dtype.itemsize > 2 else _UNSURE_IN_16_BITS
+        if not found.doubt.max(initial=0) <= units * resolution(found.dtype)[0] * np.abs(found.array).max(initial=0):
+            raise Unknown(f"the {what} differs from one runtime to the next")
 
 
 def _origin(value: ir.Value) -> ir.Value | None:
@@ -521,6 +612,27 @@ def _is_full(array: Array) -> bool:
     return all(bool(np.all(flat[block]) and not np.isnan(flat[block]).any()) for block in _blocks(flat.size))
 
 
+def _spread(g: Array, shape: tuple[int, ...]) -> Array:
+    """A magnitude as it is broadcast against v: in another shape, or the same for several rows."""
+    return g.reshape(shape) if g.size == math.prod(shape) else np.broadcast_to(g, shape)
+
+
+def _row_distance(g: Array, shape: tuple[int, ...], weight: Array) -> float:
+    """How far the squares of a magnitude are from those of the rows' norms, rows without direction left out."""
+    kept = shape or (1,) * weight.ndim
+    if kept == weight.shape or any(s not in (1, w) for s, w in zip(kept, weight.shape, strict=True)):
+        return abs(_sum_of_squares(g) - _sum_of_squares(weight))  # rows of one element, or in groups
+    rows, axes = np.zeros(kept), tuple(i for i, s in enumerate(kept) if s == 1)
+    step = max(1, _BLOCK // max(1, weight[:1].size))
+    for start in range(0, len(weight), step):
+        squares = np.square(weight[start : start + step], dtype=np.float64)
+        squares[np.isnan(squares)] = 0
+        place = slice(start, start + step) if kept[0] > 1 else slice(None)
+        rows[place] += squares.sum(axis=axes, keepdims=True)
+    off = np.abs(np.square(_spread(g, shape).reshape(kept), dtype=np.float64) - rows)
+    return float(np.nansum(off[rows > 0]))
+
+
 def _rows(g: Array, v: Array) -> Iterator[tuple[slice, Array]]:
     """Rows of v with their magnitudes, as many at a time as are compared in one go; all where rows share a norm."""
     if g.ndim != v.ndim or g.shape[0] != v.shape[0] or set(g.shape[1:]) - {1}:
@@ -548,7 +660,7 @@ def _slack(match: _Match) -> float:
 
 def _difference(weight: Array, expected: Array, dtype: ir.DataType) -> tuple[float, int]:
     """The largest difference in units of a type, NaN where it cannot be told; how many are NaN for an expected zero."""
-    eps, tiny = _resolution(dtype)
+    eps, tiny = resolution(dtype)
     largest, empty = 0.0, 0
     for block in _blocks(weight.size):
         w = weight.reshape(-1)[block].astype(np.float64, copy=False)
@@ -582,10 +694,14 @@ def _logarithm(value: ir.Value) -> ir.Value | None:
 
 
 def _readings(g: tuple[int, ...], v: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes under which a constant can be a magnitude of v: broadcast as ONNX does, or one row per group."""
+    """The shapes under which a constant can be a magnitude of v: broadcast as ONNX does, or one row per group.
+
+    Each as it is first, then spread over rows that have their norms for themselves.
+    """
     padded = (1,) * (len(v) - len(g)) + g
     if g == () or (len(padded) == len(v) and all(a in (1, b) for a, b in zip(padded, v, strict=True))):
-        return [g if g == () else padded]
+        rows = (tuple(map(max, zip(padded, unit, strict=True))) for unit in _unit_shapes(v) if unit)
+        return list(dict.fromkeys((g if g == () else padded, *sorted(shape for shape in rows if shape != v))))
     if len(g) == len(v) + 1 and g[1] == 1:
         g = (g[0], *g[2:])  # (groups, 1, out/groups, 1...) against (groups, in/groups, out/groups, k...)
     groups = len(g) == len(v) >= 3 and g[0] > 1 and g[1] == v[1] and set(g[2:]) == {1} and v[0] % g[0] == 0
@@ -616,14 +732,6 @@ def _exactly(array: Array, dtype: np.dtype[Any]) -> Array | None:
     return narrow
 
 
-def _resolution(dtype: ir.DataType) -> tuple[float, float]:
-    """The relative step of a type, and the smallest number above zero."""
-    import ml_dtypes
-
-    info: Any = ml_dtypes.finfo(dtype.numpy())  # type: ignore[no-untyped-call]
-    return float(info.eps), float(info.smallest_subnormal)
-
-
 def _default_compose(g: Array, v: Array, magnitude: str) -> Array:
     """This package's `compose` on numpy arrays, bfloat16 included."""
     import torch
@@ -646,20 +754,21 @@ def _default_compose(g: Array, v: Array, magnitude: str) -> Array:
 # Changing the graph --------------------------------------------------------------------------------------
 
 
-def _replace(match: _Match, model: ir.Model, matcher: _Matcher) -> ir.Value:
-    """Let an initializer stand where the computed weight stood."""
-    name, weight = _plain_name(match, model), matcher.weight_of(match)
+def _replace(match: _Match, model: ir.Model, matcher: _Matcher, taken: set[str]) -> ir.Value:
+    """Let an initializer stand where the computed weight stood; its name is taken from then on."""
+    name, weight = _plain_name(match, taken), matcher.weight_of(match)
+    taken.add(name)
     return put_initializer(model, match.value, name, weight, match.dtype, match.shape)
 
 
-def _plain_name(match: _Match, model: ir.Model) -> str:
+def _plain_name(match: _Match, taken: set[str]) -> str:
     """`X.weight` for a weight made of `X.weight_v` or `X.parametrizations.weight.original1`, if that is free."""
     name = str(match.value.name)
     half = _HALF.fullmatch(str((_origin(match.v) or match.v).name))
     if match.value.is_graph_output() or half is None:
         return name
     plain = half["old"] or (f"{half['stem']}.{half['new']}" if half["stem"] else half["new"])
-    return name if plain in _names(model) else plain
+    return name if plain in taken else plain
 
 
 def _names(model: ir.Model) -> set[str]:

@@ -3,6 +3,8 @@
 The graph's own types are followed, so that a value knows its type, but floating-point numbers are computed in
 float64: the question is what an expression *means*, not how a runtime would round it. Only where values are large and
 of 32 bits or fewer is float32 taken, with sums in float64, so that memory stays within a few times that of one weight.
+What is rounded, compared or cast before a norm is another matter: there the graph's own types decide, from the
+constants on (`onnx_own_types`).
 """
 
 from __future__ import annotations
@@ -10,12 +12,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from wnsurgery.onnx_nodes import graphs_of, nodes_within
+from wnsurgery.onnx_own_types import STEPS, Evaluated, Unknown, in_own_type
 
 __all__ = ["Constants", "Evaluated", "Memo", "Unknown", "apply", "is_known", "is_large", "is_norm", "native"]
 
@@ -35,26 +38,17 @@ _RANDOM = frozenset(
 _KEPT = 1 << 14  # elements; larger intermediate results are given up as soon as nothing waits for them
 
 
-class Unknown(Exception):  # noqa: N818 - not an error: an answer
-    """The value of an expression cannot be told; its text says why."""
-
-
-class Evaluated(NamedTuple):
-    """A constant: its value (floats as float64, large ones as float32) and the type it has in the graph."""
-
-    array: Array
-    dtype: ir.DataType
-
-
 class Memo:
     """What was evaluated: small arrays are kept, of large ones only shape and type, so that memory stays bounded.
 
     Attributes:
+        own_types: whether every value is what the graph's own types make of it, and not only where these decide.
         arrays: values that are at hand.
         kinds: shape and type of everything that was ever evaluated.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, own_types: bool = False) -> None:
+        self.own_types = own_types
         self.arrays: dict[ir.Value, Evaluated] = {}
         self.kinds: dict[ir.Value, tuple[tuple[int, ...], ir.DataType]] = {}
 
@@ -78,14 +72,18 @@ class Constants:
     def __init__(self, model: ir.Model) -> None:
         self._overridable = model.ir_version >= 4  # before, every initializer had to be listed as an input
         self._constant: set[ir.Value] = set()
-        self.normed: set[ir.Value] = set()
-        self.under_norms: set[ir.Value] = set()
+        self.normed: set[ir.Value] = set()  # comes out of a sum
+        self.under_norms: set[ir.Value] = set()  # goes into one
+        self._before: set[ir.Value] = set()  # is on the way to one
+        self._settled: set[ir.Node] = set()  # decides what goes into a norm, or is on the way to such a decision
         self._made_of: dict[ir.Value, tuple[ir.Value, ...] | None] = {}
         self.norms: list[ir.Node] = []
         nodes = list(nodes_within(model.graph))
         self._limit = max((_SMALL, *(_GROWTH * size for size in _sizes(model.graph, nodes))))
         for node in nodes:
             self._visit(node)
+        for node in reversed(nodes):
+            self._look_ahead(node)
 
     def is_constant(self, value: ir.Value) -> bool:
         """Whether nothing a caller passes in can change this value."""
@@ -100,9 +98,27 @@ class Constants:
         if not is_known(node) or not all(map(self.is_constant, inputs)):
             return
         self._constant.update(node.outputs)
+        if node.op_type in _SUMS or is_norm(node):
+            self.under_norms.update(inputs)
         if node.op_type in _SUMS or is_norm(node) or any(value in self.normed for value in inputs):
             self.normed.update(node.outputs)
-            self.under_norms.update(value for value in inputs if value not in self.normed)
+
+    def _look_ahead(self, node: ir.Node) -> None:
+        """Learn what comes after a node, once that was looked at."""
+        if not any(value in self._constant for value in node.outputs):
+            return
+        users = [user for value in node.outputs for user, _ in value.uses()]
+        constant = [user for user in users if any(value in self._constant for value in user.outputs)]
+        outputs = {value for user in constant for value in user.outputs}
+        if not outputs.isdisjoint(self._before) or not self.under_norms.isdisjoint(node.outputs):
+            self._before.update(node.outputs)
+        decides = node.op_type in STEPS and all(map(self.may_be_direction, node.outputs))
+        if decides or not self._settled.isdisjoint(constant):
+            self._settled.add(node)
+
+    def may_be_direction(self, value: ir.Value) -> bool:
+        """Whether a constant may be part of what goes into a norm: no norm is behind it, or another one follows."""
+        return value not in self.normed or value in self._before
 
     def obstacle(self, value: ir.Value) -> ir.Node | None:
         """The operation that keeps a value from being told although nothing but constants goes into it; None else.
@@ -125,7 +141,7 @@ class Constants:
         return found
 
     def made_of(self, value: ir.Value) -> tuple[ir.Value, ...] | None:
-        """The constants behind no norm that a value is computed from, computed ones too; None where they are too many.
+        """The constants that a value may be a weight norm of, computed ones too; None where they are too many.
 
         What the values on the way are made of is kept, so that looking at a long chain takes time in its length.
         """
@@ -144,7 +160,7 @@ class Constants:
 
     def _together(self, value: ir.Value, inputs: Sequence[ir.Value]) -> tuple[ir.Value, ...] | None:
         parts = [self._made_of[v] for v in inputs]
-        own = () if value in self.normed else (value,)
+        own = (value,) if self.may_be_direction(value) else ()
         whole = tuple(dict.fromkeys(v for part in parts for v in part or ())) + own
         if len(whole) > _MOST or None in parts:
             return None
@@ -179,7 +195,12 @@ class Constants:
         if node is None:
             return _of_tensor(value.const_value)
         inputs = [None if v is None else memo.arrays[v] for v in node.inputs]
-        return apply(node, inputs, self._limit, value.index() or 0)
+        output = value.index() or 0
+        if not memo.own_types and node not in self._settled:
+            return apply(node, inputs, self._limit, output)
+        with np.errstate(all="ignore"):
+            found = in_own_type(node, inputs, lambda given: apply(node, given, self._limit, output))
+        return _as(found.array, found.dtype)._replace(doubt=found.doubt)
 
 
 def apply(node: ir.Node, inputs: Sequence[Evaluated | None], limit: int, output: int = 0) -> Evaluated:
@@ -412,8 +433,19 @@ def _cast(call: _Call) -> Evaluated:
 
 def _as(x: Array, target: ir.DataType) -> Evaluated:
     if not target.is_floating_point():
+        if x.dtype.kind == "f" and target != ir.DataType.BOOL and not _holds(target, x):
+            raise Unknown(f"a number is no {target.name.lower()}")
         return Evaluated(x.astype(target.numpy()), target)
     return Evaluated(x.astype(np.float32 if is_large(x.size, target) else np.float64, copy=False), target)
+
+
+def _holds(target: ir.DataType, x: Array) -> bool:
+    """Whether a type of integers has all these numbers, without what is after the point."""
+    import ml_dtypes
+
+    info: Any = ml_dtypes.iinfo(target.numpy())  # type: ignore[no-untyped-call]
+    whole = np.trunc(x)
+    return bool(np.all((whole >= float(info.min)) & (whole < float(info.max) + 1)))
 
 
 def _constant(call: _Call) -> Evaluated:
