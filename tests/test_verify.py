@@ -621,3 +621,35 @@ def test_small_outputs_are_held_to_their_own_size(scale: float) -> None:
     assert compare_outputs([y - np.float32([0, 0, 0.5]) * np.float32(scale)], [y * np.float32([1, 1, 1e-6])]).ok
     assert compare_outputs([0 * y], [0 * y]).ok
     assert "atol allows" in compare_outputs([np.float32([1e-9])], [np.float32([0.0])]).problems[0]
+
+
+@pytest.mark.parametrize("rows", [10**9, 10**12])
+def test_a_table_that_claims_to_be_large(rows: int, tmp_path: Path) -> None:
+    """The size that a graph gives a computed table is a claim: nothing of that size is made."""
+    tensor = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Add", ["x", "one"], ["t"]), onnx.helper.make_node("Gather", ["t", "i"], ["y"])],
+        "g",
+        [tensor("i", 7, [2]), tensor("x", 1, ["n"])],
+        [tensor("y", 1, [2])],
+        [onnx.numpy_helper.from_array(np.ones(1, np.float32), "one")],
+        value_info=[tensor("t", 1, [rows])],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, tmp_path / "a.onnx")
+    assert verify(tmp_path / "a.onnx", tmp_path / "a.onnx").ok
+
+
+class _SmallIds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(300, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.table(ids.long())  # type: ignore[no-any-return]
+
+
+def test_made_up_ids_stay_within_their_type(tmp_path: Path) -> None:
+    model = _SmallIds().eval()
+    export_onnx(model, torch.zeros(2, 5, dtype=torch.int8), tmp_path / "a.onnx")
+    assert verify(model, tmp_path / "a.onnx").ok

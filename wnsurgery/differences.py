@@ -38,7 +38,7 @@ Array = np.ndarray[Any, Any]
 
 _NEVER = np.uint64(2**64 - 1)  # the distance between a number and NaN
 _SHOWN = 20  # rows a report prints
-_SHARE = 0.01  # of the largest element that the default atol is at most
+_SHARE = 0.5  # of the largest element that the default atol is at most
 _NEAR_ZERO = 1e-6  # outputs below this may be the rounding errors of larger numbers that cancel
 
 
@@ -281,8 +281,8 @@ def tolerance(dtype: Any) -> tuple[float, float]:
     different orders and use different exponentials; sums of thousands of terms through some dozens of layers end
     up tens of eps apart, wrong weights thousands. 16-bit types: 8 eps, because every layer rounds its result to
     eps / 2 and runtimes differ in where they do. atol is one eps, for outputs that should be zero beside others of size
-    1, and at most a hundredth of the largest element: outputs of 1e-9 are held to their own size. Integers and booleans
-    must be equal.
+    1 and for what is computed to so much of 1, as sigmoids are; at most half the largest element, though: outputs of
+    1e-9 are held to their own size. Integers and booleans must be equal.
 
     >>> tolerance(np.float32)
     (3.0517578125e-05, 1.1920928955078125e-07)

@@ -5,6 +5,7 @@ Numbers that index a table are drawn from all of its rows: a table that is wrong
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ Array = np.ndarray[Any, Any]
 _Given = dict[ir.Value | None, ir.Value | None]  # what a function's inputs are where it is called
 
 _FIRST, _OTHER = 2, 16  # sizes tried for a dimension that a graph leaves open
+_ROWS = 1 << 30  # of a table that are looked at
+_GOLDEN = 0.6180339887
 _CALLS = 1000  # of functions, followed for an input: few bytes may call many
 _INDEXING = {"Gather": 1, "GatherElements": 1}  # which of their inputs holds the indices
 _KEEPING = frozenset(
@@ -58,7 +61,8 @@ def made_up_inputs(
         if dtype in ("float32", "float64", "float16"):
             made[one.name] = np.asarray(generator.standard_normal(shape)).astype(dtype)
         elif dtype.startswith(("int", "uint")) and one.name in rows:
-            made[one.name] = _some_of(rows[one.name], shape, number, place).astype(dtype)
+            reached = min(rows[one.name], int(np.iinfo(dtype).max) + 1, _ROWS)
+            made[one.name] = _some_of(reached, shape, number, place).astype(dtype)
         elif dtype == "bool" or dtype.startswith(("int", "uint")):
             made[one.name] = np.asarray(generator.integers(0, 2, shape)).astype(dtype)
         else:
@@ -67,10 +71,13 @@ def made_up_inputs(
 
 
 def _some_of(rows: int, shape: Sequence[int], number: int, place: int) -> Array:
-    """Rows in random order, each once before one comes again, this set of inputs going on where the last one ended."""
+    """Rows here and there, each once before one comes again, this set of inputs going on where the last one ended."""
     count = int(np.prod(shape, dtype=np.int64))
-    order = np.random.default_rng((rows, place)).permutation(rows)
-    return np.asarray(order[(number * count + np.arange(count)) % rows].reshape(shape))
+    step = int(rows * _GOLDEN) + place
+    while math.gcd(step, rows) > 1:  # so that all rows come before one comes again
+        step += 1
+    at = (number * count + np.arange(count, dtype=np.int64)) % rows
+    return np.asarray((at * (step % rows) % rows).reshape(shape))
 
 
 def rows_indexed(model: ir.Model) -> dict[str, int]:

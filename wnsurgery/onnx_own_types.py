@@ -34,6 +34,7 @@ _CORRECTLY_ROUNDED = frozenset(("Add", "DequantizeLinear", "Div", "Mul", "Recipr
 _SAME_EVERYWHERE = _MOVES | _CHOICES | _CORRECTLY_ROUNDED | STEPS
 _SUMS = frozenset(("LpNormalization", "ReduceL1", "ReduceL2", "ReduceMean", "ReduceSum", "ReduceSumSquare"))
 _PRODUCTS = frozenset(("Einsum", "Gemm", "MatMul"))
+_NEAR_ONE = frozenset(("Erf", "HardSigmoid", "Sigmoid"))  # runtimes are right to so much of 1, not of small results
 _FEW = 4  # units in the last place by which runtimes may differ in an exponential or the like
 _SIGNS = ((1, 1), (-1, -1), (1, -1), (-1, 1))
 
@@ -168,6 +169,8 @@ def _own_doubt(
         return kept + eps * (_FEW + math.sqrt(_terms(node, inputs, found))) * (1 + np.abs(found.array))
     if _is_inverse(node, inputs):  # x * (1 / y) is x / y for some
         return kept + eps * np.abs(found.array)
+    if node.op_type in _NEAR_ONE:
+        return np.asarray(kept + eps * np.maximum(_FEW * np.abs(found.array), 1))
     return kept if node.op_type in _SAME_EVERYWHERE else kept + _FEW * eps * np.abs(found.array)
 
 

@@ -64,7 +64,7 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 _NO_CACHE = "wrap the model so that it returns tensors; one of transformers: model.config.use_cache = False"
 _FEW = 12  # tensors, of which every choice is looked at
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
 def with_eps_of_graphs(model: nn.Module) -> nn.Module:
@@ -72,7 +72,7 @@ def with_eps_of_graphs(model: nn.Module) -> nn.Module:
     LayerNormalization, BatchNormalization and the like in float32.
     """
     if any(tensor.dtype in (torch.float64, torch.complex128) for tensor in (*model.parameters(), *model.buffers())):
-        for norm in (module for module in model.modules() if isinstance(module, _NORMS)):
+        for norm in (module for module in model.modules() if isinstance(module, _NORMS) and module.eps is not None):
             norm.eps = float(np.float32(norm.eps))
     return model
 
