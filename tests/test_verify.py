@@ -573,15 +573,19 @@ def test_a_weight_of_the_same_name_with_other_bits_fails_beside_a_graph_that_run
 def test_batch_norms_that_an_exporter_merges_are_no_other_weights(tmp_path: Path, exporter: Any) -> None:
     """A convolution that took its BatchNorm in has other bits under the same name: it is named, and outputs decide."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.Flatten(), nn.Linear(48, 5)).train()
+    layers = nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.Conv1d(8, 8, 1), nn.Flatten(), nn.Linear(48, 5)
+    model: Any = nn.Sequential(*layers).train()
     model(torch.randn(4, 3, 8))
     export_onnx(model, torch.randn(2, 3, 8), tmp_path / "m.onnx", exporter=exporter)
     report = verify(model, tmp_path / "m.onnx")
     report.raise_for_status()
     assert any("0.weight" in n and "other bits" in n for n in report.notes) == (exporter == "dynamo")
-    with torch.no_grad():
-        model[3].weight.view(torch.int32)[1, 2] ^= 1
-    assert verify(model, tmp_path / "m.onnx").problems[0].startswith("3.weight: 1 elements differ")
+    for number, place in ((4, (1, 2)), (2, (1, 2, 0))):
+        with torch.no_grad():
+            model[number].weight.view(torch.int32)[place] ^= 1
+        assert verify(model, tmp_path / "m.onnx").problems[0].startswith(f"{number}.weight: 1 elements differ")
+        with torch.no_grad():
+            model[number].weight.view(torch.int32)[place] ^= 1
 
 
 def test_names_that_exporters_make_up_may_change_places(tmp_path: Path) -> None:

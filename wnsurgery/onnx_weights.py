@@ -108,7 +108,7 @@ def contradictions(known: Known, graph: Mapping[str, Any], *, renamed: bool) -> 
     if not wrong:
         return [], []
     sizes = {*_missing_variances(known, arrays), *_missing_variances(arrays, known)}
-    merged = [name for name, array in wrong.items() if sizes.intersection(array.shape)]
+    merged = [name for name, array in wrong.items() if _may_be_scaled(array, arrays[name], sizes)]
     rest = {name: array for name, array in wrong.items() if name not in merged}
     problems = compare_tensors(rest, {name: arrays[name] for name in rest}).problems if rest else ()
     return [f"{problem}, under the same name" for problem in problems], [printable(name) for name in merged]
@@ -117,6 +117,19 @@ def contradictions(known: Known, graph: Mapping[str, Any], *, renamed: bool) -> 
 def _contradict(a: Array, b: Array) -> bool:
     """Whether two arrays of one shape and type have other bits, in either order of their axes."""
     return _alike(a, b) and not _same_bits(a, b) and not (a.ndim == 2 and _same_bits(a, b.T))
+
+
+def _may_be_scaled(a: Array, b: Array, sizes: set[int]) -> bool:
+    """Whether two arrays are one with its rows along an axis of one of these sizes scaled: a row stays as it is, or most
+    of it changes."""
+    changed, counts = a != b, a != 0
+    for axis, size in enumerate(a.shape):
+        if size in sizes:
+            others = tuple(i for i in range(a.ndim) if i != axis)
+            changes = changed.sum(axis=others)
+            if bool(np.all((changes == 0) | (2 * changes > counts.sum(axis=others)))):
+                return True
+    return False
 
 
 def _missing_variances(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[int]:
