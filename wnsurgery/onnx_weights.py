@@ -120,8 +120,8 @@ def _contradict(a: Array, b: Array) -> bool:
 
 
 def _may_be_scaled(a: Array, b: Array, sizes: set[int]) -> bool:
-    """Whether two arrays are one with its rows along an axis of one of these sizes scaled: a row stays as it is, or most
-    of it changes."""
+    """Whether two arrays are one with its rows along an axis of one of these sizes scaled: each row stays as it is, or
+    most of it changes."""
     changed, counts = a != b, a != 0
     for axis, size in enumerate(a.shape):
         if size in sizes:
