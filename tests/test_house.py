@@ -65,6 +65,16 @@ def row_of(module: str) -> int:
     return next(i for i, row in enumerate(LAYERS) if module in row)
 
 
+def test_the_root_stays_small() -> None:
+    """What is kept there is named here: nothing that a command has left behind."""
+    done = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a clone")
+    texts = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "constraints.txt", "pyproject.toml"}
+    found = {line.split("/")[0] for line in done.stdout.splitlines() if not line.startswith(".")}
+    assert found == texts | {"examples", "tests", "wnsurgery"}
+
+
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 

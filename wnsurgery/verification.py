@@ -143,8 +143,8 @@ def verify(  # noqa: PLR0913 - what is compared, how, and how it is loaded; all 
     in the graph, by name or by content. Outputs: `|a - b| <= atol + rtol * max|b|`; NaN fails even where
     both sides hold it; infinities pass where both sides hold the same. Two modules may return any structure, the same
     on both sides, that tensors are found in (containers, dataclasses, caches); beside an ONNX graph, a module must
-    return tensors alone, and in float64 its norms get the eps that a graph can hold, in float32. Both run in eval mode,
-    on copies.
+    return tensors alone, and in float64 its norms may have their eps in float32, as graphs hold it. Both run in eval
+    mode, on copies.
 
     >>> verify(nn.Linear(2, 2), nn.Linear(2, 2)).ok
     False
