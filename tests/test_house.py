@@ -24,7 +24,7 @@ LAYERS = [
     | {"onlookers", "silence"},
     {"other_types", "parts"},
     {"keys", "loans", "reparam", "stores", "differences", "onnx_values", "optimizer_state", "blocked_linear"}
-    | {"charts", "page", "onnx_checks"}
+    | {"charts", "page", "onnx_checks", "declared"}
     | {"batches", "masks", "lockstep", "own_state", "ranks", "channelwise"},
     {
         "fully_sharded",

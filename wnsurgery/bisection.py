@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from wnsurgery.differences import OutputDifference, as_array, check_tolerances, compare_outputs
 from wnsurgery.errors import printable
-from wnsurgery.parity import open_with_all_values, run_session
+from wnsurgery.parity import declared_inputs, open_with_all_values, run_session
 from wnsurgery.runs import Case, copy_of, for_graph, named_outputs, rng_kept, with_eps_of_graphs
 
 __all__ = ["Parting", "first_difference"]
@@ -175,7 +175,7 @@ def _kind(module: nn.Module) -> str:
 def _trace_of_graph(path: Path_, inputs: Any, other: nn.Module | Path_) -> _Trace:
     model, session = open_with_all_values(path)
     if isinstance(other, nn.Module):
-        inputs = for_graph(inputs, session.get_inputs(), other)
+        inputs = for_graph(inputs, declared_inputs(session), other)
     given = [inputs] if isinstance(inputs, Tensor | np.ndarray) else inputs
     found = run_session(session, given, path, some=True)
     steps = []

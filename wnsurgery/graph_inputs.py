@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from wnsurgery.declared import Declared
 from wnsurgery.errors import InputError, printable
 
 __all__ = ["made_up_inputs", "rows_indexed"]
@@ -30,14 +31,11 @@ _KEEPING = frozenset(
 _AS_STORED = frozenset(("Cast", "DequantizeLinear", "Identity"))  # their output has the shape of their first input
 
 
-def made_up_inputs(
-    declared: Sequence[Any], model: ir.Model, name: str, number: int, *, rows: dict[str, int]
-) -> dict[str, Array]:
+def made_up_inputs(declared: Sequence[Declared], name: str, number: int, *, rows: dict[str, int]) -> dict[str, Array]:
     """Numbers for everything a graph declares, from a generator of its own; open dimensions get a small size.
 
     Args:
-        declared: the inputs of an onnxruntime session on the graph.
-        model: the graph.
+        declared: the inputs of the graph.
         name: of the graph, for messages.
         number: which set of inputs this is, from 0; a table's rows are gone through from set to set.
         rows: for inputs that index a table, how many rows it has, see `rows_indexed`; other integers are 0 or 1.
@@ -45,19 +43,17 @@ def made_up_inputs(
     Raises InputError for an input of a kind that none can be made up for.
     """
     generator = np.random.default_rng(number)
-    ranks = {str(value.name): value.shape for value in model.graph.inputs}
     sizes: dict[str, int] = {}
     made: dict[str, Array] = {}
     for place, one in enumerate(declared):
-        shape = []
-        for axis, size in enumerate(one.shape):
-            known = isinstance(size, int)
-            shape.append(size if known else sizes.setdefault(str(size or axis), _OTHER if axis else _FIRST))
-        if one.type.startswith("tensor(") and ranks.get(one.name, ()) is None:
+        if one.is_tensor and one.shape is None:
             reason = "no inputs can be made up where any shape will do; give some"
             raise InputError.of(name, f"{printable(one.name)}: {reason}")
-        kind = one.type.removeprefix("optional(").removeprefix("tensor(").rstrip(")")
-        dtype = {"float": "float32", "double": "float64"}.get(kind, kind)
+        shape = []
+        for axis, size in enumerate(one.shape or ()):
+            known = isinstance(size, int)
+            shape.append(size if known else sizes.setdefault(str(size or axis), _OTHER if axis else _FIRST))
+        dtype = one.dtype or ""
         if dtype in ("float32", "float64", "float16"):
             made[one.name] = np.asarray(generator.standard_normal(shape)).astype(dtype)
         elif dtype.startswith(("int", "uint")) and one.name in rows:

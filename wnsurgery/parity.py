@@ -11,7 +11,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -19,6 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from wnsurgery.batches import NamedArrays
+from wnsurgery.declared import Declared
 from wnsurgery.differences import (
     OutputDifference,
     OutputsReport,
@@ -49,6 +49,7 @@ __all__ = [
     "cast_to_declared",
     "compare_outputs",
     "compare_tensors",
+    "declared_inputs",
     "open_session",
     "open_with_all_values",
     "refuse_other_outputs",
@@ -89,7 +90,7 @@ _OTHERS = frozenset(
         "snpe",
     )
 ) | frozenset(("vitisai", "vsinpu", "webgpu", "webnn", "xnnpack"))
-_FLOATS = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
+_FLOATS = ("float32", "float64", "float16")
 _BOUND = ("CUDAExecutionProvider", "TensorrtExecutionProvider")  # they take bound inputs and outputs
 _ANY_RANK: WeakKeyDictionary[Any, frozenset[str]] = WeakKeyDictionary()  # onnxruntime calls these scalars
 _AUTO = ("tensorrt", "cuda", "coreml", "dml", "openvino", "cpu")
@@ -242,7 +243,7 @@ def run_session(
 
     Outputs that are no arrays of numbers, but text or sequences, are an error, or left out with `some`.
     """
-    feeds = _feeds(_Declared.all_of(session), inputs, name)
+    feeds = _feeds(Declared.all_of(session, _ANY_RANK.get(session, ())), inputs, name)
     if not some:
         refuse_other_outputs(session, name)
     names = [output.name for output in session.get_outputs() if _is_numeric(output.type)]
@@ -284,6 +285,11 @@ def _run_bound(session: Any, feeds: Mapping[str, Array | None], names: Sequence[
     return results
 
 
+def declared_inputs(session: Any) -> list[Declared]:
+    """What a graph declares of the inputs that have no value of their own, for a session that `open_session` gave."""
+    return Declared.needed(session, _ANY_RANK.get(session, ()))
+
+
 def time_session(session: Any, inputs: Any, name: Path_, repeats: int) -> tuple[float, float, float]:
     """Lower quartile, median and upper quartile of the milliseconds that a run takes, after one that warms up."""
     import statistics
@@ -301,14 +307,14 @@ def time_session(session: Any, inputs: Any, name: Path_, repeats: int) -> tuple[
 
 def cast_to_declared(session: Any, inputs: Any) -> Any:
     """Floating-point inputs in the types that a graph declares; whatever does not fit is left for its error."""
-    declared = list(session.get_inputs())
-    kinds = {d.name: _FLOATS.get(d.type) for d in declared}
+    declared = Declared.needed(session)
+    kinds = {d.name: d.dtype for d in declared}
 
     def cast(name: str, value: Any) -> Any:
         if value is None:  # an optional input that is left out
             return None
         array, kind = as_array(value), kinds.get(name)
-        return array.astype(kind) if kind is not None and is_float(array.dtype) else array
+        return array.astype(kind) if kind in _FLOATS and is_float(array.dtype) else array
 
     if isinstance(inputs, Mapping):
         return {name: cast(str(name), value) for name, value in inputs.items()}
@@ -317,36 +323,7 @@ def cast_to_declared(session: Any, inputs: Any) -> Any:
     return [cast(d.name, value) for d, value in zip(declared, inputs, strict=True)]
 
 
-@dataclass(frozen=True)
-class _Declared:
-    """An input of a graph: its type within `optional(...)`, its shape (None: any), and whether it may be left out."""
-
-    name: str
-    type: str
-    shape: tuple[Any, ...] | None
-    optional: bool = False
-    default: bool = False
-
-    @classmethod
-    def all_of(cls, session: Any) -> list[_Declared]:
-        """Those that must be given, then those that have a value of their own to be overridden."""
-        ranks = _ANY_RANK.get(session, frozenset())
-        found = []
-        for default, inputs in ((False, session.get_inputs()), (True, session.get_overridable_initializers())):
-            for one in inputs:
-                optional = one.type.startswith("optional(")
-                kind = one.type.removeprefix("optional(").removesuffix(")") if optional else one.type
-                kind = f"{kind})" if optional and kind.count("(") > kind.count(")") else kind
-                found.append(cls(one.name, kind, None if one.name in ranks else tuple(one.shape), optional, default))
-        return found
-
-    def __str__(self) -> str:
-        shape = "of any shape" if self.shape is None else "x".join(map(printable, self.shape)) or "scalar"
-        known = f"{self.type} {shape}" if self.type.startswith("tensor(") else self.type
-        return f"optional {known}" if self.optional or self.default else known
-
-
-def _feeds(declared: Sequence[_Declared], inputs: Any, path: Path_) -> dict[str, Array | None]:
+def _feeds(declared: Sequence[Declared], inputs: Any, path: Path_) -> dict[str, Array | None]:
     needed = [d.name for d in declared if not d.default]
     if isinstance(inputs, NamedArrays) and {d.name for d in declared}.isdisjoint(inputs):
         inputs = list(inputs.values())
@@ -377,23 +354,17 @@ def _is_numbered(inputs: Mapping[str, Any]) -> bool:
     return bool(inputs) and list(inputs) == [f"arr_{i}" for i in range(len(inputs))]
 
 
-def _checked(declared: _Declared, array: Array, path: Path_) -> Array:
-    kind = declared.type.removeprefix("tensor(").removesuffix(")")
-    kind = {"float": "float32", "double": "float64"}.get(kind, kind)
-    shape = array.shape if declared.shape is None else declared.shape
-    fits = len(shape) == array.ndim and all(
-        not isinstance(d, int) or d == s for d, s in zip(shape, array.shape, strict=False)
-    )
-    if array.dtype.name != kind or not fits:
+def _checked(declared: Declared, array: Array, path: Path_) -> Array:
+    if not declared.fits(array.dtype.name, array.shape):
         seen = f"{array.dtype.name} {by(array.shape)}"
         raise InputError.of(path, f"{printable(declared.name)}: takes {declared}, not {seen}")
-    if kind == "bfloat16":
+    if declared.dtype == "bfloat16":
         raise InputError.of(path, f"{printable(declared.name)}: onnxruntime takes no bfloat16 from Python")
     # onnxruntime takes bytes of the other order for its own
     return np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
 
 
-def _declaration(declared: Sequence[_Declared]) -> str:
+def _declaration(declared: Sequence[Declared]) -> str:
     return ", ".join(f"{printable(d.name)}: {d}" for d in declared) or "none"
 
 

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from wnsurgery.batches import NamedArrays, arguments_of
+from wnsurgery.declared import Declared
 from wnsurgery.errors import ExportError, first_line, printable
 from wnsurgery.silence import silenced
 
@@ -255,11 +256,9 @@ def _signature(model: nn.Module) -> inspect.Signature:
     )
 
 
-def for_graph(inputs: Any, declared: Sequence[Any], model: nn.Module) -> Any:
+def for_graph(inputs: Any, declared: Sequence[Declared], model: nn.Module) -> Any:
     """Inputs of a module for a graph of it, without those that an exporter left out because nothing is computed from
     them: by name where the graph's names are those of `forward`, else the only ones of its types and shapes, else all.
-
-    `declared` are the inputs of an onnxruntime session.
     """
     try:
         arguments = Case.fitting(inputs, model).named(model)
@@ -273,28 +272,21 @@ def for_graph(inputs: Any, declared: Sequence[Any], model: nn.Module) -> Any:
     return inputs if fitting is None else fitting
 
 
-def _only_choice(tensors: Sequence[Tensor], declared: Sequence[Any]) -> list[Tensor] | None:
+def _only_choice(tensors: Sequence[Tensor], declared: Sequence[Declared]) -> list[Tensor] | None:
     """As many tensors as a graph declares, in order, of its types and shapes; None unless there is one choice."""
     if not 0 < len(declared) < len(tensors) <= _FEW:
         return None
     found = [
         chosen
         for chosen in combinations(tensors, len(declared))
-        if all(_fits(tensor, one) for tensor, one in zip(chosen, declared, strict=True))
+        if all(one.fits(_dtype(tensor), tensor.shape) for tensor, one in zip(chosen, declared, strict=True))
     ]
     alike = all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
     return list(found[0]) if found and alike else None
 
 
-def _fits(tensor: Tensor, declared: Any) -> bool:
-    kind = str(tensor.dtype).removeprefix("torch.")
-    kind = {"float32": "float", "float64": "double"}.get(kind, kind)
-    sizes = zip(declared.shape, tensor.shape, strict=False)
-    return (
-        declared.type == f"tensor({kind})"
-        and len(declared.shape) == tensor.ndim
-        and all(not isinstance(one, int) or one == size for one, size in sizes)
-    )
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager

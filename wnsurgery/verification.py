@@ -42,7 +42,7 @@ from wnsurgery.errors import (
 )
 from wnsurgery.graph_inputs import made_up_inputs, rows_indexed
 from wnsurgery.onnx_weights import constants_of, contradictions, fingerprint, found_in, is_weight
-from wnsurgery.parity import cast_to_declared, open_session, refuse_other_outputs, run_session
+from wnsurgery.parity import cast_to_declared, declared_inputs, open_session, refuse_other_outputs, run_session
 from wnsurgery.parts import plain_parts
 from wnsurgery.reparam import Magnitude
 from wnsurgery.runs import Case, Inputs, copy_of, for_graph, rng_kept, with_eps_of_graphs
@@ -227,7 +227,7 @@ class _Side:
         """Inputs as this side takes them: a graph beside a module those that it declares."""
         if self.session is None or other.module is None:
             return inputs
-        return for_graph(inputs, self.session.get_inputs(), other.module)
+        return for_graph(inputs, declared_inputs(self.session), other.module)
 
     def run(self, inputs: Any, *, any_dtype: bool = False, beside_graph: bool = True) -> tuple[list[str], list[Any]]:
         """Names ("" where there are none) and values of the outputs; `any_dtype` casts floats to what it takes.
@@ -455,8 +455,8 @@ def _made_up(graph: _Side, other: _Side, count: int, notes: list[str]) -> list[d
         rows = {name: min(each[name] for each in (rows, theirs) if name in each) for name in rows | theirs}
 
     def sets(rows: dict[str, int]) -> list[dict[str, Array]]:
-        declared = graph.session.get_inputs()
-        return [made_up_inputs(declared, graph.graph, graph.name, number, rows=rows) for number in range(count)]
+        declared = declared_inputs(graph.session)
+        return [made_up_inputs(declared, graph.name, number, rows=rows) for number in range(count)]
 
     made = sets(rows)
     if rows and not all(graph.takes(inputs) for inputs in made):
