@@ -134,12 +134,19 @@ def test_no_copy_of_the_weight_outlives_its_use() -> None:
 
 
 def test_assigning_a_parameter_is_refused() -> None:
-    """`module.weight = nn.Parameter(...)`, which cannot become part of the pair, raises and changes nothing."""
+    """`module.weight = nn.Parameter(...)`, which cannot become part of the pair, raises, says what to do and changes
+    nothing; so does what is no tensor. Other parameters can be set."""
     host = layer()
     before = host.weight.detach().clone()
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"module\.weight = tensor"):
         host.weight = nn.Parameter(torch.ones(4, 3))
+    with pytest.raises(TypeError, match="takes a tensor, not NoneType"):
+        host.weight = None
     assert same_bits(host.weight, before)
+    host.bias = nn.Parameter(torch.ones(4))
+    assert host.bias.eq(1).all()
+    wn.fold_weight_norm(host).weight = nn.Parameter(torch.ones(4, 3))
+    assert host.weight.eq(1).all()
 
 
 class Replacing(nn.Linear):

@@ -323,6 +323,7 @@ def _members(base: Any, names: tuple[str, ...]) -> dict[str, Any]:
     members: dict[str, Any] = {"__module__": parametrize.__name__, "_made_over": _changeable(base)}
     members |= {"__reduce_ex__": _reduce_ex, "_load_from_state_dict": _load_any_layout}
     members |= {"_copied_plainly": _is_copied_plainly(base), "__prepare_scriptable__": _refuse_scripting}
+    members |= {"register_parameter": _register_parameter}
     for name in ("reset_parameters", "_reset_parameters"):
         if callable(getattr(base, name, None)):
             members[name] = _plain_method(name)
@@ -330,6 +331,17 @@ def _members(base: Any, names: tuple[str, ...]) -> dict[str, Any]:
     if (forward := forward_of(base, names)) is not None:
         members["forward"] = forward
     return members
+
+
+def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    """As any module's, but it says what to do instead where `module.weight = nn.Parameter(...)` cannot be done."""
+    if _is_converted(self) and name in _table(self)._modules:
+        raise KeyError(
+            f"{name!r} is under weight norm, and no Parameter can become part of its pair: assign the values, "
+            f"module.{name} = tensor, or fold the layer first"
+        )
+    base: Any = _made_by_parametrize(type(self)).__bases__[0]
+    base.register_parameter(self, name, param)
 
 
 def _refuse_scripting(self: nn.Module) -> nn.Module:

@@ -466,6 +466,8 @@ class WeightNormList(LeanModule, ParametrizationList):
     def _store(self, value: Tensor) -> None:
         rule: Any = self._modules["0"]
         g, v = self.pair()
+        if not isinstance(value, Tensor):
+            raise TypeError(f"a weight under weight norm takes a tensor, not {type(value).__name__}")
         if value.shape != v.shape:
             raise PairError(f"a weight of shape {tuple(value.shape)} does not fit {tuple(v.shape)}")
         with torch.no_grad():
