@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import random
 import threading
 import warnings
 from collections.abc import Iterator
@@ -101,6 +102,68 @@ def test_writes_through_either_owner_of_a_tie() -> None:
     model(torch.tensor([[1, 2]]))
     nn.init.constant_(model.head.weight, 0.5)
     assert model.embed.weight.eq(0.5).all()
+
+
+def _tied() -> Any:
+    """Two layers with one weight."""
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False))
+    model[2].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("mode", ["parametrized", "deferred"])
+def test_a_write_through_one_owner_of_a_tie_is_there_for_the_others(mode: Any, counted: bool) -> None:
+    """Both layers of a pass, copies, pickles and a part's state dict have what was written through the other owner."""
+
+    def written() -> Any:
+        model = wn.apply_weight_norm(_tied(), mode=mode)
+        model(ONES)
+        with torch.no_grad():
+            (model[2].weight if counted else model[2].weight.data).fill_(0.1)
+        return model
+
+    model = written()
+    output = model(ONES)
+    assert torch.allclose(output, 0.3 * torch.tensor(0.3).tanh())
+    output.sum().backward()
+    for other in (written(), copy.deepcopy(written()), pickle.loads(pickle.dumps(written()))):
+        assert other[0].weight.eq(0.1).all()
+    assert written()[0].state_dict()["parametrizations.weight.original1"].eq(0.1).all()
+    model = written()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    assert model[2].weight.eq(0.2).all() and model[0].weight.eq(0.2).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_tie_is_written_and_read_in_any_order(seed: int) -> None:
+    """Whoever of the owners is written to, read or run, in training or in evaluation: both have the last write."""
+    chosen = random.Random(seed)
+    plain = _tied()
+    model = wn.apply_weight_norm(copy.deepcopy(plain))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(30):
+        owner, other, what = chosen.choice((0, 2)), chosen.choice((0, 2)), chosen.randrange(6)
+        with torch.set_grad_enabled(chosen.random() < 0.5):
+            if what == 0:
+                value = chosen.random()
+                with torch.no_grad():
+                    plain[owner].weight[1].fill_(value)
+                    model[owner].weight[1].fill_(value)
+            elif what == 1:
+                plain[owner].weight.data.mul_(0.5)
+                model[owner].weight.data.mul_(0.5)
+            elif what == 2:
+                assert torch.equal(model(ONES), plain(ONES))
+            elif what == 3:
+                optimizer.step()
+            elif what == 4:
+                model.train(chosen.random() < 0.5)
+            else:
+                model = copy.deepcopy(model)
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            assert same_bits(model[other].weight.detach(), plain[other].weight.detach()), (seed, what)
 
 
 @pytest.mark.parametrize("owner", [0, 1])

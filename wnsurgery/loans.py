@@ -24,26 +24,53 @@ LASTING = 1 << 14  # bytes of a half up to which all are looked at before each o
 
 class _Outstanding:
     """Owners whose weights somebody may hold and write into: what is written reaches their pairs before an optimizer
-    moves these, after which the older word would be lost."""
+    moves these, after which the older word would be lost, and before another owner of a tied pair reads it."""
 
     def __init__(self) -> None:
-        self._owners: dict[int, weakref.ref[Any]] = {}
+        self._owners: dict[int, tuple[weakref.ref[Any], int]] = {}  # each with the `id` of its v
+        self.of: dict[int, dict[int, weakref.ref[Any]]] = {}  # by the `id` of their v, the same owners
         self._watching = False
 
-    def add(self, owner: Any) -> None:
-        """An owner has handed out a weight; it has `pair()`, `absorb()`, and `is_out()`: whether any still is."""
+    def add(self, owner: Any, v: Tensor) -> None:
+        """An owner has handed out a weight of its pair.
+
+        It has `pair()`, `absorb()`, `is_out()`: whether any weight still is, `is_written()`: whether somebody wrote
+        into one, and an attribute `_tied` to spare, true from when another owner of its pair has handed out one.
+        """
         if not self._watching:
             self._watching = True
             register_optimizer_step_pre_hook(self._before_step)
-        if id(owner) not in self._owners:
-            self._owners[id(owner)] = weakref.ref(owner, partial(self._forget, id(owner)))
+        name = id(owner)
+        if self._owners.get(name, (None, None))[1] != id(v):
+            self._forget(name)
+            reference = weakref.ref(owner, partial(self._forget, name))
+            self._owners[name] = reference, id(v)
+            self.of.setdefault(id(v), {})[name] = reference
+        if len(self.of.get(id(v), ())) > 1:
+            for one in (owner, *self._beside(owner, v)):
+                one.__dict__["_tied"] = True
 
     def _forget(self, name: int, _gone: Any = None) -> None:
-        self._owners.pop(name, None)
+        known = self._owners.pop(name, None)
+        held = None if known is None else self.of.get(known[1])
+        if known is not None and held is not None:
+            held.pop(name, None)
+            if not held:
+                self.of.pop(known[1], None)
+
+    def _beside(self, owner: Any, v: Tensor) -> list[Any]:
+        """The other owners of this v."""
+        references = list(self.of.get(id(v), {}).values())
+        others = [other for reference in references if (other := reference()) is not None and other is not owner]
+        return [other for other in others if other.pair()[1] is v]  # an `id` may have come to another tensor
+
+    def written_beside(self, owner: Any, v: Tensor) -> list[Any]:
+        """The other owners of this v with a weight that somebody wrote into."""
+        return [other for other in self._beside(owner, v) if other.is_written()] if id(v) in self.of else []
 
     def _before_step(self, optimizer: Any, *_: Any) -> None:
         out = []
-        for name, reference in list(self._owners.items()):  # while other threads add theirs
+        for name, (reference, _of) in list(self._owners.items()):  # while other threads add theirs
             owner = reference()
             if owner is not None and owner.is_out():
                 out.append(owner)

@@ -37,7 +37,7 @@ _MAX_HANDLES = 63  # weights handed out and still alive that are watched for wri
 PASSING = frozenset(
     {
         *("_again", "_deferred", "_evaluation", "_handed_out", "_kept", "_lent"),
-        *("_once", "_probes", "_ready", "_round", "_way"),
+        *("_once", "_probes", "_ready", "_round", "_tied", "_way"),
     }
 )  # attributes that belong to this process and this moment
 _OWN = PASSING | {"_preparation"}
@@ -51,6 +51,7 @@ class WeightNormList(LeanModule, ParametrizationList):
     _deferred: DeferredWeight | None = None  # in deferred mode
     _kept: Kept | None = None
     _preparation: Preparation | None = None  # with the other weights of its net
+    _tied = False  # whether another owner of its pair has handed out a weight
     _way: Straight | None = None  # for its layer's own use in training
 
     def forward(self) -> Tensor:
@@ -100,7 +101,7 @@ class WeightNormList(LeanModule, ParametrizationList):
         if again is None:
             return None
         self.__dict__["_again"] = again
-        outstanding.add(self)
+        outstanding.add(self, v)
         return again.view()
 
     def _read_again(self) -> Tensor | None:
@@ -119,7 +120,7 @@ class WeightNormList(LeanModule, ParametrizationList):
 
     def _is_quiet(self) -> bool:
         """Whether its weights that are kept and handed out are as they were, of which the former gives its memory, and
-        nobody looks on at its rule."""
+        those of other owners of its pair, and nobody looks on at its rule."""
         state = self.__dict__
         if "_kept" in state:
             self._let_go_of_kept()
@@ -134,6 +135,7 @@ class WeightNormList(LeanModule, ParametrizationList):
             or "_deferred" in state
             or rule._forward_hooks
             or rule._forward_pre_hooks
+            or (outstanding.of and outstanding.written_beside(self, state["_parameters"].get("original1")))
         )
 
     def _computed(self, private: bool = False) -> Tensor:
@@ -152,7 +154,7 @@ class WeightNormList(LeanModule, ParametrizationList):
             return rule(g, v)  # type: ignore[no-any-return]
         kept = self.__dict__.get("_kept")
         training = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()  # which has no graphs
-        if kept is not None and not training and kept.is_of(g, v):
+        if kept is not None and not training and kept.is_of(g, v) and not self._is_written_beside():
             self._evaluated(kept)
             return kept.w  # type: ignore[no-any-return]
         self.settle()
@@ -196,7 +198,7 @@ class WeightNormList(LeanModule, ParametrizationList):
         if not plain or not Kept.can_hold(g, v):
             return False
         kept = self.__dict__.get("_kept")
-        if kept is not None and kept.is_of(g, v):
+        if kept is not None and kept.is_of(g, v) and not self._is_written_beside():
             return False
         self.settle()
         return True
@@ -214,7 +216,7 @@ class WeightNormList(LeanModule, ParametrizationList):
         w = _as_parameter(w, g, v)
         if Kept.can_hold(g, v):
             self.__dict__["_kept"] = Kept(w, g, v, probes=probes_of(self, g, v))
-            outstanding.add(self)
+            outstanding.add(self, v)
         else:
             self._hand_out(w, g, v)
 
@@ -381,12 +383,23 @@ class WeightNormList(LeanModule, ParametrizationList):
         if loan is not None:
             held = self.__dict__.get("_handed_out")
             self.__dict__["_handed_out"] = [loan] if held is None else [*held[-_MAX_HANDLES:], loan]
-            outstanding.add(self)
+            outstanding.add(self, v)
 
     def is_out(self) -> bool:
         """Whether a weight is kept or handed out."""
         state = self.__dict__
         return "_kept" in state or "_handed_out" in state or "_again" in state
+
+    def is_written(self) -> bool:
+        """Whether somebody wrote into a weight that is kept or handed out."""
+        state = self.__dict__
+        loans = (state.get("_kept"), state.get("_again"), *state.get("_handed_out", ()))
+        return any(loan.is_written() for loan in loans if loan is not None)
+
+    def _is_written_beside(self) -> bool:
+        """Whether somebody wrote into a weight that another owner of its pair has kept or handed out; to be asked while
+        it keeps one itself."""
+        return self._tied and bool(outstanding.written_beside(self, self.pair()[1]))
 
     def unwatch(self, gone: Loan) -> None:
         """A weight was let go as it was handed out."""
@@ -422,39 +435,47 @@ class WeightNormList(LeanModule, ParametrizationList):
         """Let in-place writes into weights handed out reach g and v.
 
         `nn.init.zeros_(module.weight)` writes into a computed tensor. Its version counter tells; the write is
-        taken over before anything else reads the pair, unless g or v themselves changed in between.
+        taken over before anything else reads the pair, unless g or v themselves changed in between. A write that came
+        through another owner of a tied pair is, too, where there is none that came through this one.
         """
         if self._deferred is not None:
             self._deferred.settle()
             return
+        if not self._absorb_own() and outstanding.of:
+            for other in outstanding.written_beside(self, self.pair()[1]):
+                other._absorb_own()
+
+    def _absorb_own(self) -> bool:
+        """Let a write into a weight that this owner has handed out reach g and v; whether one did."""
         kept = self.__dict__.get("_kept")
         again, loans = self._again, self.__dict__.pop("_handed_out", None)
         if kept is None and again is None and not loans:
-            return
+            return False
         now_g, now_v = self.pair()
         if kept is not None and kept.is_written():
             self.__dict__.pop("_kept", None)
             if kept.was_of(now_g, now_v):
                 self._store(kept.w)
-                return
+                return True
         if again is not None and again.is_written():
             self.__dict__.pop("_again", None)
             if again.is_of(now_g, now_v):
                 self._store(again.written())
-                return
+                return True
         if not loans:
-            return
+            return False
         live = []
         for loan in loans:
             if not loan.is_of(now_g, now_v):
                 continue
             if loan.is_written():
                 self._store(loan.written())
-                return
+                return True
             if loan.is_out():
                 live.append(loan)
         if live:
             self.__dict__["_handed_out"] = live
+        return False
 
     def right_inverse(self, value: Tensor) -> None:
         """`module.weight = tensor`: decompose the tensor into g and v, in place."""
@@ -578,7 +599,9 @@ def unchanged(entry: WeightNormList) -> Tensor | None:
     if not kept.used or len(entry._modules) != 1 or _is_tracing() or (depth() and is_intercepted()):
         return None
     halves = entry._parameters
-    return kept.w if kept.is_of(halves.get("original0"), halves.get("original1")) else None
+    if not kept.is_of(halves.get("original0"), halves.get("original1")) or (entry._tied and entry._is_written_beside()):
+        return None
+    return kept.w
 
 
 def _as_parameter(w: Tensor, g: Tensor, v: Tensor) -> Tensor:
