@@ -215,6 +215,19 @@ def test_transformers_example(hub: Any, capsys: pytest.CaptureFixture[str]) -> N
 # Lists of tied parameters --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", ["parametrized", "deferred"])
+def test_accelerate_offloads(mode: Any) -> None:
+    """Weights that accelerate fetches for each pass, and takes away after it, give the output there was."""
+    accelerate = pytest.importorskip("accelerate")
+    model: Any = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Conv1d(2, 2, 3)).eval()
+    x = torch.randn(1, 2, 8)
+    with torch.no_grad():
+        expected = model(x)
+        wn.apply_weight_norm(model, mode=mode)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert torch.equal(model(x), expected) and torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "llama", "bart"])
 def test_tied_names_follow(name: str, tmp_path: Path) -> None:
     """A converted model with tied weights can be saved and tied again; folding leaves its lists as they were."""

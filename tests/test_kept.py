@@ -322,6 +322,78 @@ def test_other_memory_put_under_a_kept_weight_reaches_the_pair(size: int) -> Non
         assert torch.equal(layer.weight, new)
 
 
+@pytest.mark.parametrize("mode", ["parametrized", "deferred"])
+@pytest.mark.parametrize("size", [6, 1200])
+def test_a_frozen_weight_takes_other_memory_with_gradients_on(mode: Any, size: int) -> None:
+    """`module.weight.data = tensor` is the weight of a frozen pair from then on, for all who ask."""
+    layer: Any = wn.apply_weight_norm(nn.Linear(size, size, bias=False).requires_grad_(False), mode=mode)
+    x = torch.ones(1, size, requires_grad=True)
+    for new in (torch.randn(size, size), torch.randn(size, size).t()):
+        layer(x).sum().backward()
+        layer.weight.data = new.clone(memory_format=torch.preserve_format)
+        state = dict(layer.state_dict())
+        wn.fold_state(state)
+        assert torch.equal(state["weight"], new)
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, new.contiguous()))
+        assert torch.equal(wn.fold_weight_norm(copy.deepcopy(layer)).weight, new)
+    layer.weight.data = torch.ones(size, 1)
+    with pytest.raises(wn.PairError, match="does not fit"):
+        layer(x)
+    assert torch.equal(layer.weight, new)
+
+
+@pytest.mark.parametrize("size", [6, 1200])
+def test_a_frozen_weight_is_kept_while_others_train(size: int) -> None:
+    """With gradients on, too, it is computed when its pair has changed; a gradient that somebody wants of it is of the
+    weight he has, and it can be trained at any time."""
+    net: Any = nn.Sequential(wn.apply_weight_norm(nn.Linear(size, size)).requires_grad_(False), nn.Linear(size, 1))
+    x = torch.randn(2, size, requires_grad=True)
+    net(x), net(x)
+    kept = net[0].weight
+    assert not kept.requires_grad and net[0].weight is kept
+    with torch.no_grad():
+        net[0].parametrizations.weight.original0.mul_(2)
+    assert torch.allclose(net[0].weight, 2 * kept)
+    wanted = net[0].weight.requires_grad_()
+    assert net[0].weight is not wanted and not net[0].weight.requires_grad
+    net.requires_grad_(True)
+    net(x).sum().backward()
+    plain = wn.fold_weight_norm(copy.deepcopy(net))
+    plain.zero_grad()
+    x.grad = None
+    (expected,) = torch.autograd.grad(plain(x).sum(), plain[0].weight)
+    pair = net[0].parametrizations.weight
+    assert torch.allclose(pair.original0.grad[:, 0], (expected * plain[0].weight).sum(1) / plain[0].weight.norm(dim=1))
+
+
+@pytest.mark.parametrize("mode", ["parametrized", "deferred"])
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("kind", ["Linear", "Conv1d", "ConvTranspose1d", "Embedding"])
+def test_a_forward_in_the_place_of_the_lists_or_the_rules_is_asked(mode: Any, graph: bool, kind: str) -> None:
+    """As torch's parametrizations are called, whoever has put a `forward` of his own there."""
+    made = getattr(nn, kind)(4, 4, **({"kernel_size": 1} if "Conv" in kind else {}))
+    layer: Any = wn.apply_weight_norm(made, include=type(made), mode=mode)
+    x = torch.tensor([[1, 2]]) if kind == "Embedding" else torch.ones(1, 4, 4)
+    with torch.set_grad_enabled(graph):
+        usual, bias = layer(x), 0.0 if kind == "Embedding" else layer(x) * 0
+        if kind != "Embedding":
+            bias = layer.bias.view(-1, *(1,) * ("Conv" in kind)).expand_as(usual)
+        entry = layer.parametrizations.weight
+        real = entry.forward
+        entry.forward = lambda: real() * 2
+        assert torch.allclose(layer(x), 2 * (usual - bias) + bias, atol=1e-6)
+        assert torch.allclose(layer.weight, 2 * real())
+        del entry.forward
+        assert torch.equal(layer(x), usual)
+        if mode == "parametrized":
+            rule = entry[0]
+            computed = type(rule).forward
+            rule.forward = lambda g, v: computed(rule, g, v) * 2
+            with torch.no_grad():
+                entry.original0.copy_(entry.original0.clone())  # what is kept goes
+            assert torch.allclose(layer(x), 2 * (usual - bias) + bias, atol=1e-6)
+
+
 @pytest.fixture
 def composed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of elements of each weight that is computed for evaluation."""

@@ -236,18 +236,25 @@ class DeferredWeight:
         leaf = self.leaf
         if g is not self.g or v is not self.v or leaf is None:
             return None
-        if self.kept is None or not self.kept.is_of(g, v):
+        if self.kept is None or not self.kept.is_of(g, v) or self.has_strayed():
             self.settle()
             if not _is_like(leaf, v) or is_plain_pair(g, v):  # another type through `.data`; `swap_tensors`
                 self.adopt(self.g, self.v)
             self.group.renew([self])
         return self.shown
 
+    def has_strayed(self) -> bool:
+        """Whether somebody has put other memory under what uses get, where that is not the leaf itself."""
+        leaf, shown = self.leaf, self.shown
+        return shown is not leaf and shown is not None and leaf is not None and shown.data_ptr() != leaf.data_ptr()
+
     @uncompiled
     def settle(self) -> None:
         """Let gradients and writes that reached the leaf reach g and v."""
         leaf = self.leaf
         if leaf is not None:
+            if self.has_strayed():
+                leaf.data = self.shown.data  # type: ignore[union-attr]
             if leaf.grad is not None or self.shares:
                 self.group.project()
             if self.kept is not None and self.kept.is_written():

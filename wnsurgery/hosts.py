@@ -395,7 +395,10 @@ def _computed(name: str) -> property:
         table = self._modules.get("parametrizations")
         entry: Any = None if table is None else table._modules.get(name)
         if type(entry) is WeightNormList and not (
-            entry._forward_hooks or entry._forward_pre_hooks or parametrize._cache_enabled
+            entry._forward_hooks
+            or entry._forward_pre_hooks
+            or "forward" in entry.__dict__
+            or parametrize._cache_enabled
         ):
             if _is_compiling():
                 return entry.forward()

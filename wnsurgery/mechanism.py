@@ -72,11 +72,20 @@ class WeightNormList(LeanModule, ParametrizationList):
         """The weight with its graph, for one use, while nothing is compiled; `private` for the layer's own, which hands
         it to nobody who could write into it."""
         made = None if self._deferred is None else self.leaf_as_it_is()
+        if made is None and self._kept is not None:
+            made = self._frozen()
         if made is None and not private and self._again is not None:
             made = self._read_again()
         if made is None and self._way is not None:
             made = self._go_straight(self._way, private)
         return self._computed(private) if made is None else made
+
+    def _frozen(self) -> Tensor | None:
+        """The weight that was kept, where neither g nor v is to be trained: it is the same with gradients on."""
+        if _is_wanted(*self.pair()):
+            return None
+        w = unchanged(self)
+        return None if w is None or w.requires_grad else w  # somebody wants a gradient of that one
 
     def _go_straight(self, way: Straight, private: bool) -> Tensor | None:
         """The weight by the way that was found for it; None where something else is to be seen to."""
@@ -135,6 +144,7 @@ class WeightNormList(LeanModule, ParametrizationList):
             or "_deferred" in state
             or rule._forward_hooks
             or rule._forward_pre_hooks
+            or "forward" in rule.__dict__
             or (outstanding.of and outstanding.written_beside(self, state["_parameters"].get("original1")))
         )
 
@@ -153,8 +163,10 @@ class WeightNormList(LeanModule, ParametrizationList):
                     self.absorb()
             return rule(g, v)  # type: ignore[no-any-return]
         kept = self.__dict__.get("_kept")
-        training = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()  # which has no graphs
-        if kept is not None and not training and kept.is_of(g, v) and not self._is_written_beside():
+        graphs = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        training = graphs and _is_wanted(g, v)
+        known = kept is not None and not training and not (graphs and kept.w.requires_grad)
+        if kept is not None and known and kept.is_of(g, v) and not self._is_written_beside():
             self._evaluated(kept)
             return kept.w  # type: ignore[no-any-return]
         self.settle()
@@ -241,7 +253,7 @@ class WeightNormList(LeanModule, ParametrizationList):
         """The weight with its graph: by the shortest way, or with those that the last pass used."""
         net, ready = self._preparation, None
         hooked = _hooked(rule)  # whoever looks on sees its forward pass
-        if v.is_cpu and (g.requires_grad or v.requires_grad):
+        if v.is_cpu:
             fused.start()  # before the first weight: a pass that runs again must save for its gradients what it saved
         sizes = None if hooked else self._sizes(rule, g, v)
         if sizes is not None and (isinstance(sizes, fused.Sizes) or sizes.as_it_is):
@@ -295,10 +307,12 @@ class WeightNormList(LeanModule, ParametrizationList):
         way, halves = self._way, self._parameters
         g: Any = halves.get("original0")
         v: Any = halves.get("original1")
+        if v is None or not _is_wanted(g, v):
+            return None
         how = None if way is None or not (self._is_quiet() and way.is_of(g, v)) else way.large
         if how is None:
             how = self._large_way()
-        if how is None or not takes_input(x, v, bias) or not (g.requires_grad or v.requires_grad):
+        if how is None or not takes_input(x, v, bias):
             return None
         return large_linear(x, g, v, bias, how) if nobody_looks_on() else None
 
@@ -328,7 +342,7 @@ class WeightNormList(LeanModule, ParametrizationList):
         kept = weight.kept
         if kept is None or not kept.is_of(halves.get("original0"), halves.get("original1")):
             return None
-        return weight.shown
+        return None if weight.shown is not weight.leaf and weight.has_strayed() else weight.shown
 
     def _leaf(self, weight: DeferredWeight, g: Tensor, v: Tensor) -> Tensor | None:
         """The weight of deferred mode, None where whoever is watching must see it computed from g and v."""
@@ -587,6 +601,8 @@ def at_hand(module: nn.Module, name: str) -> Tensor | None:
     entry: Any = None if table is None else table._modules.get(name)
     if type(entry) is not WeightNormList or entry._forward_hooks or entry._forward_pre_hooks:
         return None
+    if "forward" in entry.__dict__:  # put there by somebody, as accelerate does
+        return None
     return None if parametrize._cache_enabled else unchanged(entry)
 
 
@@ -607,7 +623,7 @@ def unchanged(entry: WeightNormList) -> Tensor | None:
 def _as_parameter(w: Tensor, g: Tensor, v: Tensor) -> Tensor:
     """A weight without a graph with the flag that a Parameter has under no_grad: by it matmul chooses its kernel, and
     so the last bit."""
-    if not (g.requires_grad or v.requires_grad):
+    if not _is_wanted(g, v):
         return w
     if torch.is_autocast_enabled(w.device.type):
         torch.clear_autocast_cache()  # which would hold a cast of each weight there has been, for it looks like a leaf
@@ -615,7 +631,13 @@ def _as_parameter(w: Tensor, g: Tensor, v: Tensor) -> Tensor:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether somebody has put something around a module's forward pass, or in its place."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _is_wanted(g: Tensor, v: Tensor) -> bool:
+    """Whether g or v is to be trained."""
+    return g.requires_grad or v.requires_grad
 
 
 def _is_watched(g: Tensor, v: Tensor) -> bool:

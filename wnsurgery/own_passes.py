@@ -149,7 +149,7 @@ def _own_entry(module: nn.Module) -> WeightNormList | None:
     entry = _entry(module)
     if type(entry) is not WeightNormList or entry._forward_hooks or entry._forward_pre_hooks:
         return None
-    return entry
+    return None if "forward" in entry.__dict__ else entry
 
 
 def _bias(module: nn.Module) -> Any:

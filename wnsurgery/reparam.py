@@ -687,7 +687,7 @@ class WeightNorm(LeanModule):
         """`forward` for its own pair in eager mode, with memory that may be used again; see `compose_eagerly`."""
         axes = self.axes
         fits = ready is not None or axes.fit(g, v)
-        plain = fits and not (self._forward_hooks or self._forward_pre_hooks)
+        plain = fits and not (self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__)
         if not plain or torch.autograd.forward_ad._current_level >= 0:
             return self(g, v)  # type: ignore[no-any-return]
         return compose_eagerly(g, v, axes, self.magnitude, rooms, ready)
