@@ -33,6 +33,7 @@ from wnsurgery.errors import (
 )
 from wnsurgery.files import convert_checkpoint, fold_checkpoint, load_model, load_object, load_tensors, save_model
 from wnsurgery.hosts import rebuild_parametrized
+from wnsurgery.inout import example_inputs
 from wnsurgery.stores import Stored, write_store
 from wnsurgery.surgery import apply_weight_norm, fold_weight_norm, is_weight_normed
 
@@ -567,6 +568,25 @@ def test_archs_that_build_nothing_are_usage_errors(nets, arch):
     with pytest.raises(SelectionError) as caught:
         load_model("sd.pt", arch=arch)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("call", [lambda name: load_model("sd.pt", arch=name), example_inputs])
+@pytest.mark.parametrize("known", [False, True])
+def test_the_path_keeps_what_the_users_code_did_to_it(nets, monkeypatch, call, known):
+    """The working directory is in the path while the user's module is looked for, and where it was before afterwards;
+    an entry that the module adds stays."""
+    torch.save(nn.Linear(2, 1).state_dict(), "sd.pt")
+    (nets / "adding.py").write_text(
+        "import sys\nfrom torch import nn\nsys.path.append('theirs')\ndef make():\n    return nn.Linear(2, 1)\n"
+    )
+    here = [str(nets)] if known else []
+    monkeypatch.setattr(sys, "path", [*here, *(p for p in sys.path if p)])
+    before = list(sys.path)
+    try:
+        assert call("adding:make").in_features == 2
+        assert sys.path == [*before, "theirs"]
+    finally:
+        sys.modules.pop("adding", None)
 
 
 def test_convert_with_the_model_takes_axes_from_its_layers(nets):

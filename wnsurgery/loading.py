@@ -44,6 +44,7 @@ __all__ = [
     "named",
     "state_for",
     "stripped",
+    "working_directory_importable",
 ]
 
 WEIGHT_NORM = ("ours", "torch", "legacy")
@@ -151,7 +152,7 @@ def build(arch: Arch) -> nn.Module:
         module_name, _, attribute = arch.partition(":")
         if not module_name or not attribute:
             raise SelectionError(f"{arch!r} is not of the form package.module:factory")
-        with _working_directory_importable():
+        with working_directory_importable():
             try:  # the user's own code, which raises what it likes
                 found: Any = import_module(module_name)
                 for part in attribute.split("."):
@@ -169,14 +170,18 @@ def build(arch: Arch) -> nn.Module:
 
 
 @contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    """Let `--arch nets:build` find ./nets.py; last in the path, so that nothing installed is shadowed."""
+def working_directory_importable() -> Iterator[None]:
+    """Let `--arch nets:build` find ./nets.py; last in the path, so that nothing installed is shadowed. What the user's
+    own code does to the path stays."""
     here = str(Path.cwd())
-    sys.path.append(here)
+    known = here in sys.path
+    if not known:
+        sys.path.append(here)
     try:
         yield
     finally:
-        sys.path.remove(here)
+        if not known and here in sys.path:
+            sys.path.remove(here)
 
 
 def state_for(path: Path_, content: Any, model: nn.Module, entry: str | None) -> tuple[StateDict, str]:
