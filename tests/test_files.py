@@ -648,11 +648,38 @@ def test_options_that_do_not_go_together(nets):
         ("whole.pt", {"arch": "some_nets:plain"}),
         ("sd.pt", {"layout": "plain"}),
         ("sd.pt", {"magnitude": "square"}),
+        ("sd.pt", {"init": "fna"}),
+        ("sd.pt", {"init": "fna", "arch": "some_nets:plain"}),
+        ("sd.pt", {"init": "fna", "arch": "some_nets:plain", "data": torch.ones(1)}),
     ):
         with pytest.raises(SelectionError):
             convert_checkpoint(path, "out.pt", **options)
     with pytest.raises(SelectionError):
         load_model("whole.pt", arch="some_nets:plain")
+    with pytest.raises(SelectionError, match='init must be "preserve", "data" or "fan", not \'fna\''):
+        convert_checkpoint("sd.pt", "out.pt", init="fna", arch="some_nets:plain")
+    assert "out.pt" not in listing(nets)
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("magnitude", ["Log", "", None])
+def test_a_magnitude_that_is_none_is_a_usage_error(nets, magnitude, trust):
+    """Nothing that reads pairs takes an unknown way of storing g for the linear one."""
+    torch.save(legacy_net().state_dict(), "wn.pt")
+    torch.save(apply_weight_norm(plain_net()), "whole.pt")
+    options = {"magnitude": magnitude, "trust_pickle": trust}
+    said = {"match": 'magnitude must be "linear" or "log", not'}
+    for path in ("wn.pt", "whole.pt"):
+        with pytest.raises(SelectionError, **said):
+            fold_checkpoint(path, "out.pt", **options)
+        with pytest.raises(SelectionError, **said):
+            wnsurgery.inspect(path, **options)
+        with pytest.raises(SelectionError, **said):
+            load_model(path, arch="some_nets:plain" if path == "wn.pt" else None, **options)
+    with pytest.raises(SelectionError, **said):
+        wnsurgery.compare_weight_norm("wn.pt", "wn.pt", **options)
+    with pytest.raises(SelectionError, **said):
+        wnsurgery.inspect(plain_net(), magnitude=magnitude)
     assert "out.pt" not in listing(nets)
 
 

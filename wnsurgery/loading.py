@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wnsurgery.checkpoint import StateDict, flat_tensors, plain_keys, state_dicts, translate
+from wnsurgery.checkpoint import StateDict, flat_tensors, known_magnitude, plain_keys, state_dicts, translate
 from wnsurgery.checkpoint_directory import read_directory
 from wnsurgery.errors import (
     InputError,
@@ -111,8 +111,9 @@ def load_model(
     Raises:
         InputError: damaged, ambiguous, or its tensors do not fit the model.
         UnsafeFileError: a whole module of other classes than torch.nn's.
-        SelectionError: `arch` names nothing that builds a module, or is missing, or not needed.
+        SelectionError: `arch` names nothing that builds a module, or is missing, or not needed; or `magnitude` is none.
     """
+    known_magnitude(magnitude)
     content = load_object(path, trust_pickle=trust_pickle)
     modules = modules_in(content)
     if modules:
