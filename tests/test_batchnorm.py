@@ -435,6 +435,21 @@ def test_what_is_traceable_in_an_untraceable_net_is_still_taken() -> None:
     assert difference(wn.apply_weight_norm(model, batch_norm="fold")(x), expected) < 1e-5
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("own", [torch.tanh, torch.tanh_])
+@pytest.mark.parametrize("between", [nn.Identity, nn.Dropout])
+def test_a_forward_put_on_a_module_is_not_passed_through(between: Any, own: Callable[..., Tensor], given: bool) -> None:
+    """An Identity or a Dropout that computes something of its own stands between, whatever its type is."""
+    model, x = lived(nn.Sequential(nn.Linear(4, 3), between(), nn.BatchNorm1d(3))), torch.randn(5, 4)
+    model[1].forward = own
+    expected = model(x)
+    plan = wn.plan_batch_norm(model, x if given else None)
+    name = type(model[1]).__name__
+    assert [(k.name, k.reason) for k in plan.kept] == [("2", f"its input comes from 1 ({name}), not from a layer")]
+    wn.apply_weight_norm(model, batch_norm="fold", inputs=x if given else None)
+    assert torch.equal(model(x), expected)
+
+
 def test_tracing_leaves_no_mark() -> None:
     """Attributes, lists, buffers, modes, hooks and random state are as before; hooks do not run."""
 

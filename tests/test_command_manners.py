@@ -418,6 +418,15 @@ def test_any_file_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["inspect", "FILE", "--reference", "OTHER"], "the reference is another net: 0.weight is 4x3 here, 6x5 there"),
         (["fold", "MODULE", "-o", "x.pt", "--dim", "0"], "there are none here"),
         (["convert", "OTHER", "-o", "x.pt", "--dry-run", "--manifest", "m.json"], "a dry run writes nothing"),
+        (["inspect", "FILE", "--against", "FILE", "--lr", "0.5"], "--lr does not apply to --against without --html"),
+        (["inspect", "FILE", "--against", "FILE", "--all"], "--all does not apply to --against"),
+        (["inspect", "FILE", "--force"], "--force needs --html"),
+        (["inspect", "DIRECTORY", "--trust-pickle"], "--trust-pickle does not apply to directories and ONNX files"),
+        (["inspect", "DIRECTORY", "--against", "DIRECTORY", "--trust-pickle"], "--trust-pickle does not apply to dir"),
+        (["verify", "DIRECTORY", "DIRECTORY", "--trust-pickle"], "--trust-pickle does not apply to directories and"),
+        (["verify", "DIRECTORY", "GRAPH", "--trust-pickle"], "--trust-pickle does not apply to directories and ONNX"),
+        (["verify", "FILE", "FILE", "--random", "50"], "--random does not apply to two checkpoints without --input-sh"),
+        (["verify", "GRAPH", "GRAPH", "--input", "x.npy", "--random", "3"], "--random does not apply to --input"),
         (["bench", "--suite", "nothing"], "matches no net of the suite"),
     ],
 )
@@ -429,7 +438,10 @@ def test_options_without_effect_are_refused(
     torch.save(other.state_dict(), tmp_path / "other.pt")
     torch.save(wn.apply_weight_norm(other), tmp_path / "module.pt")
     wn.export_onnx(nn.Linear(3, 4), torch.ones(1, 3), tmp_path / "graph.onnx")
+    (tmp_path / "sharded").mkdir()
+    wn.save_model(other, tmp_path / "sharded" / "model.safetensors")
     places = {"GRAPH": "graph.onnx", "FILE": str(file), "OTHER": "other.pt", "MODULE": "module.pt"}
+    places["DIRECTORY"] = "sharded"
     assert run(*(places.get(word, word) for word in words)) in (2, 3)
     out, err = capfd.readouterr()
     assert not out

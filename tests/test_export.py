@@ -495,6 +495,14 @@ def test_attention_by_the_torchscript_exporter(tmp_path: Path) -> None:
     assert torch.backends.mha.get_fastpath_enabled() == before
 
 
+@pytest.mark.parametrize("exporter", ["TorchScript", "onnx", None])
+def test_an_exporter_that_is_none_is_a_usage_error(tmp_path: Path, exporter: Any) -> None:
+    """No name is taken for the other exporter's."""
+    with pytest.raises(SelectionError, match='exporter must be "dynamo" or "torchscript", not'):
+        export_onnx(nn.Linear(2, 1), torch.ones(1, 2), tmp_path / "m.onnx", exporter=exporter)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_other_exporter_is_offered_where_this_one_fails(tmp_path: Path) -> None:
     """A branch on values fails with a hint; the other exporter takes it and says that branches are fixed."""
     with pytest.raises(ExportError) as caught:

@@ -33,6 +33,7 @@ from wnsurgery.errors import (
 )
 from wnsurgery.files import convert_checkpoint, fold_checkpoint, load_model, load_object, load_tensors, save_model
 from wnsurgery.hosts import rebuild_parametrized
+from wnsurgery.inout import example_inputs
 from wnsurgery.stores import Stored, write_store
 from wnsurgery.surgery import apply_weight_norm, fold_weight_norm, is_weight_normed
 
@@ -569,6 +570,25 @@ def test_archs_that_build_nothing_are_usage_errors(nets, arch):
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("call", [lambda name: load_model("sd.pt", arch=name), example_inputs])
+@pytest.mark.parametrize("known", [False, True])
+def test_the_path_keeps_what_the_users_code_did_to_it(nets, monkeypatch, call, known):
+    """The working directory is in the path while the user's module is looked for, and where it was before afterwards;
+    an entry that the module adds stays."""
+    torch.save(nn.Linear(2, 1).state_dict(), "sd.pt")
+    (nets / "adding.py").write_text(
+        "import sys\nfrom torch import nn\nsys.path.append('theirs')\ndef make():\n    return nn.Linear(2, 1)\n"
+    )
+    here = [str(nets)] if known else []
+    monkeypatch.setattr(sys, "path", [*here, *(p for p in sys.path if p)])
+    before = list(sys.path)
+    try:
+        assert call("adding:make").in_features == 2
+        assert sys.path == [*before, "theirs"]
+    finally:
+        sys.modules.pop("adding", None)
+
+
 def test_convert_with_the_model_takes_axes_from_its_layers(nets):
     """With arch the grouped transposed convolution keeps its output channels, and nothing is assumed."""
     torch.save({"state_dict": plain_net().state_dict(), "epoch": 2}, "sd.pt")
@@ -628,11 +648,38 @@ def test_options_that_do_not_go_together(nets):
         ("whole.pt", {"arch": "some_nets:plain"}),
         ("sd.pt", {"layout": "plain"}),
         ("sd.pt", {"magnitude": "square"}),
+        ("sd.pt", {"init": "fna"}),
+        ("sd.pt", {"init": "fna", "arch": "some_nets:plain"}),
+        ("sd.pt", {"init": "fna", "arch": "some_nets:plain", "data": torch.ones(1)}),
     ):
         with pytest.raises(SelectionError):
             convert_checkpoint(path, "out.pt", **options)
     with pytest.raises(SelectionError):
         load_model("whole.pt", arch="some_nets:plain")
+    with pytest.raises(SelectionError, match='init must be "preserve", "data" or "fan", not \'fna\''):
+        convert_checkpoint("sd.pt", "out.pt", init="fna", arch="some_nets:plain")
+    assert "out.pt" not in listing(nets)
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("magnitude", ["Log", "", None])
+def test_a_magnitude_that_is_none_is_a_usage_error(nets, magnitude, trust):
+    """Nothing that reads pairs takes an unknown way of storing g for the linear one."""
+    torch.save(legacy_net().state_dict(), "wn.pt")
+    torch.save(apply_weight_norm(plain_net()), "whole.pt")
+    options = {"magnitude": magnitude, "trust_pickle": trust}
+    said = {"match": 'magnitude must be "linear" or "log", not'}
+    for path in ("wn.pt", "whole.pt"):
+        with pytest.raises(SelectionError, **said):
+            fold_checkpoint(path, "out.pt", **options)
+        with pytest.raises(SelectionError, **said):
+            wnsurgery.inspect(path, **options)
+        with pytest.raises(SelectionError, **said):
+            load_model(path, arch="some_nets:plain" if path == "wn.pt" else None, **options)
+    with pytest.raises(SelectionError, **said):
+        wnsurgery.compare_weight_norm("wn.pt", "wn.pt", **options)
+    with pytest.raises(SelectionError, **said):
+        wnsurgery.inspect(plain_net(), magnitude=magnitude)
     assert "out.pt" not in listing(nets)
 
 

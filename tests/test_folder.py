@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
@@ -109,6 +109,40 @@ def test_outputs_without_the_batch_are_not_taken_apart(tmp_path: Path, inputs: P
     export_onnx(Total(), torch.randn(2, 2, 5), tmp_path / "m.onnx", dynamic={"x": [0, 2]})
     with pytest.raises(InputError, match="batch first"):
         run_folder(tmp_path / "m.onnx", inputs, tmp_path / "out", batch=4)
+
+
+def test_inputs_that_are_all_scalars_run_alone(tmp_path: Path) -> None:
+    """Scalars have no axis to be joined along, so a batch of them is run file by file, equal ones too."""
+
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    export_onnx(Twice(), torch.tensor(1.0), tmp_path / "m.onnx")
+    (tmp_path / "in").mkdir()
+    values = [3.0, 3.0, 3.0, 4.0]
+    for i, value in enumerate(values):
+        np.save(tmp_path / "in" / f"x{i}.npy", np.float32(value))
+    report = run_folder(tmp_path / "m.onnx", tmp_path / "in", tmp_path / "out", batch=4)
+    assert report.runs == 4
+    found = [np.load(path)["mul"].item() for path in report.files]
+    assert found == [6.0, 6.0, 6.0, 8.0]
+
+
+def test_names_are_compared_once_for_all_files(
+    model: tuple[nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file's name is looked at a few times, however many other files there are."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    for i in range(50):
+        (tmp_path / "in" / f"x{i:02}.npz").touch()
+    (tmp_path / "out" / "x49.npz").touch()
+    stem, asked = PurePath.stem.fget, []
+    monkeypatch.setattr(PurePath, "stem", property(lambda path: asked.append(path) or stem(path)))
+    with pytest.raises(OutputExistsError, match="x49"):
+        run_folder(model[1], tmp_path / "in", tmp_path / "out")
+    assert 50 <= len(asked) <= 4 * 50
 
 
 def test_the_command_runs_files_and_folders(model: tuple[nn.Module, Path], inputs: Path, tmp_path: Path) -> None:

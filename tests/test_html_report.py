@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -87,6 +88,14 @@ def test_parity_tells_figures_and_all_of_it(tmp_path: Path) -> None:
         (5e-324, 1e-10, 1.7e308),
         (-3.0, 0.0, 1e-9),
         (2.0, 2.1, 2.2),
+        (5e-324, 5e-324, 5e-324),
+        (5e-324, 1e-323, 2.5e-323),
+        (0.0, 0.0, 2.5e-323),
+        (1e306, 1e308, 1.79e308),
+        (1e308, 1e308, 1e308),
+        (sys.float_info.max,) * 3,
+        (-sys.float_info.max, 0.0, sys.float_info.max),
+        (5e-324, 1.0, sys.float_info.max),
     ],
 )
 @pytest.mark.parametrize("log", [False, True])
@@ -101,6 +110,32 @@ def test_pictures_of_any_numbers(values: tuple[float, float, float], log: bool) 
     assert heights
     assert all(0 <= y <= 210 for y in heights)
     assert "nan" not in picture.replace("nan /", "")
+    assert "inf" not in picture
+
+
+@pytest.mark.parametrize("x", [5e-324, 1e-323, 0.7, 1.0, 3e7, 1e308, 1.7e308, sys.float_info.max])
+def test_ticks_stand_on_both_sides_of_a_single_number(x: float) -> None:
+    """The lowest tick is at the number or below, the highest at it or above, and there are two at least."""
+    picture = ranges("t", "u", [("a", (x, x, x))])
+    assert ">u; min, median (mark), max over" in picture.replace("</b> ", ">")
+    ticks = [float(t) for t in re.findall(r'text-anchor="end">([-0-9.e+]+)</text>', picture)]
+    assert len(ticks) >= 2
+    assert ticks[0] <= x * 1.01
+    assert ticks[-1] >= x * 0.99
+
+
+@pytest.mark.parametrize("g", [5e-324, 1e-323, 1.7e308, 1.79e308, sys.float_info.max])
+@pytest.mark.parametrize("lr", [1.0, 1e-300, 1e300])
+def test_magnitudes_at_the_ends_of_float64_have_a_page(g: float, lr: float) -> None:
+    """The page is written, and no coordinate on it is without a number."""
+    model = wn.apply_weight_norm(nn.Linear(3, 2).double())
+    with torch.no_grad():
+        model.parametrizations.weight.original0.copy_(torch.tensor([[g], [1.0]], dtype=torch.float64))
+    page = html_page(inspect(model, lr=lr))
+    pictures = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    drawn = " ".join(re.findall(r' (?:d|x|y|width|height)="([^"]*)"', pictures))
+    assert drawn
+    assert not re.search("nan|inf", drawn)
 
 
 def test_bins_of_extreme_numbers() -> None:

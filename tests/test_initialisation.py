@@ -534,6 +534,43 @@ def test_within_cached_parametrizations() -> None:
     assert all(map(torch.equal, inside.parameters(), model.parameters()))
 
 
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("mode", ["parametrized", "deferred"])
+def test_gradients_are_as_before(mode: str, trained: bool, several: bool) -> None:
+    """A forward that differentiates its own layers leaves no gradient behind and changes none: the same tensors, the
+    same values; one that waits on a deferred weight passes on as it was before g changed."""
+
+    class Differentiating(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                super().forward(x).sum().backward()
+                self[0](x.detach()).sum().backward()
+            return super().forward(x)
+
+    def lived() -> nn.Module:
+        torch.manual_seed(0)
+        layers = nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)
+        model = wn.apply_weight_norm(Differentiating(*layers), mode=mode)
+        model[2].bias.requires_grad_(False)
+        if trained:
+            model[2](model[0](x)).square().sum().backward()
+        return model
+
+    x = torch.randn(50, 6)
+    model, expected = lived(), [p.grad for p in lived().parameters()]
+    before = model[0].bias.grad
+    wn.data_dependent_init(model, list(x.split(20)) if several else x)
+    assert model[0].bias.grad is before
+    found = [p.grad for p in model.parameters()]
+    assert [g is None for g in found] == [g is None for g in expected]
+    assert all(torch.equal(g, e) for g, e in zip(found, expected, strict=True) if e is not None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.zero_grad()
+    model[2](model[0](x)).square().sum().backward()
+    assert all(bool(p.grad.any()) for p in model.parameters() if p.requires_grad)
+
+
 def test_a_layer_that_fails_once_is_measured_when_it_succeeds() -> None:
     """A model that catches a layer's error and calls it again has it set, and gradients are on or off as before."""
 

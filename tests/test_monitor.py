@@ -149,6 +149,54 @@ def test_file_gets_every_observation(tmp_path: Path) -> None:
         wn.WeightNormMonitor(model, optimizer, csv=tmp_path / "none" / "m.csv")
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_monitor_that_cannot_start_leaves_the_file_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool
+) -> None:
+    """Whatever fails at the start, an older file stands as it was, a new one does not come, and nothing is left open or
+    hooked on."""
+
+    class Full:
+        def add_scalar(self, *_: Any) -> None:
+            raise OSError("no room")
+
+    class Hookless:
+        param_groups: Any = ()
+
+    model = wn.apply_weight_norm(nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    path = tmp_path / "m.csv"
+    if there:
+        path.write_text("precious")
+    with pytest.raises(OSError, match="no room"):
+        wn.WeightNormMonitor(model, optimizer, csv=path, tensorboard=Full(), force=True)
+    monkeypatch.setattr("wnsurgery.monitor.as_optimizers", lambda *_, **__: [Hookless()])
+    with pytest.raises(AttributeError, match="register_step_post_hook"):
+        wn.WeightNormMonitor(model, optimizer, csv=path, force=True)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == ([("m.csv", "precious")] if there else [])
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_file_that_stands_in_the_way_is_told_before_scalars_are_logged(tmp_path: Path) -> None:
+    """Where the file exists the writer gets nothing; where the file cannot be written to, it is closed."""
+    seen = []
+
+    class Writer:
+        def add_scalar(self, *values: Any) -> None:
+            seen.append(values)
+
+    model = wn.apply_weight_norm(nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (tmp_path / "m.csv").touch()
+    with pytest.raises(wn.OutputExistsError):
+        wn.WeightNormMonitor(model, optimizer, csv=tmp_path / "m.csv", tensorboard=Writer())
+    assert not seen
+    if Path("/dev/full").exists():
+        with pytest.raises(wn.OutputError, match="No space"):
+            wn.WeightNormMonitor(model, optimizer, csv="/dev/full", force=True)
+    assert not optimizer._optimizer_step_post_hooks
+
+
 def test_scalars_reach_a_writer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A writer gets the medians under the weight's name and stays open; a directory without TensorBoard is an error."""
     import sys

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from wnsurgery.bisection import first_difference
-from wnsurgery.differences import as_array, bits_changed, compare_outputs, compare_tensors, tolerance, ulp_distance
+from wnsurgery.differences import (
+    OutputDifference,
+    as_array,
+    bits_changed,
+    compare_outputs,
+    compare_tensors,
+    tolerance,
+    ulp_distance,
+)
 from wnsurgery.errors import (
     InputError,
     InputMissingError,
@@ -105,6 +113,17 @@ def test_signed_zeros_and_nans() -> None:
     assert ulp_distance(a, b).tolist() == [0, 0, 2**64 - 1, 2**64 - 1]
     assert bits_changed(a, b) == 3
     assert bits_changed(np.complex64([1 + 0j]), np.conj(np.complex64([1 + 0j]))) == 1
+
+
+def test_a_type_without_a_sign() -> None:
+    """Powers of two in eight bits are as far apart as their exponents: no bit of theirs is a sign."""
+    bits = torch.tensor([0, 1, 127, 128, 129, 254, 255], dtype=torch.uint8)
+    one = bits.view(torch.float8_e8m0fnu)
+    other = torch.tensor([128, 129, 128, 128, 1, 0, 255], dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    assert ulp_distance(one, other).tolist() == [128, 128, 1, 0, 128, 254, 0]
+    report = compare_tensors({"w": one[:1]}, {"w": other[:1]})
+    assert report.problems == ("w: 1 elements differ, by up to 128 units in the last place (at (0,))",)
+    assert compare_tensors({"w": one[2:4]}, {"w": other[2:4]}, max_ulp=1).ok
 
 
 def test_different_shapes_or_types_have_no_distance() -> None:
@@ -228,6 +247,25 @@ def test_equal_nans_and_infinities_pass() -> None:
     """Where both sides give NaN, or the same infinity, they agree."""
     x = np.float32([NAN, INF, -INF, 1.0])
     assert compare_outputs([x], [x.copy()]).ok
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
+def test_the_parts_of_complex_outputs_are_compared_apart(dtype: type) -> None:
+    """Where one part is NaN, or infinite, on both sides the other part still counts."""
+
+    def compared(a: complex, b: complex) -> OutputDifference:
+        return compare_outputs([np.array([a, 1 + 1j], dtype)], [np.array([b, 1 + 1j], dtype)]).outputs[0]
+
+    for odd in (NAN, INF):
+        assert compared(complex(odd, 1), complex(odd, 1)).ok
+        assert compared(complex(odd, 1e-16), complex(odd, 0)).ok
+        for a, b, apart in ((complex(odd, 1), complex(odd, 2), 1), (complex(1, odd), complex(3, odd), 2)):
+            found = compared(a, b)
+            assert not found.ok
+            assert (found.max_abs, found.worst) == (apart, (0,))
+    assert "1 elements are NaN on one side only" in compared(complex(NAN, 1), complex(NAN, NAN)).reason
+    assert "1 elements are NaN on one side only" in compared(1 + 1j, complex(1, NAN)).reason
+    assert compared(3 + 4j, 0j).max_abs == 5
 
 
 def test_swapped_missing_and_misshapen_outputs_fail() -> None:

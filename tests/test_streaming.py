@@ -298,6 +298,20 @@ def test_the_recomputation_agrees_and_can_fail(dtype: torch.dtype, shape: tuple[
     assert ulps_apart(w, g, v, axes) == float("inf")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_negated_pairs_in_memory_fold_and_are_judged(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Tensors that torch negates lazily fold to what their values fold to, and the recomputation agrees."""
+    g, v = torch.rand(4, 1, dtype=torch.float64).to(dtype), torch.randn(4, 3, dtype=torch.float64).to(dtype)
+    torch.save({"w.weight_g": torch._neg_view(g), "w.weight_v": torch._neg_view(v)}, tmp_path / "a.pt")
+    report = fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", trust_pickle=True)
+    assert report.proof.max_ulp < 1.51
+    axes = Axes((0,))
+    w = torch.load(tmp_path / "b.pt")["w.weight"]
+    assert torch.equal(w, compose(-g, -v, axes))
+    assert ulps_apart(torch._neg_view(-w), torch._neg_view(g), torch._neg_view(v), axes) == report.proof.max_ulp
+    assert ulps_apart(torch._neg_view(w), torch._neg_view(g), torch._neg_view(v), axes) > 20
+
+
 def test_the_figures_stand_in_the_report(tmp_path: Path) -> None:
     """Pairs, axes, distance and sizes are what the file holds; a dry run has all but the output."""
     torch.save(content()["sd"], tmp_path / "a.pt")

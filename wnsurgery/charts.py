@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import sys
 from collections.abc import Iterable, Sequence
 
 from wnsurgery.errors import printable
@@ -47,12 +48,12 @@ def histogram(title: str, many: Iterable[Sequence[tuple[int, int]]], per_decade:
     ticks = [low, high] if len(marks) < 2 else marks[::every]
     names = "".join(
         f'<path class="axis" d="M{x:.1f} {_TOP + _ROOM}v5"/><text x="{x:.1f}" y="{_TOP + _ROOM + 18}" '
-        f'text-anchor="{"end" if x > 620 else "middle"}">{10 ** (b / per_decade):.3g}</text>'
+        f'text-anchor="{"end" if x > 620 else "middle"}">{_power(b / per_decade):.3g}</text>'
         for b, x in ((b, _LEFT + (b - low) * wide) for b in ticks)
     )
     names += f'<text x="{_LEFT - 6}" y="{_TOP + 9}" text-anchor="end">{top:,}</text>'
     names += f'<text x="{_LEFT - 6}" y="{_TOP + _ROOM}" text-anchor="end">0</text>'
-    ends = f"{10 ** (low / per_decade):.3g} to {10 ** (high / per_decade):.3g}"
+    ends = f"{_power(low / per_decade):.3g} to {_power(high / per_decade):.3g}"
     label = f"{title}: rows per logarithmic bin from {ends}, at most {top} in one"
     return _figure(title, "rows per bin, logarithmic", label, 640, bars + names)
 
@@ -75,10 +76,12 @@ def ranges(title: str, unit: str, layers: Sequence[tuple[str, Three | None]], *,
         return ""
     ticks = _log_ticks(min(seen), max(seen)) if log else _ticks(min(seen), max(seen))
     low, high = (_log10(ticks[0]), _log10(ticks[-1])) if log else (ticks[0], ticks[-1])
+    most = max(abs(low), abs(high))  # between the ends of float64 lies more than float64 holds
 
     def place(x: float) -> str:
         at = min(max((_log10(x) if x > 0 else low) if log else x, low), high)
-        return f"{_TOP + _ROOM * (1 - (at - low) / (high - low)):.1f}"
+        share = (at / most - low / most) / (high / most - low / most)
+        return f"{_TOP + _ROOM * (1 - share):.1f}"
 
     wide = (960 - _LEFT) / len(layers)
     mark = min(0.6 * wide, 14)
@@ -115,31 +118,39 @@ def _hint(name: str) -> str:
 
 
 def _span(place: int, per_decade: int) -> str:
-    return f"{10 ** (place / per_decade):.3g} to {10 ** ((place + 1) / per_decade):.3g}"
+    return f"{_power(place / per_decade):.3g} to {_power((place + 1) / per_decade):.3g}"
 
 
 def _log10(x: float) -> float:
     return math.log10(x)
 
 
+def _power(exponent: float) -> float:
+    """10 to a power, or the number of float64 next to it that is neither zero nor infinite."""
+    try:
+        return max(math.pow(10.0, exponent), math.ulp(0.0))
+    except OverflowError:
+        return sys.float_info.max
+
+
 def _log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten that enclose what is seen; of many decades, the powers alone, thinned."""
     first, last = math.floor(_log10(low)), math.ceil(_log10(high))
     if last - first <= 3:
-        steps = [m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5)]
-        start = max((i for i, t in enumerate(steps) if t <= low), default=0)
+        steps = sorted({t for e in range(first, last + 2) for m in (1, 2, 5) if (t := m * _power(e)) < math.inf})
+        start = min(max(i for i, t in enumerate(steps) if t <= low), len(steps) - 2)
         end = min((i for i, t in enumerate(steps) if t >= high and i > start), default=len(steps) - 1)
         return steps[start : end + 1]
     every = math.ceil((last - first) / 8)
     last += -(last - first) % every
-    return [10.0**e for e in range(max(first, -323), min(last, 308) + 1, every)]
+    return [_power(e) for e in range(first, last + 1, every)]
 
 
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers, evenly spaced, that enclose what is seen and zero."""
     low, high = min(low, 0.0), max(high, 0.0)
     raw = (high / 5 - low / 5) or 1.0
-    power = 10.0 ** math.floor(_log10(raw))
+    power = _power(math.floor(_log10(raw)))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
     many = range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)
     ticks = [i * step for i in many if math.isfinite(i * step)]

@@ -48,6 +48,7 @@ __all__ = [
     "convert_state",
     "flat_tensors",
     "fold_state",
+    "known_magnitude",
     "plain_keys",
     "plan_convert",
     "plan_fold",
@@ -124,9 +125,10 @@ def fold_state(content: Any, *, magnitude: Magnitude = "linear", maker: Maker | 
         magnitude: "log" when g is stored as its logarithm.
         maker: makes the new tensors; default: at once, a row with v = 0 folding to zeros.
 
-    Raises PairError, naming the key, for broken pairs.
+    Raises PairError, naming the key, for broken pairs, and SelectionError for a magnitude that is none.
     """
-    return _carry_out(content, plan_fold, maker or AtOnce(_known(magnitude)), ())
+    known = known_magnitude(magnitude)
+    return _carry_out(content, plan_fold, maker or AtOnce(known), ())
 
 
 def convert_state(
@@ -162,13 +164,14 @@ def convert_state(
     if isinstance(choose, ByName):
         choose.check(state_dicts(content))
     plan = with_ties(choose)
-    known = _known(magnitude)
+    known = known_magnitude(magnitude)
     return _carry_out(
         content, lambda s: plan_convert(s, plan, layout, known), maker or AtOnce(known), choose.assumptions
     )
 
 
-def _known(magnitude: str) -> Magnitude:
+def known_magnitude(magnitude: str) -> Magnitude:
+    """A way to store g, if it is one; SelectionError if not."""
     if magnitude not in ("linear", "log"):
         raise SelectionError(f'magnitude must be "linear" or "log", not {magnitude!r}')
     return magnitude  # type: ignore[return-value]

@@ -414,6 +414,11 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
     from wnsurgery.verification import verify as compare
 
     shapes = options.pop("input_shape")
+    _refuse_trust(a, b)
+    if options["input_file"] is not None:
+        _refuse_given("--input", "n_inputs")
+    elif not shapes and ".onnx" not in (a.suffix.lower(), b.suffix.lower()):
+        _refuse_given("two checkpoints without --input-shape", "n_inputs")
     inputs = _inputs(options.pop("input_file"), shapes)
     options["more"] = [_read_inputs(path) for path in options["more"]]
     if shapes:
@@ -454,12 +459,16 @@ def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against:
     from wnsurgery.inspection import inspect as look
 
     page, parity, force = (options.pop(name) for name in ("page", "parity", "force"))
-    if page is None and parity is not None:
-        raise click.UsageError("--parity needs --html")
+    if page is None and (parity is not None or force):
+        raise click.UsageError(f"{'--force' if parity is None else '--parity'} needs --html")
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
     if all(path is None or path.suffix.lower() == ".onnx" for path in (model, against, options["reference"])):
         _refuse_given("ONNX files", "arch", "trust_pickle", "magnitude")
+    _refuse_trust(model, against, options["reference"])
+    if against is not None:
+        _refuse_given("--against", "everything")
+        _refuse_given("--against without --html", *(() if page else ("lr",)))
     _refuse_inputs(page, model, against, options["reference"], parity)
     if against is not None:
         changes = _changes(model, against, options)
@@ -596,6 +605,12 @@ def _refuse_given(what: str, *names: str) -> None:
         if option.name in names and context.get_parameter_source(option.name) is not ParameterSource.DEFAULT:
             hint = "wnsurgery inspect shows what is there" if option.name == "dry_run" else None
             raise SelectionError(f"{option.opts[0]} does not apply to {what}", hint=hint)
+
+
+def _refuse_trust(*inputs: Path | None) -> None:
+    """Refuse --trust-pickle where nothing is read that could hold code of others."""
+    if all(path is None or path.is_dir() or path.suffix.lower() == ".onnx" for path in inputs):
+        _refuse_given("directories and ONNX files", "trust_pickle")
 
 
 def _refuse_inputs(output: Path | None, *inputs: Path | None) -> None:

@@ -69,8 +69,12 @@ def opened(
 ) -> Iterator[Contents]:
     """What a module or a file holds, for as long as the block lasts; a checkpoint's values stay in it until asked for.
 
-    Args as of `inspect`. Raises InputError, UnsafeFileError as the readers do.
+    Args as of `inspect`. Raises InputError, UnsafeFileError as the readers do, SelectionError for a magnitude that is
+    none.
     """
+    from wnsurgery.checkpoint import known_magnitude
+
+    known_magnitude(magnitude)
     if isinstance(target, nn.Module):
         yield _of_module(target)
         return

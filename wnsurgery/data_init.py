@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -755,7 +755,8 @@ def _undisturbed(model: nn.Module, training: bool | None) -> Iterator[None]:
             if training is not None:
                 for module in modules:
                     module.training = training
-            yield
+            with _gradients_aside(held):
+                yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
             if module.training is not mode:
@@ -771,3 +772,21 @@ def _undisturbed(model: nn.Module, training: bool | None) -> Iterator[None]:
                 module._non_persistent_buffers_set.intersection_update(buffers)
             module._buffers.clear()
             module._buffers.update(buffers)
+
+
+@contextmanager
+def _gradients_aside(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Keep gradients out of reach and put them back; those that a forward makes of its own are dropped."""
+    leaves = list({id(t): t for t in tensors if t.is_leaf}.values())
+    before = [t.grad for t in leaves]
+    for leaf, grad in zip(leaves, before, strict=True):
+        if grad is not None:
+            leaf.grad = None
+    try:
+        yield
+    finally:
+        # all are read first: in deferred mode the gradients of a pair arrive together when one is looked at
+        made = [t.grad for t in leaves]
+        for leaf, grad, own in zip(leaves, before, made, strict=True):
+            if own is not grad:
+                leaf.grad = grad

@@ -11,10 +11,18 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-__all__ = ["PASSING", "Call", "Flow", "Neighbour", "Traces", "Value"]
+__all__ = ["Call", "Flow", "Neighbour", "Traces", "Value", "hands_on"]
 
-# In evaluation these hand on their input as it is.
-PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def hands_on(module: nn.Module) -> bool:
+    """Whether a module in evaluation gives back its input as it is, by torch's own forward and not one put on it.
+
+    >>> hands_on(nn.Dropout()), hands_on(nn.ReLU())
+    (True, False)
+    """
+    return type(module) in _PASSING and "forward" not in vars(module)
 
 
 @dataclass(eq=False, repr=False)
@@ -185,7 +193,7 @@ class _Question:
                 return Neighbour(call.module, "", call.rank)
 
     def _passes(self, module: nn.Module) -> bool:
-        return type(module) in PASSING or id(module) in self.gone
+        return hands_on(module) or id(module) in self.gone
 
     def _shared(self, value: Value, use: Call | str) -> str:
         maker = value.origin if isinstance(value.origin, str) else self._name(value.origin.module)

@@ -37,6 +37,7 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 
 _NEVER = np.uint64(2**64 - 1)  # the distance between a number and NaN
+_UNSIGNED = "float8_e8m0fnu"  # the one type without a sign: powers of two alone
 _SHOWN = 20  # rows a report prints
 _SHARE = 0.5  # of the largest element that the default atol is at most
 _NEAR_ZERO = 1e-6  # outputs below this may be the rounding errors of larger numbers that cancel
@@ -138,6 +139,8 @@ def _ordered(x: Array) -> Array:
     """Bit patterns as unsigned integers in the order of the numbers, -0 on +0."""
     middle = np.uint64(1 << 63)
     bits = _bits(x).astype(np.uint64)
+    if x.dtype.name == _UNSIGNED:
+        return bits
     sign = np.uint64(1 << (8 * x.dtype.itemsize - 1))
     size = bits & (sign - np.uint64(1))
     return np.where(bits & sign != 0, middle - size, middle + size)
@@ -419,7 +422,8 @@ def compare_outputs(
     The scale is the output's largest element and not each element's own size: rounding errors of a sum follow its
     largest terms, so an element that cancels to almost nothing carries the error of its neighbours.
 
-    NaN against anything but NaN fails, and so do infinities that differ, other shapes, other types.
+    NaN against anything but NaN fails, in either part of a complex number, and so do infinities that differ, other
+    shapes, other types.
 
     >>> compare_outputs([np.float32([1.0, 2.0])], [np.float32([1.0, 2.1])]).ok
     False
@@ -446,8 +450,8 @@ def compare_outputs(
 
 def _output_difference(name: str, a: Array, b: Array, rtol: float | None, atol: float | None) -> OutputDifference:
     name, default = printable(name), tolerance(b.dtype)
-    x, y = _widened(a), _widened(b)
-    scale = float(np.abs(y[np.isfinite(y)]).max(initial=0.0))
+    x, y = _parts(a), _parts(b)
+    scale = float(np.max(_modulus(np.where(np.isfinite(y), y, 0.0)), initial=0.0))
     rtol = default[0] if rtol is None else rtol
     atol = min(default[1], _SHARE * scale) if atol is None else atol
 
@@ -461,19 +465,19 @@ def _output_difference(name: str, a: Array, b: Array, rtol: float | None, atol: 
     if a.size == 0:
         return verdict("", 0.0, 0.0, 0.0, (), 0.0, (0.0,) * 4, 0.0)
     with np.errstate(all="ignore"):
-        # integers beyond 2^53 must differ by at least one even where float64 cannot tell them apart
-        difference = np.where(a == b, 0.0, np.maximum(np.abs(x - y), 0.0 if _is_inexact(a.dtype) else 1.0))
-    nan_x, nan_y = np.isnan(x), np.isnan(y)
-    difference[nan_x & nan_y] = 0.0
+        alike = (x == y) | (np.isnan(x) & np.isnan(y))
+        difference = _modulus(np.where(alike, 0.0, np.abs(x - y)))
+    if not _is_inexact(a.dtype):  # beyond 2^53 they differ by one at least, even where float64 cannot tell them apart
+        difference = np.where(a == b, 0.0, np.maximum(difference, 1.0))
+    lost = (np.isnan(x) != np.isnan(y)).any(axis=0)
     finite = np.isfinite(difference)
     max_abs = float(difference[finite].max(initial=0.0))
     mean_abs = float(difference[finite].mean()) if finite.any() else np.inf
-    worst = tuple(int(i) for i in np.unravel_index(int(np.where(finite, difference, np.inf).argmax()), x.shape))
+    worst = tuple(int(i) for i in np.unravel_index(int(np.where(finite, difference, np.inf).argmax()), a.shape))
     relative = [x / scale if scale else (0.0 if x == 0 else np.inf) for x in (max_abs, mean_abs)]
     figures: tuple[Any, ...] = (max_abs, mean_abs, relative[0], worst, relative[1], _percentiles(difference[finite]))
-    if (nan_x != nan_y).any():
-        count = int((nan_x != nan_y).sum())
-        return verdict(f"{count} elements are NaN on one side only (first at {worst})", *figures)
+    if lost.any():
+        return verdict(f"{int(lost.sum())} elements are NaN on one side only (first at {worst})", *figures)
     if not finite.all():
         return verdict(f"{int((~finite).sum())} infinities differ (first at {worst})", *figures)
     figures = (*figures, _smallest(max_abs, atol, scale))
@@ -498,8 +502,15 @@ def _smallest(max_abs: float, atol: float, scale: float) -> float | None:
     return float(np.nextafter(over / scale, np.inf)) if scale else None
 
 
-def _widened(x: Array) -> Array:
-    return x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)
+def _parts(x: Array) -> Array:
+    """The real and the imaginary parts of numbers, or real numbers alone, along a first axis, in float64."""
+    if x.dtype.kind == "c":
+        return np.stack([x.real, x.imag]).astype(np.float64)
+    return x[np.newaxis].astype(np.float64)
+
+
+def _modulus(parts: Array) -> Array:
+    return np.asarray(np.hypot(parts[0], parts[1]) if len(parts) == 2 else np.abs(parts[0]))
 
 
 def _output_row(o: OutputDifference) -> tuple[str, ...]:

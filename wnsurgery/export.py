@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +149,7 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
         rtol, atol: tolerance on outputs, see `differences.tolerance`.
 
     Raises:
-        SelectionError: there is no such opset, a tolerance is none, or `path` has the suffix of a checkpoint.
+        SelectionError: there is no such opset or exporter, a tolerance is none, or `path` is called a checkpoint.
         ExportError: the model cannot be traced or translated; the module where it happens is named if known.
         VerificationError: onnxruntime's outputs differ from the model's, or hold NaN. Nothing is written then.
         OutputExistsError, OutputError: about `path`.
@@ -162,6 +162,8 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
     path = check_output(path, force=force)
     _check_name(path)
     _check_opset(opset)
+    if exporter not in get_args(Exporter):
+        raise SelectionError(f'exporter must be "dynamo" or "torchscript", not {exporter!r}')
     check_tolerances(rtol, atol)
     with torch.no_grad(), rng_kept(model):
         original, plain = (with_eps_of_graphs(copy_of(model).eval()) for _ in range(2))

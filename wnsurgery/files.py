@@ -342,6 +342,8 @@ def _convert(
     maker: AtOnce,
 ) -> CheckpointReport:
     """Convert a loaded file in place, by whichever of the three ways it calls for."""
+    if setup["init"] not in ("preserve", "data", "fan"):
+        raise SelectionError(f'init must be "preserve", "data" or "fan", not {setup["init"]!r}')
     if (setup["init"] == "data") != (setup["data"] is not None):
         raise SelectionError('init="data" and data go together')
     if setup["init"] == "preserve" and setup["init_scale"] != 1.0:

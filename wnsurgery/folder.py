@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -61,7 +62,8 @@ def run_folder(
     """Run a graph on every .npz and .npy of a folder; outputs go to another folder under the same names.
 
     `batch` neighbours of the same shapes are joined along their first axis, run at once and taken apart again, so the
-    graph's first axes must be open, and its outputs must have the joined axis first.
+    graph's first axes must be open, and its outputs must have the joined axis first. Inputs that are all scalars have
+    no axis to join and run alone.
 
     >>> run_folder("model.onnx", "inputs", "outputs", batch=8).runs  # doctest: +SKIP
     13
@@ -85,7 +87,8 @@ def run_folder(
     paths = sorted(p for p in _folder(source).iterdir() if p.suffix.lower() in (".npz", ".npy") and p.is_file())
     if not paths:
         raise InputMissingError(f"{source}: no .npz or .npy file in it")
-    outputs = [_output(Path(target), path, paths, force) for path in paths]
+    named = Counter(path.stem for path in paths)
+    outputs = [_output(Path(target), path, force, twins=named[path.stem] > 1) for path in paths]
     for output in outputs:
         refuse_inputs(output, model)
     session = open_session(model, provider)
@@ -130,9 +133,9 @@ def _folder(source: Path_) -> Path:
     return path
 
 
-def _output(target: Path, path: Path, paths: Sequence[Path], force: bool) -> Path:
+def _output(target: Path, path: Path, force: bool, *, twins: bool) -> Path:
     output = target / f"{path.stem}.npz"
-    if sum(other.stem == path.stem for other in paths) > 1:
+    if twins:
         raise InputError.of(path, "another input has the same name, and would have the same output")
     if path.parent.resolve() == target.resolve():
         raise SelectionError(f"{target}: inputs and outputs need folders of their own")
@@ -142,11 +145,12 @@ def _output(target: Path, path: Path, paths: Sequence[Path], force: bool) -> Pat
 
 
 def _groups(paths: Sequence[Path], batch: int) -> Iterator[list[tuple[Path, Any]]]:
-    """Neighbours with inputs of the same names, types and sizes beyond the first axis."""
+    """Neighbours with inputs of the same names, types and sizes beyond the first axis; one without axes is alone."""
     group: list[tuple[Path, Any]] = []
     for path in paths:
         arrays = read_arrays(path)
-        if group and (len(group) == batch or _kinds(arrays) != _kinds(group[0][1])):
+        joins = any(np.ndim(array) for array in (arrays.values() if isinstance(arrays, dict) else arrays))
+        if group and (len(group) == batch or not joins or _kinds(arrays) != _kinds(group[0][1])):
             yield group
             group = []
         group.append((path, arrays))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -107,16 +106,16 @@ def example_inputs(name: str) -> Any:
     """
     from importlib import import_module
 
+    from wnsurgery.loading import working_directory_importable
+
     module, _, function = name.partition(":")
     if not module or not function:
         raise SelectionError(f"{name!r} is not of the form package.module:function")
-    sys.path.append(str(Path.cwd()))  # last, so that nothing installed is shadowed
-    try:
-        return getattr(import_module(module), function)()
-    except (Exception, SystemExit) as error:  # the user's own code, which raises what it likes
-        raise SelectionError(f"{name}: {first_line(error)}") from error
-    finally:
-        sys.path.pop()
+    with working_directory_importable():
+        try:
+            return getattr(import_module(module), function)()
+        except (Exception, SystemExit) as error:  # the user's own code, which raises what it likes
+            raise SelectionError(f"{name}: {first_line(error)}") from error
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any], *, force: bool = False) -> None:

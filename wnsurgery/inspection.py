@@ -146,7 +146,7 @@ def inspect(
         progress: told (bytes of directions looked at, bytes in all).
 
     Raises InputError, UnsafeFileError as the readers do; InputError when the reference has none of the weights,
-    SelectionError for a learning rate that is no positive number.
+    SelectionError for a learning rate that is no positive number, or a magnitude that is none.
     """
     if not 0 < lr < float("inf"):
         raise SelectionError(f"lr must be a positive number, not {lr!r}")

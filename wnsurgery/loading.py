@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wnsurgery.checkpoint import StateDict, flat_tensors, plain_keys, state_dicts, translate
+from wnsurgery.checkpoint import StateDict, flat_tensors, known_magnitude, plain_keys, state_dicts, translate
 from wnsurgery.checkpoint_directory import read_directory
 from wnsurgery.errors import (
     InputError,
@@ -44,6 +44,7 @@ __all__ = [
     "named",
     "state_for",
     "stripped",
+    "working_directory_importable",
 ]
 
 WEIGHT_NORM = ("ours", "torch", "legacy")
@@ -110,8 +111,9 @@ def load_model(
     Raises:
         InputError: damaged, ambiguous, or its tensors do not fit the model.
         UnsafeFileError: a whole module of other classes than torch.nn's.
-        SelectionError: `arch` names nothing that builds a module, or is missing, or not needed.
+        SelectionError: `arch` names nothing that builds a module, or is missing, or not needed; or `magnitude` is none.
     """
+    known_magnitude(magnitude)
     content = load_object(path, trust_pickle=trust_pickle)
     modules = modules_in(content)
     if modules:
@@ -151,7 +153,7 @@ def build(arch: Arch) -> nn.Module:
         module_name, _, attribute = arch.partition(":")
         if not module_name or not attribute:
             raise SelectionError(f"{arch!r} is not of the form package.module:factory")
-        with _working_directory_importable():
+        with working_directory_importable():
             try:  # the user's own code, which raises what it likes
                 found: Any = import_module(module_name)
                 for part in attribute.split("."):
@@ -169,14 +171,18 @@ def build(arch: Arch) -> nn.Module:
 
 
 @contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    """Let `--arch nets:build` find ./nets.py; last in the path, so that nothing installed is shadowed."""
+def working_directory_importable() -> Iterator[None]:
+    """Let `--arch nets:build` find ./nets.py; last in the path, so that nothing installed is shadowed. What the user's
+    own code does to the path stays."""
     here = str(Path.cwd())
-    sys.path.append(here)
+    known = here in sys.path
+    if not known:
+        sys.path.append(here)
     try:
         yield
     finally:
-        sys.path.remove(here)
+        if not known and here in sys.path:
+            sys.path.remove(here)
 
 
 def state_for(path: Path_, content: Any, model: nn.Module, entry: str | None) -> tuple[StateDict, str]:

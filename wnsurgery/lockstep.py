@@ -18,7 +18,7 @@ import torch
 
 from wnsurgery.errors import InputError
 
-__all__ = ["Guard", "Lockstep", "Meeting", "Paused", "Replay", "most_wanted"]
+__all__ = ["Guard", "Lockstep", "Meeting", "Paused", "Replay"]
 
 Point = Hashable
 Job = Callable[[], None]
@@ -50,18 +50,6 @@ class Guard(Protocol):
     def enter(self, number: int) -> None: ...
 
     def leave(self, number: int, done: bool) -> None: ...
-
-
-def most_wanted(waiting: Mapping[int, Point]) -> Point | None:
-    """The point most runs wait at; of several, the one with the lowest run.
-
-    >>> most_wanted({0: "a", 1: "b", 2: "b"}), most_wanted({0: "a", 1: "b"}), most_wanted({})
-    ('b', 'a', None)
-    """
-    count: dict[Point, int] = {}
-    for number in sorted(waiting):
-        count[waiting[number]] = count.get(waiting[number], 0) + 1
-    return max(count, key=lambda point: count[point]) if count else None
 
 
 class Strays:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral
 from types import TracebackType
@@ -75,7 +76,7 @@ class WeightNormMonitor:
         csv: a new file that gets a line per weight and observation, at once.
         tensorboard: a directory to log medians to, or a `SummaryWriter` that stays yours.
         keep: observations of single weights held in `records`, the latest ones; the file has all.
-        force: replace an existing `csv`.
+        force: replace an existing `csv`, once the first observation is made.
         include, exclude: patterns as in `plan_weight_norm`.
 
     Attributes:
@@ -112,22 +113,32 @@ class WeightNormMonitor:
         self._optimizers, self.every, self.steps = optimizers, every, 0
         self.records: deque[Observed] = deque(maxlen=keep)
         self._before: dict[int, tuple[Tensor, Any]] = {}
-        self._writer, self._own = _writer(tensorboard)
-        self._file = None if csv is None else _opened(csv, force=force)
-        self._write_rows([["step", "name", "lr", *(f"{s}_{part}" for s in _SPREADS for part in Spread._fields)]])
-        self.observe()
+        self._file: Any = None
+        self._writer, self._own = None, False
+        if csv is not None and not force and os.path.lexists(csv):
+            raise _exists(csv)
         self._handle = StepHandle([optimizers[-1]], self._stepped)
+        try:  # the file comes last: what it replaces is gone
+            self._writer, self._own = _writer(tensorboard)
+            found = self.observe()
+            self._file = None if csv is None else _opened(csv, force=force)
+            titles: list[object] = ["step", "name", "lr", *(f"{s}_{part}" for s in _SPREADS for part in Spread._fields)]
+            self._write_rows([titles, *_rows(found)])
+        except BaseException:
+            with suppress(OSError):  # of a full disk closing tells once more
+                self.remove()
+            raise
 
     def remove(self) -> None:
         """Stop watching and close the file; `records` stay. Calling it again does nothing."""
         self._handle.remove()
         self._before.clear()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
         if self._writer is not None and self._own:
             self._writer.close()
         self._writer = None
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
 
     def __enter__(self) -> WeightNormMonitor:
         return self
@@ -142,8 +153,7 @@ class WeightNormMonitor:
         with torch.inference_mode(False), torch.no_grad():
             found = tuple(self._observed())
         self.records.extend(found)
-        rows = [[x for s in _SPREADS for x in getattr(one, s) or ("", "", "")] for one in found]
-        self._write_rows([[o.step, printable(o.name), o.lr, *row] for o, row in zip(found, rows, strict=True)])
+        self._write_rows(_rows(found))
         if self._writer is not None:
             for one in found:
                 for s in _SPREADS:
@@ -199,6 +209,12 @@ class WeightNormMonitor:
         return pair.size(), pair.norms(), moved
 
 
+def _rows(found: Sequence[Observed]) -> list[list[object]]:
+    """A line of the file for each observation."""
+    numbers = [[x for s in _SPREADS for x in getattr(one, s) or ("", "", "")] for one in found]
+    return [[one.step, printable(one.name), one.lr, *row] for one, row in zip(found, numbers, strict=True)]
+
+
 def _angle(a: Any, b: Any, c: Any) -> Any:
     """The angle in degrees between two sides of triangles, of lengths a and b, with the third side c opposite: Kahan's
     formula, accurate for needles; rows with a side of no length left out."""
@@ -230,9 +246,13 @@ def _opened(path: str | os.PathLike[str], *, force: bool) -> Any:
     try:
         return Path(path).open("w" if force else "x", encoding="utf-8", newline="")
     except FileExistsError as error:
-        raise OutputExistsError(f"{path}: already exists", hint="force=True replaces it") from error
+        raise _exists(path) from error
     except OSError as error:
         raise OutputError(f"{path}: {printable(error.strerror or error)}") from error
+
+
+def _exists(path: str | os.PathLike[str]) -> OutputExistsError:
+    return OutputExistsError(f"{os.fspath(path)}: already exists", hint="force=True replaces it")
 
 
 def _writer(wanted: Any) -> tuple[Any, bool]:

@@ -75,7 +75,8 @@ def ulps_apart(w: Tensor, g: Tensor, v: Tensor, axes: Axes, *, log: bool = False
     """
     if not v.numel():
         return 0.0
-    w, v, size = axes.grouped(w.detach()), axes.grouped(v.detach()), g.detach().double()
+    w, g, v = (t.detach().resolve_neg() for t in (w, g, v))  # of a tensor that is lazily negated numpy makes no array
+    w, v, size = axes.grouped(w), axes.grouped(v), g.double()
     rows = size.unsqueeze(1) if axes.groups > 1 else _beside(size, axes, v)
     dims = axes.reduced(v.ndim - (axes.groups > 1))
     if v.dtype == torch.float64:

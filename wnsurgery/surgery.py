@@ -178,22 +178,6 @@ def _swap_at(site: Site) -> Swap:
     return Swap(weight, entry.original0, entry.original1, site.axes, entry[0].magnitude)
 
 
-def apply_plan(
-    model: M,
-    plan: Plan,
-    *,
-    magnitude: Magnitude = "linear",
-    magnitude_dtype: torch.dtype | None = None,
-    freeze_magnitude: bool = False,
-) -> M:
-    """Carry out a plan made by `plan_weight_norm` on the same model; see `apply_weight_norm`."""
-    _unwrapped(model)
-    sharding = FullyShard(model)
-    with all_or_nothing() as save:
-        _carry_out(plan, magnitude, magnitude_dtype, freeze_magnitude, sharding, save)
-    return model
-
-
 def _carry_out(
     plan: Plan,
     magnitude: Magnitude,

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wnsurgery.axis_counts import known_ranks
 from wnsurgery.calls import called_whole
-from wnsurgery.dataflow import PASSING, Call, Flow, Traces, Value
+from wnsurgery.dataflow import Call, Flow, Traces, Value, hands_on
 from wnsurgery.errors import SelectionError, printable
 from wnsurgery.layers import layer_of
 from wnsurgery.mean_only import MeanOnlyBatchNorm
@@ -497,7 +497,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.inside:
             return
         taken, given = _tensors((args, kwargs)), _tensors(output)
-        handed_on = len(taken) == len(given) == 1 and taken[0] is given[0] and type(module) in PASSING
+        handed_on = len(taken) == len(given) == 1 and taken[0] is given[0] and hands_on(module)
         if leaf and not handed_on:
             single = len(args) + len(kwargs) == 1 and len(taken) == 1
             call = Call(module, self.value(taken[0]) if single else None, taken[0].dim() if single else None)
