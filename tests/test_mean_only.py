@@ -196,7 +196,7 @@ out = norm(x)
 (grad,) = torch.autograd.grad((out**3 * joint["u"][rows]).sum(), x, create_graph=True)
 (second,) = torch.autograd.grad(grad.square().sum(), x)
 found = {"out": out.detach(), "grad": grad.detach(), "second": second, "mean": norm.running_mean}
-norm = MeanOnlyBatchNorm1d(4, track_running_stats=False, process_group=dist.group.WORLD).double()
+norm = MeanOnlyBatchNorm1d(4, track_running_stats=False, sync=True).double()
 found["trained"] = norm(x).detach()
 found["evaluated"] = norm.eval()(x).detach()
 torch.save(found, f"{where}/{rank}.pt")
@@ -205,8 +205,8 @@ dist.destroy_process_group()
 
 
 def test_two_ranks_are_one_batch(tmp_path: Path) -> None:
-    """With sync, or a group to take the mean over, two processes with uneven shares give the output, gradients and
-    running mean of the joint batch; in evaluation without running statistics each has the mean of its own."""
+    """With sync, two processes with uneven shares give the output, gradients and running mean of the joint batch; in
+    evaluation without running statistics each has the mean of its own."""
     joint = {"x": torch.randn(8, 4, dtype=torch.float64) + 3, "u": torch.randn(8, 4, dtype=torch.float64)}
     torch.save(joint, tmp_path / "joint.pt")
     root = Path(__file__).parent.parent
