@@ -322,6 +322,10 @@ def norm_with_activation(model: Any) -> None:
     model.bn = Act(4)
 
 
+def forward_put_on_the_norm(model: Any) -> None:
+    model.bn.forward = lambda x: x * 100
+
+
 def pruned(model: Any) -> None:
     torch.nn.utils.parametrizations.spectral_norm(model.conv)
 
@@ -335,6 +339,7 @@ STATES = {
     "no running statistics": (untracked, "track_running_stats"),
     "forward of its own": (other_forward, "way of its own"),
     "norm with activation": (norm_with_activation, "forward of its own"),
+    "forward put on the norm": (forward_put_on_the_norm, "forward of its own"),
     "other parametrization": (pruned, "parametrization"),
 }
 
@@ -647,6 +652,20 @@ def test_nets_built_with_mean_only_fold_by_tracing(caplog: Any) -> None:
     assert [type(m).__name__ for m in model] == ["Conv2d", "Identity", "ReLU", "MeanOnlyBatchNorm2d"]
     assert difference(model(x), expected) < 1e-5
     assert "3 is kept" in caplog.text
+
+
+def test_a_norm_that_moved_to_another_net_leaves_its_old_layer_alone(caplog: Any) -> None:
+    """What stood before a norm when it was converted may be no part of the net that is folded: the norm stays there."""
+    first = wn.apply_weight_norm(lived(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))), batch_norm="mean-only")
+    second = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), first[1]).eval()
+    x, y = torch.randn(6, 3), torch.randn(6, 5)
+    expected = first(x), second(y)
+    wn.fold_weight_norm(second)
+    assert first[0].bias is None
+    assert isinstance(second[2], wn.MeanOnlyBatchNorm1d)
+    assert "2 is kept" in caplog.text
+    assert torch.equal(first(x), expected[0])
+    assert torch.equal(second(y), expected[1])
 
 
 # Files ---------------------------------------------------------------------------------------------------

@@ -293,6 +293,7 @@ def test_pairs_are_rekeyed_not_recomputed(start, end):
     assert sd == {"x": sd["x"], **pair(g, v, end), "y": sd["y"]}
     assert list(sd)[1:3] == list(pair(g, v, end))
     assert [s.name for s in report.rekeyed] == ["c.weight"]
+    assert report.assumptions == ()
     again = convert_state(sd, layout=end)
     assert again.steps == ()
     assert "already" in again.skipped[0].reason

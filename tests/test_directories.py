@@ -172,6 +172,15 @@ def test_a_single_file_directory_and_a_file_out_of_a_directory(tmp_path: Path) -
     assert torch.equal(safetensors.torch.load_file(single / "model.safetensors")["c.weight"], compose(*pair()))
 
 
+def test_a_file_out_of_a_directory_replaces_no_shard_of_it(tmp_path: Path) -> None:
+    """One file for all shards, put where one of them lies, would be the end of the input: force is no reason."""
+    source = hub(tmp_path / "a")
+    before = contents(source)
+    with pytest.raises(OutputExistsError):
+        fold_checkpoint(source, source / f"{A}.safetensors", force=True)
+    assert contents(source) == before
+
+
 def link_shard(folder: Path) -> None:
     (folder / f"{A}.safetensors").rename(folder.parent / "elsewhere")
     (folder / f"{A}.safetensors").symlink_to(folder.parent / "elsewhere")
@@ -334,6 +343,22 @@ def test_two_writers_do_not_mix(tmp_path: Path) -> None:
         with staging.file("x") as file:
             file.write(b"1")
     assert contents(tmp_path / "b") == {"x": b"1"}
+
+
+def test_what_other_work_left_is_not_resumed(tmp_path: Path) -> None:
+    """A run goes on with the files of one broken off only where both do the same work."""
+    from wnsurgery.stores.staging import staged
+
+    for work, there in (("one", False), ("one", True), ("two", False)):
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            staged(tmp_path / "b", work, force=False, resume=True) as staging,
+        ):
+            assert staging.has("a") == there
+            with staging.file("a") as file:
+                file.write(b"1")
+            raise KeyboardInterrupt
+    assert not (tmp_path / "b").exists()
 
 
 # torch's distributed checkpoints -------------------------------------------------------------------------

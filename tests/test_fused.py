@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import wnsurgery as wn
 from wnsurgery import fused, row_threads
-from wnsurgery.reparam import Axes, compose, decompose, first_order_gradients
+from wnsurgery.reparam import Axes, compose, decompose, first_order_gradients, is_readable
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking a process that has threads
 
@@ -228,6 +228,18 @@ def test_a_batch_of_gradients_of_a_large_weight() -> None:
     for i, up in enumerate(ups):
         for many, one in zip(together, torch.autograd.grad(w, [g, v], up, retain_graph=True), strict=True):
             torch.testing.assert_close(many[i], one, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_negated_without_a_copy() -> None:
+    """torch may hand out -u as u's memory with a bit beside it: the kernels, which see memory alone, get -u."""
+    g, v = (x.requires_grad_() for x in pair((700, 700), Axes((0,))))
+    assert fused.start()
+    w = compose(g, v, Axes((0,)))
+    up = torch.randn(700, 700)
+    assert is_readable(up, v)
+    assert not is_readable(torch._neg_view(up), v)
+    found, wanted = (torch.autograd.grad(w, [v], u, retain_graph=True)[0] for u in (torch._neg_view(up), -up))
+    assert torch.equal(found, wanted)
 
 
 def _train(model: nn.Module, steps: int) -> list[float]:

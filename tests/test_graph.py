@@ -562,6 +562,20 @@ def test_a_weight_that_is_an_output_keeps_its_name(tmp_path: Path) -> None:
     np.testing.assert_allclose(_run(tmp_path / "b.onnx", X)[0], _exact(G, V, 1), rtol=2e-7)
 
 
+def test_a_norm_that_is_an_output_stays(tmp_path: Path) -> None:
+    """Graphs may hand out ||v|| as well: the weight folds, and the norm is computed for the output alone."""
+    body = "n = ReduceL2(v, axes) q = Div(g, n) w = Mul(q, v) y = Gemm <transB = 1> (x, w)"
+    model = onnx.load(_save(tmp_path / "a.onnx", body, g=G, v=V, axes=AXES))
+    model.graph.output.append(helper.make_tensor_value_info("n", onnx.TensorProto.FLOAT, [4, 1]))
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    before = _run(tmp_path / "a.onnx", X)
+    report = fold_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert len(report.found) == 1
+    assert [output.name for output in onnx.load(tmp_path / "b.onnx").graph.output] == ["y", "n"]
+    for found, wanted in zip(_run(tmp_path / "b.onnx", X), before, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_weight_norm_inside_a_branch_is_folded(tmp_path: Path) -> None:
     """The arithmetic may stand in the branches of an If, over weights of the graph around it."""
     body = """t = ReduceSum <keepdims = 0> (x) o = Greater(t, zero)

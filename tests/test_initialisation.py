@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import wnsurgery as wn
 
-from nets import Branches, net
+from nets import Branches, net, same_bits
 
 
 def first_call_statistics(model: nn.Module, x: Any) -> dict[str, tuple[float, float]]:
@@ -148,6 +148,23 @@ def test_constant_channels_keep_their_parameters() -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
     single = wn.data_dependent_init(model, x[:1])  # one sample: nothing varies
     assert all(len(layer.constant) == layer.channels for layer in single.initialised)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "shared"])
+def test_a_bias_that_may_not_be_set_keeps_its_bits(kind: str) -> None:
+    """A frozen bias, and one that two layers have, stay; g is set all the same, and the output comes with that bias."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    if kind == "frozen":
+        model[0].bias.requires_grad_(False)
+    else:
+        model[2].bias = model[0].bias
+    wn.apply_weight_norm(model)
+    before = model[0].bias.detach().clone()
+    x = torch.randn(64, 8) + 1
+    wn.data_dependent_init(model, x)
+    assert same_bits(model[0].bias, before)
+    assert torch.allclose(model[0](x).std(0, unbiased=False), torch.ones(8), atol=1e-4)
 
 
 def test_leaves_everything_else_as_it_was() -> None:
@@ -335,7 +352,7 @@ def test_errors() -> None:
     with pytest.raises(wn.SelectionError, match="apply_weight_norm first"):
         wn.data_dependent_init(nn.Linear(3, 2), x)
     model = wn.apply_weight_norm(nn.Linear(3, 2))
-    for options in ({"include": "nope"}, {"init_scale": 0.0}, {"init_scale": float("nan")}):
+    for options in ({"include": "nope"}, {"init_scale": 0.0}, {"init_scale": float("nan")}, {"init_scale": True}):
         with pytest.raises(wn.SelectionError):
             wn.data_dependent_init(model, x, **options)  # type: ignore[arg-type]
     for options in ({"init": "data"}, {"data": x}, {"init": "zeros"}):

@@ -144,6 +144,20 @@ def test_training_and_evaluation_take_turns(size: int) -> None:
         optimizer.zero_grad()
 
 
+def test_a_fused_step_that_moves_one_row_is_seen() -> None:
+    """torch's fused optimizers count no version, and what they moved may lie beside the bytes that are compared."""
+    torch.manual_seed(0)
+    net, x = wn.apply_weight_norm(nn.Linear(64, 2048, bias=False)), torch.randn(4, 64)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5, fused=True)
+    net(x)[:, 5].square().sum().backward()
+    with torch.no_grad():
+        before = [net(x) for _ in range(2)][-1]
+        optimizer.step()
+        after = net(x)
+        assert same_bits(after, wn.fold_weight_norm(copy.deepcopy(net))(x))
+    assert not torch.equal(after[:, 5], before[:, 5])
+
+
 def test_a_weight_somebody_holds_is_left_alone() -> None:
     """Memory is used again only when the last weight computed in it is gone, views, graphs and arrays included."""
     module = layer(300)
@@ -304,6 +318,28 @@ def test_rooms_lend_once() -> None:
     assert rooms.take("w", like) is not None
     assert rooms.take("w", torch.zeros(1 << 16, dtype=torch.float64)).dtype == torch.float64  # type: ignore[union-attr]
     assert rooms.take("w", torch.zeros((1 << 16) - 1)) is None
+
+
+@pytest.mark.parametrize("change", ["freed", "shared", "inference"])
+def test_memory_that_is_no_longer_ours_is_not_lent_again(change: str) -> None:
+    """A loan whose storage was freed, is shared with other processes or came of inference mode is the last of it."""
+    rooms, like = Rooms(), torch.zeros(1 << 16)
+    with torch.inference_mode(change == "inference"):
+        loan = rooms.take("w", like)
+    assert loan is not None
+    if change == "freed":
+        loan.untyped_storage().resize_(0)
+    elif change == "shared":
+        loan.share_memory_()
+    at = loan.data_ptr()
+    del loan
+    new = rooms.take("w", like)
+    assert new is not None
+    assert new.untyped_storage().nbytes() == like.nbytes
+    assert new.data_ptr() != at
+    assert not new.is_shared()
+    assert not new.is_inference()
+    new.fill_(1.0)
 
 
 @pytest.mark.parametrize("size", [6, 1200])  # the memory of the larger goes back to the system

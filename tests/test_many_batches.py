@@ -278,6 +278,25 @@ def test_the_same_result_whatever_the_timing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_random_numbers_of_a_batch_are_the_same_each_time() -> None:
+    """Where passes are run again rather than kept, each batch draws what it drew at first."""
+    drawn: dict[float, list[Tensor]] = {}
+
+    class Draw(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            drawn.setdefault(x[0, 0].item(), []).append(torch.rand(8))
+            return x
+
+    model = wn.apply_weight_norm(nn.Sequential(Draw(), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)))
+    wn.data_dependent_init(model, list(torch.randn(20, 5).split(7)), memory="recompute")
+    assert len(drawn) == 3
+    for draws in drawn.values():
+        assert len(draws) > 1
+        assert all(torch.equal(draw, draws[0]) for draw in draws)
+    firsts = [draws[0] for draws in drawn.values()]
+    assert not torch.equal(firsts[0], firsts[1])
+
+
 def test_threads_inherit_the_callers_modes() -> None:
     """Every batch runs under the caller's grad mode, autocast, default device and inference mode."""
     seen: list[tuple[Any, ...]] = []

@@ -89,6 +89,13 @@ def test_without_statistics_evaluation_uses_the_batch() -> None:
     assert not norm.state_dict()
     x = torch.randn(5, 3) + 4
     torch.testing.assert_close(norm(x).mean(0), torch.zeros(3), atol=1e-6, rtol=0)
+    assert torch.equal(norm(torch.ones(1, 3)), torch.zeros(1, 3))  # one value per channel is its own mean
+
+
+def test_a_process_group_asks_for_its_ranks() -> None:
+    """Whoever names the ranks wants the mean over them."""
+    assert MeanOnlyBatchNorm1d(3, process_group=object()).sync is True
+    assert MeanOnlyBatchNorm1d(3).sync is False
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -189,13 +196,17 @@ out = norm(x)
 (grad,) = torch.autograd.grad((out**3 * joint["u"][rows]).sum(), x, create_graph=True)
 (second,) = torch.autograd.grad(grad.square().sum(), x)
 found = {"out": out.detach(), "grad": grad.detach(), "second": second, "mean": norm.running_mean}
+norm = MeanOnlyBatchNorm1d(4, track_running_stats=False, sync=True).double()
+found["trained"] = norm(x).detach()
+found["evaluated"] = norm.eval()(x).detach()
 torch.save(found, f"{where}/{rank}.pt")
 dist.destroy_process_group()
 """
 
 
 def test_two_ranks_are_one_batch(tmp_path: Path) -> None:
-    """With sync, two processes with uneven shares give the output, gradients and running mean of the joint batch."""
+    """With sync, two processes with uneven shares give the output, gradients and running mean of the joint batch; in
+    evaluation without running statistics each has the mean of its own."""
     joint = {"x": torch.randn(8, 4, dtype=torch.float64) + 3, "u": torch.randn(8, 4, dtype=torch.float64)}
     torch.save(joint, tmp_path / "joint.pt")
     root = Path(__file__).parent.parent
@@ -214,7 +225,9 @@ def test_two_ranks_are_one_batch(tmp_path: Path) -> None:
     out = norm(x)
     (grad,) = torch.autograd.grad((out**3 * joint["u"]).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(grad.square().sum(), x)
-    for name, whole in (("out", out.detach()), ("grad", grad.detach()), ("second", second)):
+    wanted = {"out": out.detach(), "grad": grad.detach(), "second": second, "trained": out.detach()}
+    for name, whole in wanted.items():
         torch.testing.assert_close(torch.cat([p[name] for p in parts]), whole)
-    for part in parts:
+    for part, rows in zip(parts, joint["x"].split([3, 5]), strict=True):
         torch.testing.assert_close(part["mean"], norm.running_mean)
+        torch.testing.assert_close(part["evaluated"], rows - rows.mean(0))

@@ -128,7 +128,7 @@ def test_autocast(name: str) -> None:
         assert same_bits(model(x), twin(x))
         loss = model(x).float().square().sum()
     loss.backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_gradient_checkpointing() -> None:

@@ -292,6 +292,16 @@ def test_named_groups() -> None:
     assert optimizer.param_groups[0]["param_names"] == [n for n, _ in model.named_parameters()]
 
 
+def test_names_of_parameters_that_go_with_their_batch_norm_go_too() -> None:
+    """A folded norm's scale and shift leave the optimizer, and the names beside the others stay theirs."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).eval()
+    optimizer = torch.optim.AdamW(model.named_parameters(), 1e-3)
+    wn.apply_weight_norm(model, batch_norm="fold", optimizer=optimizer)
+    (group,) = optimizer.param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
+    assert group["param_names"] == [n for n, _ in model.named_parameters()]
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_folding_from_separate_groups(name: str) -> None:
     """With g and v in groups of their own, w goes to v's group; the emptied group stays and steps go on."""
@@ -310,6 +320,29 @@ def test_folding_from_separate_groups(name: str) -> None:
     assert losses[-1] < losses[0]
     fresh = copy.deepcopy(optimizer)
     fresh.load_state_dict(optimizer.state_dict())
+
+
+def test_averages_of_different_decay_are_joined_as_means() -> None:
+    """g's average falls short of a mean by 1 - 0.5^2 after two steps, v's by 1 - 0.9^2, and w's is in v's group."""
+    torch.manual_seed(0)
+    layer = wn.apply_weight_norm(nn.Linear(4, 3, bias=False).double())
+    g, v = layer.parametrizations.weight.parameters()
+    with torch.no_grad():
+        g.mul_(1.5)
+    optimizer = torch.optim.Adam([{"params": [g], "betas": (0.5, 0.999)}, {"params": [v]}], lr=0.0)
+    ups = torch.randn(2, 3, 4, dtype=torch.float64)
+    for up in ups:
+        optimizer.zero_grad()
+        layer.weight.backward(up)
+        optimizer.step()
+    unit = v.detach() / v.detach().norm(dim=1, keepdim=True)
+    along = [(up * unit).sum(1, keepdim=True) * unit for up in ups]
+    across = [up - part for up, part in zip(ups, along, strict=True)]
+    of_g = (0.5 * 0.5 * along[0] + 0.5 * along[1]) / (1 - 0.5**2)
+    of_v = (0.9 * 0.1 * across[0] + 0.1 * across[1]) / (1 - 0.9**2)
+    wn.fold_weight_norm(layer, optimizer=optimizer)
+    found = optimizer.state[layer.weight]["exp_avg"]
+    torch.testing.assert_close(found, (of_g + of_v) * (1 - 0.9**2), rtol=1e-10, atol=1e-12)
 
 
 def test_several_optimizers_and_strangers() -> None:
@@ -420,6 +453,21 @@ def test_16_bit_weights(name: str, dtype: torch.dtype) -> None:
     run(model, optimizer, 2)
 
 
+def test_state_wider_than_its_weight_stays_wide() -> None:
+    """Momentum that somebody keeps in float32 beside a bfloat16 weight is float32 for v, and for w again."""
+    layer = nn.Linear(4, 3, bias=False).bfloat16()
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
+    momentum = torch.randn(3, 4)
+    optimizer.state[layer.weight]["momentum_buffer"] = momentum
+    wn.apply_weight_norm(layer, optimizer=optimizer)
+    g, v = layer.parametrizations.weight.parameters()
+    assert v.dtype == torch.bfloat16
+    assert [optimizer.state[p]["momentum_buffer"].dtype for p in (g, v)] == [torch.float32] * 2
+    wn.fold_weight_norm(layer, optimizer=optimizer)
+    found = optimizer.state[layer.weight]["momentum_buffer"]
+    torch.testing.assert_close(found, momentum, rtol=1e-5, atol=1e-5)
+
+
 def test_zero_rows() -> None:
     """Rows of zeros get finite state: g what lies along their new direction, v nothing; g = 0 folds finitely."""
     model = nn.Linear(3, 2, bias=False)
@@ -476,6 +524,26 @@ def test_unknown_state_starts_anew_for_converted_weights_only(caplog: pytest.Log
     wn.renormalize_(model, "unit", optimizer=optimizer)
     wn.fold_weight_norm(model, optimizer=optimizer)
     run(model, optimizer, 1)
+
+
+def test_state_of_g_in_another_shape_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Momentum of g that cannot be its own is dropped, said once; the weight goes on with what v had."""
+    found = []
+    for put in (torch.ones(7), torch.zeros(3, 1)):
+        torch.manual_seed(0)
+        layer = wn.apply_weight_norm(nn.Linear(4, 3, bias=False))
+        g, v = layer.parametrizations.weight.parameters()
+        optimizer = torch.optim.SGD([g, v], 0.1, momentum=0.9)
+        optimizer.state[g]["momentum_buffer"] = put
+        optimizer.state[v]["momentum_buffer"] = torch.ones(3, 4)
+        with caplog.at_level(logging.WARNING, "wnsurgery"):
+            wn.fold_weight_norm(layer, optimizer=optimizer)
+        assert list(optimizer.state) == [layer.weight]
+        found.append(optimizer.state[layer.weight]["momentum_buffer"])
+    assert torch.equal(*found)
+    assert [r.message for r in caplog.records] == [
+        "SGD: no rule for its state (momentum_buffer), which starts anew for 1 weights"
+    ]
 
 
 def test_refusals_leave_model_and_optimizer_alone(monkeypatch: pytest.MonkeyPatch) -> None:

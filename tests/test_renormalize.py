@@ -204,6 +204,21 @@ def test_frozen_and_tied_and_pending() -> None:
     assert same_bits(model(ids), output)
 
 
+def test_a_direction_under_two_magnitudes_aims_at_the_first() -> None:
+    """One v that two weights have is rescaled once, to the length that the first of them wants."""
+    torch.manual_seed(0)
+    model = wn.apply_weight_norm(nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(3, 4)}))
+    first, second = (model[name].parametrizations.weight for name in "ab")
+    second.original1 = first.original1
+    with torch.no_grad():
+        first.original0.mul_(10)
+        second.original0.mul_(100)
+    report = wn.renormalize_(model, "magnitude")
+    assert [weight.name for weight in report.weights] == ["a.weight"]
+    ratios = first.original1.norm(dim=1, keepdim=True) / first.original0.abs()
+    assert 0.7 < ratios.min() <= ratios.max() < 1.42
+
+
 def test_selection_and_errors() -> None:
     """Only what is included is rescaled; wrong aims, names, models and directions are errors that change nothing."""
     model = trained(wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))))
@@ -254,6 +269,19 @@ def test_projection_holds_unit_norm(magnitude: Any) -> None:
     handle.remove()
     fit(model, optimizer, 3)
     assert (model[0].parametrizations.weight.original1.norm(dim=1) > 1 + 1e-6).any()
+
+
+def test_projection_leaves_a_frozen_direction_alone() -> None:
+    """Where v is frozen, neither the first projection nor those after steps touch a bit of it."""
+    model = wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)))
+    frozen, other = (model[i].parametrizations.weight.original1 for i in (0, 2))
+    frozen.requires_grad_(False)
+    before = frozen.clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    with wn.keep_unit_norm(model, optimizer):
+        fit(model, optimizer, 2)
+        torch.testing.assert_close(other.norm(dim=1), torch.ones(2))
+    assert same_bits(frozen, before)
 
 
 @pytest.mark.parametrize("magnitude", ["linear", "log"])
@@ -307,6 +335,20 @@ def test_freezing(magnitude: Any) -> None:
     for at in ("none", -1.0, math.inf, None, True, [1.0], "1.0"):
         with pytest.raises(wn.SelectionError):
             wn.freeze_magnitude(model, at=at)  # type: ignore[arg-type]
+
+
+def test_freezing_lets_a_waiting_gradient_go() -> None:
+    """A step between freezing and the next backward pass leaves g where it was frozen."""
+    model = wn.apply_weight_norm(nn.Linear(3, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    g, v = model.parametrizations.weight.parameters()
+    model(torch.randn(5, 3)).square().sum().backward()
+    before = g.detach().clone(), v.detach().clone()
+    wn.freeze_magnitude(model)
+    assert g.grad is None
+    optimizer.step()
+    assert same_bits(g, before[0])
+    assert not torch.equal(v, before[1])
 
 
 @pytest.mark.parametrize("magnitude", ["linear", "log"])

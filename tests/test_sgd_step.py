@@ -160,6 +160,21 @@ def test_a_gradient_that_somebody_saw_is_stepped_by_torch(runs: list[int]) -> No
     same(ours, theirs)
 
 
+def test_a_gradient_negated_without_a_copy_moves_as_any_other(runs: list[int]) -> None:
+    """A gradient put on the weight as -u, which is u's memory with a bit beside it, moves g and v as a copy does."""
+    up, found = torch.randn(300, 300, generator=torch.Generator().manual_seed(1)), []
+    for grad in (torch._neg_view(up), -up):
+        torch.manual_seed(0)
+        layer = wn.apply_weight_norm(nn.Linear(300, 300, bias=False), mode="deferred")
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        layer.weight.grad = grad
+        optimizer.step()
+        found.append(layer.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name])
+    assert runs == [1]
+
+
 @pytest.mark.parametrize(
     "how", ["closure", "foreach", "maximize", "tensor", "pre hook", "post hook", "global", "subclass", "adam", "scaler"]
 )

@@ -116,6 +116,14 @@ def test_safetensors_metadata_ties_and_strides(tmp_path):
         assert all(torch.equal(file.get_tensor(k), v) for k, v in content.items())
 
 
+@pytest.mark.parametrize("length", range(1, 10))
+def test_the_data_of_a_safetensors_file_is_aligned(tmp_path, length):
+    """However long the names are, tensors start at a multiple of eight bytes."""
+    write_store(tmp_path / "x.safetensors", Stored({"n" * length: torch.ones(3)}, "safetensors"))
+    (header,) = struct.unpack("<Q", (tmp_path / "x.safetensors").read_bytes()[:8])
+    assert (8 + header) % 8 == 0
+
+
 def test_nan_and_infinity_survive(tmp_path):
     """Values that are not finite come back bit for bit from both formats."""
     x = torch.tensor([0x7FC00001, 0x7F800000, -0x800000, -0x80000000]).int().view(torch.float32)

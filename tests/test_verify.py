@@ -24,6 +24,7 @@ from wnsurgery.errors import InputError, InputMissingError, SelectionError, Unsa
 from wnsurgery.export import export_onnx
 from wnsurgery.graph import fold_onnx
 from wnsurgery.graph_inputs import rows_indexed
+from wnsurgery.onnx_weights import contradictions
 from wnsurgery.surgery import apply_weight_norm
 from wnsurgery.verification import verify
 
@@ -547,6 +548,17 @@ def test_tables_are_tried_in_every_row_that_there_is_room_for(tmp_path: Path, ro
     assert "off by" in verify(a, b).problems[0]
 
 
+@pytest.mark.parametrize("rows", [(40, 64), (64, 40)])
+def test_indices_fit_the_smaller_table_of_two_graphs(tmp_path: Path, rows: tuple[int, int]) -> None:
+    """Tables that agree as far as both go give the same outputs, whichever graph has the longer one."""
+    table = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)
+    a, b = (_lookup(tmp_path / f"{number}.onnx", table[:number], "table") for number in rows)
+    report = verify(a, b)
+    assert report.notes == ()
+    assert report.outputs
+    assert all(outputs.ok for outputs in report.outputs)
+
+
 def test_embeddings_of_a_module_are_tried_in_more_than_two_rows(tmp_path: Path) -> None:
     """An embedding that is wrong in a row which the ids reach, under another name than the graph's, fails."""
     torch.manual_seed(0)
@@ -603,6 +615,23 @@ def test_names_that_exporters_make_up_may_change_places(tmp_path: Path) -> None:
     a = graph("a.onnx", ["w1", "w2", "w3"])
     verify(a, graph("b.onnx", ["w2", "w1", "other"])).raise_for_status()
     assert "w3: 1 elements differ" in verify(a, graph("c.onnx", ["w1", "other", "w3"], bit=1)).problems[0]
+
+
+def test_a_weight_that_a_graph_holds_the_other_way_round_is_no_contradiction() -> None:
+    """Exporters transpose: a square weight under its own name may have its axes in the other order."""
+    a = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
+    assert contradictions({"w": a}, {"w": a.T.copy()}, renamed=False) == ([], [])
+    problems, merged = contradictions({"w": a}, {"w": a[::-1].copy()}, renamed=False)
+    assert (len(problems), merged) == (1, [])
+
+
+def test_a_batch_norm_that_is_still_there_excuses_no_other_weight() -> None:
+    """Rows that are scaled are a merged batch norm only where its variance is gone, not where it has another name."""
+    a, variance = np.random.default_rng(0).random((3, 5), np.float32), np.ones(3, np.float32)
+    known, scaled = {"w": a, "bn.running_var": variance}, a * np.float32([[2], [3], [4]])
+    problems, merged = contradictions(known, {"w": scaled, "var": variance}, renamed=False)
+    assert (len(problems), merged) == (1, [])
+    assert contradictions(known, {"w": scaled}, renamed=False) == ([], ["w"])
 
 
 def test_swapped_weights_of_a_checkpoint_fail_against_the_graph(tmp_path: Path) -> None:

@@ -82,10 +82,10 @@ class MeanOnlyBatchNorm(nn.Module):
             raise ValueError(f"expected {self.num_features} channels on axis 1 (got {input.shape[1]})")
 
     def _batch_mean(self, input: Tensor) -> Tensor:
-        """Mean per channel over batch and positions, of all ranks if asked for, in at least float32."""
+        """Mean per channel over batch and positions, in training of all ranks if asked for, in at least float32."""
         axes = [0, *range(2, input.dim())]
         wide = _wide(input.dtype)
-        if self.sync and _ranks(self.process_group) > 1:
+        if self.training and self.sync and _ranks(self.process_group) > 1:
             total = input.sum(axes, dtype=wide)
             count = torch.full_like(total[:1], input.numel() // input.shape[1])
             sums = _AllReduce.apply(torch.cat([total, count]), self.process_group)  # type: ignore[no-untyped-call]
@@ -129,7 +129,8 @@ _DOC = """Mean-only batch normalization of {shapes}, channels on axis 1.
         momentum: running_mean <- (1 - momentum) running_mean + momentum mean, as in torch's BatchNorm (the paper's code
             uses 0.1); None gives the average of all batches.
         bias: learn b, one value per channel; without it, b = 0.
-        track_running_stats: keep `running_mean` and `num_batches_tracked`; without them evaluation uses the batch.
+        track_running_stats: keep `running_mean` and `num_batches_tracked`; without them evaluation uses the batch, on
+            each rank its own.
         sync: take the mean over all ranks of `torch.distributed` in training, gradients included, as SyncBatchNorm
             does; every rank must take part in every step.
         process_group: the ranks to take it over, None for all; giving one implies `sync`.
