@@ -38,6 +38,7 @@ from wnsurgery.loading import load_model, load_object, load_tensors
 from wnsurgery.reparam import compose
 from wnsurgery.states import every_tensor
 from wnsurgery.stores.dcp import map_distributed
+from wnsurgery.stores.staging import staged
 from wnsurgery.surgery import apply_weight_norm
 from wnsurgery.verification import verify
 
@@ -301,6 +302,40 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     assert not staged.parent.exists()
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_run_killed_once_its_output_is_in_place(exchange: bool, tmp_path: Path) -> None:
+    """The next run with --resume does not take the old output, which is in the staging directory now, for its own."""
+    source, out = hub(tmp_path / "a"), tmp_path / "out"
+    out.mkdir()
+    for name in (A, B):
+        safetensors.torch.save_file({"old": torch.ones(3)}, out / f"{name}.safetensors")
+    fold_checkpoint(source, tmp_path / "expected")
+    code = (
+        "import os, signal, sys, wnsurgery.stores.staging as s\nfrom wnsurgery.files import fold_checkpoint\n"
+        "s._Root.remove = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "rename = s._rename\n"
+        "if sys.argv[3] == 'False':\n    s._rename = lambda a, b, flag: flag != s._EXCHANGE and rename(a, b, flag)\n"
+        "fold_checkpoint(sys.argv[1], sys.argv[2], force=True, resume=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, source, out, str(exchange)], check=False, cwd=Path.cwd())
+    assert done.returncode == -signal.SIGKILL
+    assert contents(out) == contents(tmp_path / "expected")
+    fold_checkpoint(source, out, force=True, resume=True)
+    assert contents(out) == contents(tmp_path / "expected")
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "out", "expected"}
+
+
+def test_a_run_killed_between_the_two_renames(tmp_path: Path) -> None:
+    """Where directories cannot be exchanged, the next run puts the old output back before it does anything."""
+    old = tmp_path / ".out.partial" / "old"
+    old.mkdir(parents=True)
+    (old / "x").write_bytes(b"1")
+    with pytest.raises(OutputExistsError), staged(tmp_path / "out", "work", force=False, resume=False):
+        assert contents(tmp_path / "out") == {"x": b"1"}
+    assert contents(tmp_path / "out") == {"x": b"1"}
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
 def test_a_file_whose_comparison_failed_is_not_kept_for_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,8 +360,6 @@ def test_a_file_whose_comparison_failed_is_not_kept_for_the_next_run(
 
 def test_two_writers_do_not_mix(tmp_path: Path) -> None:
     """While one run writes a directory, a second one is refused and the first is not disturbed."""
-    from wnsurgery.stores.staging import staged
-
     source = hub(tmp_path / "a")
     with staged(tmp_path / "b", "work", force=False, resume=False) as staging:
         with pytest.raises(OutputError, match="another run"):

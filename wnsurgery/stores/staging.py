@@ -101,11 +101,11 @@ def staged(output: Path, work: str, *, force: bool, resume: bool) -> Iterator[St
     mine = _Root(root)
     try:
         mine.lock(output)
-        payload = _prepared(root, work, resume)
+        payload = _prepared(root, output, work, resume)
         mine.keep = resume
         yield Staging(payload)
         _sync(payload)
-        _publish(payload, output, root / "old", force)
+        _publish(root, output, force)
         mine.keep = False
     except OSError as error:
         if isinstance(error, OutputError) or error.errno is None:
@@ -167,8 +167,11 @@ def _lock(root: Path, output: Path) -> int:
     raise OutputError(f"{output}: another run is writing it")
 
 
-def _prepared(root: Path, work: str, resume: bool) -> Path:
-    payload, note = root / "payload", root / "work"
+def _prepared(root: Path, output: Path, work: str, resume: bool) -> Path:
+    payload, note, old = root / "payload", root / "work", root / "old"
+    if old.exists() and not output.exists():
+        old.rename(output)  # a run was killed between the two renames that replace a directory
+    shutil.rmtree(old, ignore_errors=True)
     same = note.is_file() and note.read_text(encoding="ascii", errors="replace") == work
     if not (resume and same):
         shutil.rmtree(payload, ignore_errors=True)
@@ -179,13 +182,16 @@ def _prepared(root: Path, work: str, resume: bool) -> Path:
     return payload
 
 
-def _publish(payload: Path, output: Path, old: Path, force: bool) -> None:
+def _publish(root: Path, output: Path, force: bool) -> None:
+    payload, old = root / "payload", root / "old"
     if not output.exists():
         if not _rename(payload, output, _NOREPLACE):
             payload.rename(output)
         return
     if not force:
         raise OutputExistsError(f"{output}: already exists", hint="force=True (--force) replaces it")
+    (root / "work").unlink()  # it must not vouch for the old output, which an exchange puts in the new one's place
+    _sync(root)
     if _rename(payload, output, _EXCHANGE):
         return
     output.rename(old)
