@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+from wnsurgery import directory
 from wnsurgery.errors import (
     InputError,
     OutputError,
@@ -367,6 +368,48 @@ def test_two_writers_do_not_mix(tmp_path: Path) -> None:
         with staging.file("x") as file:
             file.write(b"1")
     assert contents(tmp_path / "b") == {"x": b"1"}
+
+
+def test_a_run_that_ends_does_not_clear_up_after_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock goes last, so that a run which starts meanwhile is refused or keeps its files."""
+    out = tmp_path / "out"
+    remove, second = os.unlink, contextlib.ExitStack()
+    begun = []
+
+    def meanwhile(path: Any, *args: Any, **options: Any) -> None:
+        remove(path, *args, **options)
+        if Path(path).name == "lock" and not begun:
+            begun.append(second.enter_context(staged(out, "work", force=True, resume=False)))
+            with begun[0].file("x") as file:
+                file.write(b"2")
+
+    for name in ("unlink", "remove"):
+        monkeypatch.setattr(os, name, meanwhile)
+    with second:
+        with staged(out, "work", force=False, resume=False) as staging:
+            with staging.file("x") as file:
+                file.write(b"1")
+            with staging.file("y") as file:
+                file.write(b"1")
+        assert contents(out) == {"x": b"1", "y": b"1"}
+    assert begun
+    assert contents(out) == {"x": b"2"}
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_file_that_goes_while_the_directory_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory takes its place with all its files or not at all."""
+    source = hub(tmp_path / "a")
+    write = directory._write_all
+
+    def losing(staging: Any, *rest: Any) -> None:
+        write(staging, *rest)
+        (staging.payload / "config.json").unlink()
+
+    monkeypatch.setattr(directory, "_write_all", losing)
+    with pytest.raises(OutputError, match="came or went"):
+        fold_checkpoint(source, tmp_path / "b")
+    assert {p.name for p in tmp_path.iterdir()} == {"a"}
 
 
 # torch's distributed checkpoints -------------------------------------------------------------------------

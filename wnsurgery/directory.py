@@ -79,6 +79,8 @@ def deliver_directory(
             _write_all(staging, mine, maker)
             maker.learn(ranks.gather(maker.findings()))
             if ranks.rank == 0:
+                if list_files(staging.payload) != sorted(name for name, _, _ in files):
+                    raise OutputError(f"{target}: files of it came or went while it was written; nothing was written")
                 if output.strict or output.manifest is not None:
                     maker.run_all()  # what an earlier run wrote has its warnings, too
                 folder.source.check_all()

@@ -145,14 +145,28 @@ class _Root:
                 self.path.rmdir()  # made, but not locked yet; another run's is not empty
             return
         if not self.keep:
-            shutil.rmtree(self.path, ignore_errors=True)
+            self._clear()
         with contextlib.suppress(OSError):
             os.close(self.handle)
         self.handle = None
 
+    def _clear(self) -> None:
+        """Remove everything, the lock last: once it is gone another run may start here."""
+        with contextlib.suppress(OSError):
+            for path in self.path.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != "lock":
+                    path.unlink()
+            (self.path / "lock").unlink()
+            self.path.rmdir()
+
 
 def _lock(root: Path, output: Path) -> int:
-    handle = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        handle = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:  # a run that ends has removed the directory since we made it
+        raise OutputError(f"{output}: another run is writing it") from None
     try:
         import fcntl
 
