@@ -127,9 +127,10 @@ def test_several_processes_fold_one_directory(tmp_path: Path, world: int) -> Non
     )
 
 
-def test_an_error_in_one_process_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["failing_fold", "failing_first"])
+def test_an_error_in_one_process_leaves_nothing(case: str, tmp_path: Path) -> None:
     """Where one of several processes fails at its share, all fail, and neither output nor litter is left."""
     source = shards(tmp_path / "source")
-    run(tmp_path, 2, "failing_fold")
+    run(tmp_path, 2, case)
     left = {p.name for p in tmp_path.iterdir() if not p.name.startswith("store")}
     assert left == {"source"}, source

@@ -39,7 +39,7 @@ from wnsurgery.loading import load_model, load_object, load_tensors
 from wnsurgery.reparam import compose
 from wnsurgery.states import every_tensor
 from wnsurgery.stores.dcp import map_distributed
-from wnsurgery.stores.staging import staged
+from wnsurgery.stores.staging import Staging, staged
 from wnsurgery.surgery import apply_weight_norm
 from wnsurgery.verification import verify
 
@@ -357,6 +357,39 @@ def test_a_file_whose_comparison_failed_is_not_kept_for_the_next_run(
             fold_checkpoint(source, tmp_path / "out", resume=True)
     report = fold_checkpoint(source, tmp_path / "out", resume=True)
     assert report.proof is not None and report.proof.max_ulp is not None
+
+
+@pytest.mark.parametrize(("first", "then"), [({"zero_norm": "zero"}, {"zero_norm": "nan"}), ({}, {"magnitude": "log"})])
+def test_a_run_with_other_options_is_other_work(
+    first: dict[str, Any], then: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run with other values for new weights left behind is not kept."""
+    source = hub(tmp_path / "a")
+    _, v = pair()
+    v[1] = 0 if first else 1
+    safetensors.torch.save_file({"c.weight_v": v}, source / f"{B}.safetensors", {"format": "pt"})
+
+    def broken(*_: object) -> Any:
+        raise OutputError("full")
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="full"):
+        patch.setattr(directory, "_copier", lambda _: broken)
+        fold_checkpoint(source, tmp_path / "out", resume=True, **first)
+    assert (tmp_path / ".out.partial" / "payload" / f"{B}.safetensors").exists()
+    fold_checkpoint(source, tmp_path / "out", resume=True, **then)
+    fold_checkpoint(source, tmp_path / "expected", **then)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_a_writer_does_not_make_the_directory_anew(tmp_path: Path) -> None:
+    """Where the process that made the staging directory has removed it, another one's file is an error."""
+    staging = Staging(tmp_path / ".out.partial" / "payload")
+    for name in ("x", "deep/x"):
+        with pytest.raises(OutputError, match="No such file"), staging.file(name):
+            pass
+    with pytest.raises(OutputError, match="No such file"):
+        staging.directory("deep/empty")
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_writers_do_not_mix(tmp_path: Path) -> None:

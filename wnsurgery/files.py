@@ -35,7 +35,7 @@ from wnsurgery.checkpoint import (
 from wnsurgery.checkpoint_directory import Folder, map_directory
 from wnsurgery.delivery import Output, Progress, deliver
 from wnsurgery.directory import deliver_directory
-from wnsurgery.errors import InputError, PairError, SelectionError, WnsurgeryError, printable
+from wnsurgery.errors import InputError, PairError, SelectionError, printable
 from wnsurgery.flat_magnitudes import spread_magnitudes
 from wnsurgery.keys import Layout
 from wnsurgery.loading import (
@@ -138,7 +138,7 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
         raise SelectionError(f'zero_norm must be "error", "zero" or "nan", not {zero_norm!r}')
     ranks = Ranks.of(process_group)
     output = Output(dst, "fold", force, in_place, not dry_run, strict, manifest, resume, progress, ranks=ranks)
-    with _told(ranks):
+    with ranks.telling():
         output.check(src)
         whole = trust_pickle or arch is not None
         with named(src), _open(src, magnitude, zero_norm, whole=whole, trust=trust_pickle) as (stored, maker, folder):
@@ -161,16 +161,6 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
             elif folder is not None and (Path(src) / "config.json").exists():
                 report = replace(report, assumptions=(*report.assumptions, _PLAIN_CLASS))
             return _deliver(output, src, stored, report, maker, folder)
-
-
-@contextmanager
-def _told(ranks: Ranks) -> Iterator[None]:
-    """Let the other processes know when this one fails."""
-    try:
-        yield
-    except Exception as error:
-        ranks.fail(error.message if isinstance(error, WnsurgeryError) else f"{type(error).__name__}: {error}")
-        raise
 
 
 @contextmanager

@@ -74,15 +74,25 @@ class Staging:
 
     def directory(self, name: str) -> None:
         """A directory, which may stay empty."""
-        (self.payload / name).mkdir(parents=True, exist_ok=True)
+        self._make(self.payload / name)
 
     @contextmanager
     def file(self, name: str) -> Iterator[BinaryIO]:
         """A file to write, complete under its name or not there at all."""
         path = self.payload / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._make(path.parent)
         with committed(path, force=True) as file:
             yield file
+
+    def _make(self, folder: Path) -> None:
+        """A directory below the payload, which is never made anew: it is gone where the process that made it failed."""
+        if folder == self.payload:
+            return
+        self._make(folder.parent)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder}: {error.strerror}") from error
 
 
 @contextmanager
