@@ -414,6 +414,21 @@ def failing_first(rank: int, world: int, directory: Path) -> None:
         raise AssertionError("a failure went unnoticed")
 
 
+def folded_file(rank: int, world: int, directory: Path) -> None:
+    """All processes fold one file, then a directory into one file, then a file that is not there."""
+    source = directory / "source"
+    for name, given in (("file", directory / "converted.safetensors"), ("whole", source)):
+        report = wn.fold_checkpoint(given, directory / f"{name}.safetensors", process_group=None)
+        (directory / f"store-{name}-{rank}").write_text(str(report))
+    try:
+        wn.fold_checkpoint(directory / "missing.pt", directory / "output.pt", process_group=None)
+    except wn.WnsurgeryError as error:
+        said = f"{directory / 'missing.pt'}: no such file"
+        assert error.message.startswith(said if rank == 0 else f"rank 0: {said}"), error
+    else:
+        raise AssertionError("a failure went unnoticed")
+
+
 if __name__ == "__main__":
     folder, own, size, cases = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)

@@ -64,6 +64,10 @@ class Output:
     started: float = field(default_factory=time.perf_counter)
     ranks: Ranks = field(default_factory=Ranks)
 
+    def is_directory(self, src: Path_) -> bool:
+        """Whether the output is a directory: the input is one, and the output has no file's name."""
+        return Path(src).is_dir() and not is_file_name(self.path)
+
     def check(self, src: Path_) -> None:
         """Refuse before any work what must not be written, and an input that is not there."""
         with suppress(PermissionError):  # what keeps a file from being read is told when it is read
@@ -73,7 +77,7 @@ class Output:
         if graphs == [False, True]:  # an input that is a graph is told when it is read
             hint = "export_onnx (wnsurgery export) makes an ONNX graph of a model"
             raise SelectionError(f"{self.path}: would be a checkpoint, and is called an ONNX graph", hint=hint)
-        whole = Path(src).is_dir() and not is_file_name(self.path)
+        whole = self.is_directory(src)
         if self.resume and not whole:
             raise SelectionError(f"{self.path}: resume (--resume) is for directories; a file is written at one go")
         if whole:

@@ -126,7 +126,8 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
         resume: go on where a killed run on a directory left off.
         progress: called with (bytes done, bytes in all).
         process_group: None or a group of torch.distributed, all of whose processes make this call, to share the files
-            of a directory among them; False works alone. The output is the same to the byte.
+            of a directory among them; a single file is written by the first of them, and the others wait for its
+            report. False works alone. The output is the same to the byte.
 
     Raises:
         InputMissingError, InputError, UnsafeFileError: about the input, see `load_object`.
@@ -138,29 +139,47 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
         raise SelectionError(f'zero_norm must be "error", "zero" or "nan", not {zero_norm!r}')
     ranks = Ranks.of(process_group)
     output = Output(dst, "fold", force, in_place, not dry_run, strict, manifest, resume, progress, ranks=ranks)
+    options = magnitude, zero_norm, dim, arch, trust_pickle
     with ranks.telling():
-        output.check(src)
-        whole = trust_pickle or arch is not None
-        with named(src), _open(src, magnitude, zero_norm, whole=whole, trust=trust_pickle) as (stored, maker, folder):
-            _refuse_empty(src, stored.content)
-            if dim != "auto":
-                choose, states = ByName(dim=dim), state_dicts(stored.content)
-                if not spread_magnitudes(states, choose):
-                    raise SelectionError("dim (--dim) is for magnitudes stored as a plain list; there are none here")
-                choose.check(states)
-            report = fold_state(stored.content, magnitude=magnitude, maker=maker)
-            for where, module in modules_in(stored.content):
-                with _surgery_on(src):
-                    report = _merged(report, _fold_module(where, module, maker))
-            if arch is not None:
-                model = fold_weight_norm(build(arch))
-                state, prefix = state_for(src, stored.content, model, None)
-                load_into(model, stripped(state, prefix), src, magnitude)
-            if not report.steps:
-                report = replace(report, warnings=(*report.warnings, "no weight norm in this file: nothing to fold"))
-            elif folder is not None and (Path(src) / "config.json").exists():
-                report = replace(report, assumptions=(*report.assumptions, _PLAIN_CLASS))
-            return _deliver(output, src, stored, report, maker, folder)
+        if ranks.size == 1 or output.is_directory(src):
+            return _fold_file(src, output, *options)
+        alone = replace(output, ranks=Ranks())
+        report = _fold_file(src, alone, *options) if ranks.rank == 0 else None
+        first: CheckpointReport = ranks.gather(report)[0]
+        return first
+
+
+def _fold_file(
+    src: Path_,
+    output: Output,
+    magnitude: Magnitude,
+    zero_norm: ZeroNorm,
+    dim: DimOption | Mapping[str, DimOption],
+    arch: Arch | None,
+    trust_pickle: bool,
+) -> CheckpointReport:
+    output.check(src)
+    whole = trust_pickle or arch is not None
+    with named(src), _open(src, magnitude, zero_norm, whole=whole, trust=trust_pickle) as (stored, maker, folder):
+        _refuse_empty(src, stored.content)
+        if dim != "auto":
+            choose, states = ByName(dim=dim), state_dicts(stored.content)
+            if not spread_magnitudes(states, choose):
+                raise SelectionError("dim (--dim) is for magnitudes stored as a plain list; there are none here")
+            choose.check(states)
+        report = fold_state(stored.content, magnitude=magnitude, maker=maker)
+        for where, module in modules_in(stored.content):
+            with _surgery_on(src):
+                report = _merged(report, _fold_module(where, module, maker))
+        if arch is not None:
+            model = fold_weight_norm(build(arch))
+            state, prefix = state_for(src, stored.content, model, None)
+            load_into(model, stripped(state, prefix), src, magnitude)
+        if not report.steps:
+            report = replace(report, warnings=(*report.warnings, "no weight norm in this file: nothing to fold"))
+        elif folder is not None and (Path(src) / "config.json").exists():
+            report = replace(report, assumptions=(*report.assumptions, _PLAIN_CLASS))
+        return _deliver(output, src, stored, report, maker, folder)
 
 
 @contextmanager
