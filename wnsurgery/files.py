@@ -28,6 +28,7 @@ from wnsurgery.checkpoint import (
     Step,
     convert_state,
     fold_state,
+    plain_keys,
     plan_fold,
     state_dicts,
     translate,
@@ -449,13 +450,13 @@ def _cut_state(
         return
     magnitude = selection["magnitude"]
     load_into(model, stripped(state, prefix), path, magnitude)
-    before = dict(model.state_dict())
+    before, held = dict(model.state_dict()), set(plain_keys(stripped(state, prefix)))
     with without_batch_norm(model, setup["batch_norm"], setup["inputs"], data=setup["data"]) as done:
         after = dict(model.state_dict())
-        fresh = {k: v for k, v in after.items() if k not in before or v.data_ptr() != before[k].data_ptr()}
+        fresh = {k: v for k, v in after.items() if k not in held or v.data_ptr() != before[k].data_ptr()}
         new = translate(StateDict("", fresh), stripped(state, prefix), magnitude=magnitude)
         for name in before.keys() - after.keys():
-            del state.entries[prefix + name]
+            state.entries.pop(prefix + name, None)
         state.entries.update((prefix + name, tensor) for name, tensor in new.items())
         yield done
 
