@@ -89,7 +89,7 @@ def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: 
     Nothing is left where the block raises.
 
     Raises:
-        OutputExistsError: the output exists and `force` is not given.
+        OutputExistsError: the output exists, or comes to exist while it is written, and `force` is not given.
         OutputError: it could not be written; what stood there is intact.
     """
     from wnsurgery.stores.commit import beside, check_output
@@ -119,7 +119,7 @@ def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: 
                 _flush(work / name)
         yield work / path.name
         with _output_errors(path):
-            _publish(work, path.parent, names)
+            _publish(work, path.parent, names, force)
         for name in replaced.difference(names):
             with contextlib.suppress(OSError):
                 path.with_name(name).unlink()
@@ -319,16 +319,23 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _publish(work: Path, directory: Path, names: list[str]) -> None:
-    """Rename into place, weights before the graph that points to them; undo the first if the second fails."""
+def _publish(work: Path, directory: Path, names: list[str], force: bool) -> None:
+    """Rename into place, weights before the graph that points to them; undo the first if the second fails.
+
+    Without `force`, a file that appeared meanwhile is an error, and stays as it is.
+    """
+    from wnsurgery.stores.commit import check_output, publish
+
+    for name in names:
+        check_output(directory / name, force=force)
     done: list[str] = []
     for name in names[:-1]:
         with contextlib.suppress(OSError):
             os.link(directory / name, work / ".old")
-        (work / name).replace(directory / name)
+        publish(work / name, directory / name, force=force)
         done.append(name)
     try:
-        (work / names[-1]).replace(directory / names[-1])
+        publish(work / names[-1], directory / names[-1], force=force)
     except OSError:
         for name in done:
             if (work / ".old").exists():
