@@ -30,6 +30,7 @@ __all__ = [
     "refuse_sources",
     "staged_onnx",
     "weight_files",
+    "weights_read_by",
     "write_onnx",
 ]
 
@@ -132,6 +133,11 @@ def weight_files(model: ir.Model) -> set[Path]:
     return {Path(tensor.path) for tensor in external_tensors(model)}
 
 
+def weights_read_by(path: Path_) -> set[Path]:
+    """The files beside a graph that hold its weights; none where no graph is, which is told where it is read."""
+    return {Path(path).parent / name for name in _locations(Path(path))}
+
+
 def refuse_sources(path: Path_, sources: Iterable[Path_]) -> None:
     """Raise OutputExistsError where a graph written to `path`, or its weights file, would replace one of these."""
     from wnsurgery.stores.commit import refuse_inputs
@@ -154,11 +160,16 @@ def _weights_of(path: Path) -> set[str]:
     """The weights files that the graph at a path reads, of those that have their name from it."""
     own = re.compile(re.escape(path.name) + r"(\.[0-9a-f]{16})?\.data")
     there = {file.name for file in path.parent.iterdir() if own.fullmatch(file.name)}
-    if not there or not path.exists():
+    return there & _locations(path) if there else set()
+
+
+def _locations(path: Path) -> set[str]:
+    """The names under which a graph knows the files with its weights."""
+    if not path.is_file():
         return set()
     try:
         with quiet():
-            return there & {str(tensor.location) for tensor in external_tensors(ir.load(path, format="protobuf"))}
+            return {str(tensor.location) for tensor in external_tensors(ir.load(path, format="protobuf"))}
     except Exception:  # no graph, then, and none that could lose its weights
         return set()
 
