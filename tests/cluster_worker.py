@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -386,6 +387,44 @@ def failing_fold(rank: int, world: int, directory: Path) -> None:
     except wn.WnsurgeryError as error:
         said = "no space left on the device"
         assert error.message == (said if rank == world - 1 else f"rank {world - 1}: {said}"), error
+    else:
+        raise AssertionError("a failure went unnoticed")
+
+
+def failing_first(rank: int, world: int, directory: Path) -> None:
+    """The first process fails while the others still write."""
+    from wnsurgery import directory as home
+
+    write = home._write_all
+
+    def broken(*_: Any) -> None:
+        raise wn.OutputError("no space left on the device")
+
+    def late(*arguments: Any) -> None:
+        time.sleep(1)  # longer than a failing process takes to clear up
+        write(*arguments)
+
+    home._write_all = broken if rank == 0 else late
+    try:
+        wn.fold_checkpoint(directory / "source", directory / "output", process_group=None)
+    except wn.WnsurgeryError as error:
+        said = "no space left on the device"
+        assert error.message == (said if rank == 0 else f"rank 0: {said}"), error
+    else:
+        raise AssertionError("a failure went unnoticed")
+
+
+def folded_file(rank: int, world: int, directory: Path) -> None:
+    """All processes fold one file, then a directory into one file, then a file that is not there."""
+    source = directory / "source"
+    for name, given in (("file", directory / "converted.safetensors"), ("whole", source)):
+        report = wn.fold_checkpoint(given, directory / f"{name}.safetensors", process_group=None)
+        (directory / f"store-{name}-{rank}").write_text(str(report))
+    try:
+        wn.fold_checkpoint(directory / "missing.pt", directory / "output.pt", process_group=None)
+    except wn.WnsurgeryError as error:
+        said = f"{directory / 'missing.pt'}: no such file"
+        assert error.message.startswith(said if rank == 0 else f"rank 0: {said}"), error
     else:
         raise AssertionError("a failure went unnoticed")
 

@@ -705,6 +705,31 @@ def test_command_line_converts_and_names(mode: str, tmp_path: Path, capsys: Any)
     assert "needs the model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("start", ["", "module."])
+def test_files_without_counts_of_batches(start: str, tmp_path: Path) -> None:
+    """State dicts from before `num_batches_tracked` fit their model, as torch's strict load has it."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)).eval()
+
+    model, x = lived(build()), torch.randn(2, 3, 6, 6)
+    state = {start + k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "state.pt")
+    assert torch.equal(wn.load_model(tmp_path / "state.pt", arch=build).eval()(x), model(x))
+    for mode in ("keep", *MODES):
+        wn.convert_checkpoint(tmp_path / "state.pt", tmp_path / f"{mode}.pt", arch=build, batch_norm=mode)
+        converted = torch.load(tmp_path / f"{mode}.pt", weights_only=True)
+        other = wn.apply_weight_norm(build(), batch_norm=mode)
+        other.load_state_dict({k.removeprefix(start): v for k, v in converted.items()})
+        assert difference(other(x), model(x)) < 1e-5
+    report = wn.fold_checkpoint(tmp_path / "keep.pt", tmp_path / "plain.pt", arch=build)
+    assert [s.name for s in report.folded] == [f"{start}0.weight"]
+    assert torch.load(tmp_path / "plain.pt", weights_only=True).keys() == state.keys()
+    torch.save({k: v for k, v in state.items() if "running_mean" not in k}, tmp_path / "less.pt")
+    with pytest.raises(wn.InputError, match="do not fit the model"):
+        wn.load_model(tmp_path / "less.pt", arch=build)
+
+
 def test_keep_is_the_default_and_logs_nothing(caplog: Any) -> None:
     """Nobody asked: every BatchNorm stays, without a word."""
     caplog.set_level(logging.WARNING)

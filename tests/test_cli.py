@@ -199,6 +199,11 @@ INPUT_AS_OUTPUT = [
     "fold m.pt -o out.pt --manifest m.pt",
     "fold external.onnx -o f.onnx",
     "fold external.onnx -o f.onnx.data",
+    "run external.onnx --input x.npz -o f.onnx.data",
+    "run external.onnx --input x.npz -o again/../f.onnx.data",
+    "inspect external.onnx --html f.onnx.data",
+    "inspect f.onnx --reference external.onnx --html f.onnx.data",
+    "inspect f.onnx --against external.onnx --html f.onnx.data",
 ]
 
 

@@ -127,9 +127,26 @@ def test_several_processes_fold_one_directory(tmp_path: Path, world: int) -> Non
     )
 
 
-def test_an_error_in_one_process_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["failing_fold", "failing_first"])
+def test_an_error_in_one_process_leaves_nothing(case: str, tmp_path: Path) -> None:
     """Where one of several processes fails at its share, all fail, and neither output nor litter is left."""
     source = shards(tmp_path / "source")
-    run(tmp_path, 2, "failing_fold")
+    run(tmp_path, 2, case)
     left = {p.name for p in tmp_path.iterdir() if not p.name.startswith("store")}
     assert left == {"source"}, source
+
+
+def test_several_processes_fold_one_file(tmp_path: Path) -> None:
+    """Where the output is one file, the first process writes it and all return its report, or its error."""
+    source = shards(tmp_path / "source")
+    wn.fold_checkpoint(source, tmp_path / "alone.safetensors")
+    wn.convert_checkpoint(tmp_path / "alone.safetensors", tmp_path / "converted.safetensors")
+    run(tmp_path, 2, "folded_file")
+    for name in ("file", "whole"):
+        first, second = ((tmp_path / f"store-{name}-{rank}").read_text() for rank in range(2))
+        assert f"{name}.safetensors" in first
+        assert first == second
+    assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
+    left = {p.name for p in tmp_path.iterdir() if not p.name.startswith("store")}
+    files = {f"{name}.safetensors" for name in ("alone", "converted", "file", "whole")}
+    assert left == {"source"} | files

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+from wnsurgery import directory
 from wnsurgery.errors import (
     InputError,
     OutputError,
@@ -38,6 +39,7 @@ from wnsurgery.loading import load_model, load_object, load_tensors
 from wnsurgery.reparam import compose
 from wnsurgery.states import every_tensor
 from wnsurgery.stores.dcp import map_distributed
+from wnsurgery.stores.staging import Staging, staged
 from wnsurgery.surgery import apply_weight_norm
 from wnsurgery.verification import verify
 
@@ -310,6 +312,40 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     assert not staged.parent.exists()
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_run_killed_once_its_output_is_in_place(exchange: bool, tmp_path: Path) -> None:
+    """The next run with --resume does not take the old output, which is in the staging directory now, for its own."""
+    source, out = hub(tmp_path / "a"), tmp_path / "out"
+    out.mkdir()
+    for name in (A, B):
+        safetensors.torch.save_file({"old": torch.ones(3)}, out / f"{name}.safetensors")
+    fold_checkpoint(source, tmp_path / "expected")
+    code = (
+        "import os, signal, sys, wnsurgery.stores.staging as s\nfrom wnsurgery.files import fold_checkpoint\n"
+        "s._Root.remove = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "rename = s._rename\n"
+        "if sys.argv[3] == 'False':\n    s._rename = lambda a, b, flag: flag != s._EXCHANGE and rename(a, b, flag)\n"
+        "fold_checkpoint(sys.argv[1], sys.argv[2], force=True, resume=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, source, out, str(exchange)], check=False, cwd=Path.cwd())
+    assert done.returncode == -signal.SIGKILL
+    assert contents(out) == contents(tmp_path / "expected")
+    fold_checkpoint(source, out, force=True, resume=True)
+    assert contents(out) == contents(tmp_path / "expected")
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "out", "expected"}
+
+
+def test_a_run_killed_between_the_two_renames(tmp_path: Path) -> None:
+    """Where directories cannot be exchanged, the next run puts the old output back before it does anything."""
+    old = tmp_path / ".out.partial" / "old"
+    old.mkdir(parents=True)
+    (old / "x").write_bytes(b"1")
+    with pytest.raises(OutputExistsError), staged(tmp_path / "out", "work", force=False, resume=False):
+        assert contents(tmp_path / "out") == {"x": b"1"}
+    assert contents(tmp_path / "out") == {"x": b"1"}
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
 def test_a_file_whose_comparison_failed_is_not_kept_for_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,10 +368,41 @@ def test_a_file_whose_comparison_failed_is_not_kept_for_the_next_run(
     assert report.proof is not None and report.proof.max_ulp is not None
 
 
+@pytest.mark.parametrize(("first", "then"), [({"zero_norm": "zero"}, {"zero_norm": "nan"}), ({}, {"magnitude": "log"})])
+def test_a_run_with_other_options_is_other_work(
+    first: dict[str, Any], then: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run with other values for new weights left behind is not kept."""
+    source = hub(tmp_path / "a")
+    _, v = pair()
+    v[1] = 0 if first else 1
+    safetensors.torch.save_file({"c.weight_v": v}, source / f"{B}.safetensors", {"format": "pt"})
+
+    def broken(*_: object) -> Any:
+        raise OutputError("full")
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="full"):
+        patch.setattr(directory, "_copier", lambda _: broken)
+        fold_checkpoint(source, tmp_path / "out", resume=True, **first)
+    assert (tmp_path / ".out.partial" / "payload" / f"{B}.safetensors").exists()
+    fold_checkpoint(source, tmp_path / "out", resume=True, **then)
+    fold_checkpoint(source, tmp_path / "expected", **then)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_a_writer_does_not_make_the_directory_anew(tmp_path: Path) -> None:
+    """Where the process that made the staging directory has removed it, another one's file is an error."""
+    staging = Staging(tmp_path / ".out.partial" / "payload")
+    for name in ("x", "deep/x"):
+        with pytest.raises(OutputError, match="No such file"), staging.file(name):
+            pass
+    with pytest.raises(OutputError, match="No such file"):
+        staging.directory("deep/empty")
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_writers_do_not_mix(tmp_path: Path) -> None:
     """While one run writes a directory, a second one is refused and the first is not disturbed."""
-    from wnsurgery.stores.staging import staged
-
     source = hub(tmp_path / "a")
     with staged(tmp_path / "b", "work", force=False, resume=False) as staging:
         with pytest.raises(OutputError, match="another run"):
@@ -359,6 +426,48 @@ def test_what_other_work_left_is_not_resumed(tmp_path: Path) -> None:
                 file.write(b"1")
             raise KeyboardInterrupt
     assert not (tmp_path / "b").exists()
+
+
+def test_a_run_that_ends_does_not_clear_up_after_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock goes last, so that a run which starts meanwhile is refused or keeps its files."""
+    out = tmp_path / "out"
+    remove, second = os.unlink, contextlib.ExitStack()
+    begun = []
+
+    def meanwhile(path: Any, *args: Any, **options: Any) -> None:
+        remove(path, *args, **options)
+        if Path(path).name == "lock" and not begun:
+            begun.append(second.enter_context(staged(out, "work", force=True, resume=False)))
+            with begun[0].file("x") as file:
+                file.write(b"2")
+
+    for name in ("unlink", "remove"):
+        monkeypatch.setattr(os, name, meanwhile)
+    with second:
+        with staged(out, "work", force=False, resume=False) as staging:
+            with staging.file("x") as file:
+                file.write(b"1")
+            with staging.file("y") as file:
+                file.write(b"1")
+        assert contents(out) == {"x": b"1", "y": b"1"}
+    assert begun
+    assert contents(out) == {"x": b"2"}
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_file_that_goes_while_the_directory_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory takes its place with all its files or not at all."""
+    source = hub(tmp_path / "a")
+    write = directory._write_all
+
+    def losing(staging: Any, *rest: Any) -> None:
+        write(staging, *rest)
+        (staging.payload / "config.json").unlink()
+
+    monkeypatch.setattr(directory, "_write_all", losing)
+    with pytest.raises(OutputError, match="came or went"):
+        fold_checkpoint(source, tmp_path / "b")
+    assert {p.name for p in tmp_path.iterdir()} == {"a"}
 
 
 # torch's distributed checkpoints -------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePath
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
@@ -79,6 +80,20 @@ def test_what_stands_in_the_way_is_told_before_anything_runs(
     np.save(inputs / "x0.npy", np.zeros((1, 2, 5), np.float32))
     with pytest.raises(InputError, match="same name"):
         run_folder(model[1], inputs, tmp_path / "new")
+
+
+def test_no_output_replaces_the_weights_of_the_graph(
+    model: tuple[nn.Module, Path], inputs: Path, tmp_path: Path
+) -> None:
+    """A weights file that lies where an output would go is refused and stays, `force` or not."""
+    path = tmp_path / "out" / "m.onnx"
+    path.parent.mkdir()
+    onnx.save(onnx.load(model[1]), path, save_as_external_data=True, location="x6.npz", size_threshold=0)
+    before = (path.parent / "x6.npz").read_bytes()
+    with pytest.raises(OutputExistsError, match="this is the input"):
+        run_folder(path, inputs, path.parent, force=True)
+    assert {p.name for p in path.parent.iterdir()} == {"m.onnx", "x6.npz"}
+    assert (path.parent / "x6.npz").read_bytes() == before
 
 
 @pytest.mark.parametrize("there", [False, True])

@@ -34,8 +34,9 @@ from wnsurgery.errors import (
     UnsafeFileError,
 )
 from wnsurgery.graph import find_weight_norms, fold_onnx
-from wnsurgery.onnx_file import read_onnx, write_onnx
+from wnsurgery.onnx_file import read_onnx, staged_onnx, write_onnx
 from wnsurgery.reparam import compose
+from wnsurgery.stores import commit
 from wnsurgery.surgery import apply_weight_norm, fold_weight_norm
 
 RNG = np.random.default_rng(0)
@@ -815,6 +816,29 @@ def test_the_same_weights_keep_their_file(tmp_path: Path) -> None:
     assert found[0] == found[1] == found[4]
     assert found[2] == found[3]
     assert found[0][1][0] == "b.onnx.data" != found[2][1][0]
+
+
+@pytest.mark.parametrize("moment", ["before", "between"])
+@pytest.mark.parametrize("name", ["b.onnx", "b.onnx.data"])
+def test_a_file_that_appears_meanwhile_is_not_replaced(
+    name: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without `force` neither graph nor weights replace what came while they were written, and none stays alone."""
+    model = read_onnx(_external(tmp_path / "a.onnx", "a.bin"))
+    put = commit.publish
+
+    def late(temporary: Path, path: Path, *, force: bool) -> None:
+        if path.name == name:
+            path.write_bytes(b"theirs")
+        put(temporary, path, force=force)
+
+    with pytest.raises(OutputExistsError, match=f"{name}: already exists"), staged_onnx(model, tmp_path / "b.onnx"):
+        if moment == "before":
+            (tmp_path / name).write_bytes(b"theirs")
+        else:
+            monkeypatch.setattr(commit, "publish", late)
+    assert _names(tmp_path) == ["a.bin", "a.onnx", name]
+    assert (tmp_path / name).read_bytes() == b"theirs"
 
 
 def test_no_file_of_the_input_is_replaced(tmp_path: Path) -> None:

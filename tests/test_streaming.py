@@ -87,6 +87,17 @@ def test_views_do_not_carry_their_storage(tmp_path: Path) -> None:
     assert torch.equal(torch.load(tmp_path / "b.pt")["x"], flat[:10])
 
 
+@pytest.mark.parametrize("span", [slice(1, 9), slice(3, 4), slice(1, 2), slice(6, 15), slice(0, 16)])
+def test_views_of_several_types_keep_their_values(span: slice, tmp_path: Path) -> None:
+    """Tensors of different item sizes that share memory keep their values wherever each begins."""
+    b = torch.arange(16, dtype=torch.uint8)
+    views = {"a": b[span], "b": b.view(torch.uint32)[1:3], "c": b[15:], "d": b[2:12].view(torch.uint16)[1:]}
+    torch.save({**views, "w.weight_g": torch.ones(1, 1), "w.weight_v": torch.tensor([[3.0, 4.0]])}, tmp_path / "a.pt")
+    fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt")
+    for found in (torch.load(tmp_path / "b.pt", weights_only=True), load_tensors(tmp_path / "b.pt")):
+        assert all(torch.equal(found[name], view) for name, view in views.items())
+
+
 def test_bytes_do_not_depend_on_path_or_threads(tmp_path: Path) -> None:
     """Same input, same bytes: wherever they go, with however many threads; the manifest too."""
     torch.save(content()["sd"], tmp_path / "a.pt")
@@ -114,6 +125,17 @@ def test_the_manifest_names_every_tensor(tmp_path: Path, suffix: str) -> None:
     bias = next(row for row in table["tensors"] if row["name"] == "c.bias")
     assert bias["sha256"] == hashlib.sha256(torch.ones(4).numpy().tobytes()).hexdigest()
     assert str(tmp_path) not in json.dumps(table)
+
+
+@pytest.mark.parametrize("there", ["out.pt", "sub/../out.pt", "link/out.pt"])
+def test_a_manifest_is_not_the_output_in_another_spelling(there: str, tmp_path: Path) -> None:
+    """Both would come to one place; nothing is written then."""
+    torch.save(content(), tmp_path / "a.pt")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="the manifest and the output are one file"):
+        fold_checkpoint(tmp_path / "a.pt", tmp_path / "out.pt", manifest=tmp_path / there)
+    assert {p.name for p in tmp_path.iterdir()} == {"a.pt", "sub", "link"}
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -175,6 +197,17 @@ def test_damage_in_a_tensor_is_found_wherever_it_is(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="CRC"):
             fold_checkpoint(tmp_path / "bad.pt", tmp_path / "out.pt")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "bad.pt"]
+
+
+@pytest.mark.parametrize(("second", "told"), [(6, False), (5, True), (0, True)])
+def test_memory_that_is_shared_is_told(second: int, told: bool, tmp_path: Path) -> None:
+    """Two tensors of one storage share memory where they overlap, and lose nothing in two where they do not."""
+    b = torch.randn(12)
+    pair = {"w.weight_g": torch.ones(1, 1), "w.weight_v": torch.tensor([[3.0, 4.0]])}
+    torch.save({"p": b[:6], "q": b[second:], **pair}, tmp_path / "a.pt")
+    report = fold_checkpoint(tmp_path / "a.pt", tmp_path / "b.safetensors")
+    expected = "p and q share memory; .safetensors holds them as two tensors"
+    assert report.warnings == ((expected,) if told else ())
 
 
 def test_no_space_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

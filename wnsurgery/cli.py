@@ -614,11 +614,17 @@ def _refuse_trust(*inputs: Path | None) -> None:
 
 
 def _refuse_inputs(output: Path | None, *inputs: Path | None) -> None:
-    """Whatever --force says, no output replaces what is read."""
+    """Whatever --force says, no output replaces what is read, the weights files of graphs included."""
     from wnsurgery.stores.commit import refuse_inputs
 
-    if output is not None:
-        refuse_inputs(output, *inputs)
+    if output is None:
+        return
+    refuse_inputs(output, *inputs)
+    graphs = [path for path in inputs if path is not None and path.suffix.lower() == ".onnx"]
+    if graphs and output.exists():
+        from wnsurgery.onnx_file import weights_read_by
+
+        refuse_inputs(output, *(weights for graph in graphs for weights in weights_read_by(graph)))
 
 
 def _read_inputs(path: Path) -> Any:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from wnsurgery.ranks import Ranks
 from wnsurgery.states import every_tensor, flat_tensors
 from wnsurgery.stores import Stored, check_output, committed, format_for, is_file_name, map_store, write_store
 from wnsurgery.stores.commit import refuse_inputs
+from wnsurgery.stores.mapped import byte_span
 from wnsurgery.stores.modules import modules_in
 from wnsurgery.stores.staging import check_output_directory
 
@@ -62,6 +64,10 @@ class Output:
     started: float = field(default_factory=time.perf_counter)
     ranks: Ranks = field(default_factory=Ranks)
 
+    def is_directory(self, src: Path_) -> bool:
+        """Whether the output is a directory: the input is one, and the output has no file's name."""
+        return Path(src).is_dir() and not is_file_name(self.path)
+
     def check(self, src: Path_) -> None:
         """Refuse before any work what must not be written, and an input that is not there."""
         with suppress(PermissionError):  # what keeps a file from being read is told when it is read
@@ -71,7 +77,7 @@ class Output:
         if graphs == [False, True]:  # an input that is a graph is told when it is read
             hint = "export_onnx (wnsurgery export) makes an ONNX graph of a model"
             raise SelectionError(f"{self.path}: would be a checkpoint, and is called an ONNX graph", hint=hint)
-        whole = Path(src).is_dir() and not is_file_name(self.path)
+        whole = self.is_directory(src)
         if self.resume and not whole:
             raise SelectionError(f"{self.path}: resume (--resume) is for directories; a file is written at one go")
         if whole:
@@ -86,9 +92,10 @@ class Output:
         if self.manifest is not None:
             refuse_inputs(self.manifest, src)
             check_output(self.manifest, src, force=self.force)
-            if Path(self.manifest).absolute() == Path(self.path).absolute():
+            manifest, path = (Path(p).parent.resolve() / Path(p).name for p in (self.manifest, self.path))
+            if manifest == path:
                 raise InputError.of(self.manifest, "the manifest and the output are one file")
-            if Path(self.path).resolve() in Path(self.manifest).resolve().parents:
+            if Path(self.path).resolve() in manifest.parents:
                 raise InputError.of(self.manifest, "the manifest lies in the output, which comes as a whole")
 
     def settle(self, report: CheckpointReport) -> None:
@@ -211,11 +218,17 @@ def _losses(output: Output, stored: Stored) -> list[str]:
 
 def _tied(content: Any) -> tuple[str, str] | None:
     """Two names that share memory. Tensors of one storage that do not overlap are apart as well as together."""
-    seen: dict[Any, str] = {}
+    promised: dict[int, str] = {}
+    spans: list[tuple[int, int, str]] = []
     for name, tensor in flat_tensors(content).items():
         if tensor.layout != torch.strided or tensor.is_nested or not tensor.numel():
             continue
-        start = ("promise", tensor.untyped_storage()._cdata) if tensor.is_meta else tensor.untyped_storage().data_ptr()
-        if start and seen.setdefault(start, name) != name:
-            return seen[start], name
+        if not tensor.is_meta:
+            spans.append((*byte_span(tensor), name))
+        elif promised.setdefault(tensor.untyped_storage()._cdata, name) != name:
+            return promised[tensor.untyped_storage()._cdata], name
+    spans.sort(key=lambda span: span[0])
+    for (_, stop, name), (start, _, other) in pairwise(spans):
+        if start < stop:
+            return name, other
     return None

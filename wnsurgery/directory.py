@@ -72,13 +72,15 @@ def deliver_directory(
     with ExitStack() as stack:
         if output.manifest is not None and ranks.rank == 0:
             sink = stack.enter_context(committed(output.manifest, force=output.force))
-        work = _digest_of_work(output, src, report)
+        work = _digest_of_work(output, src, report, maker)
         with _staged_by_first(output, target, work) as staging:
             for name in empty_directories(src):
                 staging.directory(name)
             _write_all(staging, mine, maker)
             maker.learn(ranks.gather(maker.findings()))
             if ranks.rank == 0:
+                if list_files(staging.payload) != sorted(name for name, _, _ in files):
+                    raise OutputError(f"{target}: files of it came or went while it was written; nothing was written")
                 if output.strict or output.manifest is not None:
                     maker.run_all()  # what an earlier run wrote has its warnings, too
                 folder.source.check_all()
@@ -128,7 +130,9 @@ def _staged_by_first(output: Output, target: Path, work: str) -> Iterator[Stagin
     if output.ranks.rank > 0:
         yield Staging(Path(output.ranks.gather(None)[0]))
         return
-    with staged(target, work, force=output.force or output.in_place, resume=output.resume) as staging:
+    force = output.force or output.in_place
+    # `telling` within: the others have stopped writing before anything is removed
+    with staged(target, work, force=force, resume=output.resume) as staging, output.ranks.telling():
         output.ranks.gather(str(staging.payload))
         yield staging
 
@@ -156,10 +160,11 @@ def _write_all(staging: Staging, files: Iterable[Planned], maker: Promises) -> N
                 maker.forget()  # a file counts as written once its last weight has been compared
 
 
-def _digest_of_work(output: Output, src: Path, report: CheckpointReport) -> str:
-    """What makes two runs the same work: the input's files, the steps and the versions."""
+def _digest_of_work(output: Output, src: Path, report: CheckpointReport, maker: Promises) -> str:
+    """What makes two runs the same work: the input's files, the steps, what decides their values, the versions."""
     facts = [(name, (src / name).stat().st_size, (src / name).stat().st_mtime_ns) for name in list_files(src)]
-    text = json.dumps([__version__, torch.__version__, output.operation, facts, [repr(s) for s in report.steps]])
+    options = [output.operation, maker.magnitude, maker.zero_norm]
+    text = json.dumps([__version__, torch.__version__, options, facts, [repr(s) for s in report.steps]])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -28,6 +28,7 @@ from wnsurgery.checkpoint import (
     Step,
     convert_state,
     fold_state,
+    plain_keys,
     plan_fold,
     state_dicts,
     translate,
@@ -35,7 +36,7 @@ from wnsurgery.checkpoint import (
 from wnsurgery.checkpoint_directory import Folder, map_directory
 from wnsurgery.delivery import Output, Progress, deliver
 from wnsurgery.directory import deliver_directory
-from wnsurgery.errors import InputError, PairError, SelectionError, WnsurgeryError, printable
+from wnsurgery.errors import InputError, PairError, SelectionError, printable
 from wnsurgery.flat_magnitudes import spread_magnitudes
 from wnsurgery.keys import Layout
 from wnsurgery.loading import (
@@ -126,7 +127,8 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
         resume: go on where a killed run on a directory left off.
         progress: called with (bytes done, bytes in all).
         process_group: None or a group of torch.distributed, all of whose processes make this call, to share the files
-            of a directory among them; False works alone. The output is the same to the byte.
+            of a directory among them; a single file is written by the first of them, and the others wait for its
+            report. False works alone. The output is the same to the byte.
 
     Raises:
         InputMissingError, InputError, UnsafeFileError: about the input, see `load_object`.
@@ -138,39 +140,47 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
         raise SelectionError(f'zero_norm must be "error", "zero" or "nan", not {zero_norm!r}')
     ranks = Ranks.of(process_group)
     output = Output(dst, "fold", force, in_place, not dry_run, strict, manifest, resume, progress, ranks=ranks)
-    with _told(ranks):
-        output.check(src)
-        whole = trust_pickle or arch is not None
-        with named(src), _open(src, magnitude, zero_norm, whole=whole, trust=trust_pickle) as (stored, maker, folder):
-            _refuse_empty(src, stored.content)
-            if dim != "auto":
-                choose, states = ByName(dim=dim), state_dicts(stored.content)
-                if not spread_magnitudes(states, choose):
-                    raise SelectionError("dim (--dim) is for magnitudes stored as a plain list; there are none here")
-                choose.check(states)
-            report = fold_state(stored.content, magnitude=magnitude, maker=maker)
-            for where, module in modules_in(stored.content):
-                with _surgery_on(src):
-                    report = _merged(report, _fold_module(where, module, maker))
-            if arch is not None:
-                model = fold_weight_norm(build(arch))
-                state, prefix = state_for(src, stored.content, model, None)
-                load_into(model, stripped(state, prefix), src, magnitude)
-            if not report.steps:
-                report = replace(report, warnings=(*report.warnings, "no weight norm in this file: nothing to fold"))
-            elif folder is not None and (Path(src) / "config.json").exists():
-                report = replace(report, assumptions=(*report.assumptions, _PLAIN_CLASS))
-            return _deliver(output, src, stored, report, maker, folder)
+    options = magnitude, zero_norm, dim, arch, trust_pickle
+    with ranks.telling():
+        if ranks.size == 1 or output.is_directory(src):
+            return _fold_file(src, output, *options)
+        alone = replace(output, ranks=Ranks())
+        report = _fold_file(src, alone, *options) if ranks.rank == 0 else None
+        first: CheckpointReport = ranks.gather(report)[0]
+        return first
 
 
-@contextmanager
-def _told(ranks: Ranks) -> Iterator[None]:
-    """Let the other processes know when this one fails."""
-    try:
-        yield
-    except Exception as error:
-        ranks.fail(error.message if isinstance(error, WnsurgeryError) else f"{type(error).__name__}: {error}")
-        raise
+def _fold_file(
+    src: Path_,
+    output: Output,
+    magnitude: Magnitude,
+    zero_norm: ZeroNorm,
+    dim: DimOption | Mapping[str, DimOption],
+    arch: Arch | None,
+    trust_pickle: bool,
+) -> CheckpointReport:
+    output.check(src)
+    whole = trust_pickle or arch is not None
+    with named(src), _open(src, magnitude, zero_norm, whole=whole, trust=trust_pickle) as (stored, maker, folder):
+        _refuse_empty(src, stored.content)
+        if dim != "auto":
+            choose, states = ByName(dim=dim), state_dicts(stored.content)
+            if not spread_magnitudes(states, choose):
+                raise SelectionError("dim (--dim) is for magnitudes stored as a plain list; there are none here")
+            choose.check(states)
+        report = fold_state(stored.content, magnitude=magnitude, maker=maker)
+        for where, module in modules_in(stored.content):
+            with _surgery_on(src):
+                report = _merged(report, _fold_module(where, module, maker))
+        if arch is not None:
+            model = fold_weight_norm(build(arch))
+            state, prefix = state_for(src, stored.content, model, None)
+            load_into(model, stripped(state, prefix), src, magnitude)
+        if not report.steps:
+            report = replace(report, warnings=(*report.warnings, "no weight norm in this file: nothing to fold"))
+        elif folder is not None and (Path(src) / "config.json").exists():
+            report = replace(report, assumptions=(*report.assumptions, _PLAIN_CLASS))
+        return _deliver(output, src, stored, report, maker, folder)
 
 
 @contextmanager
@@ -442,13 +452,13 @@ def _cut_state(
         return
     magnitude = selection["magnitude"]
     load_into(model, stripped(state, prefix), path, magnitude)
-    before = dict(model.state_dict())
+    before, held = dict(model.state_dict()), set(plain_keys(stripped(state, prefix)))
     with without_batch_norm(model, setup["batch_norm"], setup["inputs"], data=setup["data"]) as done:
         after = dict(model.state_dict())
-        fresh = {k: v for k, v in after.items() if k not in before or v.data_ptr() != before[k].data_ptr()}
+        fresh = {k: v for k, v in after.items() if k not in held or v.data_ptr() != before[k].data_ptr()}
         new = translate(StateDict("", fresh), stripped(state, prefix), magnitude=magnitude)
         for name in before.keys() - after.keys():
-            del state.entries[prefix + name]
+            state.entries.pop(prefix + name, None)
         state.entries.update((prefix + name, tensor) for name, tensor in new.items())
         yield done
 

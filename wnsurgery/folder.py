@@ -17,6 +17,7 @@ import numpy as np
 from wnsurgery.differences import as_array
 from wnsurgery.errors import InputError, InputMissingError, OutputError, OutputExistsError, SelectionError, printable
 from wnsurgery.inout import read_arrays, write_arrays
+from wnsurgery.onnx_file import weights_read_by
 from wnsurgery.parity import open_session, run_session
 from wnsurgery.stores.commit import refuse_inputs
 
@@ -89,8 +90,10 @@ def run_folder(
         raise InputMissingError(f"{source}: no .npz or .npy file in it")
     named = Counter(path.stem for path in paths)
     outputs = [_output(Path(target), path, force, twins=named[path.stem] > 1) for path in paths]
-    for output in outputs:
-        refuse_inputs(output, model)
+    there = [output for output in outputs if output.exists()]
+    read = [model, *weights_read_by(model)] if there else []
+    for output in there:
+        refuse_inputs(output, *read)
     session = open_session(model, provider)
     times: list[float] = []
     with _target(Path(target), keep=force) as written:

@@ -192,7 +192,8 @@ def state_for(path: Path_, content: Any, model: nn.Module, entry: str | None) ->
     fitting = [(s.path, (s, prefix)) for s in states if (prefix := _prefix(set(plain_keys(s)), wanted)) is not None]
     if not fitting and states:
         nearest = max(states, key=lambda s: len(wanted & set(plain_keys(s))))
-        raise InputError.of(path, _difference(set(plain_keys(nearest)), wanted))
+        keys = set(plain_keys(nearest))
+        raise InputError.of(path, _difference(keys, _required(wanted) | (wanted & keys)))
     state, prefix = _only(path, fitting, "state dict")
     return state, prefix
 
@@ -202,14 +203,20 @@ def _prefix(keys: set[str], wanted: set[str]) -> str | None:
 
     Keys under other prefixes may be there too (a checkpoint that holds a discriminator beside the generator).
     """
-    some = next(iter(sorted(wanted)), None)
+    required = _required(wanted)
+    some = next(iter(sorted(required)), None)
     for key in sorted(keys) if some is not None else ():
         start = key.removesuffix(str(some))
         if key.endswith(str(some)) and (not start or start.endswith(".")):
             own = {k for k in keys if k.startswith(start)}
-            if own == {start + name for name in wanted}:
+            if {start + name for name in required} <= own <= {start + name for name in wanted}:
                 return start
     return None
+
+
+def _required(wanted: set[str]) -> set[str]:
+    """Without the counts of batches, which torch's strict load does not ask of the files of its first versions."""
+    return {name for name in wanted if name.rpartition(".")[2] != "num_batches_tracked"}
 
 
 def _difference(keys: set[str], wanted: set[str]) -> str:

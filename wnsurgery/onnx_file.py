@@ -30,6 +30,7 @@ __all__ = [
     "refuse_sources",
     "staged_onnx",
     "weight_files",
+    "weights_read_by",
     "write_onnx",
 ]
 
@@ -89,7 +90,7 @@ def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: 
     Nothing is left where the block raises.
 
     Raises:
-        OutputExistsError: the output exists and `force` is not given.
+        OutputExistsError: the output exists, or comes to exist while it is written, and `force` is not given.
         OutputError: it could not be written; what stood there is intact.
     """
     from wnsurgery.stores.commit import beside, check_output
@@ -119,7 +120,7 @@ def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: 
                 _flush(work / name)
         yield work / path.name
         with _output_errors(path):
-            _publish(work, path.parent, names)
+            _publish(work, path.parent, names, force)
         for name in replaced.difference(names):
             with contextlib.suppress(OSError):
                 path.with_name(name).unlink()
@@ -130,6 +131,11 @@ def staged_onnx(model: ir.Model, path: Path_, *, force: bool = False, external: 
 def weight_files(model: ir.Model) -> set[Path]:
     """The files that hold a model's external weights."""
     return {Path(tensor.path) for tensor in external_tensors(model)}
+
+
+def weights_read_by(path: Path_) -> set[Path]:
+    """The files beside a graph that hold its weights; none where no graph is, which is told where it is read."""
+    return {Path(path).parent / name for name in _locations(Path(path))}
 
 
 def refuse_sources(path: Path_, sources: Iterable[Path_]) -> None:
@@ -154,11 +160,16 @@ def _weights_of(path: Path) -> set[str]:
     """The weights files that the graph at a path reads, of those that have their name from it."""
     own = re.compile(re.escape(path.name) + r"(\.[0-9a-f]{16})?\.data")
     there = {file.name for file in path.parent.iterdir() if own.fullmatch(file.name)}
-    if not there or not path.exists():
+    return there & _locations(path) if there else set()
+
+
+def _locations(path: Path) -> set[str]:
+    """The names under which a graph knows the files with its weights."""
+    if not path.is_file():
         return set()
     try:
         with quiet():
-            return there & {str(tensor.location) for tensor in external_tensors(ir.load(path, format="protobuf"))}
+            return {str(tensor.location) for tensor in external_tensors(ir.load(path, format="protobuf"))}
     except Exception:  # no graph, then, and none that could lose its weights
         return set()
 
@@ -319,16 +330,23 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _publish(work: Path, directory: Path, names: list[str]) -> None:
-    """Rename into place, weights before the graph that points to them; undo the first if the second fails."""
+def _publish(work: Path, directory: Path, names: list[str], force: bool) -> None:
+    """Rename into place, weights before the graph that points to them; undo the first if the second fails.
+
+    Without `force`, a file that appeared meanwhile is an error, and stays as it is.
+    """
+    from wnsurgery.stores.commit import check_output, publish
+
+    for name in names:
+        check_output(directory / name, force=force)
     done: list[str] = []
     for name in names[:-1]:
         with contextlib.suppress(OSError):
             os.link(directory / name, work / ".old")
-        (work / name).replace(directory / name)
+        publish(work / name, directory / name, force=force)
         done.append(name)
     try:
-        (work / names[-1]).replace(directory / names[-1])
+        publish(work / names[-1], directory / names[-1], force=force)
     except OSError:
         for name in done:
             if (work / ".old").exists():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from wnsurgery.errors import InputError, SelectionError, first_line
+from wnsurgery.errors import InputError, SelectionError, WnsurgeryError, first_line
 
 __all__ = ["OtherRankError", "Ranks", "launched"]
 
@@ -66,6 +66,15 @@ class Ranks:
         if self.size > 1 and not self._broken:
             self._exchange([None] * self.size, (message, None))
             self._broken = True
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Let the others know where the block fails; they are at their next call, or done, once it is left."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error.message if isinstance(error, WnsurgeryError) else f"{type(error).__name__}: {error}")
+            raise
 
     def _exchange(self, gathered: list[Any], value: Any) -> None:
         try:

@@ -17,7 +17,16 @@ from typing import Any, BinaryIO, cast
 
 from wnsurgery.errors import InputError, OutputError, OutputExistsError
 
-__all__ = ["beside", "check_output", "check_space", "committed", "file_digest", "is_same_file", "refuse_inputs"]
+__all__ = [
+    "beside",
+    "check_output",
+    "check_space",
+    "committed",
+    "file_digest",
+    "is_same_file",
+    "publish",
+    "refuse_inputs",
+]
 
 _MAX_LINKS = 40  # in a chain, as Linux has it
 _MAX_START = 200  # bytes, of the 255 that names may have nearly everywhere
@@ -140,7 +149,7 @@ def committed(output: str | os.PathLike[str], *, force: bool) -> Iterator[Binary
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            _publish(temporary, path, force)
+            publish(temporary, path, force=force)
         except InputError:  # some input errors are OSErrors too; they speak of another file
             raise
         except OutputError:
@@ -180,12 +189,18 @@ class _Unbuffered(io.FileIO):
         return size
 
 
-def _publish(temporary: Path, path: Path, force: bool) -> None:
+def publish(temporary: Path, path: Path, *, force: bool) -> None:
+    """Put a complete file in its place; without `force`, one that appeared there meanwhile is left as it is.
+
+    Raises OutputExistsError; OSError as the system does.
+    """
     if force:
         temporary.replace(path)
         return
     try:
         os.link(temporary, path)  # unlike a rename, fails where someone else was quicker
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     except FileExistsError:
         raise OutputExistsError(f"{path}: already exists", hint="force=True (--force) replaces it") from None
     except (OSError, NotImplementedError, AttributeError):

@@ -45,11 +45,6 @@ class Shards:
     formats: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def path(self) -> str:
-        """The directory inside the directory that it lies in."""
-        return (self.index or next(iter(self.formats))).rpartition("/")[0]
-
 
 @dataclass
 class Hub:

@@ -74,15 +74,25 @@ class Staging:
 
     def directory(self, name: str) -> None:
         """A directory, which may stay empty."""
-        (self.payload / name).mkdir(parents=True, exist_ok=True)
+        self._make(self.payload / name)
 
     @contextmanager
     def file(self, name: str) -> Iterator[BinaryIO]:
         """A file to write, complete under its name or not there at all."""
         path = self.payload / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._make(path.parent)
         with committed(path, force=True) as file:
             yield file
+
+    def _make(self, folder: Path) -> None:
+        """A directory below the payload, which is never made anew: it is gone where the process that made it failed."""
+        if folder == self.payload:
+            return
+        self._make(folder.parent)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder}: {error.strerror}") from error
 
 
 @contextmanager
@@ -101,11 +111,11 @@ def staged(output: Path, work: str, *, force: bool, resume: bool) -> Iterator[St
     mine = _Root(root)
     try:
         mine.lock(output)
-        payload = _prepared(root, work, resume)
+        payload = _prepared(root, output, work, resume)
         mine.keep = resume
         yield Staging(payload)
         _sync(payload)
-        _publish(payload, output, root / "old", force)
+        _publish(root, output, force)
         mine.keep = False
     except OSError as error:
         if isinstance(error, OutputError) or error.errno is None:
@@ -145,14 +155,28 @@ class _Root:
                 self.path.rmdir()  # made, but not locked yet; another run's is not empty
             return
         if not self.keep:
-            shutil.rmtree(self.path, ignore_errors=True)
+            self._clear()
         with contextlib.suppress(OSError):
             os.close(self.handle)
         self.handle = None
 
+    def _clear(self) -> None:
+        """Remove everything, the lock last: once it is gone another run may start here."""
+        with contextlib.suppress(OSError):
+            for path in self.path.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != "lock":
+                    path.unlink()
+            (self.path / "lock").unlink()
+            self.path.rmdir()
+
 
 def _lock(root: Path, output: Path) -> int:
-    handle = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        handle = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:  # a run that ends has removed the directory since we made it
+        raise OutputError(f"{output}: another run is writing it") from None
     try:
         import fcntl
 
@@ -167,8 +191,11 @@ def _lock(root: Path, output: Path) -> int:
     raise OutputError(f"{output}: another run is writing it")
 
 
-def _prepared(root: Path, work: str, resume: bool) -> Path:
-    payload, note = root / "payload", root / "work"
+def _prepared(root: Path, output: Path, work: str, resume: bool) -> Path:
+    payload, note, old = root / "payload", root / "work", root / "old"
+    if old.exists() and not output.exists():
+        old.rename(output)  # a run was killed between the two renames that replace a directory
+    shutil.rmtree(old, ignore_errors=True)
     same = note.is_file() and note.read_text(encoding="ascii", errors="replace") == work
     if not (resume and same):
         shutil.rmtree(payload, ignore_errors=True)
@@ -179,13 +206,16 @@ def _prepared(root: Path, work: str, resume: bool) -> Path:
     return payload
 
 
-def _publish(payload: Path, output: Path, old: Path, force: bool) -> None:
+def _publish(root: Path, output: Path, force: bool) -> None:
+    payload, old = root / "payload", root / "old"
     if not output.exists():
         if not _rename(payload, output, _NOREPLACE):
             payload.rename(output)
         return
     if not force:
         raise OutputExistsError(f"{output}: already exists", hint="force=True (--force) replaces it")
+    (root / "work").unlink()  # it must not vouch for the old output, which an exchange puts in the new one's place
+    _sync(root)
     if _rename(payload, output, _EXCHANGE):
         return
     output.rename(old)

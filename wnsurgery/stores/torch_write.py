@@ -206,10 +206,21 @@ def _token(key: str, nbytes: int, dtype: torch.dtype) -> _Token:
 
 
 def _clusters(tensors: list[Tensor]) -> list[Cluster]:
-    """Maximal runs of overlapping tensors, in the order of their addresses."""
-    spans = sorted(((*byte_span(t), t) for t in tensors if t.numel()), key=lambda span: span[:2])
+    """Maximal runs of overlapping tensors, in the order of their addresses.
+
+    Each begins at a multiple, within its storage, of the largest element there, so that every offset in it is whole.
+    """
+    units: dict[int, int] = {}
+    for tensor in tensors:
+        base = tensor.untyped_storage().data_ptr()
+        units[base] = max(units.get(base, 1), tensor.element_size())
+    spans = []
+    for tensor in tensors:
+        if tensor.numel():
+            base, (start, stop) = tensor.untyped_storage().data_ptr(), byte_span(tensor)
+            spans.append((start - (start - base) % units[base], stop, tensor))
     merged: list[tuple[int, int, Tensor]] = []
-    for start, stop, tensor in spans:
+    for start, stop, tensor in sorted(spans, key=lambda span: span[:2]):
         if merged and start < merged[-1][1]:
             first, end, owner = merged[-1]
             merged[-1] = (first, max(end, stop), owner)
