@@ -224,6 +224,13 @@ class _Chooser:
             before.fault or self._misfit(norm, layer, layer.outputs, before.rank) or self._fault(layer, scale) or layer
         )
 
+    def layer_for_mean(self, norm: nn.Module, link: nn.Module | None) -> Affine | str:
+        """The layer whose bias takes the mean of a norm; `link`: the one it was converted from, where there is one."""
+        before = self.traces.before(norm)
+        if link is not None and before.hidden and self.traces.after(link).hidden:
+            return affine_of(link)
+        return self.layer_before(norm, before, scale=False)
+
     def layer_after(self, norm: nn.Module, after: Neighbour) -> Affine | str:
         layer = self._affine(after, forwards=True)
         if isinstance(layer, str):
@@ -392,25 +399,24 @@ def folded_means(model: nn.Module, modules: Sequence[nn.Module]) -> list[Any]:
     """What folds every mean-only BatchNorm among the modules of a model: functions to call without arguments, none of
     which can fail.
 
-    Logs a warning for each that cannot be folded, with the reason.
+    Each goes into the layer that tracing finds before it: modules may have been put together anew since the conversion.
+    Where code around it cannot be traced, it goes into the layer it was converted from. Logs a warning for each that
+    cannot be folded, with the reason.
     """
     if not any(issubclass(kind, MeanOnlyBatchNorm) for kind in set(map(type, modules))):
         return []
     norms = [(name, m) for name, m in model.named_modules() if isinstance(m, MeanOnlyBatchNorm)]
     inside = {id(m) for m in model.modules()}
-    chooser: _Chooser | None = None
+    chooser = _Chooser(model, trace(model), "mean-only")
     actions: list[Any] = []
     shifts: dict[int, Tensor] = {}
     for name, norm in norms:
         link = vars(norm).get(_LINK, ())
-        layer: Affine | str = "its layer is gone"
+        layer: Affine | str
         if norm.running_mean is None:
             layer = "it has no running mean (track_running_stats=False): it subtracts that of the batch"
-        elif len(link) == 1 and id(link[0]) in inside:
-            layer = affine_of(link[0])
         else:
-            chooser = chooser or _Chooser(model, trace(model), "mean-only")
-            layer = chooser.layer_before(norm, chooser.traces.before(norm), scale=False)
+            layer = chooser.layer_for_mean(norm, link[0] if len(link) == 1 and id(link[0]) in inside else None)
         if isinstance(layer, str):
             _log.warning("mean-only BatchNorm %s is kept: %s", name or "(the model)", layer)
             continue

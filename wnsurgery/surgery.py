@@ -284,8 +284,9 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     >>> torch.equal(fold_weight_norm(apply_weight_norm(layer)).weight, before), type(layer).__name__
     (True, 'Linear')
 
-    A mean-only batch normalization goes into the bias of the layer before it and leaves an `nn.Identity`: the layer it
-    was converted from, or the one that tracing finds. One without such a layer stays, which is logged as "wnsurgery".
+    A mean-only batch normalization goes into the bias of the layer before it and leaves an `nn.Identity`: the layer
+    that tracing finds or, in a forward that cannot be traced, the one it was converted from. One without such a layer
+    stays, which is logged as "wnsurgery".
 
     Args:
         model: any module tree.
