@@ -719,6 +719,88 @@ def test_optimizers_follow_batch_norm_surgery(mode: str) -> None:
     fresh.load_state_dict(optimizer.state_dict())
 
 
+def normalized() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
+
+
+STARTING_ANEW: dict[str, dict[str, Any]] = {
+    "fold": {"batch_norm": "fold"},
+    "mean-only": {"batch_norm": "mean-only"},
+    "data": {"init": "data", "data": X},
+    "fan": {"init": "fan"},
+    "frozen": {"freeze_magnitude": True},
+}
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("name", STARTING_ANEW)
+def test_fused_momentum_that_starts_anew_beside_some_that_goes_on(name: str, nesterov: bool) -> None:
+    """torch's fused SGD fails where some of a group have no momentum; it goes on as the plain one does."""
+    courses = []
+    for fused in (False, True):
+        model = normalized()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, nesterov=nesterov, fused=fused)
+        run(model, optimizer, 2)
+        torch.manual_seed(1)
+        wn.apply_weight_norm(model, optimizer=optimizer, **STARTING_ANEW[name])
+        losses = run(model, optimizer, 2)
+        wn.unfreeze_magnitude(model)
+        losses += run(model, optimizer, 2)
+        wn.fold_weight_norm(model, optimizer=optimizer)
+        courses.append(losses + run(model, optimizer, 2))
+    assert courses[1] == pytest.approx(courses[0], rel=1e-5)
+
+
+def test_momentum_of_zero_under_dampening() -> None:
+    """The first step of what starts anew is shorter by the dampening; what goes on has its momentum."""
+    model = normalized()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, dampening=0.25, fused=True)
+    run(model, optimizer, 2)
+    kept = optimizer.state[model[3].bias]["momentum_buffer"]
+    before = kept.clone()
+    wn.apply_weight_norm(model, batch_norm="mean-only", optimizer=optimizer)
+    v = model[0].parametrizations.weight.original1
+    assert torch.equal(optimizer.state[v]["momentum_buffer"], torch.zeros_like(v))
+    assert optimizer.state[model[3].bias]["momentum_buffer"] is kept
+    run(model, optimizer, 1)
+    torch.testing.assert_close(optimizer.state[v]["momentum_buffer"], 0.75 * v.grad)
+    torch.testing.assert_close(kept, 0.9 * before + 0.75 * model[3].bias.grad)
+
+
+def test_no_momentum_is_made_where_none_is_needed() -> None:
+    """Where a whole group starts anew, or the optimizer takes what has none, state stays empty."""
+    for fused, only in ((True, True), (False, False)):
+        model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 2, bias=not only))
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, fused=fused)
+        run(model, optimizer, 2)
+        wn.apply_weight_norm(model, init="fan", optimizer=optimizer)
+        assert len(optimizer.state) == (0 if only else 1)
+        run(model, optimizer, 2)
+
+
+class Shaped(torch.optim.SGD):
+    """Fused SGD that keeps for matrices what nobody knows."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        done = super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            if p.ndim > 1:
+                self.state[p]["shape"] = p.shape
+        return done
+
+
+def test_fused_momentum_of_unknown_state() -> None:
+    """Rescaling drops state without a rule, too, and leaves an optimizer that can step."""
+    model = wn.apply_weight_norm(mlp())
+    optimizer = Shaped(model.parameters(), 0.05, momentum=0.9, fused=True)
+    run(model, optimizer, 2)
+    wn.renormalize_(model, "unit", exact=True, optimizer=optimizer)
+    v = model[0].parametrizations.weight.original1
+    assert torch.equal(optimizer.state[v]["momentum_buffer"], torch.zeros_like(v))
+    run(model, optimizer, 2)
+
+
 EVERY_KIND: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),

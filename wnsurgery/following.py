@@ -109,7 +109,8 @@ class Follower:
         self.model = model
         self.optimizers = as_optimizers(optimizer)
         self.before = _names(model) if self.optimizers else {}
-        self.swapped: set[int] = set()  # pairs and weights that came by `split` and `join`
+        self.swapped: set[int] = set()  # what came by `split`, `join` and `inherit`
+        self.fresh: list[nn.Parameter] = []  # to be trained, with or without state from before
 
     def split(self, swaps: Iterable[Swap], *, changed_by: str = "") -> None:
         """Weights became pairs. `changed_by`: what gave the weights other values, if anything did, in words; state and
@@ -137,6 +138,7 @@ class Follower:
                     states.append((one, swap.v, for_v))
         places = {id(swap.weight): [swap.g, swap.v] for swap in swaps}
         self.swapped.update(id(half) for swap in swaps for half in (swap.g, swap.v))
+        self.fresh += [half for swap in swaps if swap.weight.requires_grad for half in (swap.g, swap.v)]
         self._commit([places] * len(self.optimizers), [s.weight for s in swaps], grads, states)
 
     def join(self, swaps: Iterable[Swap]) -> None:
@@ -158,6 +160,7 @@ class Follower:
                     state = self._joined_state(one, swap, rule)
                     states += [(one, swap.weight, state)] if state else []
         self.swapped.update(id(swap.weight) for swap in swaps)
+        self.fresh += [swap.weight for swap in swaps if swap.weight.requires_grad]
         self._commit(places, [p for swap in swaps for p in (swap.g, swap.v)], grads, states)
 
     def settle(self, changed: Iterable[nn.Parameter] = ()) -> None:
@@ -180,10 +183,14 @@ class Follower:
                     one.state.pop(parameter, None)
             for parameter in changed:
                 one.state.pop(parameter, None)
+        self.fresh += [parameter for parameter in changed if parameter.requires_grad]
         held = set().union(*map(_held, self.optimizers)) if self.optimizers else set()
         for key, (name, parameter) in now.items():
             if key not in self.before and key not in held and key not in self.swapped:
                 self._adopt(name, parameter, now)
+                self.fresh += [parameter] if parameter.requires_grad else []
+        for one in self.optimizers:
+            _start_momentum(one, self.fresh)
 
     def _adopt(self, name: str, parameter: nn.Parameter, now: Mapping[int, tuple[str, nn.Parameter]]) -> None:
         """Put a new parameter into its module's group: at its place if the group lists the model's order."""
@@ -295,6 +302,7 @@ def rescale_state(optimizers: Sequence[Optimizer], v: nn.Parameter, factor: Tens
             one.state.pop(v)
             if scaled:
                 one.state[v] = scaled
+            _start_momentum(one, [v])
         if grad is not None:
             v.grad = grad
 
@@ -344,6 +352,21 @@ def _warn_of_unknown(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Pa
             keys = ", ".join(sorted(set().union(*lost)))
             name = type(one).__name__
             _log.warning("%s: no rule for its state (%s), which starts anew for %d weights", name, keys, len(lost))
+
+
+def _start_momentum(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Momentum of zero for those that have none, where a group of torch's fused SGD has some: it fails at a mixture.
+
+    The first buffer of SGD is the gradient, and from zeros that is what the next one is. Under dampening d it is 1 - d
+    times the gradient, as if the buffer had been there all along without gradients: the first step is so much shorter.
+    """
+    fresh = set(map(id, parameters))
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+        bare = [p for p in group["params"] if (optimizer.state.get(p) or {}).get("momentum_buffer") is None]
+        if group.get("fused") and group["momentum"] != 0 and len(bare) < len(group["params"]):
+            for parameter in bare:
+                if id(parameter) in fresh:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
 def _settings(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Any]:

@@ -64,7 +64,9 @@ def freeze_magnitude(
 def unfreeze_magnitude(model: M, *, include: Pattern | None = None, exclude: Pattern | None = None) -> M:
     """Train g again, in place, where v is trained; a weight frozen as a whole stays frozen. Returns the model.
 
-    The optimizer must hold g: one that followed the conversion does; `stale_parameters` tells.
+    The optimizer must hold g: one that followed the conversion does; `stale_parameters` tells. torch's fused SGD with
+    momentum fails at any parameter that comes later than others of its group: thaw before its first step, or hand it
+    over to an `apply_weight_norm(freeze_magnitude=True)` in the middle of training.
 
     >>> model = apply_weight_norm(nn.Linear(3, 2), freeze_magnitude=True)
     >>> unfreeze_magnitude(model).parametrizations.weight.original0.requires_grad
