@@ -801,6 +801,93 @@ def test_fused_momentum_of_unknown_state() -> None:
     run(model, optimizer, 2)
 
 
+def with_means(bias: bool = False) -> nn.Module:
+    """A net with a mean-only norm, trained under weight norm."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(6, 5, bias=bias), wn.MeanOnlyBatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
+    return wn.apply_weight_norm(nn.Sequential(*layers))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_bias_of_a_folded_mean_goes_on(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The layer's new bias gets the gradient that the norm's had: state and a waiting gradient are those, unchanged."""
+    make = OPTIMIZERS[name]
+    model = with_means()
+    optimizer = make(model.parameters())
+    run(model, optimizer, 3)
+    bias = model[1].bias
+    value, state, grad = bias.detach().clone(), copy.deepcopy(optimizer.state[bias]), bias.grad.clone()
+    with caplog.at_level(logging.WARNING, "wnsurgery"):
+        wn.fold_weight_norm(model, optimizer=optimizer)
+    assert not caplog.records
+    new = model[0].bias
+    assert held(optimizer) == [id(p) for p in model.parameters()]
+    assert bias not in optimizer.state
+    assert torch.equal(new.grad, grad)
+    assert optimizer.state[new].keys() == state.keys()
+    for key, x in state.items():
+        if key == "ax":  # an average of values moves along
+            torch.testing.assert_close(optimizer.state[new][key], x + (new - value).detach())
+        else:
+            assert x is optimizer.state[new][key] is None or torch.equal(optimizer.state[new][key], x)
+    run(model, optimizer, 2)
+
+
+def test_the_bias_of_a_folded_mean_stays_in_its_group() -> None:
+    """With the settings it was trained with; in none, where it was in none."""
+    model = with_means()
+    optimizer = torch.optim.AdamW(wn.weight_norm_param_groups(model, lr=0.01, weight_decay=0.1))
+    run(model, optimizer, 2)
+    wn.fold_weight_norm(model, optimizer=optimizer)
+    assert {g["name"]: [id(p) for p in g["params"]] for g in optimizer.param_groups}["vectors"] == [
+        id(model[0].bias),
+        id(model[3].bias),
+    ]
+    model = with_means()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p is not model[1].bias])
+    wn.fold_weight_norm(model, optimizer=optimizer)
+    assert id(model[0].bias) not in held(optimizer)
+
+
+def test_the_bias_of_a_folded_mean_beside_one_of_the_layers_own(caplog: pytest.LogCaptureFixture) -> None:
+    """A bias before a norm gets no gradient to speak of: from the fold on it has the norm's state, and that is said."""
+    model = with_means(bias=True)
+    optimizer = torch.optim.Adam(model.parameters())
+    run(model, optimizer, 3)
+    state, grad = copy.deepcopy(optimizer.state[model[1].bias]), model[1].bias.grad.clone()
+    with caplog.at_level(logging.WARNING, "wnsurgery"):
+        wn.fold_weight_norm(model, optimizer=optimizer)
+    assert [r.message for r in caplog.records] == [
+        "0.bias: its optimizer state is now that of 1.bias; its own is dropped"
+    ]
+    assert all(torch.equal(optimizer.state[model[0].bias][key], x) for key, x in state.items())
+    assert torch.equal(model[0].bias.grad, grad)
+    assert held(optimizer) == [id(p) for p in model.parameters()]
+    run(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("why", ["frozen", "another optimizer", "shared"])
+def test_state_of_a_folded_mean_that_has_no_heir_is_dropped_with_a_warning(
+    why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the layer's bias is not trained with the norm's, or the norm's had the sum of several gradients."""
+    model = with_means(bias=why != "shared")
+    if why == "shared":
+        model[2] = nn.Sequential(nn.Linear(5, 5, bias=False), wn.MeanOnlyBatchNorm1d(5))
+        model[2][1].bias = model[1].bias
+    model[0].requires_grad_(why != "frozen")
+    apart = [model[0].bias] if why == "another optimizer" else []
+    optimizers = [torch.optim.Adam([p for p in model.parameters() if not any(p is q for q in apart)])]
+    optimizers += [torch.optim.SGD(apart, 0.1)] if apart else []
+    run(model, optimizers[0], 2)
+    with caplog.at_level(logging.WARNING, "wnsurgery"):
+        wn.fold_weight_norm(model, optimizer=optimizers)
+    text = "it is shared" if why == "shared" else "0.bias is not trained by the same optimizer"
+    assert {r.message for r in caplog.records} == {f"1.bias: its optimizer state is dropped: {text}"}
+    assert not any(optimizers[0].state.get(model[i].bias) for i in (0, 1) if hasattr(model[i], "bias"))
+    run(model, optimizers[0], 1)
+
+
 EVERY_KIND: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),

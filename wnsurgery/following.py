@@ -16,6 +16,7 @@ What an optimizer keeps for a parameter is one of a few kinds of thing, each wit
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from wnsurgery.dtensors import spread_like
 from wnsurgery.errors import SelectionError
 from wnsurgery.reparam import Axes, Magnitude, compose, decompose
 
-__all__ = ["Follower", "Optimizers", "Swap", "as_optimizers", "rescale_state"]
+__all__ = ["Follower", "Heir", "Optimizers", "Swap", "as_optimizers", "rescale_state"]
 
 _log = logging.getLogger("wnsurgery")
 
@@ -68,6 +69,15 @@ class Swap:
     v: nn.Parameter
     axes: Axes
     magnitude: Magnitude
+
+
+@dataclass(frozen=True)
+class Heir:
+    """A vector whose value went into another, which gets the same gradient from then on; `made`: only for this."""
+
+    old: nn.Parameter
+    new: nn.Parameter
+    made: bool
 
 
 def as_optimizers(optimizer: Optimizers | None, *, flat: bool = False) -> tuple[Optimizer, ...]:
@@ -109,8 +119,13 @@ class Follower:
         self.model = model
         self.optimizers = as_optimizers(optimizer)
         self.before = _names(model) if self.optimizers else {}
+        self.ordered = {id(group) for one in self.optimizers for group in one.param_groups if self._in_order(group)}
         self.swapped: set[int] = set()  # what came by `split`, `join` and `inherit`
         self.fresh: list[nn.Parameter] = []  # to be trained, with or without state from before
+
+    def _in_order(self, group: Mapping[str, Any]) -> bool:
+        ranks = [self.before[id(p)][0] for p in group["params"] if id(p) in self.before]
+        return ranks == sorted(ranks)
 
     def split(self, swaps: Iterable[Swap], *, changed_by: str = "") -> None:
         """Weights became pairs. `changed_by`: what gave the weights other values, if anything did, in words; state and
@@ -162,6 +177,42 @@ class Follower:
         self.swapped.update(id(swap.weight) for swap in swaps)
         self.fresh += [swap.weight for swap in swaps if swap.weight.requires_grad]
         self._commit(places, [p for swap in swaps for p in (swap.g, swap.v)], grads, states)
+
+    def inherit(self, heirs: Iterable[Heir]) -> None:
+        """Vectors went into others: a new one takes the old one's place, and state and gradient go over as they are.
+
+        They do not where an old one is shared, since its gradient was a sum, and where the new one is not trained by
+        the same optimizer; a warning is logged then, and where what was there before had state of its own.
+        """
+        heirs = list(heirs) if self.optimizers else []
+        after = _names(self.model) if heirs else {}
+        _warn_of_unknown(self.optimizers, [heir.old for heir in heirs])
+        times = Counter(id(heir.old) for heir in heirs)
+        grads: list[tuple[Tensor, Tensor | None]] = []
+        states: list[tuple[Optimizer, nn.Parameter, State]] = []
+        place: dict[int, list[nn.Parameter]] = {}
+        for heir in heirs:
+            old, new = heir.old, heir.new
+            names = self.before.get(id(old), (0, "a bias"))[1], after[id(new)][1]
+            place.setdefault(id(old), [old] if id(old) in after else []).extend([new] if heir.made else [])
+            shared = times[id(old)] > 1 or id(old) in after
+            if old.grad is not None and new.requires_grad and not shared:
+                grads.append((new, _stored(old.grad, new, old.grad, old)))
+            for one in self.optimizers:
+                state, table = one.state.get(old), _table(one, old)
+                if not state or table is None:
+                    continue
+                if shared or not (heir.made or (new.requires_grad and id(new) in _held(one))):
+                    why = "it is shared" if shared else f"{names[1]} is not trained by the same optimizer"
+                    _log.warning("%s: its optimizer state is dropped: %s", names[0], why)
+                    continue
+                if one.state.get(new):
+                    _log.warning("%s: its optimizer state is now that of %s; its own is dropped", names[1], names[0])
+                states.append((one, new, _inherited_state(heir, state, table)))
+        self.swapped.update(id(heir.new) for heir in heirs if heir.made)
+        self.fresh += [heir.new for heir in heirs if heir.new.requires_grad]
+        gone = [heir.old for heir in heirs if id(heir.old) not in after]
+        self._commit([place] * len(self.optimizers), gone, grads, states)
 
     def settle(self, changed: Iterable[nn.Parameter] = ()) -> None:
         """Other parameters that came and went (biases, BatchNorms): drop those gone, adopt those new.
@@ -262,7 +313,6 @@ class Follower:
     ) -> tuple[list[nn.Parameter], list[str] | None]:
         """The parameters of a group after the surgery, and their names where it has names."""
         old = group["params"]
-        ranks = [self.before[id(p)][0] for p in old if id(p) in self.before]
         named = group.get("param_names") or [""] * len(old)
         entries: list[tuple[nn.Parameter, str]] = []
         for parameter, name in zip(old, named, strict=True):
@@ -273,7 +323,7 @@ class Follower:
             known = self.before.get(id(parameter), (0, ""))[1]
             prefix = name.removesuffix(known) if name.endswith(known) else ""
             entries += [(p, prefix + after[id(p)][1] if id(p) in after else name) for p in new]
-        if ranks == sorted(ranks):
+        if id(group) in self.ordered:
             mine = [i for i, (p, _) in enumerate(entries) if id(p) in after]
             ordered = sorted((entries[i] for i in mine), key=lambda entry: after[id(entry[0])][0])
             for i, entry in zip(mine, ordered, strict=True):
@@ -420,6 +470,18 @@ def _split_state(
         for_g[key] = _stored(pair[0], swap.g, x, swap.weight)
         for_v[key] = _stored(pair[1], swap.v, x, swap.weight)
     return for_g, for_v
+
+
+def _inherited_state(heir: Heir, state: State, table: Mapping[str, Kind]) -> State:
+    """The same, but that an average of weights moves along with the value."""
+    moved = (heir.new.detach() - heir.old.detach()).to(heir.new.dtype)
+    inherited: State = {}
+    for key, x in state.items():
+        kept = table[key] == "count" or not isinstance(x, Tensor)
+        inherited[key] = _copied(x) if kept else _stored(x, heir.new, x, heir.old)
+        if table[key] == "weight":
+            inherited[key] += moved.to(inherited[key])
+    return inherited
 
 
 def _join_state(

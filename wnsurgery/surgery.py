@@ -294,7 +294,9 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
         model: any module tree.
         optimizer: the optimizer in use, or a sequence of them: w takes the place of v in its groups (of g, where
             only that is being trained; g and v may be in different groups), and momentum, Adam's averages and
-            gradients pass back to w by the chain rule. A row with g = 0 keeps no part across its direction.
+            gradients pass back to w by the chain rule. A row with g = 0 keeps no part across its direction. Those of
+            a mean-only batch normalization's bias go over to the layer's, which gets the same gradient; where they
+            cannot, a warning is logged.
 
     Raises PairError when a pair does not fit together or another parametrization is stacked on it, SelectionError
     when the optimizer (LBFGS) cannot follow.
@@ -329,8 +331,8 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
             follower.join(map(_Pair.swap, pairs, weights))
         for entry in deferred:
             entry.undefer(settle=False)
-        for fold_mean in means:
-            fold_mean()
+        heirs = [fold_mean() for fold_mean in means]
+        follower.inherit(heir for heir in heirs if heir is not None)
         follower.settle()
         rename_tied(modules)
         guard_resizing(modules)
