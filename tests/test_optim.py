@@ -562,6 +562,74 @@ def test_gradient_scaling_and_clipping_go_on() -> None:
     assert abs(losses[7] - losses[3]) < 0.02 * abs(losses[3] - losses[2])
 
 
+# Optimizers given for nothing ------------------------------------------------------------------------------
+
+
+def unrelated() -> Optimizer:
+    return torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1, momentum=0.9)
+
+
+def told(caplog: pytest.LogCaptureFixture) -> bool:
+    """Whether there was one warning, and that it was this one; forgets it."""
+    found = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(found) <= 1
+    caplog.clear()
+    assert all("holds none of the" in text and "stale_parameters(model, optimizer)" in text for text in found)
+    return bool(found)
+
+
+@pytest.mark.parametrize("mode", ["parametrized", "deferred"])
+def test_an_optimizer_that_holds_nothing_of_the_model_is_told_of(mode: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Handing it over does nothing, whichever call it is handed to."""
+    model = wn.apply_weight_norm(mlp(), optimizer=unrelated(), mode=mode)
+    assert told(caplog)
+    wn.renormalize_(model, optimizer=unrelated())
+    assert told(caplog)
+    with wn.keep_unit_norm(model, unrelated()):
+        assert told(caplog)
+    with wn.keep_magnitude_within(model, unrelated(), max=9.0):
+        assert told(caplog)
+    with wn.WeightNormMonitor(model, unrelated()):
+        assert told(caplog)
+    wn.fold_weight_norm(model, optimizer=unrelated())
+    assert told(caplog)
+
+
+@pytest.mark.parametrize("mode", ["parametrized", "deferred"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_optimizer_left_behind_is_told_of(bias: bool, mode: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """It holds biases of the model, but weights from before a surgery that it was not told of."""
+    model = nn.Sequential(nn.Linear(4, 5, bias=bias), nn.ReLU(), nn.Linear(5, 2, bias=bias))
+    plain = torch.optim.SGD(model.parameters(), 0.1)
+    wn.apply_weight_norm(model, mode=mode)
+    pairs = torch.optim.SGD(model.parameters(), 0.1)
+    wn.renormalize_(model, optimizer=plain)
+    assert told(caplog)
+    wn.renormalize_(model, optimizer=pairs)
+    assert not told(caplog)
+    wn.fold_weight_norm(model, optimizer=plain)
+    assert told(caplog)
+    wn.apply_weight_norm(model, optimizer=pairs)
+    assert told(caplog)
+
+
+def test_optimizers_given_on_purpose_are_not_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Of biases alone, of other layers, one of several; frozen weights, and models with nothing to do."""
+    wn.apply_weight_norm(model := mlp(), optimizer=torch.optim.SGD([model[0].bias], 0.1))
+    wn.apply_weight_norm(model, optimizer=unrelated())
+    wn.fold_weight_norm(model, optimizer=torch.optim.SGD([model[0].bias], 0.1))
+    wn.fold_weight_norm(model, optimizer=unrelated())
+    wn.apply_weight_norm(model, include="0", optimizer=torch.optim.SGD(model[2].parameters(), 0.1))
+    wn.apply_weight_norm(model, optimizer=[unrelated(), torch.optim.SGD(model.parameters(), 0.1)])
+    with wn.WeightNormMonitor(model, torch.optim.SGD([model[4].parametrizations.weight.original0], 0.1)):
+        pass
+    frozen = mlp().requires_grad_(False)
+    wn.apply_weight_norm(frozen, optimizer=unrelated())
+    wn.renormalize_(frozen, optimizer=unrelated())
+    wn.fold_weight_norm(frozen, optimizer=unrelated())
+    assert not told(caplog)
+
+
 # Stale optimizers and groups -----------------------------------------------------------------------------
 
 

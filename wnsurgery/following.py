@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from wnsurgery.dtensors import spread_like
 from wnsurgery.errors import SelectionError
 from wnsurgery.reparam import Axes, Magnitude, compose, decompose
 
-__all__ = ["Follower", "Heir", "Optimizers", "Swap", "as_optimizers", "rescale_state"]
+__all__ = ["Follower", "Heir", "Optimizers", "Swap", "as_optimizers", "rescale_state", "warn_if_left_behind"]
 
 _log = logging.getLogger("wnsurgery")
 
@@ -119,6 +119,8 @@ class Follower:
         self.model = model
         self.optimizers = as_optimizers(optimizer)
         self.before = _names(model) if self.optimizers else {}
+        self.trained = [p for p in model.parameters() if p.requires_grad] if self.optimizers else []
+        self.held = list(_parameters(self.optimizers))
         self.ordered = {id(group) for one in self.optimizers for group in one.param_groups if self._in_order(group)}
         self.swapped: set[int] = set()  # what came by `split`, `join` and `inherit`
         self.fresh: list[nn.Parameter] = []  # to be trained, with or without state from before
@@ -223,6 +225,9 @@ class Follower:
         """
         now = {id(p): (name, p) for name, p in self.model.named_parameters()} if self.optimizers else {}
         changed = list(changed)
+        rescaled = set(map(id, changed))
+        replaced = [p for p in self.trained if id(p) not in now or id(p) in rescaled]
+        _warn_if_left_behind(self.before, self.held, replaced)
         for one in self.optimizers:
             for group in one.param_groups:
                 lost = [p for p in group["params"] if id(p) in self.before and id(p) not in now]
@@ -331,6 +336,13 @@ class Follower:
         return [p for p, _ in entries], [n for _, n in entries] if "param_names" in group else None
 
 
+def warn_if_left_behind(model: nn.Module, optimizers: Sequence[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+    """Say that optimizers hold none of the trained parameters that they were given for."""
+    if optimizers:
+        trained = [p for p in parameters if p.requires_grad]
+        _warn_if_left_behind(_names(model), list(_parameters(optimizers)), trained)
+
+
 def rescale_state(optimizers: Sequence[Optimizer], v: nn.Parameter, factor: Tensor) -> Callable[[], None]:
     """v becomes factor * v: how gradient and state follow. Returns the action, which cannot fail.
 
@@ -380,7 +392,30 @@ def _module_of(name: str) -> str:
 
 
 def _held(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return set(map(id, _parameters([optimizer])))
+
+
+def _parameters(optimizers: Iterable[Optimizer]) -> Iterator[nn.Parameter]:
+    return (p for one in optimizers for group in one.param_groups for p in group["params"])
+
+
+def _warn_if_left_behind(model: Collection[int], held: Sequence[nn.Parameter], wanted: Sequence[nn.Parameter]) -> None:
+    """Say that none of the parameters wanted is held, where that cannot be on purpose.
+
+    An optimizer of other parts of the model may well be given, as one of biases alone. One that holds nothing of the
+    model, or in place of a weight one of its shape that is not in the model, as surgery that it was not told of leaves
+    it, may not.
+    """
+    ids = set(map(id, held))
+    if not wanted or not ids.isdisjoint(map(id, wanted)):
+        return
+    strangers = {tuple(p.shape) for p in held if id(p) not in model}
+    if ids.isdisjoint(model) or any(p.ndim > 1 and tuple(p.shape) in strangers for p in wanted):
+        _log.warning(
+            "the optimizer given holds none of the %d trained parameters that it was given for, and does nothing for "
+            "them; stale_parameters(model, optimizer) tells what it holds",
+            len(wanted),
+        )
 
 
 def _table(optimizer: Optimizer, parameter: Tensor) -> dict[str, Kind] | None:

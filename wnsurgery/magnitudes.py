@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wnsurgery.after_step import StepHandle
 from wnsurgery.errors import SelectionError
-from wnsurgery.following import Optimizers, as_optimizers
+from wnsurgery.following import Optimizers, as_optimizers, warn_if_left_behind
 from wnsurgery.pairs import Pair, pairs
 from wnsurgery.plan import Pattern
 from wnsurgery.reparam import ZERO_LOG, magnitude_dtype_for
@@ -138,6 +138,7 @@ def keep_magnitude_within(
         raise SelectionError("keep_magnitude_within needs the optimizer whose steps it follows")
     chosen = pairs(model, include, exclude)
     _refuse_beyond(chosen, "min", bounds[0])
+    warn_if_left_behind(model, optimizers, (half for pair in chosen for half in (pair.g, pair.v)))
     _clamp(chosen, bounds)
     return StepHandle(optimizers, lambda: _clamp(chosen, bounds))
 

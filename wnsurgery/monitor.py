@@ -21,7 +21,7 @@ from wnsurgery.after_step import StepHandle
 from wnsurgery.csv_text import csv_text
 from wnsurgery.dtensors import gathered
 from wnsurgery.errors import MissingPackageError, OutputError, OutputExistsError, SelectionError, printable
-from wnsurgery.following import Optimizers, as_optimizers
+from wnsurgery.following import Optimizers, as_optimizers, warn_if_left_behind
 from wnsurgery.norms import norm
 from wnsurgery.pairs import Pair, pairs
 from wnsurgery.plan import Pattern
@@ -109,6 +109,7 @@ class WeightNormMonitor:
         if not isinstance(between, Integral) or every < 1:
             raise SelectionError(f"every must be a whole number, 1 or more, not {every!r}")
         self._pairs = [p for p in pairs(model, include, exclude) if not p.is_meta]
+        warn_if_left_behind(model, optimizers, (half for pair in self._pairs for half in (pair.v, pair.g)))
         self._optimizers, self.every, self.steps = optimizers, every, 0
         self.records: deque[Observed] = deque(maxlen=keep)
         self._before: dict[int, tuple[Tensor, Any]] = {}

@@ -88,8 +88,9 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
             and v by the chain rule. Optimizers whose state has no known rule forget these weights' state, as all do
             when weights change (`init`, a BatchNorm that `batch_norm` takes); a warning is logged. torch's fused SGD,
             which takes no mixture, gets momentum of zero for them: under dampening d their next step is 1 - d times
-            what it would be without. Schedulers go on working. What wraps an optimizer and hands out its groups and
-            state, as accelerate does, will do.
+            what it would be without. One that an earlier surgery left behind, or that holds nothing of the model,
+            gets a warning; `stale_parameters` tells more. Schedulers go on working. What wraps an optimizer and hands
+            out its groups and state, as accelerate does, will do.
         batch_norm: what becomes of each BatchNorm, see `plan_batch_norm`; the evaluation function stays the same to
             rounding. "fold" folds it into the layer beside it, which then gets its weight norm; "mean-only" puts a
             `MeanOnlyBatchNorm` in its place, its scale going into g. Those kept are logged as "wnsurgery", with the
