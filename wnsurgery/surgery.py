@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from itertools import compress, zip_longest
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -27,7 +28,7 @@ from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, de
 from wnsurgery.resizing import guard_resizing
 from wnsurgery.safety import all_or_nothing, collecting_later, is_recurrent, plain_grad_mode, values_kept
 from wnsurgery.small_weights import SmallWeights, is_small, small_magnitudes
-from wnsurgery.targets import bias_of, normed
+from wnsurgery.targets import bias_of, check_scales, normed, scales_of
 from wnsurgery.tied_names import rename_tied
 from wnsurgery.walk import Slot, check_module, legacy_hooks, modules_of, slots
 
@@ -108,9 +109,7 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
         raise SelectionError(f'init must be "preserve", "data" or "fan", not {init!r}')
     if (init == "data") != (data is not None):
         raise SelectionError('init="data" and data=... go together')
-    if init == "preserve" and init_options:
-        more = ", ".join(sorted(init_options))
-        raise TypeError(f'apply_weight_norm got unexpected arguments: {more} (init="data" and init="fan" have more)')
+    _check_init_options(init, init_options)
     check_mode(mode)
     modules = _unwrapped(model)
     if mode == "deferred":
@@ -122,6 +121,8 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
             plan = plan_weight_norm(model, include=include, exclude=exclude, dim=dim)
         asked = init != "preserve" or freeze_magnitude
         old = normed(slots(model, plain=False), include, exclude) if asked else []
+        if not plan.sites and "init_scale" in init_options:
+            scales_of(init_options["init_scale"], slots(model, plain=False))
         options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
         written = _written_by(init, plan)
         with values_kept(written), all_or_nothing(attributes=init != "preserve") as save:
@@ -143,6 +144,17 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
     if mode == "deferred":
         set_weight_norm_mode(model, mode)
     return model
+
+
+def _check_init_options(init: str, options: Mapping[str, Any]) -> None:
+    """Raise TypeError for options that the initialisation does not have, SelectionError for scales that are none."""
+    makes: dict[str, Callable[..., Any]] = {"data": data_dependent_init, "fan": fan_init}
+    known = signature(makes[init]).parameters if init in makes else ()
+    if unknown := ", ".join(sorted(options.keys() - set(known))):
+        hint = f"init={init!r} has none of these" if known else 'init="data" and init="fan" have more'
+        raise TypeError(f"apply_weight_norm got unexpected arguments: {unknown} ({hint})")
+    if "init_scale" in options:
+        check_scales(options["init_scale"])
 
 
 def _written_by(init: str, plan: Plan) -> Iterator[Tensor]:
