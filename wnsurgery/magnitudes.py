@@ -97,12 +97,12 @@ def clamp_magnitude_(
     >>> bool((model.weight.norm(dim=1) < 0.2501).all())
     True
 
-    Raises SelectionError when no bound is given, a bound is negative, min exceeds max or is beyond what some g can be,
-    or nothing is selected.
+    Raises SelectionError when no bound is given, a bound is negative, min exceeds max, a bound is beyond what some g
+    can be (but for a max that none can reach), or nothing is selected.
     """
     bounds = _bounds(min, max)
     chosen = pairs(model, include, exclude)
-    _refuse_beyond(chosen, "min", bounds[0])
+    _refuse_bounds(chosen, bounds)
     _clamp(chosen, bounds)
     return model
 
@@ -137,7 +137,7 @@ def keep_magnitude_within(
     if not optimizers:
         raise SelectionError("keep_magnitude_within needs the optimizer whose steps it follows")
     chosen = pairs(model, include, exclude)
-    _refuse_beyond(chosen, "min", bounds[0])
+    _refuse_bounds(chosen, bounds)
     warn_if_left_behind(model, optimizers, (half for pair in chosen for half in (pair.g, pair.v)))
     _clamp(chosen, bounds)
     return StepHandle(optimizers, lambda: _clamp(chosen, bounds))
@@ -158,6 +158,13 @@ def _number(value: Any) -> float:
         return math.nan if isinstance(value, str | bool) else float(value)
     except (TypeError, ValueError):
         return math.nan
+
+
+def _refuse_bounds(chosen: list[Pair], bounds: tuple[float, float]) -> None:
+    """SelectionError for bounds that no g of some type can have; a max beyond all of them bounds nothing."""
+    _refuse_beyond(chosen, "min", bounds[0])
+    if bounds[1] < 1:
+        _refuse_beyond(chosen, "max", bounds[1])
 
 
 def _refuse_beyond(chosen: list[Pair], name: str, size: float) -> None:
