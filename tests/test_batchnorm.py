@@ -668,6 +668,79 @@ def test_a_norm_that_moved_to_another_net_leaves_its_old_layer_alone(caplog: Any
     assert torch.equal(second(y), expected[1])
 
 
+class Rearranged(nn.Module):
+    """A layer and a norm, put together in one of several ways."""
+
+    def __init__(self, layer: nn.Module, norm: nn.Module, how: str) -> None:
+        super().__init__()
+        self.layer, self.norm, self.how = layer, norm, how
+        self.tail = nn.Sequential(norm, nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how.startswith("untraceable") and float(x.detach().sum()) > 1e9:
+            return x
+        h = self.layer(x)
+        if self.how == "relu":
+            return self.norm(F.relu(h))
+        if self.how == "used twice":
+            return self.norm(h) + h.sum()
+        if self.how == "never called":
+            return h
+        return self.tail(h) if self.how.endswith("in a block") else self.norm(h)
+
+
+def linked() -> tuple[nn.Module, nn.Module]:
+    """A layer and the mean-only norm that came of the BatchNorm behind it."""
+    model = lived(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)))
+    wn.apply_weight_norm(model, batch_norm="mean-only")
+    return model[0], model[1]
+
+
+@pytest.mark.parametrize("how", ["relu", "used twice", "never called"])
+def test_a_norm_that_its_layer_does_not_feed_any_more_is_kept(how: str, caplog: Any) -> None:
+    """Where the modules were put together anew, folding keeps the function and says that the norm stays."""
+    layer, norm = linked()
+    model, x = Rearranged(layer, norm, how).eval(), torch.randn(6, 4)
+    expected = model(x)
+    wn.fold_weight_norm(model)
+    assert difference(model(x), expected) < 1e-6
+    assert norms(model) == ["MeanOnlyBatchNorm1d"]
+    assert "norm is kept" in caplog.text
+
+
+def test_a_norm_that_another_layer_feeds_now_goes_into_that() -> None:
+    """The data flow decides, not what a norm was converted from."""
+    (layer, norm), other = linked(), nn.Linear(5, 5)
+    model, x = nn.Sequential(layer, nn.ReLU(), other, norm).eval(), torch.randn(6, 4)
+    expected, bias = model(x), layer.bias
+    wn.fold_weight_norm(model)
+    assert difference(model(x), expected) < 1e-5
+    assert not norms(model)
+    assert layer.bias is bias is None
+
+
+@pytest.mark.parametrize("how", ["untraceable", "untraceable, in a block"])
+def test_a_norm_in_a_forward_that_cannot_be_traced_goes_into_the_layer_it_came_from(how: str) -> None:
+    """Where tracing shows nothing of a norm or of what comes into its block, the conversion is believed."""
+    layer, norm = linked()
+    model, x = Rearranged(layer, norm, how).eval(), torch.randn(6, 4)
+    expected = model(x)
+    wn.fold_weight_norm(model)
+    assert difference(model(x), expected) < 1e-5
+    assert not norms(model)
+
+
+def test_a_layer_seen_to_feed_another_module_is_not_believed_to_feed_its_norm(caplog: Any) -> None:
+    """Although the forward around both cannot be traced."""
+    layer, norm = linked()
+    model, x = Rearranged(nn.Sequential(layer, nn.ReLU()), norm, "untraceable").eval(), torch.randn(6, 4)
+    expected = model(x)
+    wn.fold_weight_norm(model)
+    assert difference(model(x), expected) < 1e-6
+    assert norms(model) == ["MeanOnlyBatchNorm1d"]
+    assert "norm is kept" in caplog.text
+
+
 # Files ---------------------------------------------------------------------------------------------------
 
 

@@ -6,8 +6,10 @@ import copy
 import pickle
 import subprocess
 import sys
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -360,6 +362,60 @@ def test_errors() -> None:
             wn.apply_weight_norm(nn.Linear(3, 2), **options)
     with pytest.raises(TypeError, match="surprise"):
         wn.apply_weight_norm(nn.Linear(3, 2), surprise=1)
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.5), np.int64(2), torch.tensor(0.5), torch.tensor(2), Fraction(1, 2)])
+def test_scales_are_real_numbers_of_any_kind(scale: Any) -> None:
+    """Those of numpy and tensors without axes give what floats give."""
+    found = []
+    for given in (scale, {"0": scale}, float(scale)):
+        torch.manual_seed(0)
+        model = wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 2)))
+        wn.data_dependent_init(model, torch.randn(9, 3), init_scale=given)
+        found.append(model[0].parametrizations.weight.original0.detach().clone())
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (np.float32(-0.5), "must be positive and finite, not -0.5"),
+        (10**400, "must be positive and finite, not inf"),
+        ("1", r"must be a number, not '1' \(str\)"),
+        (True, r"must be a number, not True \(bool\)"),
+        (torch.tensor(True), "must be a number, not True"),
+        (torch.ones(1), r"must be a number, not tensor\(\[1.\]\) \(Tensor\)"),
+        ({"0": 0}, "must be positive and finite for '0', not 0.0"),
+    ],
+)
+def test_scales_that_are_none(scale: Any, message: str) -> None:
+    """What was seen is named: its value, or its type."""
+    model = wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 2)))
+    with pytest.raises(wn.SelectionError, match=message):
+        wn.fan_init(model, init_scale=scale)
+
+
+@pytest.mark.parametrize("how", ["fresh", "nothing left"])
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"bogus": 1}, TypeError),
+        ({"memory": "live"}, TypeError),
+        ({"init_scale": {"*": -3}}, wn.SelectionError),
+        ({"init_scale": {"typo*": 1.0}}, wn.SelectionError),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_has_changed(how: str, options: Any, error: Any) -> None:
+    """Also where no weight is left to initialise, and BatchNorms are there to be taken."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    if how == "nothing left":
+        wn.apply_weight_norm(model)
+    before, kinds = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    with pytest.raises(error, match="|".join(options)):
+        wn.apply_weight_norm(model, init="fan", batch_norm="fold", **options)
+    assert [type(m) for m in model.modules()] == kinds
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 def test_other_axes_and_frozen_magnitudes_are_left_alone() -> None:

@@ -228,6 +228,13 @@ def test_what_cannot_be_watched_is_an_error() -> None:
     for wrong in ({"optimizer": []}, *({"optimizer": optimizer, "every": every} for every in (0, "a", 1.5, None))):
         with pytest.raises(wn.SelectionError):
             wn.WeightNormMonitor(model, **wrong)  # type: ignore[arg-type]
+    for keep in (-1, 1.5, "a"):
+        with pytest.raises(wn.SelectionError, match="keep must be a whole number, 0 or more"):
+            wn.WeightNormMonitor(model, optimizer, keep=keep)  # type: ignore[arg-type]
+    for keep, length in ((0, 0), (None, 2)):
+        with wn.WeightNormMonitor(model, optimizer, keep=keep) as monitor:
+            monitor.observe()
+        assert len(monitor.records) == length
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])

@@ -630,6 +630,74 @@ def test_gradient_scaling_and_clipping_go_on() -> None:
     assert abs(losses[7] - losses[3]) < 0.02 * abs(losses[3] - losses[2])
 
 
+# Optimizers given for nothing ------------------------------------------------------------------------------
+
+
+def unrelated() -> Optimizer:
+    return torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1, momentum=0.9)
+
+
+def told(caplog: pytest.LogCaptureFixture) -> bool:
+    """Whether there was one warning, and that it was this one; forgets it."""
+    found = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(found) <= 1
+    caplog.clear()
+    assert all("holds none of the" in text and "stale_parameters(model, optimizer)" in text for text in found)
+    return bool(found)
+
+
+@pytest.mark.parametrize("mode", ["parametrized", "deferred"])
+def test_an_optimizer_that_holds_nothing_of_the_model_is_told_of(mode: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Handing it over does nothing, whichever call it is handed to."""
+    model = wn.apply_weight_norm(mlp(), optimizer=unrelated(), mode=mode)
+    assert told(caplog)
+    wn.renormalize_(model, optimizer=unrelated())
+    assert told(caplog)
+    with wn.keep_unit_norm(model, unrelated()):
+        assert told(caplog)
+    with wn.keep_magnitude_within(model, unrelated(), max=9.0):
+        assert told(caplog)
+    with wn.WeightNormMonitor(model, unrelated()):
+        assert told(caplog)
+    wn.fold_weight_norm(model, optimizer=unrelated())
+    assert told(caplog)
+
+
+@pytest.mark.parametrize("mode", ["parametrized", "deferred"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_optimizer_left_behind_is_told_of(bias: bool, mode: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """It holds biases of the model, but weights from before a surgery that it was not told of."""
+    model = nn.Sequential(nn.Linear(4, 5, bias=bias), nn.ReLU(), nn.Linear(5, 2, bias=bias))
+    plain = torch.optim.SGD(model.parameters(), 0.1)
+    wn.apply_weight_norm(model, mode=mode)
+    pairs = torch.optim.SGD(model.parameters(), 0.1)
+    wn.renormalize_(model, optimizer=plain)
+    assert told(caplog)
+    wn.renormalize_(model, optimizer=pairs)
+    assert not told(caplog)
+    wn.fold_weight_norm(model, optimizer=plain)
+    assert told(caplog)
+    wn.apply_weight_norm(model, optimizer=pairs)
+    assert told(caplog)
+
+
+def test_optimizers_given_on_purpose_are_not_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Of biases alone, of other layers, one of several; frozen weights, and models with nothing to do."""
+    wn.apply_weight_norm(model := mlp(), optimizer=torch.optim.SGD([model[0].bias], 0.1))
+    wn.apply_weight_norm(model, optimizer=unrelated())
+    wn.fold_weight_norm(model, optimizer=torch.optim.SGD([model[0].bias], 0.1))
+    wn.fold_weight_norm(model, optimizer=unrelated())
+    wn.apply_weight_norm(model, include="0", optimizer=torch.optim.SGD(model[2].parameters(), 0.1))
+    wn.apply_weight_norm(model, optimizer=[unrelated(), torch.optim.SGD(model.parameters(), 0.1)])
+    with wn.WeightNormMonitor(model, torch.optim.SGD([model[4].parametrizations.weight.original0], 0.1)):
+        pass
+    frozen = mlp().requires_grad_(False)
+    wn.apply_weight_norm(frozen, optimizer=unrelated())
+    wn.renormalize_(frozen, optimizer=unrelated())
+    wn.fold_weight_norm(frozen, optimizer=unrelated())
+    assert not told(caplog)
+
+
 # Stale optimizers and groups -----------------------------------------------------------------------------
 
 
@@ -785,6 +853,175 @@ def test_optimizers_follow_batch_norm_surgery(mode: str) -> None:
     assert step() < losses[0]
     fresh = torch.optim.Adam(net.parameters(), lr=1e-2)
     fresh.load_state_dict(optimizer.state_dict())
+
+
+def normalized() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
+
+
+STARTING_ANEW: dict[str, dict[str, Any]] = {
+    "fold": {"batch_norm": "fold"},
+    "mean-only": {"batch_norm": "mean-only"},
+    "data": {"init": "data", "data": X},
+    "fan": {"init": "fan"},
+    "frozen": {"freeze_magnitude": True},
+}
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("name", STARTING_ANEW)
+def test_fused_momentum_that_starts_anew_beside_some_that_goes_on(name: str, nesterov: bool) -> None:
+    """torch's fused SGD fails where some of a group have no momentum; it goes on as the plain one does."""
+    courses = []
+    for fused in (False, True):
+        model = normalized()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, nesterov=nesterov, fused=fused)
+        run(model, optimizer, 2)
+        torch.manual_seed(1)
+        wn.apply_weight_norm(model, optimizer=optimizer, **STARTING_ANEW[name])
+        losses = run(model, optimizer, 2)
+        wn.unfreeze_magnitude(model)
+        losses += run(model, optimizer, 2)
+        wn.fold_weight_norm(model, optimizer=optimizer)
+        courses.append(losses + run(model, optimizer, 2))
+    assert courses[1] == pytest.approx(courses[0], rel=1e-5)
+
+
+def test_momentum_of_zero_under_dampening() -> None:
+    """The first step of what starts anew is shorter by the dampening; what goes on has its momentum."""
+    model = normalized()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, dampening=0.25, fused=True)
+    run(model, optimizer, 2)
+    kept = optimizer.state[model[3].bias]["momentum_buffer"]
+    before = kept.clone()
+    wn.apply_weight_norm(model, batch_norm="mean-only", optimizer=optimizer)
+    v = model[0].parametrizations.weight.original1
+    assert torch.equal(optimizer.state[v]["momentum_buffer"], torch.zeros_like(v))
+    assert optimizer.state[model[3].bias]["momentum_buffer"] is kept
+    run(model, optimizer, 1)
+    torch.testing.assert_close(optimizer.state[v]["momentum_buffer"], 0.75 * v.grad)
+    torch.testing.assert_close(kept, 0.9 * before + 0.75 * model[3].bias.grad)
+
+
+def test_no_momentum_is_made_where_none_is_needed() -> None:
+    """Where a whole group starts anew, or the optimizer takes what has none, state stays empty."""
+    for fused, only in ((True, True), (False, False)):
+        model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 2, bias=not only))
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, fused=fused)
+        run(model, optimizer, 2)
+        wn.apply_weight_norm(model, init="fan", optimizer=optimizer)
+        assert len(optimizer.state) == (0 if only else 1)
+        run(model, optimizer, 2)
+
+
+class Shaped(torch.optim.SGD):
+    """Fused SGD that keeps for matrices what nobody knows."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        done = super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            if p.ndim > 1:
+                self.state[p]["shape"] = p.shape
+        return done
+
+
+def test_fused_momentum_of_unknown_state() -> None:
+    """Rescaling drops state without a rule, too, and leaves an optimizer that can step."""
+    model = wn.apply_weight_norm(mlp())
+    optimizer = Shaped(model.parameters(), 0.05, momentum=0.9, fused=True)
+    run(model, optimizer, 2)
+    wn.renormalize_(model, "unit", exact=True, optimizer=optimizer)
+    v = model[0].parametrizations.weight.original1
+    assert torch.equal(optimizer.state[v]["momentum_buffer"], torch.zeros_like(v))
+    run(model, optimizer, 2)
+
+
+def with_means(bias: bool = False) -> nn.Module:
+    """A net with a mean-only norm, trained under weight norm."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(6, 5, bias=bias), wn.MeanOnlyBatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
+    return wn.apply_weight_norm(nn.Sequential(*layers))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_bias_of_a_folded_mean_goes_on(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The layer's new bias gets the gradient that the norm's had: state and a waiting gradient are those, unchanged."""
+    make = OPTIMIZERS[name]
+    model = with_means()
+    optimizer = make(model.parameters())
+    run(model, optimizer, 3)
+    bias = model[1].bias
+    value, state, grad = bias.detach().clone(), copy.deepcopy(optimizer.state[bias]), bias.grad.clone()
+    with caplog.at_level(logging.WARNING, "wnsurgery"):
+        wn.fold_weight_norm(model, optimizer=optimizer)
+    assert not caplog.records
+    new = model[0].bias
+    assert held(optimizer) == [id(p) for p in model.parameters()]
+    assert bias not in optimizer.state
+    assert torch.equal(new.grad, grad)
+    assert optimizer.state[new].keys() == state.keys()
+    for key, x in state.items():
+        if key == "ax":  # an average of values moves along
+            torch.testing.assert_close(optimizer.state[new][key], x + (new - value).detach())
+        else:
+            assert x is optimizer.state[new][key] is None or torch.equal(optimizer.state[new][key], x)
+    run(model, optimizer, 2)
+
+
+def test_the_bias_of_a_folded_mean_stays_in_its_group() -> None:
+    """With the settings it was trained with; in none, where it was in none."""
+    model = with_means()
+    optimizer = torch.optim.AdamW(wn.weight_norm_param_groups(model, lr=0.01, weight_decay=0.1))
+    run(model, optimizer, 2)
+    wn.fold_weight_norm(model, optimizer=optimizer)
+    assert {g["name"]: [id(p) for p in g["params"]] for g in optimizer.param_groups}["vectors"] == [
+        id(model[0].bias),
+        id(model[3].bias),
+    ]
+    model = with_means()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p is not model[1].bias])
+    wn.fold_weight_norm(model, optimizer=optimizer)
+    assert id(model[0].bias) not in held(optimizer)
+
+
+def test_the_bias_of_a_folded_mean_beside_one_of_the_layers_own(caplog: pytest.LogCaptureFixture) -> None:
+    """A bias before a norm gets no gradient to speak of: from the fold on it has the norm's state, and that is said."""
+    model = with_means(bias=True)
+    optimizer = torch.optim.Adam(model.parameters())
+    run(model, optimizer, 3)
+    state, grad = copy.deepcopy(optimizer.state[model[1].bias]), model[1].bias.grad.clone()
+    with caplog.at_level(logging.WARNING, "wnsurgery"):
+        wn.fold_weight_norm(model, optimizer=optimizer)
+    assert [r.message for r in caplog.records] == [
+        "0.bias: its optimizer state is now that of 1.bias; its own is dropped"
+    ]
+    assert all(torch.equal(optimizer.state[model[0].bias][key], x) for key, x in state.items())
+    assert torch.equal(model[0].bias.grad, grad)
+    assert held(optimizer) == [id(p) for p in model.parameters()]
+    run(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("why", ["frozen", "another optimizer", "shared"])
+def test_state_of_a_folded_mean_that_has_no_heir_is_dropped_with_a_warning(
+    why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the layer's bias is not trained with the norm's, or the norm's had the sum of several gradients."""
+    model = with_means(bias=why != "shared")
+    if why == "shared":
+        model[2] = nn.Sequential(nn.Linear(5, 5, bias=False), wn.MeanOnlyBatchNorm1d(5))
+        model[2][1].bias = model[1].bias
+    model[0].requires_grad_(why != "frozen")
+    apart = [model[0].bias] if why == "another optimizer" else []
+    optimizers = [torch.optim.Adam([p for p in model.parameters() if not any(p is q for q in apart)])]
+    optimizers += [torch.optim.SGD(apart, 0.1)] if apart else []
+    run(model, optimizers[0], 2)
+    with caplog.at_level(logging.WARNING, "wnsurgery"):
+        wn.fold_weight_norm(model, optimizer=optimizers)
+    text = "it is shared" if why == "shared" else "0.bias is not trained by the same optimizer"
+    assert {r.message for r in caplog.records} == {f"1.bias: its optimizer state is dropped: {text}"}
+    assert not any(optimizers[0].state.get(model[i].bias) for i in (0, 1) if hasattr(model[i], "bias"))
+    run(model, optimizers[0], 1)
 
 
 EVERY_KIND: dict[str, Callable[[Any], Optimizer]] = {

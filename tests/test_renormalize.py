@@ -361,6 +361,12 @@ def test_a_magnitude_beyond_its_type_is_refused_before_anything_has_changed(magn
             wn.freeze_magnitude(model, at=size)
     with pytest.raises(wn.SelectionError, match="min=1e"):
         wn.clamp_magnitude_(model, min=1e39)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for bound in ("min", "max"):
+        with pytest.raises(wn.SelectionError, match=rf"1\.weight: {bound}=1e-50 is beyond its type, float32"):
+            wn.clamp_magnitude_(model, **{bound: 1e-50})
+        with pytest.raises(wn.SelectionError, match=rf"1\.weight: {bound}=1e-50 is beyond its type, float32"):
+            wn.keep_magnitude_within(model, optimizer, **{bound: 1e-50})
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
     wn.clamp_magnitude_(model, max=1e39)

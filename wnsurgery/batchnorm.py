@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils import _pytree as pytree
 from wnsurgery.affine import Affine, Holdings, affine_of, any_not_finite, wide
 from wnsurgery.dataflow import Neighbour, Traces
 from wnsurgery.errors import NonFiniteWeightError, SelectionError
+from wnsurgery.following import Heir
 from wnsurgery.mean_only import MeanOnlyBatchNorm, MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from wnsurgery.snapshot import HOOKS, Snapshot
 from wnsurgery.tracing import trace
@@ -224,6 +226,13 @@ class _Chooser:
             before.fault or self._misfit(norm, layer, layer.outputs, before.rank) or self._fault(layer, scale) or layer
         )
 
+    def layer_for_mean(self, norm: nn.Module, link: nn.Module | None) -> Affine | str:
+        """The layer whose bias takes the mean of a norm; `link`: the one it was converted from, where there is one."""
+        before = self.traces.before(norm)
+        if link is not None and before.hidden and self.traces.after(link).hidden:
+            return affine_of(link)
+        return self.layer_before(norm, before, scale=False)
+
     def layer_after(self, norm: nn.Module, after: Neighbour) -> Affine | str:
         layer = self._affine(after, forwards=True)
         if isinstance(layer, str):
@@ -388,36 +397,35 @@ def _become(old: nn.Module, new: nn.Module) -> None:
 # Folding mean-only batch normalization -------------------------------------------------------------------
 
 
-def folded_means(model: nn.Module, modules: Sequence[nn.Module]) -> list[Any]:
+def folded_means(model: nn.Module, modules: Sequence[nn.Module]) -> list[Callable[[], Heir | None]]:
     """What folds every mean-only BatchNorm among the modules of a model: functions to call without arguments, none of
-    which can fail.
+    which can fail. Each returns the norm's bias, if it had one, with the layer's bias that it went into.
 
-    Logs a warning for each that cannot be folded, with the reason.
+    Each goes into the layer that tracing finds before it: modules may have been put together anew since the conversion.
+    Where code around it cannot be traced, it goes into the layer it was converted from. Logs a warning for each that
+    cannot be folded, with the reason.
     """
     if not any(issubclass(kind, MeanOnlyBatchNorm) for kind in set(map(type, modules))):
         return []
     norms = [(name, m) for name, m in model.named_modules() if isinstance(m, MeanOnlyBatchNorm)]
     inside = {id(m) for m in model.modules()}
-    chooser: _Chooser | None = None
-    actions: list[Any] = []
+    chooser = _Chooser(model, trace(model), "mean-only")
+    actions: list[Callable[[], Heir | None]] = []
     shifts: dict[int, Tensor] = {}
     for name, norm in norms:
         link = vars(norm).get(_LINK, ())
-        layer: Affine | str = "its layer is gone"
+        layer: Affine | str
         if norm.running_mean is None:
             layer = "it has no running mean (track_running_stats=False): it subtracts that of the batch"
-        elif len(link) == 1 and id(link[0]) in inside:
-            layer = affine_of(link[0])
         else:
-            chooser = chooser or _Chooser(model, trace(model), "mean-only")
-            layer = chooser.layer_before(norm, chooser.traces.before(norm), scale=False)
+            layer = chooser.layer_for_mean(norm, link[0] if len(link) == 1 and id(link[0]) in inside else None)
         if isinstance(layer, str):
             _log.warning("mean-only BatchNorm %s is kept: %s", name or "(the model)", layer)
             continue
         shift = _fold_mean(norm, layer, shifts)
         if any_not_finite([shift]):
             raise NonFiniteWeightError(f"{name}: its mean or bias is not finite")
-        actions.append(lambda norm=norm, layer=layer, shift=shift: _put_mean(norm, layer, shift))
+        actions.append(partial(_put_mean, norm, layer, shift))
     return actions
 
 
@@ -431,6 +439,9 @@ def _fold_mean(norm: MeanOnlyBatchNorm, layer: Affine, shifts: dict[int, Tensor]
     return shift
 
 
-def _put_mean(norm: MeanOnlyBatchNorm, layer: Affine, shift: Tensor) -> None:
-    layer.set_bias(shift, like=norm.bias)
+def _put_mean(norm: MeanOnlyBatchNorm, layer: Affine, shift: Tensor) -> Heir | None:
+    """Returns what became of the norm's bias."""
+    old, made = norm.bias, layer.bias is None
+    layer.set_bias(shift, like=old)
     _become(norm, nn.Identity())
+    return None if old is None or layer.bias is None else Heir(old, layer.bias, made)

@@ -7,11 +7,11 @@ alone makes the input of this module" and "which layer alone takes its output".
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-__all__ = ["Call", "Flow", "Neighbour", "Traces", "Value", "hands_on"]
+__all__ = ["INPUT", "OUTPUT", "Call", "Flow", "Neighbour", "Traces", "Value", "hands_on"]
 
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -23,6 +23,10 @@ def hands_on(module: nn.Module) -> bool:
     (True, False)
     """
     return type(module) in _PASSING and "forward" not in vars(module)
+
+
+# Where a value comes from outside of what was followed, and where it goes there.
+INPUT, OUTPUT = "an input", "an output"
 
 
 @dataclass(eq=False, repr=False)
@@ -59,11 +63,15 @@ class Flow:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """The module before or after another, and why it cannot be taken for its only neighbour ("" if it can)."""
+    """The module before or after another, and why it cannot be taken for its only neighbour ("" if it can).
+
+    `hidden`: it may be one all the same, in code around them that could not be followed.
+    """
 
     module: nn.Module | None
     fault: str = ""
     rank: int | None = None
+    hidden: bool = False
 
 
 @dataclass(eq=False, repr=False)
@@ -106,7 +114,7 @@ class Traces:
         seen = self.observed is not None and id(module) in self.observed.calls
         traced = _Question(self.names, self.groups, gone, forwards).ask(module, inside) if inside else None
         if not seen or self.observed is None:
-            return traced or Neighbour(None, self._unseen(module))
+            return self._or_hidden(module, traced)
         real = [[self.observed]]
         answer = _Question(self.names, real, gone, forwards).ask(module, real)
         if answer.fault or traced is None or self.opaque:
@@ -115,14 +123,22 @@ class Traces:
             return Neighbour(answer.module, traced.fault or "tracing and running the model disagree on what feeds it")
         return answer
 
-    def _unseen(self, module: nn.Module) -> str:
+    def _or_hidden(self, module: nn.Module, traced: Neighbour | None) -> Neighbour:
+        """What tracing says, with what it cannot say where code around a module could not be followed."""
+        untraced = self._untraced_around(module)
+        if traced is None:
+            return Neighbour(None, untraced or "the forward pass never calls it", hidden=bool(untraced))
+        return replace(traced, hidden=traced.hidden and bool(untraced))
+
+    def _untraced_around(self, module: nn.Module) -> str:
+        """What could not be followed of the forwards around a module; "" if all of it could."""
         name = self.names.get(id(module), "")
         for key, reason in self.opaque.items():
             outer = self.names.get(key, "")
             if not outer or name.startswith(f"{outer}."):
                 where = f"the forward of {outer}" if outer else "the model's forward"
                 return f"{where} could not be traced ({reason}); example inputs would show the data flow"
-        return "the forward pass never calls it"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -170,7 +186,8 @@ class _Question:
             if others and not fault:
                 fault = self._shared(value, others[0])
             if isinstance(value.origin, str):
-                return Neighbour(None, f"its input comes from {value.origin}, not from a layer")
+                hidden = value.origin == INPUT and not fault
+                return Neighbour(None, f"its input comes from {value.origin}, not from a layer", hidden=hidden)
             call = value.origin
             if not self._passes(call.module):
                 return Neighbour(call.module, fault, call.rank)
@@ -185,7 +202,7 @@ class _Question:
             if len(uses) > 1:
                 return Neighbour(None, "its output is used more than once")
             if isinstance(uses[0], str):
-                return Neighbour(None, f"its output goes to {uses[0]}, not to a layer")
+                return Neighbour(None, f"its output goes to {uses[0]}, not to a layer", hidden=uses[0] == OUTPUT)
             after, call = call, uses[0]
             if call.source is not after.result:
                 return Neighbour(None, f"{self._name(call.module)} takes several inputs")

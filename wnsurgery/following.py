@@ -16,7 +16,8 @@ What an optimizer keeps for a parameter is one of a few kinds of thing, each wit
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from wnsurgery.dtensors import spread_like
 from wnsurgery.errors import SelectionError
 from wnsurgery.reparam import Axes, Magnitude, compose, decompose
 
-__all__ = ["Follower", "Optimizers", "Swap", "as_optimizers", "rescale_state"]
+__all__ = ["Follower", "Heir", "Optimizers", "Swap", "as_optimizers", "rescale_state", "warn_if_left_behind"]
 
 _log = logging.getLogger("wnsurgery")
 
@@ -68,6 +69,15 @@ class Swap:
     v: nn.Parameter
     axes: Axes
     magnitude: Magnitude
+
+
+@dataclass(frozen=True)
+class Heir:
+    """A vector whose value went into another, which gets the same gradient from then on; `made`: only for this."""
+
+    old: nn.Parameter
+    new: nn.Parameter
+    made: bool
 
 
 def as_optimizers(optimizer: Optimizers | None, *, flat: bool = False) -> tuple[Optimizer, ...]:
@@ -109,7 +119,15 @@ class Follower:
         self.model = model
         self.optimizers = as_optimizers(optimizer)
         self.before = _names(model) if self.optimizers else {}
-        self.swapped: set[int] = set()  # pairs and weights that came by `split` and `join`
+        self.trained = [p for p in model.parameters() if p.requires_grad] if self.optimizers else []
+        self.held = list(_parameters(self.optimizers))
+        self.ordered = {id(group) for one in self.optimizers for group in one.param_groups if self._in_order(group)}
+        self.swapped: set[int] = set()  # what came by `split`, `join` and `inherit`
+        self.fresh: list[nn.Parameter] = []  # to be trained, with or without state from before
+
+    def _in_order(self, group: Mapping[str, Any]) -> bool:
+        ranks = [self.before[id(p)][0] for p in group["params"] if id(p) in self.before]
+        return ranks == sorted(ranks)
 
     def split(self, swaps: Iterable[Swap], *, changed_by: str = "") -> None:
         """Weights became pairs. `changed_by`: what gave the weights other values, if anything did, in words; state and
@@ -137,6 +155,7 @@ class Follower:
                     states.append((one, swap.v, for_v))
         places = {id(swap.weight): [swap.g, swap.v] for swap in swaps}
         self.swapped.update(id(half) for swap in swaps for half in (swap.g, swap.v))
+        self.fresh += [half for swap in swaps if swap.weight.requires_grad for half in (swap.g, swap.v)]
         self._commit([places] * len(self.optimizers), [s.weight for s in swaps], grads, states)
 
     def join(self, swaps: Iterable[Swap]) -> None:
@@ -158,7 +177,44 @@ class Follower:
                     state = self._joined_state(one, swap, rule)
                     states += [(one, swap.weight, state)] if state else []
         self.swapped.update(id(swap.weight) for swap in swaps)
+        self.fresh += [swap.weight for swap in swaps if swap.weight.requires_grad]
         self._commit(places, [p for swap in swaps for p in (swap.g, swap.v)], grads, states)
+
+    def inherit(self, heirs: Iterable[Heir]) -> None:
+        """Vectors went into others: a new one takes the old one's place, and state and gradient go over as they are.
+
+        They do not where an old one is shared, since its gradient was a sum, and where the new one is not trained by
+        the same optimizer; a warning is logged then, and where what was there before had state of its own.
+        """
+        heirs = list(heirs) if self.optimizers else []
+        after = _names(self.model) if heirs else {}
+        _warn_of_unknown(self.optimizers, [heir.old for heir in heirs])
+        times = Counter(id(heir.old) for heir in heirs)
+        grads: list[tuple[Tensor, Tensor | None]] = []
+        states: list[tuple[Optimizer, nn.Parameter, State]] = []
+        place: dict[int, list[nn.Parameter]] = {}
+        for heir in heirs:
+            old, new = heir.old, heir.new
+            names = self.before.get(id(old), (0, "a bias"))[1], after[id(new)][1]
+            place.setdefault(id(old), [old] if id(old) in after else []).extend([new] if heir.made else [])
+            shared = times[id(old)] > 1 or id(old) in after
+            if old.grad is not None and new.requires_grad and not shared:
+                grads.append((new, _stored(old.grad, new, old.grad, old)))
+            for one in self.optimizers:
+                state, table = one.state.get(old), _table(one, old)
+                if not state or table is None:
+                    continue
+                if shared or not (heir.made or (new.requires_grad and id(new) in _held(one))):
+                    why = "it is shared" if shared else f"{names[1]} is not trained by the same optimizer"
+                    _log.warning("%s: its optimizer state is dropped: %s", names[0], why)
+                    continue
+                if one.state.get(new):
+                    _log.warning("%s: its optimizer state is now that of %s; its own is dropped", names[1], names[0])
+                states.append((one, new, _inherited_state(heir, state, table)))
+        self.swapped.update(id(heir.new) for heir in heirs if heir.made)
+        self.fresh += [heir.new for heir in heirs if heir.new.requires_grad]
+        gone = [heir.old for heir in heirs if id(heir.old) not in after]
+        self._commit([place] * len(self.optimizers), gone, grads, states)
 
     def settle(self, changed: Iterable[nn.Parameter] = ()) -> None:
         """Other parameters that came and went (biases, BatchNorms): drop those gone, adopt those new.
@@ -169,6 +225,9 @@ class Follower:
         """
         now = {id(p): (name, p) for name, p in self.model.named_parameters()} if self.optimizers else {}
         changed = list(changed)
+        rescaled = set(map(id, changed))
+        replaced = [p for p in self.trained if id(p) not in now or id(p) in rescaled]
+        _warn_if_left_behind(self.before, self.held, replaced)
         for one in self.optimizers:
             for group in one.param_groups:
                 lost = [p for p in group["params"] if id(p) in self.before and id(p) not in now]
@@ -180,10 +239,14 @@ class Follower:
                     one.state.pop(parameter, None)
             for parameter in changed:
                 one.state.pop(parameter, None)
+        self.fresh += [parameter for parameter in changed if parameter.requires_grad]
         held = set().union(*map(_held, self.optimizers)) if self.optimizers else set()
         for key, (name, parameter) in now.items():
             if key not in self.before and key not in held and key not in self.swapped:
                 self._adopt(name, parameter, now)
+                self.fresh += [parameter] if parameter.requires_grad else []
+        for one in self.optimizers:
+            _start_momentum(one, self.fresh)
 
     def _adopt(self, name: str, parameter: nn.Parameter, now: Mapping[int, tuple[str, nn.Parameter]]) -> None:
         """Put a new parameter into its module's group: at its place if the group lists the model's order."""
@@ -255,7 +318,6 @@ class Follower:
     ) -> tuple[list[nn.Parameter], list[str] | None]:
         """The parameters of a group after the surgery, and their names where it has names."""
         old = group["params"]
-        ranks = [self.before[id(p)][0] for p in old if id(p) in self.before]
         named = group.get("param_names") or [""] * len(old)
         entries: list[tuple[nn.Parameter, str]] = []
         for parameter, name in zip(old, named, strict=True):
@@ -266,12 +328,19 @@ class Follower:
             known = self.before.get(id(parameter), (0, ""))[1]
             prefix = name.removesuffix(known) if name.endswith(known) else ""
             entries += [(p, prefix + after[id(p)][1] if id(p) in after else name) for p in new]
-        if ranks == sorted(ranks):
+        if id(group) in self.ordered:
             mine = [i for i, (p, _) in enumerate(entries) if id(p) in after]
             ordered = sorted((entries[i] for i in mine), key=lambda entry: after[id(entry[0])][0])
             for i, entry in zip(mine, ordered, strict=True):
                 entries[i] = entry
         return [p for p, _ in entries], [n for _, n in entries] if "param_names" in group else None
+
+
+def warn_if_left_behind(model: nn.Module, optimizers: Sequence[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+    """Say that optimizers hold none of the trained parameters that they were given for."""
+    if optimizers:
+        trained = [p for p in parameters if p.requires_grad]
+        _warn_if_left_behind(_names(model), list(_parameters(optimizers)), trained)
 
 
 def rescale_state(optimizers: Sequence[Optimizer], v: nn.Parameter, factor: Tensor) -> Callable[[], None]:
@@ -295,6 +364,7 @@ def rescale_state(optimizers: Sequence[Optimizer], v: nn.Parameter, factor: Tens
             one.state.pop(v)
             if scaled:
                 one.state[v] = scaled
+            _start_momentum(one, [v])
         if grad is not None:
             v.grad = grad
 
@@ -322,7 +392,30 @@ def _module_of(name: str) -> str:
 
 
 def _held(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return set(map(id, _parameters([optimizer])))
+
+
+def _parameters(optimizers: Iterable[Optimizer]) -> Iterator[nn.Parameter]:
+    return (p for one in optimizers for group in one.param_groups for p in group["params"])
+
+
+def _warn_if_left_behind(model: Collection[int], held: Sequence[nn.Parameter], wanted: Sequence[nn.Parameter]) -> None:
+    """Say that none of the parameters wanted is held, where that cannot be on purpose.
+
+    An optimizer of other parts of the model may well be given, as one of biases alone. One that holds nothing of the
+    model, or in place of a weight one of its shape that is not in the model, as surgery that it was not told of leaves
+    it, may not.
+    """
+    ids = set(map(id, held))
+    if not wanted or not ids.isdisjoint(map(id, wanted)):
+        return
+    strangers = {tuple(p.shape) for p in held if id(p) not in model}
+    if ids.isdisjoint(model) or any(p.ndim > 1 and tuple(p.shape) in strangers for p in wanted):
+        _log.warning(
+            "the optimizer given holds none of the %d trained parameters that it was given for, and does nothing for "
+            "them; stale_parameters(model, optimizer) tells what it holds",
+            len(wanted),
+        )
 
 
 def _table(optimizer: Optimizer, parameter: Tensor) -> dict[str, Kind] | None:
@@ -344,6 +437,21 @@ def _warn_of_unknown(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Pa
             keys = ", ".join(sorted(set().union(*lost)))
             name = type(one).__name__
             _log.warning("%s: no rule for its state (%s), which starts anew for %d weights", name, keys, len(lost))
+
+
+def _start_momentum(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Momentum of zero for those that have none, where a group of torch's fused SGD has some: it fails at a mixture.
+
+    The first buffer of SGD is the gradient, and from zeros that is what the next one is. Under dampening d it is 1 - d
+    times the gradient, as if the buffer had been there all along without gradients: the first step is so much shorter.
+    """
+    fresh = set(map(id, parameters))
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+        bare = [p for p in group["params"] if (optimizer.state.get(p) or {}).get("momentum_buffer") is None]
+        if group.get("fused") and group["momentum"] != 0 and len(bare) < len(group["params"]):
+            for parameter in bare:
+                if id(parameter) in fresh:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
 def _settings(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Any]:
@@ -397,6 +505,18 @@ def _split_state(
         for_g[key] = _stored(pair[0], swap.g, x, swap.weight)
         for_v[key] = _stored(pair[1], swap.v, x, swap.weight)
     return for_g, for_v
+
+
+def _inherited_state(heir: Heir, state: State, table: Mapping[str, Kind]) -> State:
+    """The same, but that an average of weights moves along with the value."""
+    moved = (heir.new.detach() - heir.old.detach()).to(heir.new.dtype)
+    inherited: State = {}
+    for key, x in state.items():
+        kept = table[key] == "count" or not isinstance(x, Tensor)
+        inherited[key] = _copied(x) if kept else _stored(x, heir.new, x, heir.old)
+        if table[key] == "weight":
+            inherited[key] += moved.to(inherited[key])
+    return inherited
 
 
 def _join_state(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wnsurgery.after_step import StepHandle
 from wnsurgery.errors import SelectionError
-from wnsurgery.following import Optimizers, as_optimizers
+from wnsurgery.following import Optimizers, as_optimizers, warn_if_left_behind
 from wnsurgery.pairs import Pair, pairs
 from wnsurgery.plan import Pattern
 from wnsurgery.reparam import ZERO_LOG, magnitude_dtype_for
@@ -64,7 +64,9 @@ def freeze_magnitude(
 def unfreeze_magnitude(model: M, *, include: Pattern | None = None, exclude: Pattern | None = None) -> M:
     """Train g again, in place, where v is trained; a weight frozen as a whole stays frozen. Returns the model.
 
-    The optimizer must hold g: one that followed the conversion does; `stale_parameters` tells.
+    The optimizer must hold g: one that followed the conversion does; `stale_parameters` tells. torch's fused SGD with
+    momentum fails at any parameter that comes later than others of its group: thaw before its first step, or hand it
+    over to an `apply_weight_norm(freeze_magnitude=True)` in the middle of training.
 
     >>> model = apply_weight_norm(nn.Linear(3, 2), freeze_magnitude=True)
     >>> unfreeze_magnitude(model).parametrizations.weight.original0.requires_grad
@@ -95,12 +97,12 @@ def clamp_magnitude_(
     >>> bool((model.weight.norm(dim=1) < 0.2501).all())
     True
 
-    Raises SelectionError when no bound is given, a bound is negative, min exceeds max or is beyond what some g can be,
-    or nothing is selected.
+    Raises SelectionError when no bound is given, a bound is negative, min exceeds max, a bound is beyond what some g
+    can be (but for a max that none can reach), or nothing is selected.
     """
     bounds = _bounds(min, max)
     chosen = pairs(model, include, exclude)
-    _refuse_beyond(chosen, "min", bounds[0])
+    _refuse_bounds(chosen, bounds)
     _clamp(chosen, bounds)
     return model
 
@@ -135,7 +137,8 @@ def keep_magnitude_within(
     if not optimizers:
         raise SelectionError("keep_magnitude_within needs the optimizer whose steps it follows")
     chosen = pairs(model, include, exclude)
-    _refuse_beyond(chosen, "min", bounds[0])
+    _refuse_bounds(chosen, bounds)
+    warn_if_left_behind(model, optimizers, (half for pair in chosen for half in (pair.g, pair.v)))
     _clamp(chosen, bounds)
     return StepHandle(optimizers, lambda: _clamp(chosen, bounds))
 
@@ -155,6 +158,13 @@ def _number(value: Any) -> float:
         return math.nan if isinstance(value, str | bool) else float(value)
     except (TypeError, ValueError):
         return math.nan
+
+
+def _refuse_bounds(chosen: list[Pair], bounds: tuple[float, float]) -> None:
+    """SelectionError for bounds that no g of some type can have; a max beyond all of them bounds nothing."""
+    _refuse_beyond(chosen, "min", bounds[0])
+    if bounds[1] < 1:
+        _refuse_beyond(chosen, "max", bounds[1])
 
 
 def _refuse_beyond(chosen: list[Pair], name: str, size: float) -> None:

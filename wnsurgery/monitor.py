@@ -22,7 +22,7 @@ from wnsurgery.after_step import StepHandle
 from wnsurgery.csv_text import csv_text
 from wnsurgery.dtensors import gathered
 from wnsurgery.errors import MissingPackageError, OutputError, OutputExistsError, SelectionError, printable
-from wnsurgery.following import Optimizers, as_optimizers
+from wnsurgery.following import Optimizers, as_optimizers, warn_if_left_behind
 from wnsurgery.norms import norm
 from wnsurgery.pairs import Pair, pairs
 from wnsurgery.plan import Pattern
@@ -75,7 +75,7 @@ class WeightNormMonitor:
         every: steps between observations.
         csv: a new file that gets a line per weight and observation, at once.
         tensorboard: a directory to log medians to, or a `SummaryWriter` that stays yours.
-        keep: observations of single weights held in `records`, the latest ones; the file has all.
+        keep: observations of single weights held in `records`, the latest ones, None for all; the file has all.
         force: replace an existing `csv`, once the first observation is made.
         include, exclude: patterns as in `plan_weight_norm`.
 
@@ -84,7 +84,7 @@ class WeightNormMonitor:
         steps: optimizer steps seen.
 
     One copy of every v is held, for the angles. Raises SelectionError (nothing selected, no optimizer, `every` below
-    1), OutputExistsError, OutputError (in a step, too, when the file cannot be written any more) and
+    1, `keep` below 0), OutputExistsError, OutputError (in a step, too, when the file cannot be written any more) and
     MissingPackageError without TensorBoard. Remove the monitor before folding.
 
     Source of the effective step: Salimans & Kingma 2016, section 2.1, equation 3.
@@ -98,7 +98,7 @@ class WeightNormMonitor:
         every: int = 10,
         csv: str | os.PathLike[str] | None = None,
         tensorboard: Any = None,
-        keep: int = 100_000,
+        keep: int | None = 100_000,
         force: bool = False,
         include: Pattern | None = None,
         exclude: Pattern | None = None,
@@ -109,9 +109,13 @@ class WeightNormMonitor:
         between: Any = every
         if not isinstance(between, Integral) or every < 1:
             raise SelectionError(f"every must be a whole number, 1 or more, not {every!r}")
+        held: Any = keep
+        if held is not None and (not isinstance(held, Integral) or held < 0):
+            raise SelectionError(f"keep must be a whole number, 0 or more, or None to hold all, not {keep!r}")
         self._pairs = [p for p in pairs(model, include, exclude) if not p.is_meta]
+        warn_if_left_behind(model, optimizers, (half for pair in self._pairs for half in (pair.v, pair.g)))
         self._optimizers, self.every, self.steps = optimizers, every, 0
-        self.records: deque[Observed] = deque(maxlen=keep)
+        self.records: deque[Observed] = deque(maxlen=None if keep is None else int(keep))
         self._before: dict[int, tuple[Tensor, Any]] = {}
         self._file: Any = None
         self._writer, self._own = None, False

@@ -22,7 +22,9 @@ def weight_norm_param_groups(
     weight_decay: float | None = None,
     magnitude_weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any torch optimizer: directions, magnitudes, biases and other weights apart.
+    """Parameter groups for torch's optimizers: directions, magnitudes, biases and other weights apart.
+
+    Two of them cannot take these: LBFGS, which takes no groups, and Muon, which takes matrices only.
 
     The function depends on v / ||v|| alone, so decay on v does not regularise: it only shrinks v and so raises the
     effective step (van Laarhoven 2017, arXiv 1706.05350). v, biases and all other vectors and scalars get no decay; g,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wnsurgery.after_step import StepHandle
 from wnsurgery.dtensors import placed_like
 from wnsurgery.errors import NonFiniteWeightError, SelectionError
-from wnsurgery.following import Optimizers, as_optimizers, rescale_state
+from wnsurgery.following import Optimizers, as_optimizers, rescale_state, warn_if_left_behind
 from wnsurgery.pairs import Pair, pairs
 from wnsurgery.plan import Pattern
 from wnsurgery.text import columns
@@ -102,10 +102,12 @@ def renormalize_(
     if to not in ("magnitude", "unit"):
         raise SelectionError(f'to must be "magnitude" or "unit", not {to!r}')
     optimizers = as_optimizers(optimizer)
+    chosen = _once_per_direction(pairs(model, include, exclude))
+    warn_if_left_behind(model, optimizers, (half for pair in chosen for half in (pair.v, pair.g)))
     done: list[Renormalized] = []
     actions: list[Callable[[], None]] = []
     with torch.inference_mode(False), torch.no_grad():
-        for pair in _once_per_direction(pairs(model, include, exclude)):
+        for pair in chosen:
             if pair.is_meta:
                 continue
             whole = pair.whole()
@@ -158,6 +160,7 @@ def keep_unit_norm(
     chosen = [p for p in _once_per_direction(pairs(model, include, exclude)) if p.v.requires_grad and not p.is_meta]
     if not optimizers:
         raise SelectionError("keep_unit_norm needs the optimizer whose steps it follows")
+    warn_if_left_behind(model, optimizers, (half for pair in chosen for half in (pair.v, pair.g)))
     _project(chosen, optimizers)
     return StepHandle(optimizers, lambda: _project(chosen, ()))
 

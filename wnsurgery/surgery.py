@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from itertools import compress, zip_longest
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -27,7 +28,7 @@ from wnsurgery.reparam import ZERO_LOG, Axes, Magnitude, WeightNorm, compose, de
 from wnsurgery.resizing import guard_resizing
 from wnsurgery.safety import all_or_nothing, collecting_later, is_recurrent, plain_grad_mode, values_kept
 from wnsurgery.small_weights import SmallWeights, is_small, small_magnitudes
-from wnsurgery.targets import bias_of, normed
+from wnsurgery.targets import bias_of, check_scales, normed, scales_of
 from wnsurgery.tied_names import rename_tied
 from wnsurgery.walk import Slot, check_module, legacy_hooks, modules_of, slots
 
@@ -86,8 +87,11 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
         optimizer: the optimizer in use, or a sequence of them, to train on with: g and v take the place of w in its
             groups, and what it keeps for w (momentum, Adam's averages) and gradients already accumulated pass to g
             and v by the chain rule. Optimizers whose state has no known rule forget these weights' state, as all do
-            when weights change (`init`, a BatchNorm that `batch_norm` takes); a warning is logged. Schedulers go on
-            working. What wraps an optimizer and hands out its groups and state, as accelerate does, will do.
+            when weights change (`init`, a BatchNorm that `batch_norm` takes); a warning is logged. torch's fused SGD,
+            which takes no mixture, gets momentum of zero for them: under dampening d their next step is 1 - d times
+            what it would be without. One that an earlier surgery left behind, or that holds nothing of the model,
+            gets a warning; `stale_parameters` tells more. Schedulers go on working. What wraps an optimizer and hands
+            out its groups and state, as accelerate does, will do.
         batch_norm: what becomes of each BatchNorm, see `plan_batch_norm`; the evaluation function stays the same to
             rounding. "fold" folds it into the layer beside it, which then gets its weight norm; "mean-only" puts a
             `MeanOnlyBatchNorm` in its place, its scale going into g. Those kept are logged as "wnsurgery", with the
@@ -105,9 +109,7 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
         raise SelectionError(f'init must be "preserve", "data" or "fan", not {init!r}')
     if (init == "data") != (data is not None):
         raise SelectionError('init="data" and data=... go together')
-    if init == "preserve" and init_options:
-        more = ", ".join(sorted(init_options))
-        raise TypeError(f'apply_weight_norm got unexpected arguments: {more} (init="data" and init="fan" have more)')
+    _check_init_options(init, init_options)
     check_mode(mode)
     modules = _unwrapped(model)
     if mode == "deferred":
@@ -119,6 +121,8 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
             plan = plan_weight_norm(model, include=include, exclude=exclude, dim=dim)
         asked = init != "preserve" or freeze_magnitude
         old = normed(slots(model, plain=False), include, exclude) if asked else []
+        if not plan.sites and "init_scale" in init_options:
+            scales_of(init_options["init_scale"], slots(model, plain=False))
         options: dict[str, Any] = {"magnitude": magnitude, "magnitude_dtype": magnitude_dtype}
         written = _written_by(init, plan)
         with values_kept(written), all_or_nothing(attributes=init != "preserve") as save:
@@ -140,6 +144,17 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
     if mode == "deferred":
         set_weight_norm_mode(model, mode)
     return model
+
+
+def _check_init_options(init: str, options: Mapping[str, Any]) -> None:
+    """Raise TypeError for options that the initialisation does not have, SelectionError for scales that are none."""
+    makes: dict[str, Callable[..., Any]] = {"data": data_dependent_init, "fan": fan_init}
+    known = signature(makes[init]).parameters if init in makes else ()
+    if unknown := ", ".join(sorted(options.keys() - set(known))):
+        hint = f"init={init!r} has none of these" if known else 'init="data" and init="fan" have more'
+        raise TypeError(f"apply_weight_norm got unexpected arguments: {unknown} ({hint})")
+    if "init_scale" in options:
+        check_scales(options["init_scale"])
 
 
 def _written_by(init: str, plan: Plan) -> Iterator[Tensor]:
@@ -268,14 +283,17 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
     >>> torch.equal(fold_weight_norm(apply_weight_norm(layer)).weight, before), type(layer).__name__
     (True, 'Linear')
 
-    A mean-only batch normalization goes into the bias of the layer before it and leaves an `nn.Identity`: the layer it
-    was converted from, or the one that tracing finds. One without such a layer stays, which is logged as "wnsurgery".
+    A mean-only batch normalization goes into the bias of the layer before it and leaves an `nn.Identity`: the layer
+    that tracing finds or, in a forward that cannot be traced, the one it was converted from. One without such a layer
+    stays, which is logged as "wnsurgery".
 
     Args:
         model: any module tree.
         optimizer: the optimizer in use, or a sequence of them: w takes the place of v in its groups (of g, where
             only that is being trained; g and v may be in different groups), and momentum, Adam's averages and
-            gradients pass back to w by the chain rule. A row with g = 0 keeps no part across its direction.
+            gradients pass back to w by the chain rule. A row with g = 0 keeps no part across its direction. Those of
+            a mean-only batch normalization's bias go over to the layer's, which gets the same gradient; where they
+            cannot, a warning is logged.
 
     Raises PairError when a pair does not fit together or another parametrization is stacked on it, SelectionError
     when the optimizer (LBFGS) cannot follow.
@@ -310,8 +328,8 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
             follower.join(map(_Pair.swap, pairs, weights))
         for entry in deferred:
             entry.undefer(settle=False)
-        for fold_mean in means:
-            fold_mean()
+        heirs = [fold_mean() for fold_mean in means]
+        follower.inherit(heir for heir in heirs if heir is not None)
         follower.settle()
         rename_tied(modules)
         guard_resizing(modules)

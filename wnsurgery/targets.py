@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from wnsurgery.mechanism import WeightNormList
 from wnsurgery.plan import Pattern, matches, patterns
 from wnsurgery.walk import Slot
 
-__all__ = ["Scale", "bias_of", "is_log", "normed", "scales_of", "select", "settable_bias", "sort_out"]
+__all__ = ["Scale", "bias_of", "check_scales", "is_log", "normed", "scales_of", "select", "settable_bias", "sort_out"]
 
 Scale = float | Mapping[str, float]
 
@@ -56,17 +57,40 @@ def scales_of(wish: Scale, everything: list[Slot]) -> dict[int, float]:
     Raises SelectionError for a scale that is not positive and finite, and for a pattern that fits nothing.
     """
     found = [slot for slot in everything if slot.form in _FORMS]
-    table = wish if isinstance(wish, Mapping) else {"*": wish}
-    for pattern, scale in table.items():
-        number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        if not number or not 0 < scale < math.inf:
-            where = f" for {pattern!r}" if isinstance(wish, Mapping) else ""
-            raise SelectionError(f"init_scale must be positive{where}, not {scale!r}")
-        if isinstance(wish, Mapping):
-            _check("init_scale", pattern, found)
     if not isinstance(wish, Mapping):
-        return {id(s): float(wish) for s in found}
-    return {id(s): float(next((x for p, x in table.items() if matches(p, s)), 1.0)) for s in found}
+        scale = _scale(wish, "")
+        return {id(s): scale for s in found}
+    table = _table(wish)
+    for pattern in table:
+        _check("init_scale", pattern, found)
+    return {id(s): next((x for p, x in table.items() if matches(p, s)), 1.0) for s in found}
+
+
+def check_scales(wish: Scale) -> None:
+    """Raise SelectionError for a scale that is not positive and finite, whatever its pattern fits."""
+    if isinstance(wish, Mapping):
+        _table(wish)
+    else:
+        _scale(wish, "")
+
+
+def _table(wish: Mapping[str, float]) -> dict[str, float]:
+    return {pattern: _scale(scale, f" for {pattern!r}") for pattern, scale in wish.items()}
+
+
+def _scale(scale: Any, where: str) -> float:
+    """A real number of any kind, or a tensor without axes that holds one, as a float."""
+    if isinstance(scale, Tensor) and scale.ndim == 0 and not (scale.is_meta or scale.is_complex()):
+        scale = scale.item()
+    if not isinstance(scale, Real) or isinstance(scale, bool):
+        raise SelectionError(f"init_scale must be a number{where}, not {scale!r} ({type(scale).__name__})")
+    try:
+        value = float(scale)
+    except OverflowError:
+        value = math.inf
+    if not 0 < value < math.inf:
+        raise SelectionError(f"init_scale must be positive and finite{where}, not {value!r}")
+    return value
 
 
 def _check(option: str, pattern: Any, found: list[Slot]) -> None:

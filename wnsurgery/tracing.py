@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wnsurgery.axis_counts import known_ranks
 from wnsurgery.calls import called_whole
-from wnsurgery.dataflow import Call, Flow, Traces, Value, hands_on
+from wnsurgery.dataflow import INPUT, OUTPUT, Call, Flow, Traces, Value, hands_on
 from wnsurgery.errors import SelectionError, printable
 from wnsurgery.layers import layer_of
 from wnsurgery.mean_only import MeanOnlyBatchNorm
@@ -405,9 +405,9 @@ class _Tracer(fx.Tracer):
 def _origin(node: fx.Node) -> str:
     """A node that is no call of a leaf, as people call it."""
     if node.op == "placeholder":
-        return "an input"
+        return INPUT
     if node.op == "output":
-        return "an output"
+        return OUTPUT
     target = node.target
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
@@ -460,7 +460,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def value(self, tensor: Tensor) -> Value:
         if id(tensor) not in self.values:
-            self.made(tensor, Value("an input"))
+            self.made(tensor, Value(INPUT))
         return self.values[id(tensor)]
 
     def made(self, tensor: Tensor, value: Value) -> None:
@@ -529,7 +529,7 @@ def _observe(model: nn.Module, inputs: Any, scene: _Scene) -> Flow:
         for handle in handles:
             handle.remove()
     for tensor in _tensors(output):
-        watch.use(tensor, "an output")
+        watch.use(tensor, OUTPUT)
     for module, name, value in scene.before.changed():
         for tensor in _tensors(value) if name not in (*HOOKS, "_parameters", "_buffers") else ():
             if id(tensor) in watch.values:
