@@ -16,9 +16,10 @@ What an optimizer keeps for a parameter is one of a few kinds of thing, each wit
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Literal
 
 import torch
@@ -99,12 +100,23 @@ def as_optimizers(optimizer: Optimizers | None, *, flat: bool = False) -> tuple[
 
 
 def _unwrapped(optimizer: Any) -> Any:
-    """The optimizer whose groups and state a wrapper hands out as its own, as accelerate's does."""
-    while (inner := getattr(optimizer, "optimizer", None)) is not None and all(
-        getattr(optimizer, name, None) is getattr(inner, name, optimizer) for name in ("param_groups", "state")
-    ):
+    """The optimizer whose groups a wrapper hands out as its own, as accelerate's does, and timm's Lookahead, which has
+    a state beside it."""
+    seen = {id(optimizer)}
+    while (inner := _within(optimizer)) is not None and id(inner) not in seen:
         optimizer = inner
+        seen.add(id(inner))
     return optimizer
+
+
+def _within(optimizer: Any) -> Any:
+    """An optimizer that another has for an attribute and in common with it the very list of groups."""
+    groups = getattr(optimizer, "param_groups", None)
+    return next((x for x in getattr(optimizer, "__dict__", {}).values() if _has(x, groups)), None)
+
+
+def _has(x: Any, groups: Any) -> bool:
+    return groups is not None and hasattr(x, "state") and getattr(x, "param_groups", None) is groups
 
 
 class Follower:
@@ -143,14 +155,15 @@ class Follower:
                 raise SelectionError("Muon turns whole matrices, which magnitudes are not", hint="use AdamW for them")
         grads: list[tuple[Tensor, Tensor | None]] = []
         states: list[tuple[Optimizer, nn.Parameter, State]] = []
+        settings = [_Settings(one) for one in self.optimizers]
         for swap in swaps if not changed_by else ():
             rule = ChainRule.of_gradients(swap.g, swap.v, swap.axes, swap.magnitude)
             grads += _split_grad(swap, rule)
-            for one in self.optimizers:
+            for one, options in zip(self.optimizers, settings, strict=True):
                 state = one.state.get(swap.weight)
                 table = _table(one, swap.weight)
                 if state and table is not None:
-                    for_g, for_v = _split_state(swap, rule, state, table, _settings(one, swap.weight))
+                    for_g, for_v = _split_state(swap, rule, state, table, options.of(swap.weight))
                     states += [(one, swap.g, for_g)] if swap.g.requires_grad else []
                     states.append((one, swap.v, for_v))
         places = {id(swap.weight): [swap.g, swap.v] for swap in swaps}
@@ -163,6 +176,7 @@ class Follower:
         swaps = list(swaps) if self.optimizers else []
         _warn_of_unknown(self.optimizers, [p for swap in swaps for p in (swap.v, swap.g)])
         held = [_held(one) for one in self.optimizers]
+        settings = {id(one): _Settings(one) for one in self.optimizers}
         places: list[dict[int, list[nn.Parameter]]] = [{} for _ in self.optimizers]
         grads: list[tuple[Tensor, Tensor | None]] = []
         states: list[tuple[Optimizer, nn.Parameter, State]] = []
@@ -174,7 +188,7 @@ class Follower:
                 place[id(swap.g)] = [] if anywhere else [swap.weight]
                 place[id(swap.v)] = [swap.weight]
                 if id(swap.v if anywhere else swap.g) in ids:
-                    state = self._joined_state(one, swap, rule)
+                    state = self._joined_state(one, swap, rule, settings)
                     states += [(one, swap.weight, state)] if state else []
         self.swapped.update(id(swap.weight) for swap in swaps)
         self.fresh += [swap.weight for swap in swaps if swap.weight.requires_grad]
@@ -190,6 +204,7 @@ class Follower:
         after = _names(self.model) if heirs else {}
         _warn_of_unknown(self.optimizers, [heir.old for heir in heirs])
         times = Counter(id(heir.old) for heir in heirs)
+        held = [_held(one) for one in self.optimizers]
         grads: list[tuple[Tensor, Tensor | None]] = []
         states: list[tuple[Optimizer, nn.Parameter, State]] = []
         place: dict[int, list[nn.Parameter]] = {}
@@ -200,11 +215,11 @@ class Follower:
             shared = times[id(old)] > 1 or id(old) in after
             if old.grad is not None and new.requires_grad and not shared:
                 grads.append((new, _stored(old.grad, new, old.grad, old)))
-            for one in self.optimizers:
+            for one, ids in zip(self.optimizers, held, strict=True):
                 state, table = one.state.get(old), _table(one, old)
                 if not state or table is None:
                     continue
-                if shared or not (heir.made or (new.requires_grad and id(new) in _held(one))):
+                if shared or not (heir.made or (new.requires_grad and id(new) in ids)):
                     why = "it is shared" if shared else f"{names[1]} is not trained by the same optimizer"
                     _log.warning("%s: its optimizer state is dropped: %s", names[0], why)
                     continue
@@ -230,8 +245,9 @@ class Follower:
         _warn_if_left_behind(self.before, self.held, replaced)
         for one in self.optimizers:
             for group in one.param_groups:
-                lost = [p for p in group["params"] if id(p) in self.before and id(p) not in now]
-                keep = [i for i, p in enumerate(group["params"]) if not any(p is q for q in lost)]
+                is_lost = [id(p) in self.before and id(p) not in now for p in group["params"]]
+                lost = list(compress(group["params"], is_lost))
+                keep = [i for i, one_is in enumerate(is_lost) if not one_is]
                 if "param_names" in group:
                     group["param_names"] = [group["param_names"][i] for i in keep]
                 group["params"][:] = [group["params"][i] for i in keep]
@@ -241,36 +257,37 @@ class Follower:
                 one.state.pop(parameter, None)
         self.fresh += [parameter for parameter in changed if parameter.requires_grad]
         held = set().union(*map(_held, self.optimizers)) if self.optimizers else set()
-        for key, (name, parameter) in now.items():
-            if key not in self.before and key not in held and key not in self.swapped:
-                self._adopt(name, parameter, now)
-                self.fresh += [parameter] if parameter.requires_grad else []
+        known = self.before.keys() | held | self.swapped
+        new = [(name, parameter) for key, (name, parameter) in now.items() if key not in known]
+        if new:
+            self._adopt(new, now)
+        self.fresh += [parameter for _, parameter in new if parameter.requires_grad]
         for one in self.optimizers:
             _start_momentum(one, self.fresh)
 
-    def _adopt(self, name: str, parameter: nn.Parameter, now: Mapping[int, tuple[str, nn.Parameter]]) -> None:
-        """Put a new parameter into its module's group: at its place if the group lists the model's order."""
+    def _adopt(self, new: Iterable[tuple[str, nn.Parameter]], now: Mapping[int, tuple[str, nn.Parameter]]) -> None:
+        """Put new parameters, in the model's order, into the first group that holds one of their module."""
         order = {key: i for i, key in enumerate(now)}
-        for one in self.optimizers:
-            for group in one.param_groups:
-                mine = [p for p in group["params"] if id(p) in now]
-                if not any(_module_of(now[id(p)][0]) == _module_of(name) for p in mine):
-                    continue
-                ranks, rank = [order[id(p)] for p in mine], order[id(parameter)]
-                later = next((p for p in mine if order[id(p)] > rank), None) if ranks == sorted(ranks) else None
-                place = (
-                    len(group["params"])
-                    if later is None
-                    else next(i for i, p in enumerate(group["params"]) if p is later)
+        groups = [group for one in self.optimizers for group in one.param_groups]
+        homes: dict[str, int] = {}
+        for i, group in enumerate(groups):
+            for p in group["params"]:
+                if id(p) in now:
+                    homes.setdefault(_module_of(now[id(p)][0]), i)
+        coming: list[list[tuple[str, nn.Parameter]]] = [[] for _ in groups]
+        for name, parameter in new:
+            home = homes.get(_module_of(name))
+            if home is not None:
+                coming[home].append((name, parameter))
+            elif parameter.requires_grad:
+                _log.warning(
+                    "%s is new and no optimizer holds a parameter of its module: it is not being trained", name
                 )
-                group["params"].insert(place, parameter)
-                if "param_names" in group:
-                    group["param_names"].insert(place, name)
-                return
-        if parameter.requires_grad:
-            _log.warning("%s is new and no optimizer holds a parameter of its module: it is not being trained", name)
+        for group, more in zip(groups, coming, strict=True):
+            if more:
+                _insert(group, more, order)
 
-    def _joined_state(self, one: Optimizer, swap: Swap, rule: ChainRule) -> State:
+    def _joined_state(self, one: Optimizer, swap: Swap, rule: ChainRule, settings: Mapping[int, _Settings]) -> State:
         """The state of a folded weight, from that of v and g; g may be with another optimizer of the same type."""
         for_v = one.state.get(swap.v) or {}
         table = _table(one, swap.v)
@@ -280,9 +297,8 @@ class Follower:
             for_g = {}
         if table is None or not (for_v or for_g):
             return {}
-        return _join_state(
-            swap, rule, (for_g, for_v), table, (_settings(g_home, swap.g), _settings(one, swap.v if for_v else swap.g))
-        )
+        options = settings[id(g_home)].of(swap.g), settings[id(one)].of(swap.v if for_v else swap.g)
+        return _join_state(swap, rule, (for_g, for_v), table, options)
 
     def _commit(
         self,
@@ -454,9 +470,34 @@ def _start_momentum(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) ->
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
-def _settings(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Any]:
-    """The options of the group a parameter is in."""
-    return next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), optimizer.defaults)
+class _Settings:
+    """The options of the group that each parameter of an optimizer is in."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._defaults: Mapping[str, Any] = optimizer.defaults
+        self._groups: dict[int, Mapping[str, Any]] = {
+            id(p): group for group in optimizer.param_groups for p in group["params"]
+        }
+
+    def of(self, parameter: Tensor) -> Mapping[str, Any]:
+        return self._groups.get(id(parameter), self._defaults)
+
+
+def _insert(group: dict[str, Any], more: Sequence[tuple[str, nn.Parameter]], order: Mapping[int, int]) -> None:
+    """New parameters of a group: at their places where it lists the model's order, else at its end."""
+    ranks = [order[id(p)] for p in group["params"] if id(p) in order]
+    waiting = deque(more)
+    entries: list[tuple[str, nn.Parameter]] = []
+    is_ordered = ranks == sorted(ranks)
+    for name, parameter in zip(group.get("param_names") or [""] * len(group["params"]), group["params"], strict=True):
+        if is_ordered and id(parameter) in order:
+            while waiting and order[id(waiting[0][1])] < order[id(parameter)]:
+                entries.append(waiting.popleft())
+        entries.append((name, parameter))
+    entries += waiting
+    group["params"][:] = [parameter for _, parameter in entries]
+    if "param_names" in group:
+        group["param_names"] = [name for name, _ in entries]
 
 
 def _mean_of(state: State, settings: Mapping[str, Any]) -> tuple[Any, float, float]:
