@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -1069,12 +1070,23 @@ class Around:
         self.optimizer.step()
 
 
+class Beside:
+    """An optimizer around another, whose groups it hands out as its own, with a state beside it."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._inner = optimizer
+        self.param_groups, self.state = optimizer.param_groups, defaultdict[Any, Any](dict)
+
+    def step(self) -> None:
+        self._inner.step()
+
+
 def accelerated(optimizer: Any) -> Any:
     accelerate = pytest.importorskip("accelerate")
     return accelerate.Accelerator(cpu=True).prepare(optimizer)
 
 
-@pytest.mark.parametrize("wrap", [Around, lambda one: Around(Around(one)), accelerated])
+@pytest.mark.parametrize("wrap", [Around, lambda one: Around(Around(one)), Beside, accelerated])
 def test_wrapped_optimizers_follow_as_the_ones_inside(wrap: Any, caplog: pytest.LogCaptureFixture) -> None:
     """What a wrapper delegates to keeps its state at conversion, renormalisation and folding, with nothing logged."""
     torch.manual_seed(0)
