@@ -360,10 +360,15 @@ def test_other_memory_put_under_a_kept_weight_reaches_the_pair(size: int) -> Non
 
 @pytest.mark.parametrize("mode", ["parametrized", "deferred"])
 @pytest.mark.parametrize("size", [6, 1200])
-def test_a_frozen_weight_takes_other_memory_with_gradients_on(mode: Any, size: int) -> None:
+@pytest.mark.parametrize("was_trained", [False, True])
+def test_a_frozen_weight_takes_other_memory_with_gradients_on(mode: Any, size: int, was_trained: bool) -> None:
     """`module.weight.data = tensor` is the weight of a frozen pair from then on, for all who ask."""
-    layer: Any = wn.apply_weight_norm(nn.Linear(size, size, bias=False).requires_grad_(False), mode=mode)
+    layer: Any = wn.apply_weight_norm(nn.Linear(size, size, bias=False), mode=mode)
     x = torch.ones(1, size, requires_grad=True)
+    if was_trained:
+        layer(x).sum().backward()
+        assert all(layer.weight.requires_grad for _ in range(4))
+    layer.requires_grad_(False)
     for new in (torch.randn(size, size), torch.randn(size, size).t()):
         layer(x).sum().backward()
         layer.weight.data = new.clone(memory_format=torch.preserve_format)

@@ -1116,11 +1116,13 @@ def test_wrapped_optimizers_follow_as_the_ones_inside(wrap: Any, caplog: pytest.
     assert len(inner[1].state) == 4
 
 
-def test_a_wrapper_with_state_of_its_own_is_taken_as_it_is() -> None:
-    """Only what is the very state of the optimizer inside is looked for there."""
+def test_an_optimizer_with_groups_of_its_own_is_taken_as_it_is() -> None:
+    """Only what has the very list of groups of an optimizer inside is followed there."""
     model = nn.Linear(3, 2)
-    outer: Any = Around(torch.optim.SGD(model.parameters(), 0.1))
-    outer.state = {}
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    outer: Any = Around(inner)
+    assert as_optimizers(outer) == as_optimizers(Around(outer)) == (inner,)
+    outer.param_groups = list(inner.param_groups)
     assert as_optimizers(outer) == (outer,)
     assert as_optimizers(Around(outer)) == (outer,)
 

@@ -96,12 +96,13 @@ class WeightNormList(LeanModule, ParametrizationList):
         v: Any = halves.get("original1")
         return self._by(way, g, v, private)
 
-    def _by(self, way: Straight, g: Tensor, v: Tensor, private: bool) -> Tensor | None:
-        if not private and way.is_read_again() and nobody_looks_on() and way.is_of(g, v):
+    def _by(self, way: Straight, g: Any, v: Any, private: bool) -> Tensor | None:
+        wanted = private or g is None or v is None or _is_wanted(g, v)  # other tensors may be in their place
+        if not private and wanted and way.is_read_again() and nobody_looks_on() and way.is_of(g, v):
             return self._lend_for_long(way.lasting(), g, v)
         w = way.weight(g, v)
         if w is not None and not private:
-            self._hand_out(w, g, v)
+            (self._hand_out if wanted else self._keep)(w, g, v)  # somebody may put other memory under a frozen one
         return w
 
     def _lend_for_long(self, w: Tensor | None, g: Tensor, v: Tensor) -> Tensor | None:
@@ -307,7 +308,7 @@ class WeightNormList(LeanModule, ParametrizationList):
         way, halves = self._way, self._parameters
         g: Any = halves.get("original0")
         v: Any = halves.get("original1")
-        if v is None or not _is_wanted(g, v):
+        if g is None or v is None or not _is_wanted(g, v):
             return None
         how = None if way is None or not (self._is_quiet() and way.is_of(g, v)) else way.large
         if how is None:
