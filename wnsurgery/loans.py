@@ -40,15 +40,16 @@ class _Outstanding:
         if not self._watching:
             self._watching = True
             register_optimizer_step_pre_hook(self._before_step)
-        name = id(owner)
-        if self._owners.get(name, (None, None))[1] != id(v):
-            self._forget(name)
-            reference = weakref.ref(owner, partial(self._forget, name))
-            self._owners[name] = reference, id(v)
-            self.of.setdefault(id(v), {})[name] = reference
-        if len(self.of.get(id(v), ())) > 1:
-            for one in (owner, *self._beside(owner, v)):
-                one.__dict__["_tied"] = True
+        name, known = id(owner), self._owners.get(id(owner))
+        if known is not None and known[1] == id(v):
+            return
+        self._forget(name)
+        reference = weakref.ref(owner, partial(self._forget, name))
+        self._owners[name] = reference, id(v)
+        self.of.setdefault(id(v), {})[name] = reference
+        others = self._beside(owner, v)
+        for one in (owner, *others) if others else ():
+            one.__dict__["_tied"] = True
 
     def _forget(self, name: int, _gone: Any = None) -> None:
         known = self._owners.pop(name, None)
@@ -66,7 +67,7 @@ class _Outstanding:
 
     def written_beside(self, owner: Any, v: Tensor) -> list[Any]:
         """The other owners of this v with a weight that somebody wrote into."""
-        return [other for other in self._beside(owner, v) if other.is_written()] if id(v) in self.of else []
+        return [other for other in self._beside(owner, v) if other.is_written()]
 
     def _before_step(self, optimizer: Any, *_: Any) -> None:
         out = []

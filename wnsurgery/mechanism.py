@@ -37,10 +37,10 @@ _MAX_HANDLES = 63  # weights handed out and still alive that are watched for wri
 PASSING = frozenset(
     {
         *("_again", "_deferred", "_evaluation", "_handed_out", "_kept", "_lent"),
-        *("_once", "_probes", "_ready", "_round", "_tied", "_way"),
+        *("_once", "_probes", "_ready", "_round", "_way"),
     }
 )  # attributes that belong to this process and this moment
-_OWN = PASSING | {"_preparation"}
+_OWN = PASSING | {"_preparation", "_tied"}
 _is_compiling, _is_tracing, _grad_enabled = torch.compiler.is_compiling, torch._C._is_tracing, torch.is_grad_enabled
 
 
@@ -72,20 +72,11 @@ class WeightNormList(LeanModule, ParametrizationList):
         """The weight with its graph, for one use, while nothing is compiled; `private` for the layer's own, which hands
         it to nobody who could write into it."""
         made = None if self._deferred is None else self.leaf_as_it_is()
-        if made is None and self._kept is not None:
-            made = self._frozen()
         if made is None and not private and self._again is not None:
             made = self._read_again()
         if made is None and self._way is not None:
             made = self._go_straight(self._way, private)
         return self._computed(private) if made is None else made
-
-    def _frozen(self) -> Tensor | None:
-        """The weight that was kept, where neither g nor v is to be trained: it is the same with gradients on."""
-        if _is_wanted(*self.pair()):
-            return None
-        w = unchanged(self)
-        return None if w is None or w.requires_grad else w  # somebody wants a gradient of that one
 
     def _go_straight(self, way: Straight, private: bool) -> Tensor | None:
         """The weight by the way that was found for it; None where something else is to be seen to."""
@@ -132,10 +123,11 @@ class WeightNormList(LeanModule, ParametrizationList):
         """Whether its weights that are kept and handed out are as they were, of which the former gives its memory, and
         those of other owners of its pair, and nobody looks on at its rule."""
         state = self.__dict__
-        if "_kept" in state:
+        if "_kept" in state and _is_wanted(*self.pair()):  # a frozen weight is the same with gradients on
             self._let_go_of_kept()
-        modules = state["_modules"]
+        modules, v = state["_modules"], state["_parameters"].get("original1")
         rule = modules["0"]
+        owners = outstanding.of.get(id(v))
         return not (
             len(modules) != 1
             or _is_tracing()
@@ -146,7 +138,7 @@ class WeightNormList(LeanModule, ParametrizationList):
             or rule._forward_hooks
             or rule._forward_pre_hooks
             or "forward" in rule.__dict__
-            or (outstanding.of and outstanding.written_beside(self, state["_parameters"].get("original1")))
+            or (owners is not None and (len(owners) > 1 or id(self) not in owners) and self._is_written_beside())
         )
 
     def _computed(self, private: bool = False) -> Tensor:
@@ -166,8 +158,8 @@ class WeightNormList(LeanModule, ParametrizationList):
         kept = self.__dict__.get("_kept")
         graphs = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         training = graphs and _is_wanted(g, v)
-        known = kept is not None and not training and not (graphs and kept.w.requires_grad)
-        if kept is not None and known and kept.is_of(g, v) and not self._is_written_beside():
+        known = kept is not None and not training and not (graphs and kept.w.requires_grad)  # as somebody wanted it to
+        if kept is not None and known and kept.is_of(g, v) and not (self._tied and self._is_written_beside()):
             self._evaluated(kept)
             return kept.w  # type: ignore[no-any-return]
         self.settle()
@@ -211,7 +203,7 @@ class WeightNormList(LeanModule, ParametrizationList):
         if not plain or not Kept.can_hold(g, v):
             return False
         kept = self.__dict__.get("_kept")
-        if kept is not None and kept.is_of(g, v) and not self._is_written_beside():
+        if kept is not None and kept.is_of(g, v) and not (self._tied and self._is_written_beside()):
             return False
         self.settle()
         return True
@@ -412,9 +404,8 @@ class WeightNormList(LeanModule, ParametrizationList):
         return any(loan.is_written() for loan in loans if loan is not None)
 
     def _is_written_beside(self) -> bool:
-        """Whether somebody wrote into a weight that another owner of its pair has kept or handed out; to be asked while
-        it keeps one itself."""
-        return self._tied and bool(outstanding.written_beside(self, self.pair()[1]))
+        """Whether somebody wrote into a weight that another owner of its pair has kept or handed out."""
+        return bool(outstanding.written_beside(self, self.pair()[1]))
 
     def unwatch(self, gone: Loan) -> None:
         """A weight was let go as it was handed out."""
