@@ -463,11 +463,12 @@ def _start_momentum(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) ->
     """
     fresh = set(map(id, parameters))
     for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+        if not group.get("fused") or group["momentum"] == 0:
+            continue
         bare = [p for p in group["params"] if (optimizer.state.get(p) or {}).get("momentum_buffer") is None]
-        if group.get("fused") and group["momentum"] != 0 and len(bare) < len(group["params"]):
-            for parameter in bare:
-                if id(parameter) in fresh:
-                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+        for parameter in bare if len(bare) < len(group["params"]) else ():
+            if id(parameter) in fresh:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
 class _Settings:
