@@ -566,7 +566,7 @@ def test_refusals_leave_model_and_optimizer_alone(monkeypatch: pytest.MonkeyPatc
     run(model, optimizer, 2)
     before = held(optimizer), {id(p): dict(s) for p, s in optimizer.state.items()}, list(model.state_dict())
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("wnsurgery.following._stored", lambda *_: 1 // 0)
+        patch.setattr("wnsurgery.carried_state._stored", lambda *_: 1 // 0)
         wn.apply_weight_norm(model, optimizer=optimizer)
     assert (held(optimizer), {id(p): dict(s) for p, s in optimizer.state.items()}, list(model.state_dict())) == before
     wn.apply_weight_norm(model)

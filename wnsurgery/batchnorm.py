@@ -24,9 +24,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from wnsurgery.affine import Affine, Holdings, affine_of, any_not_finite, wide
+from wnsurgery.carried_state import Heir
 from wnsurgery.dataflow import Neighbour, Traces
 from wnsurgery.errors import NonFiniteWeightError, SelectionError
-from wnsurgery.following import Heir
 from wnsurgery.mean_only import MeanOnlyBatchNorm, MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from wnsurgery.snapshot import HOOKS, Snapshot
 from wnsurgery.tracing import trace

@@ -1,84 +1,39 @@
-"""Optimizers follow surgery: their groups, their state and gradients pass from weights to pairs (g, v) and back.
-
-What an optimizer keeps for a parameter is one of a few kinds of thing, each with its own way over:
-
-| kind | what it is | w -> g, v | v rescaled to c v |
-| --- | --- | --- | --- |
-| count | step numbers and other scalars | copied | kept |
-| gradient | an average of gradients (SGD's momentum_buffer, Adam's exp_avg) | the chain rule | 1/c |
-| square | an average or sum of squared gradients (exp_avg_sq, Adagrad's sum) | second moments of the above | 1/c^2 |
-| bound | a running maximum of |gradients| (Adamax's exp_inf) | root of its square's | 1/c |
-| step | an average of steps (RMSprop's momentum_buffer) | the step of w, taken by the pair | c |
-| squared step | an average of squared steps (Adadelta's acc_delta) | second moments of the above | c^2 |
-| weight | an average of weights (ASGD's ax) | decomposed, composed | c |
-"""
+"""Optimizers follow surgery: their groups, their state and gradients pass from weights to pairs (g, v) and back."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import compress
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from wnsurgery.carried_state import (
+    Heir,
+    Settings,
+    State,
+    Swap,
+    inherited_grad,
+    inherited_state,
+    join_state,
+    joined_grad,
+    kinds_of,
+    rescaled,
+    split_grad,
+    split_state,
+)
 from wnsurgery.chain_rule import ChainRule
-from wnsurgery.dtensors import spread_like
 from wnsurgery.errors import SelectionError
-from wnsurgery.reparam import Axes, Magnitude, compose, decompose
 
-__all__ = ["Follower", "Heir", "Optimizers", "Swap", "as_optimizers", "rescale_state", "warn_if_left_behind"]
+__all__ = ["Follower", "Optimizers", "as_optimizers", "rescale_state", "warn_if_left_behind"]
 
 _log = logging.getLogger("wnsurgery")
 
 Optimizers = Optimizer | Sequence[Optimizer]
-State = dict[str, Any]
-Kind = Literal["count", "gradient", "square", "bound", "step", "squared step", "weight"]
-
-_POWER: dict[Kind, int] = {"gradient": -1, "square": -2, "bound": -1, "step": 1, "squared step": 2, "weight": 1}
-
-_ADAM: dict[str, Kind] = {"step": "count", "exp_avg": "gradient", "exp_avg_sq": "square", "max_exp_avg_sq": "square"}
-_KNOWN: tuple[tuple[type[Optimizer], dict[str, Kind]], ...] = (
-    (torch.optim.SGD, {"momentum_buffer": "gradient"}),
-    (torch.optim.Adam, _ADAM),
-    (torch.optim.AdamW, _ADAM),
-    (torch.optim.NAdam, _ADAM | {"mu_product": "count"}),
-    (torch.optim.RAdam, _ADAM),
-    (torch.optim.SparseAdam, _ADAM),
-    (torch.optim.Adamax, {"step": "count", "exp_avg": "gradient", "exp_inf": "bound"}),
-    (torch.optim.Adagrad, {"step": "count", "sum": "square"}),
-    (
-        torch.optim.RMSprop,
-        {"step": "count", "square_avg": "square", "grad_avg": "gradient", "momentum_buffer": "step"},
-    ),
-    (torch.optim.Adadelta, {"step": "count", "square_avg": "square", "acc_delta": "squared step"}),
-    (torch.optim.ASGD, {"step": "count", "eta": "count", "mu": "count", "ax": "weight"}),
-    (torch.optim.Muon, {"momentum_buffer": "gradient"}),
-)
-
-
-@dataclass(frozen=True)
-class Swap:
-    """One weight and the pair it becomes or came from, at the values they have in common."""
-
-    weight: nn.Parameter
-    g: nn.Parameter
-    v: nn.Parameter
-    axes: Axes
-    magnitude: Magnitude
-
-
-@dataclass(frozen=True)
-class Heir:
-    """A vector whose value went into another, which gets the same gradient from then on; `made`: only for this."""
-
-    old: nn.Parameter
-    new: nn.Parameter
-    made: bool
 
 
 def as_optimizers(optimizer: Optimizers | None, *, flat: bool = False) -> tuple[Optimizer, ...]:
@@ -133,13 +88,11 @@ class Follower:
         self.before = _names(model) if self.optimizers else {}
         self.trained = [p for p in model.parameters() if p.requires_grad] if self.optimizers else []
         self.held = list(_parameters(self.optimizers))
-        self.ordered = {id(group) for one in self.optimizers for group in one.param_groups if self._in_order(group)}
+        ranks = {key: rank for key, (rank, _) in self.before.items()}
+        groups = (group for one in self.optimizers for group in one.param_groups)
+        self.ordered = {id(group) for group in groups if _is_in_order(group, ranks)}
         self.swapped: set[int] = set()  # what came by `split`, `join` and `inherit`
         self.fresh: list[nn.Parameter] = []  # to be trained, with or without state from before
-
-    def _in_order(self, group: Mapping[str, Any]) -> bool:
-        ranks = [self.before[id(p)][0] for p in group["params"] if id(p) in self.before]
-        return ranks == sorted(ranks)
 
     def split(self, swaps: Iterable[Swap], *, changed_by: str = "") -> None:
         """Weights became pairs. `changed_by`: what gave the weights other values, if anything did, in words; state and
@@ -155,15 +108,15 @@ class Follower:
                 raise SelectionError("Muon turns whole matrices, which magnitudes are not", hint="use AdamW for them")
         grads: list[tuple[Tensor, Tensor | None]] = []
         states: list[tuple[Optimizer, nn.Parameter, State]] = []
-        settings = [_Settings(one) for one in self.optimizers]
+        settings = {id(one): Settings(one) for one in self.optimizers}
         for swap in swaps if not changed_by else ():
             rule = ChainRule.of_gradients(swap.g, swap.v, swap.axes, swap.magnitude)
-            grads += _split_grad(swap, rule)
-            for one, options in zip(self.optimizers, settings, strict=True):
+            grads += split_grad(swap, rule)
+            for one in self.optimizers:
                 state = one.state.get(swap.weight)
-                table = _table(one, swap.weight)
+                table = kinds_of(one, swap.weight)
                 if state and table is not None:
-                    for_g, for_v = _split_state(swap, rule, state, table, options.of(swap.weight))
+                    for_g, for_v = split_state(swap, rule, state, table, settings[id(one)].of(swap.weight))
                     states += [(one, swap.g, for_g)] if swap.g.requires_grad else []
                     states.append((one, swap.v, for_v))
         places = {id(swap.weight): [swap.g, swap.v] for swap in swaps}
@@ -176,13 +129,13 @@ class Follower:
         swaps = list(swaps) if self.optimizers else []
         _warn_of_unknown(self.optimizers, [p for swap in swaps for p in (swap.v, swap.g)])
         held = [_held(one) for one in self.optimizers]
-        settings = {id(one): _Settings(one) for one in self.optimizers}
+        settings = {id(one): Settings(one) for one in self.optimizers}
         places: list[dict[int, list[nn.Parameter]]] = [{} for _ in self.optimizers]
         grads: list[tuple[Tensor, Tensor | None]] = []
         states: list[tuple[Optimizer, nn.Parameter, State]] = []
         for swap in swaps:
             rule = ChainRule.of_gradients(swap.g, swap.v, swap.axes, swap.magnitude)
-            grads += _joined_grad(swap, rule)
+            grads += joined_grad(swap, rule)
             anywhere = any(id(swap.v) in ids for ids in held)
             for one, ids, place in zip(self.optimizers, held, places, strict=True):
                 place[id(swap.g)] = [] if anywhere else [swap.weight]
@@ -213,10 +166,9 @@ class Follower:
             names = self.before.get(id(old), (0, "a bias"))[1], after[id(new)][1]
             place.setdefault(id(old), [old] if id(old) in after else []).extend([new] if heir.made else [])
             shared = times[id(old)] > 1 or id(old) in after
-            if old.grad is not None and new.requires_grad and not shared:
-                grads.append((new, _stored(old.grad, new, old.grad, old)))
+            grads += [] if shared else inherited_grad(heir)
             for one, ids in zip(self.optimizers, held, strict=True):
-                state, table = one.state.get(old), _table(one, old)
+                state, table = one.state.get(old), kinds_of(one, old)
                 if not state or table is None:
                     continue
                 if shared or not (heir.made or (new.requires_grad and id(new) in ids)):
@@ -225,7 +177,7 @@ class Follower:
                     continue
                 if one.state.get(new):
                     _log.warning("%s: its optimizer state is now that of %s; its own is dropped", names[1], names[0])
-                states.append((one, new, _inherited_state(heir, state, table)))
+                states.append((one, new, inherited_state(heir, state, table)))
         self.swapped.update(id(heir.new) for heir in heirs if heir.made)
         self.fresh += [heir.new for heir in heirs if heir.new.requires_grad]
         gone = [heir.old for heir in heirs if id(heir.old) not in after]
@@ -287,18 +239,18 @@ class Follower:
             if more:
                 _insert(group, more, order)
 
-    def _joined_state(self, one: Optimizer, swap: Swap, rule: ChainRule, settings: Mapping[int, _Settings]) -> State:
+    def _joined_state(self, one: Optimizer, swap: Swap, rule: ChainRule, settings: Mapping[int, Settings]) -> State:
         """The state of a folded weight, from that of v and g; g may be with another optimizer of the same type."""
         for_v = one.state.get(swap.v) or {}
-        table = _table(one, swap.v)
+        table = kinds_of(one, swap.v)
         others = (o for o in (one, *self.optimizers) if type(o) is type(one))
         for_g, g_home = next(((o.state[swap.g], o) for o in others if o.state.get(swap.g)), ({}, one))
-        if _table(g_home, swap.g) is None:
+        if kinds_of(g_home, swap.g) is None:
             for_g = {}
         if table is None or not (for_v or for_g):
             return {}
         options = settings[id(g_home)].of(swap.g), settings[id(one)].of(swap.v if for_v else swap.g)
-        return _join_state(swap, rule, (for_g, for_v), table, options)
+        return join_state(swap, rule, (for_g, for_v), table, options)
 
     def _commit(
         self,
@@ -370,10 +322,10 @@ def rescale_state(optimizers: Sequence[Optimizer], v: nn.Parameter, factor: Tens
     for one in optimizers:
         state = one.state.get(v)
         if state:
-            table = _table(one, v)
-            scaled = {} if table is None else {k: _rescaled(x, table[k], wide) for k, x in state.items()}
+            table = kinds_of(one, v)
+            scaled = {} if table is None else {k: rescaled(x, table[k], wide) for k, x in state.items()}
             changes.append((one, scaled))
-    grad = None if v.grad is None else _rescaled(v.grad, "gradient", wide)
+    grad = None if v.grad is None else rescaled(v.grad, "gradient", wide)
 
     def act() -> None:
         for one, scaled in changes:
@@ -385,12 +337,6 @@ def rescale_state(optimizers: Sequence[Optimizer], v: nn.Parameter, factor: Tens
             v.grad = grad
 
     return act
-
-
-def _rescaled(x: Any, kind: Kind, factor: Tensor) -> Any:
-    if kind == "count" or not isinstance(x, Tensor):
-        return x
-    return torch.empty_like(x).copy_(x.to(factor.dtype) * factor.to(x.device) ** _POWER[kind])
 
 
 # What an optimizer holds ---------------------------------------------------------------------------------
@@ -434,21 +380,11 @@ def _warn_if_left_behind(model: Collection[int], held: Sequence[nn.Parameter], w
         )
 
 
-def _table(optimizer: Optimizer, parameter: Tensor) -> dict[str, Kind] | None:
-    """What each entry of a parameter's state is; None where some entry is unknown or not of its parameter's shape, so
-    that the state has to start anew."""
-    table = next((kinds for kind, kinds in _KNOWN if isinstance(optimizer, kind)), {})
-    for key, x in (optimizer.state.get(parameter) or {}).items():
-        if key not in table or (isinstance(x, Tensor) and table[key] != "count" and x.shape != parameter.shape):
-            return None
-    return table
-
-
 def _warn_of_unknown(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
     """Say once per optimizer whose state starts anew."""
     parameters = list(parameters)
     for one in optimizers:
-        lost = [set(one.state[p]) for p in parameters if one.state.get(p) and _table(one, p) is None]
+        lost = [set(one.state[p]) for p in parameters if one.state.get(p) and kinds_of(one, p) is None]
         if lost:
             keys = ", ".join(sorted(set().union(*lost)))
             name = type(one).__name__
@@ -471,25 +407,17 @@ def _start_momentum(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) ->
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
-class _Settings:
-    """The options of the group that each parameter of an optimizer is in."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._defaults: Mapping[str, Any] = optimizer.defaults
-        self._groups: dict[int, Mapping[str, Any]] = {
-            id(p): group for group in optimizer.param_groups for p in group["params"]
-        }
-
-    def of(self, parameter: Tensor) -> Mapping[str, Any]:
-        return self._groups.get(id(parameter), self._defaults)
+def _is_in_order(group: Mapping[str, Any], order: Mapping[int, int]) -> bool:
+    """Whether a group lists the parameters whose places are given in the order of these."""
+    ranks = [order[id(p)] for p in group["params"] if id(p) in order]
+    return ranks == sorted(ranks)
 
 
 def _insert(group: dict[str, Any], more: Sequence[tuple[str, nn.Parameter]], order: Mapping[int, int]) -> None:
     """New parameters of a group: at their places where it lists the model's order, else at its end."""
-    ranks = [order[id(p)] for p in group["params"] if id(p) in order]
     waiting = deque(more)
     entries: list[tuple[str, nn.Parameter]] = []
-    is_ordered = ranks == sorted(ranks)
+    is_ordered = _is_in_order(group, order)
     for name, parameter in zip(group.get("param_names") or [""] * len(group["params"]), group["params"], strict=True):
         if is_ordered and id(parameter) in order:
             while waiting and order[id(waiting[0][1])] < order[id(parameter)]:
@@ -499,144 +427,3 @@ def _insert(group: dict[str, Any], more: Sequence[tuple[str, nn.Parameter]], ord
     group["params"][:] = [parameter for _, parameter in entries]
     if "param_names" in group:
         group["param_names"] = [name for name, _ in entries]
-
-
-def _mean_of(state: State, settings: Mapping[str, Any]) -> tuple[Any, float, float]:
-    """The average gradient beside the second moments, if there is one, and by how much each falls short of a mean.
-
-    Averages start at zero: after t steps with decay b they hold 1 - b^t of what they average.
-    """
-    count = float(state.get("step", 0) or 0)
-    if "betas" in settings:
-        mean, decays = state.get("exp_avg"), settings["betas"]
-    else:
-        mean, decays = state.get("grad_avg"), [settings.get("alpha", 0.0)] * 2
-    if mean is None:
-        return None, 1.0, 1.0
-    first, second = (1 - float(b) ** count if count else 1.0 for b in decays)
-    return mean, first or 1.0, second or 1.0
-
-
-# One weight ----------------------------------------------------------------------------------------------
-
-
-def _split_state(
-    swap: Swap, rule: ChainRule, state: State, table: Mapping[str, Kind], settings: Mapping[str, Any]
-) -> tuple[State, State]:
-    mean, first, second = _mean_of(state, settings)
-    mean = None if mean is None else mean.to(rule.unit.dtype) / first
-    for_g: State = {}
-    for_v: State = {}
-    for key, x in state.items():
-        kind = table[key]
-        if kind == "count" or not isinstance(x, Tensor):
-            for_g[key], for_v[key] = _copied(x), _copied(x)
-            continue
-        if kind == "gradient":
-            pair = rule.split(x)
-        elif kind == "step":
-            pair = rule.of_steps().split(x)
-        elif kind == "square":
-            pair = tuple(s * second for s in rule.split_squares(x.to(rule.unit.dtype) / second, mean))  # type: ignore[assignment]
-        elif kind == "bound":
-            pair = tuple(s.sqrt() for s in rule.split_squares(x.to(rule.unit.dtype).square()))  # type: ignore[assignment]
-        elif kind == "squared step":
-            pair = rule.of_steps().split_squares(x)
-        else:
-            pair = decompose(x.to(swap.v.dtype), swap.axes, magnitude=swap.magnitude, magnitude_dtype=swap.g.dtype)
-        for_g[key] = _stored(pair[0], swap.g, x, swap.weight)
-        for_v[key] = _stored(pair[1], swap.v, x, swap.weight)
-    return for_g, for_v
-
-
-def _inherited_state(heir: Heir, state: State, table: Mapping[str, Kind]) -> State:
-    """The same, but that an average of weights moves along with the value."""
-    moved = (heir.new.detach() - heir.old.detach()).to(heir.new.dtype)
-    inherited: State = {}
-    for key, x in state.items():
-        kept = table[key] == "count" or not isinstance(x, Tensor)
-        inherited[key] = _copied(x) if kept else _stored(x, heir.new, x, heir.old)
-        if table[key] == "weight":
-            inherited[key] += moved.to(inherited[key])
-    return inherited
-
-
-def _join_state(
-    swap: Swap,
-    rule: ChainRule,
-    states: tuple[State, State],
-    table: Mapping[str, Kind],
-    settings: tuple[Mapping[str, Any], Mapping[str, Any]],
-) -> State:
-    for_g, for_v = states
-    (mean_g, first_g, second_g), (mean_v, first_v, second_v) = (
-        _mean_of(state, setting) for state, setting in zip(states, settings, strict=True)
-    )
-    lead = for_v or for_g
-    second = second_v if for_v else second_g
-    first = first_v if for_v else first_g
-    mean_g, mean_v = (
-        None if m is None else m.to(rule.unit.dtype) / f for m, f in ((mean_g, first_g), (mean_v, first_v))
-    )
-    joined: State = {}
-    for key, x in lead.items():
-        kind = table[key]
-        if kind == "count" or not isinstance(x, Tensor):
-            joined[key] = _copied(x)
-            continue
-        a, b = _wide(for_g.get(key), rule), _wide(for_v.get(key), rule)
-        if kind == "gradient":
-            a = None if a is None else a * (first / first_g)
-            w = rule.join(a, b)
-        elif kind == "step":
-            w = rule.of_steps().join(a, b)
-        elif kind == "square":
-            a = None if a is None else a / second_g
-            b = None if b is None else b / second_v
-            w = rule.join_squares(a, b, mean_g, mean_v) * second
-        elif kind == "bound":
-            w = rule.join_squares(_square(a), _square(b)).sqrt()
-        elif kind == "squared step":
-            w = rule.of_steps().join_squares(a, b)
-        else:
-            g = for_g.get(key, swap.g).detach()
-            w = compose(g, for_v.get(key, swap.v).detach(), swap.axes, magnitude=swap.magnitude)
-        joined[key] = _stored(w, swap.weight, x, swap.v if for_v else swap.g)
-    return joined
-
-
-def _wide(x: Any, rule: ChainRule) -> Tensor | None:
-    return x.detach().to(rule.unit.device, rule.unit.dtype) if isinstance(x, Tensor) else None
-
-
-def _square(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.square()
-
-
-def _copied(x: Any) -> Any:
-    return x.detach().clone() if isinstance(x, Tensor) else x
-
-
-def _stored(x: Tensor, parameter: Tensor, old_state: Tensor, old_parameter: Tensor) -> Tensor:
-    """State laid out as its parameter, in its type where the old state had its parameter's, where the old one was."""
-    dtype = parameter.dtype if old_state.dtype == old_parameter.dtype else old_state.dtype
-    return torch.empty_like(parameter, dtype=dtype, device=old_state.device, requires_grad=False).copy_(
-        spread_like(x, parameter)
-    )
-
-
-def _split_grad(swap: Swap, rule: ChainRule) -> list[tuple[Tensor, Tensor | None]]:
-    grad = swap.weight.grad
-    if grad is None:
-        return []
-    for_g, for_v = rule.split(grad)
-    pairs = [(swap.g, for_g), (swap.v, for_v)]
-    return [(p, _stored(x, p, grad, swap.weight)) for p, x in pairs if p.requires_grad]
-
-
-def _joined_grad(swap: Swap, rule: ChainRule) -> list[tuple[Tensor, Tensor | None]]:
-    for_g, for_v = swap.g.grad, swap.v.grad
-    if (for_g is None and for_v is None) or not swap.weight.requires_grad:
-        return []
-    joined = rule.join(for_g, for_v)
-    return [(swap.weight, _stored(joined, swap.weight, joined, joined))]

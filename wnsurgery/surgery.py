@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from wnsurgery.batchnorm import BatchNormMode, folded_means, without_batch_norm
+from wnsurgery.carried_state import Swap
 from wnsurgery.data_init import InitReport, data_dependent_init
 from wnsurgery.deferred import OWNER
 from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError, first_line
 from wnsurgery.fans import FanReport, fan_init
-from wnsurgery.following import Follower, Optimizers, Swap
+from wnsurgery.following import Follower, Optimizers
 from wnsurgery.fully_sharded import FullyShard
 from wnsurgery.hosts import fresh_parameter, install, new_parameter, reorder_parameters, restore_parameter
 from wnsurgery.mechanism import WeightNormList
