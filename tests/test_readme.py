@@ -34,6 +34,7 @@ from wnsurgery import cli
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ANSWERS = (ROOT / "examples" / "ANSWERS.md").read_text(encoding="utf-8")
+COSTS = (ROOT / "examples" / "COSTS.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = BLOCK.findall(README)
 CODE = [text for language, text in BLOCKS if language == "python"]
@@ -41,7 +42,7 @@ PROGRAMS = ("wnsurgery ", "python ", "torchrun ", "pip ")
 LINES = [line for language, text in BLOCKS if not language for line in text.splitlines() if line.startswith(PROGRAMS)]
 SET_UP = [line for line in LINES if line.startswith("pip ")]
 RUN = [line for line in LINES if line not in SET_UP]
-INLINE = re.findall(r"`([^`\n]+)`", BLOCK.sub("", README + ANSWERS))
+INLINE = re.findall(r"`([^`\n]+)`", BLOCK.sub("", README + ANSWERS + COSTS))
 
 
 @pytest.fixture(autouse=True)
@@ -292,12 +293,20 @@ def test_commands_in_the_text() -> None:
             known = options | ({"--nproc-per-node", "--standalone"} if words[0] == "torchrun" else set())
             assert option in known or f'"{option}"' in scripts, code
     assert commands >= 5
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
-        assert "://" in link or (ROOT / link).is_file(), link
-    heads = {
-        re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", README, re.M)
-    }
-    assert set(re.findall(r"\]\(#([\w-]+)\)", README)) <= {head.replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/ANSWERS.md", "examples/COSTS.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    """Every link of a page is another site's, or a file and a heading that are there."""
+    text = BLOCK.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        file, _, anchor = link.partition("#")
+        if "://" in file:
+            continue
+        there = (ROOT / page).parent / file if file else ROOT / page
+        assert there.is_file(), link
+        heads = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.M) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}, link
 
 
 # Code ----------------------------------------------------------------------------------------------------
