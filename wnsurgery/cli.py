@@ -414,7 +414,7 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
     from wnsurgery.verification import verify as compare
 
     shapes = options.pop("input_shape")
-    _refuse_trust(a, b)
+    _refuse_loading(a, b)
     if options["input_file"] is not None:
         _refuse_given("--input", "n_inputs")
     elif not shapes and ".onnx" not in (a.suffix.lower(), b.suffix.lower()):
@@ -463,9 +463,7 @@ def inspect(model: Path, as_json: bool, as_csv: bool, everything: bool, against:
         raise click.UsageError(f"{'--force' if parity is None else '--parity'} needs --html")
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
-    if all(path is None or path.suffix.lower() == ".onnx" for path in (model, against, options["reference"])):
-        _refuse_given("ONNX files", "arch", "trust_pickle", "magnitude")
-    _refuse_trust(model, against, options["reference"])
+    _refuse_loading(model, against, options["reference"])
     if against is not None:
         _refuse_given("--against", "everything")
         _refuse_given("--against without --html", *(() if page else ("lr",)))
@@ -607,9 +605,13 @@ def _refuse_given(what: str, *names: str) -> None:
             raise SelectionError(f"{option.opts[0]} does not apply to {what}", hint=hint)
 
 
-def _refuse_trust(*inputs: Path | None) -> None:
-    """Refuse --trust-pickle where nothing is read that could hold code of others."""
-    if all(path is None or path.is_dir() or path.suffix.lower() == ".onnx" for path in inputs):
+def _refuse_loading(*inputs: Path | None) -> None:
+    """Refuse what tells how checkpoints are read where there is none, and --trust-pickle where none could hold code of
+    others."""
+    files = [path for path in inputs if path is not None and path.suffix.lower() != ".onnx"]
+    if not files:
+        _refuse_given("ONNX files", "arch", "trust_pickle", "entry", "magnitude")
+    if all(path.is_dir() for path in files):
         _refuse_given("directories and ONNX files", "trust_pickle")
 
 

@@ -311,29 +311,35 @@ def warn_if_left_behind(model: nn.Module, optimizers: Sequence[Optimizer], param
         _warn_if_left_behind(_names(model), list(_parameters(optimizers)), trained)
 
 
-def rescale_state(optimizers: Sequence[Optimizer], v: nn.Parameter, factor: Tensor) -> Callable[[], None]:
-    """v becomes factor * v: how gradient and state follow. Returns the action, which cannot fail.
+def rescale_state(
+    optimizers: Sequence[Optimizer], factors: Sequence[tuple[nn.Parameter, Tensor]]
+) -> Callable[[], None]:
+    """Each v becomes factor * v: how gradients and state follow. Returns the action, which cannot fail.
 
-    `factor` broadcasts against v and is positive.
+    A factor broadcasts against its v and is positive.
     """
-    changes: list[tuple[Optimizer, State]] = []
-    wide = factor.double() if factor.device.type != "mps" else factor
-    _warn_of_unknown(optimizers, [v])
-    for one in optimizers:
-        state = one.state.get(v)
-        if state:
-            table = kinds_of(one, v)
-            scaled = {} if table is None else {k: rescaled(x, table[k], wide) for k, x in state.items()}
-            changes.append((one, scaled))
-    grad = None if v.grad is None else rescaled(v.grad, "gradient", wide)
+    states: list[tuple[Optimizer, nn.Parameter, State]] = []
+    grads: list[tuple[nn.Parameter, Tensor]] = []
+    _warn_of_unknown(optimizers, [v for v, _ in factors])
+    for v, factor in factors:
+        wide = factor.double() if factor.device.type != "mps" else factor
+        for one in optimizers:
+            state = one.state.get(v)
+            if state:
+                table = kinds_of(one, v)
+                scaled = {} if table is None else {k: rescaled(x, table[k], wide) for k, x in state.items()}
+                states.append((one, v, scaled))
+        if v.grad is not None:
+            grads.append((v, rescaled(v.grad, "gradient", wide)))
 
     def act() -> None:
-        for one, scaled in changes:
+        for one, v, scaled in states:
             one.state.pop(v)
             if scaled:
                 one.state[v] = scaled
-            _start_momentum(one, [v])
-        if grad is not None:
+        for one in optimizers:
+            _start_momentum(one, [v for v, _ in factors])
+        for v, grad in grads:
             v.grad = grad
 
     return act

@@ -7,7 +7,6 @@ alone, so v may be rescaled at any time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,7 +104,8 @@ def renormalize_(
     chosen = _once_per_direction(pairs(model, include, exclude))
     warn_if_left_behind(model, optimizers, (half for pair in chosen for half in (pair.v, pair.g)))
     done: list[Renormalized] = []
-    actions: list[Callable[[], None]] = []
+    factors: list[tuple[nn.Parameter, Tensor]] = []
+    directions: list[Tensor] = []
     with torch.inference_mode(False), torch.no_grad():
         for pair in chosen:
             if pair.is_meta:
@@ -117,10 +117,11 @@ def renormalize_(
             rescaled = int((factor != 1).sum())
             done.append(Renormalized(pair.fqn, factor.numel(), rescaled, kept, growth))
             if rescaled:
-                actions.append(rescale_state(optimizers, pair.v, placed_like(whole.spread(factor), pair.v, whole=True)))
-                actions.append(_writer(pair.v, placed_like(v, pair.v)))
-        for act in actions:
-            act()
+                factors.append((pair.v, placed_like(whole.spread(factor), pair.v, whole=True)))
+                directions.append(placed_like(v, pair.v))
+        rescale_state(optimizers, factors)()
+        for (parameter, _), direction in zip(factors, directions, strict=True):
+            parameter.copy_(direction)
     return RenormReport(tuple(done))
 
 
@@ -166,6 +167,7 @@ def keep_unit_norm(
 
 
 def _project(chosen: list[Pair], optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
+    factors: list[tuple[nn.Parameter, Tensor]] = []
     with torch.inference_mode(False), torch.no_grad():
         for pair in chosen:
             whole = pair.whole()
@@ -176,8 +178,9 @@ def _project(chosen: list[Pair], optimizers: tuple[torch.optim.Optimizer, ...]) 
                 factor = torch.where(moved, norms.reciprocal(), torch.ones_like(norms))
                 v, factor, _ = _exactly(whole, factor)
                 if optimizers:
-                    rescale_state(optimizers, pair.v, placed_like(whole.spread(factor), pair.v, whole=True))()
+                    factors.append((pair.v, placed_like(whole.spread(factor), pair.v, whole=True)))
                 pair.v.copy_(placed_like(v, pair.v))
+        rescale_state(optimizers, factors)()
 
 
 # One weight ----------------------------------------------------------------------------------------------
@@ -268,10 +271,3 @@ def _returns(pair: Pair, exponent: Tensor) -> Tensor:
     back = _scaled(pair, exponent).to(exponent.dtype)
     back = back * pair.spread((-half).exp2()) * pair.spread((half - exponent).exp2())
     return _all(pair.axes.grouped(back == pair.v), pair.axes.reduced(pair.v.ndim))
-
-
-def _writer(parameter: nn.Parameter, value: Tensor) -> Callable[[], None]:
-    def act() -> None:
-        parameter.copy_(value)
-
-    return act
