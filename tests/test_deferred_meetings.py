@@ -152,6 +152,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("how", ["whole", "each", "one left", "one left and back"])
 def test_a_tied_weight_whose_owners_are_switched_apart(how: str) -> None:
+    """It has one mode, that which one of its owners was given last."""
     found = []
     for mode in MODES:
         torch.manual_seed(0)
@@ -167,10 +168,88 @@ def test_a_tied_weight_whose_owners_are_switched_apart(how: str) -> None:
             net(torch.tensor([1, 2, 2])).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-        assert mode == "parametrized" or net.embed.weight.is_leaf
-        assert mode == "parametrized" or (net.head.weight is net.embed.weight) is (how != "one left")
+        deferred = mode == "deferred" and how != "one left"
+        assert [net.embed.weight.is_leaf, net.head.weight is net.embed.weight] == [deferred, deferred]
         found.append(flat(net.parameters()))
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("before", ["nothing", "training", "evaluation", "held"])
+@pytest.mark.parametrize(("through", "asked"), [("embed", "head"), ("head", "embed"), ("head", "head")])
+@pytest.mark.parametrize("what", ["weight", "output", "state", "copy", "part", "fold"])
+def test_one_owner_of_a_tied_weight_is_deferred(before: str, through: str, asked: str, what: str) -> None:
+    """The others, of which the call was not told, follow; a write through any owner is there for all."""
+    net: Any = wn.apply_weight_norm(Tied())
+    held = net.head.weight if before == "held" else None
+    for _ in range(3 if before in ("training", "evaluation") else 0):
+        with torch.set_grad_enabled(before == "training"):
+            net(torch.tensor([1, 2]))
+    wn.set_weight_norm_mode(net.embed, "deferred")
+    assert held is None or held.shape == (6, 4)
+    ones = torch.ones(6, 4)
+    nn.init.ones_(getattr(net, through).weight)
+    owner = getattr(net, asked)
+    if what == "weight":
+        found = owner.weight
+    elif what == "output":
+        found = owner(torch.arange(6) if asked == "embed" else torch.eye(4))
+        found = found if asked == "embed" else found.T
+    elif what == "state":
+        found = owner.state_dict()["parametrizations.weight.original1"]
+    elif what == "copy":
+        found = copy.deepcopy(owner).weight
+    elif what == "part":
+        found = owner.parametrizations.weight.original1
+    else:
+        found = wn.fold_weight_norm(owner).weight
+    assert torch.equal(found, ones)
+
+
+def test_one_owner_of_a_tied_weight_leaves_deferred_mode() -> None:
+    """So do the others, whoever came to it how, and what waits on the leaf is passed on."""
+    net: Any = wn.apply_weight_norm(Tied())
+    wn.set_weight_norm_mode(net.embed, "deferred")
+    net(torch.tensor([1, 2])).square().sum().backward()
+    wn.set_weight_norm_mode(net.head, "parametrized")
+    g, v = net.embed.parametrizations.weight.original0, net.embed.parametrizations.weight.original1
+    assert {type(g), type(v)} == {nn.Parameter}
+    assert not net.embed.weight.is_leaf
+    found = g.grad.clone(), v.grad.clone()
+    net.zero_grad()
+    net(torch.tensor([1, 2])).square().sum().backward()
+    torch.testing.assert_close(found, (g.grad, v.grad))
+
+
+@pytest.mark.parametrize("then", ["assign", "write g"])
+def test_a_new_weight_while_a_gradient_waits_on_a_written_one(then: str) -> None:
+    """The gradient is that at the pair which the pass ran on."""
+    found = []
+    for mode in MODES:
+        torch.manual_seed(0)
+        layer: Any = wn.apply_weight_norm(nn.Linear(4, 3, dtype=torch.float64), mode=mode)
+        layer(torch.ones(2, 4, dtype=torch.float64)).square().sum().backward()
+        nn.init.constant_(layer.weight, 0.5)
+        if then == "assign":
+            layer.weight = torch.randn(3, 4, dtype=torch.float64)
+        else:
+            with torch.no_grad():
+                dict(layer.named_parameters())["parametrizations.weight.original0"].fill_(2.0)
+        pair = layer.parametrizations.weight
+        found.append([pair.original0.grad.clone(), pair.original1.grad.clone()])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_parameters_made_of_a_half(mode: Any) -> None:
+    """They are ordinary Parameters with its memory, as those made of any Parameter."""
+    layer: Any = wn.apply_weight_norm(nn.Linear(4, 3), mode=mode)
+    for half in (layer.parametrizations.weight.original0, layer.parametrizations.weight.original1):
+        for made in (nn.Parameter(half), type(half)(half.detach().clone(), requires_grad=False)):
+            assert type(made) is nn.Parameter
+            assert made.grad is None
+            assert torch.equal(made, half)
+        assert nn.Parameter(half).data_ptr() == half.data_ptr()
+        assert not nn.Parameter(half, requires_grad=False).requires_grad
 
 
 @pytest.mark.parametrize("which", ["both", "g", "v"])

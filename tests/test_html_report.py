@@ -113,7 +113,11 @@ def test_pictures_of_any_numbers(values: tuple[float, float, float], log: bool) 
     assert "inf" not in picture
 
 
-@pytest.mark.parametrize("x", [5e-324, 1e-323, 0.7, 1.0, 3e7, 1e308, 1.7e308, sys.float_info.max])
+@pytest.mark.parametrize(
+    "x",
+    [5e-324, 1e-323, 0.7, 1.0, 3e7, 1e308, 1.7e308, sys.float_info.max]
+    + [math.nextafter(10.0**e, 0) for e in (-300, -2, -1, 0, 1, 2, 15, 300)],
+)
 def test_ticks_stand_on_both_sides_of_a_single_number(x: float) -> None:
     """The lowest tick is at the number or below, the highest at it or above, and there are two at least."""
     picture = ranges("t", "u", [("a", (x, x, x))])

@@ -342,6 +342,31 @@ def test_memory_that_is_no_longer_ours_is_not_lent_again(change: str) -> None:
     new.fill_(1.0)
 
 
+@pytest.mark.parametrize("size", [6, 300])
+@pytest.mark.parametrize("taken", ["in training", "in evaluation"])
+@pytest.mark.parametrize("then", ["training", "evaluation", "evaluation twice", "frozen", "outside"])
+@pytest.mark.parametrize("asked", ["training", "evaluation", "outside", "frozen"])
+def test_a_write_into_a_weight_that_somebody_holds(size: int, taken: str, then: str, asked: str) -> None:
+    """Passes of any kind in between and afterwards: the next use sees it, as that of a plain layer would."""
+    module, x = layer(size), torch.eye(size)
+    nn.init.zeros_(module.bias)
+
+    def use(how: str) -> Tensor:
+        module.requires_grad_(how != "frozen")
+        with torch.set_grad_enabled(not how.startswith("evaluation")):
+            for _ in range(1 + how.endswith("twice")):
+                found = module.weight if how == "outside" else module(x).T
+        return found
+
+    with torch.set_grad_enabled(taken == "in training"):
+        held = module.weight
+    use(then)
+    with torch.no_grad():
+        held.fill_(1.0)
+    assert torch.equal(use(asked), torch.ones(size, size))
+    assert torch.equal(module.parametrizations.weight.original1, torch.ones(size, size))
+
+
 @pytest.mark.parametrize("size", [6, 1200])  # the memory of the larger goes back to the system
 def test_other_memory_put_under_a_kept_weight_reaches_the_pair(size: int) -> None:
     """`module.weight.data = tensor` in evaluation is the weight from then on; another shape is an error, once."""

@@ -268,6 +268,14 @@ def test_the_parts_of_complex_outputs_are_compared_apart(dtype: type) -> None:
     assert compared(3 + 4j, 0j).max_abs == 5
 
 
+def test_complex_numbers_whose_size_float64_cannot_hold() -> None:
+    """They are held to the largest number it can; what differs by as much still fails, and nothing is warned of."""
+    a, b = np.complex128([1.5e308 + 1.5e308j, 1e308]), np.complex128([1.5e308 + 1.5e308j, 1e307])
+    assert compare_outputs([a], [a]).ok
+    assert compare_outputs([a], [b]).outputs[0].worst == (1,)
+    assert not compare_outputs([a], [b]).ok
+
+
 def test_swapped_missing_and_misshapen_outputs_fail() -> None:
     """Outputs in another order, a lost one, another shape or type fail."""
     x, y = np.float32([1, 2]), np.float32([3, 4])

@@ -75,11 +75,11 @@ def ranges(title: str, unit: str, layers: Sequence[tuple[str, Three | None]], *,
     if not seen:
         return ""
     ticks = _log_ticks(min(seen), max(seen)) if log else _ticks(min(seen), max(seen))
-    low, high = (_log10(ticks[0]), _log10(ticks[-1])) if log else (ticks[0], ticks[-1])
+    low, high = (math.log10(ticks[0]), math.log10(ticks[-1])) if log else (ticks[0], ticks[-1])
     most = max(abs(low), abs(high))  # between the ends of float64 lies more than float64 holds
 
     def place(x: float) -> str:
-        at = min(max((_log10(x) if x > 0 else low) if log else x, low), high)
+        at = min(max((math.log10(x) if x > 0 else low) if log else x, low), high)
         share = (at / most - low / most) / (high / most - low / most)
         return f"{_TOP + _ROOM * (1 - share):.1f}"
 
@@ -121,10 +121,6 @@ def _span(place: int, per_decade: int) -> str:
     return f"{_power(place / per_decade):.3g} to {_power((place + 1) / per_decade):.3g}"
 
 
-def _log10(x: float) -> float:
-    return math.log10(x)
-
-
 def _power(exponent: float) -> float:
     """10 to a power, or the number of float64 next to it that is neither zero nor infinite."""
     try:
@@ -135,9 +131,10 @@ def _power(exponent: float) -> float:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten that enclose what is seen; of many decades, the powers alone, thinned."""
-    first, last = math.floor(_log10(low)), math.ceil(_log10(high))
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     if last - first <= 3:
-        steps = sorted({t for e in range(first, last + 2) for m in (1, 2, 5) if (t := m * _power(e)) < math.inf})
+        decades = range(first - 1, last + 2)  # just below a power of ten the logarithm may be rounded to it
+        steps = sorted({t for e in decades for m in (1, 2, 5) if (t := m * _power(e)) < math.inf})
         start = min(max(i for i, t in enumerate(steps) if t <= low), len(steps) - 2)
         end = min((i for i, t in enumerate(steps) if t >= high and i > start), default=len(steps) - 1)
         return steps[start : end + 1]
@@ -150,7 +147,7 @@ def _ticks(low: float, high: float) -> list[float]:
     """Round numbers, evenly spaced, that enclose what is seen and zero."""
     low, high = min(low, 0.0), max(high, 0.0)
     raw = (high / 5 - low / 5) or 1.0
-    power = _power(math.floor(_log10(raw)))
+    power = _power(math.floor(math.log10(raw)))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
     many = range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)
     ticks = [i * step for i in many if math.isfinite(i * step)]

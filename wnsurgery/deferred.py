@@ -37,6 +37,7 @@ _held_by, _hold = _GRAD.__get__, _GRAD.__set__
 _WANTED: Any = torch.Tensor.requires_grad
 _is_wanted = _WANTED.__get__
 OWNER = "_deferred_weight"  # in the __dict__ of g and v: a weak reference to the weight they make
+_MAKING = nn.Parameter.__new__.__code__
 _SETS = 4  # sets of weights that are remembered
 _ALONE = 2  # references to a tensor that only one local name holds
 
@@ -44,8 +45,18 @@ _ALONE = 2  # references to a tensor that only one local name holds
 class DeferredParameter(nn.Parameter):
     """g or v of a weight in deferred mode: whoever looks at `grad` finds what has gathered on the weight.
 
-    What gathered before it is frozen, or freed, passes on as it was then. Copies and pickles are plain Parameters.
+    What gathered before it is frozen, or freed, passes on as it was then. Copies and pickles are plain Parameters, and
+    so is what a call makes: `nn.Parameter(g)`, or one of the type of g.
     """
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        _set_plain(self)
+
+    def detach(self) -> Tensor:
+        made = super().detach()
+        if sys._getframe(1).f_code is _MAKING:  # which takes no subclass but one that gives its own type
+            made = Tensor._make_subclass(DeferredParameter, made, False)
+        return made
 
     @property
     def grad(self) -> Tensor | None:
@@ -161,7 +172,7 @@ class DeferredWeight:
 
     def __init__(self, group: DeferredGroup, rule: WeightNorm, g: nn.Parameter, v: nn.Parameter) -> None:
         self.group, self.rule = group, rule
-        self.uses = 0  # by modules that have the pair
+        self.owners: weakref.WeakSet[Any] = weakref.WeakSet()  # that have the pair and use this for its weight
         self.shares = False  # whether another weight has a half of the pair, too
         self.leaf: nn.Parameter | None = None
         self.shown: nn.Parameter | None = None
@@ -255,10 +266,17 @@ class DeferredWeight:
         if leaf is not None:
             if self.has_strayed():
                 leaf.data = self.shown.data  # type: ignore[union-attr]
-            if leaf.grad is not None or self.shares:
-                self.group.project()
+            self.pass_on()
             if self.kept is not None and self.kept.is_written():
                 self.absorb()
+
+    @uncompiled
+    def pass_on(self) -> None:
+        """Let gradients that reached the leaf reach g and v."""
+        if self.leaf is not None and (self.leaf.grad is not None or self.shares):
+            self.group.project()
+        elif self.group.is_passing:  # another thread has just taken what was there
+            self.group.wait()
 
     def absorb(self) -> None:
         """Take over a write into the leaf, unless g or v were written to since."""
@@ -306,8 +324,11 @@ class DeferredWeight:
         but in rows with g = 0, which do not tell."""
         axes, magnitude, leaf, kept = self.rule.axes, self.rule.magnitude, self.leaf, self.kept
         lengths = self.lengths if self.norms is None else self.norms
-        if leaf is None or kept is None or kept.is_written() or self.then is None or lengths is None:
+        if leaf is None or kept is None or self.then is None or lengths is None:
             return first_order_gradients(grad, self.g, self.v, None, axes, magnitude)
+        if kept.is_written():
+            g = self.then if kept.has_v_as_it_was(self.v) else self.g
+            return first_order_gradients(grad, g, self.v, None, axes, magnitude)
         v = direction_of(leaf, self.then, lengths, axes, magnitude, instead=self.v)
         return first_order_gradients(grad, self.then, v, None, axes, magnitude)
 

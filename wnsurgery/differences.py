@@ -451,7 +451,8 @@ def compare_outputs(
 def _output_difference(name: str, a: Array, b: Array, rtol: float | None, atol: float | None) -> OutputDifference:
     name, default = printable(name), tolerance(b.dtype)
     x, y = _parts(a), _parts(b)
-    scale = float(np.max(_modulus(np.where(np.isfinite(y), y, 0.0)), initial=0.0))
+    with np.errstate(over="ignore"):  # the modulus of a complex number may lie beyond float64
+        scale = float(min(np.max(_modulus(np.where(np.isfinite(y), y, 0.0)), initial=0.0), np.finfo(np.float64).max))
     rtol = default[0] if rtol is None else rtol
     atol = min(default[1], _SHARE * scale) if atol is None else atol
 

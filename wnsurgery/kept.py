@@ -39,6 +39,7 @@ __all__ = [
 AHEAD = 1 << 17  # elements above which a weight that is kept ahead of its use would have left the cache by then
 LARGE = 1 << 16  # elements from which memory is worth keeping; smaller blocks come warm from the allocator
 _PROBE = 32  # bytes compared at each of a few places
+_OURS = 2  # references to a tensor that is an attribute, and asked for their number
 _WHOLE = 1 << 11  # bytes of a tensor up to which all are compared
 
 
@@ -178,6 +179,14 @@ class Kept:
         """Whether somebody wrote into the weight itself, or put other memory under it."""
         w = self.w
         return w._version != self._version or w.data_ptr() != self._w_at or looked_at(self._own_places) != self._own
+
+    def is_held(self) -> bool:
+        """Whether somebody else has the weight, too."""
+        return sys.getrefcount(self.w) > _OURS
+
+    def has_v_as_it_was(self, v: Tensor) -> bool:
+        """Whether this is the pair's v, not written to since."""
+        return v is self._v and v._version == self._v_version and v.data_ptr() == self._v_at
 
     def was_of(self, g: Tensor | None, v: Tensor | None) -> bool:
         """Whether this pair has not been written to since, so that a write into the weight is the latest word."""

@@ -35,7 +35,7 @@ class _Outstanding:
         """An owner has handed out a weight of its pair.
 
         It has `pair()`, `absorb()`, `is_out()`: whether any weight still is, `is_written()`: whether somebody wrote
-        into one, and an attribute `_tied` to spare, true from when another owner of its pair has handed out one.
+        into one, and an attribute `_beside` to spare, true from when another owner of its pair has handed out one.
         """
         if not self._watching:
             self._watching = True
@@ -47,9 +47,9 @@ class _Outstanding:
         reference = weakref.ref(owner, partial(self._forget, name))
         self._owners[name] = reference, id(v)
         self.of.setdefault(id(v), {})[name] = reference
-        others = self._beside(owner, v)
+        others = self.beside(owner, v)
         for one in (owner, *others) if others else ():
-            one.__dict__["_tied"] = True
+            one.__dict__["_beside"] = True
 
     def _forget(self, name: int, _gone: Any = None) -> None:
         known = self._owners.pop(name, None)
@@ -59,15 +59,11 @@ class _Outstanding:
             if not held:
                 self.of.pop(known[1], None)
 
-    def _beside(self, owner: Any, v: Tensor) -> list[Any]:
-        """The other owners of this v."""
+    def beside(self, owner: Any, v: Tensor) -> list[Any]:
+        """The other owners of this v that have handed out a weight."""
         references = list(self.of.get(id(v), {}).values())
         others = [other for reference in references if (other := reference()) is not None and other is not owner]
         return [other for other in others if other.pair()[1] is v]  # an `id` may have come to another tensor
-
-    def written_beside(self, owner: Any, v: Tensor) -> list[Any]:
-        """The other owners of this v with a weight that somebody wrote into."""
-        return [other for other in self._beside(owner, v) if other.is_written()]
 
     def _before_step(self, optimizer: Any, *_: Any) -> None:
         out = []

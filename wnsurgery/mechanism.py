@@ -40,7 +40,7 @@ PASSING = frozenset(
         *("_once", "_probes", "_ready", "_round", "_way"),
     }
 )  # attributes that belong to this process and this moment
-_OWN = PASSING | {"_preparation", "_tied"}
+_OWN = PASSING | {"_preparation", "_beside"}
 _is_compiling, _is_tracing, _grad_enabled = torch.compiler.is_compiling, torch._C._is_tracing, torch.is_grad_enabled
 
 
@@ -51,7 +51,7 @@ class WeightNormList(LeanModule, ParametrizationList):
     _deferred: DeferredWeight | None = None  # in deferred mode
     _kept: Kept | None = None
     _preparation: Preparation | None = None  # with the other weights of its net
-    _tied = False  # whether another owner of its pair has handed out a weight
+    _beside = False  # whether weights of its pair may be out beside the kept one: another owner's, or earlier ones
     _way: Straight | None = None  # for its layer's own use in training
 
     def forward(self) -> Tensor:
@@ -146,6 +146,8 @@ class WeightNormList(LeanModule, ParametrizationList):
         g, v = self.pair()
         if "1" in self._modules:  # something is stacked on top
             return super().forward()
+        if self._deferred is None and type(v) is DeferredParameter:
+            self._follow(weight_of(g, v))
         if self._deferred is not None:
             leaf = self._leaf(self._deferred, g, v)
             if leaf is not None:
@@ -159,7 +161,7 @@ class WeightNormList(LeanModule, ParametrizationList):
         graphs = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         training = graphs and _is_wanted(g, v)
         known = kept is not None and not training and not (graphs and kept.w.requires_grad)  # as somebody wanted it to
-        if kept is not None and known and kept.is_of(g, v) and not (self._tied and self._is_written_beside()):
+        if kept is not None and known and kept.is_of(g, v) and not (self._beside and self._is_written_beside()):
             self._evaluated(kept)
             return kept.w  # type: ignore[no-any-return]
         self.settle()
@@ -203,7 +205,7 @@ class WeightNormList(LeanModule, ParametrizationList):
         if not plain or not Kept.can_hold(g, v):
             return False
         kept = self.__dict__.get("_kept")
-        if kept is not None and kept.is_of(g, v) and not (self._tied and self._is_written_beside()):
+        if kept is not None and kept.is_of(g, v) and not (self._beside and self._is_written_beside()):
             return False
         self.settle()
         return True
@@ -220,7 +222,10 @@ class WeightNormList(LeanModule, ParametrizationList):
     def _keep(self, w: Tensor, g: Tensor, v: Tensor) -> None:
         w = _as_parameter(w, g, v)
         if Kept.can_hold(g, v):
-            self.__dict__["_kept"] = Kept(w, g, v, probes=probes_of(self, g, v))
+            state = self.__dict__
+            state["_kept"] = Kept(w, g, v, probes=probes_of(self, g, v))
+            if "_handed_out" in state or "_again" in state:
+                state["_beside"] = True
             outstanding.add(self, v)
         else:
             self._hand_out(w, g, v)
@@ -354,17 +359,22 @@ class WeightNormList(LeanModule, ParametrizationList):
         g, v = self.pair()
         rule: Any = self._modules["0"]
         weight = DeferredWeight(group, rule, g, v) if weight is None else weight  # type: ignore[arg-type]
-        weight.uses += 1
+        weight.owners.add(self)
         self.__dict__["_deferred"] = weight
         return weight
+
+    def _follow(self, weight: DeferredWeight | None) -> None:
+        """Enter deferred mode, where other owners of the pair have."""
+        if weight is not None and not (_is_compiling() or _is_tracing()):
+            self.defer(weight, weight.group)
 
     def undefer(self, *, settle: bool = True) -> None:
         """Leave deferred mode; `settle=False` for a pair that is of no use any more."""
         weight = self._deferred
         if weight is not None:
             del self.__dict__["_deferred"]
-            weight.uses -= 1
-            if not weight.uses:  # by other owners of a tied weight
+            weight.owners.discard(self)
+            if not weight.owners:  # others of a tied weight
                 weight.release(settle=settle)
 
     def named_parameters(
@@ -404,8 +414,12 @@ class WeightNormList(LeanModule, ParametrizationList):
         return any(loan.is_written() for loan in loans if loan is not None)
 
     def _is_written_beside(self) -> bool:
-        """Whether somebody wrote into a weight that another owner of its pair has kept or handed out."""
-        return bool(outstanding.written_beside(self, self.pair()[1]))
+        """Whether somebody wrote into a weight beside the kept one: another owner's of its pair, or an earlier one."""
+        state, others = self.__dict__, outstanding.beside(self, self.pair()[1])
+        loans = [loan for loan in (state.get("_again"), *state.get("_handed_out", ())) if loan is not None]
+        if not (others or loans):
+            state.pop("_beside", None)
+        return any(loan.is_written() for loan in loans) or any(other.is_written() for other in others)
 
     def unwatch(self, gone: Loan) -> None:
         """A weight was let go as it was handed out."""
@@ -430,12 +444,16 @@ class WeightNormList(LeanModule, ParametrizationList):
         self.absorb()
 
     def _let_go_of_kept(self) -> None:
-        """A weight that is kept gives its memory, unless somebody has written into it."""
+        """A weight that is kept gives its memory, unless somebody has written into it; who holds it may write yet."""
         kept = self.__dict__.get("_kept")
         if kept is not None and not kept.is_written():
             self.__dict__.pop("_kept", None)
             if not kept.used:
                 self.__dict__["_once"] = None
+            g, v = self.pair()
+            if kept.is_held() and kept.was_of(g, v):
+                self._hand_out(kept.w, g, v)
+                self.outside(kept.w)
 
     def absorb(self) -> None:
         """Let in-place writes into weights handed out reach g and v.
@@ -448,8 +466,13 @@ class WeightNormList(LeanModule, ParametrizationList):
             self._deferred.settle()
             return
         if not self._absorb_own() and outstanding.of:
-            for other in outstanding.written_beside(self, self.pair()[1]):
-                other._absorb_own()
+            for other in outstanding.beside(self, self.pair()[1]):
+                if other.is_written():
+                    other._absorb_own()
+        if type(self._parameters.get("original1")) is DeferredParameter:
+            weight = weight_of(*self.pair())  # of other owners
+            if weight is not None:
+                weight.settle()
 
     def _absorb_own(self) -> bool:
         """Let a write into a weight that this owner has handed out reach g and v; whether one did."""
@@ -497,8 +520,11 @@ class WeightNormList(LeanModule, ParametrizationList):
             raise TypeError(f"a weight under weight norm takes a tensor, not {type(value).__name__}")
         if value.shape != v.shape:
             raise PairError(f"a weight of shape {tuple(value.shape)} does not fit {tuple(v.shape)}")
+        weight = weight_of(g, v) if type(v) is DeferredParameter else None
         with torch.no_grad():
             new_g, new_v = rule.right_inverse(value.detach().to(v.dtype))
+            if weight is not None:
+                weight.pass_on()
             g.copy_(new_g)
             v.copy_(new_v)
         for name in ("_again", "_handed_out", "_kept"):
@@ -511,8 +537,8 @@ class WeightNormList(LeanModule, ParametrizationList):
         if weight is not None:
             g, v = self.pair()
             if is_plain_pair(g, v):
-                if weight.uses > 1 and not (g is weight.g and v is weight.v):
-                    weight.uses -= 1  # the other owners keep theirs: `model.to("meta")` parts what was tied
+                if len(weight.owners) > 1 and not (g is weight.g and v is weight.v):
+                    weight.owners.discard(self)  # the others keep theirs: `model.to("meta")` parts what was tied
                     weight = self.defer(weight_of(g, v), weight.group) or weight
                 else:
                     weight.adopt(g, v)  # type: ignore[arg-type]
@@ -607,7 +633,9 @@ def unchanged(entry: WeightNormList) -> Tensor | None:
     if not kept.used or len(entry._modules) != 1 or _is_tracing() or (depth() and is_intercepted()):
         return None
     halves = entry._parameters
-    if not kept.is_of(halves.get("original0"), halves.get("original1")) or (entry._tied and entry._is_written_beside()):
+    if not kept.is_of(halves.get("original0"), halves.get("original1")):
+        return None
+    if entry._beside and entry._is_written_beside():
         return None
     return kept.w
 

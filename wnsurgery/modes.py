@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from wnsurgery.deferred import DeferredGroup, DeferredWeight, weight_of
 from wnsurgery.errors import ModeError, SelectionError
+from wnsurgery.loans import outstanding
 from wnsurgery.mechanism import WeightNormList
 from wnsurgery.pairs import pairs
 from wnsurgery.walk import slots
@@ -27,7 +28,8 @@ def set_weight_norm_mode(model: M, mode: Mode) -> M:
     as a part of the graph. "deferred": it is a leaf, so that the net runs and differentiates as a plain one, also under
     `torch.compile`. Gradients gather on the leaf over any number of backward passes and pass to g and v once, when
     somebody looks at `g.grad` or `v.grad`: an optimizer, `clip_grad_norm_`, `GradScaler`, `zero_grad`, a log. After a
-    step of any torch optimizer all weights are made anew, in place. Parameters, state dicts, copies, folding are
+    step of any torch optimizer all weights are made anew, in place. A tied weight has one mode in all its owners, those
+    outside of `model`, too. Parameters, state dicts, copies, folding are
     the same in both modes; training takes the same course to rounding.
 
     >>> model = set_weight_norm_mode(apply_weight_norm(nn.Linear(3, 2)), "deferred")
@@ -55,7 +57,9 @@ def set_weight_norm_mode(model: M, mode: Mode) -> M:
     entries = _entries(model)
     if mode == "parametrized":
         for entry, _ in entries:
-            entry.undefer()
+            weight = entry._deferred or weight_of(*entry.pair())
+            for owner in list(weight.owners) if weight is not None else ():
+                owner.undefer()
         return model
     known: dict[tuple[int, int], DeferredWeight | None] = {}
     for entry, key in entries:
@@ -68,6 +72,10 @@ def set_weight_norm_mode(model: M, mode: Mode) -> M:
     for entry, key in entries:
         if entry._deferred is None:
             known[key] = entry.defer(known.get(key) or weight_of(*entry.pair()), group)
+        weight = known[key]
+        for other in outstanding.beside(entry, entry.pair()[1]):  # who has handed out nothing follows at its next use
+            if other._deferred is None and weight is not None:
+                other.defer(weight, group)
     group.renew(weight for weight in group.weights if weight.kept is None)
     return model
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wnsurgery import fused, other_types
 from wnsurgery.kept import LARGE, Rooms, steps
@@ -35,7 +35,7 @@ __all__ = ["Straight"]
 
 _ROOMY = 1 << 19  # elements from which memory of its own, though out of the cache, is better than the allocator's
 _TWICE = 2  # reads up to which making a weight anew costs less than keeping it
-_empty_like, _grad_enabled = torch.empty_like, torch.is_grad_enabled
+_empty_like, _grad_enabled, _Parameter = torch.empty_like, torch.is_grad_enabled, nn.Parameter
 
 
 class Straight:
@@ -77,10 +77,12 @@ class Straight:
         self.large: Any = None  # how a linear layer computes it with its output
 
     def is_of(self, g: Any, v: Any) -> bool:
-        """Whether this is its pair, in the same memory, with the same shapes, in the same order."""
+        """Whether this is its pair, in the same memory, with the same shapes, in the same order, and not in deferred
+        mode, which other owners of a tied one may have gone into."""
         return (
             g is self._g
             and v is self._v
+            and type(v) is _Parameter
             and (g.data_ptr(), v.data_ptr()) == self._at
             and (g.shape, v.shape, g.stride(), v.stride()) == self._shapes
             and (g.dtype, v.dtype) == self._types
