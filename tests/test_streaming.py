@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -17,9 +18,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from wnsurgery.checkpoint import AtOnce, fold_state
-from wnsurgery.errors import InputError, OutputError, PairError, VerificationError, WnsurgeryError
+from wnsurgery.errors import InputError, OutputError, OutputExistsError, PairError, VerificationError, WnsurgeryError
 from wnsurgery.files import convert_checkpoint, fold_checkpoint
 from wnsurgery.loading import load_tensors
+from wnsurgery.manifest import tensor_digest
 from wnsurgery.proof import ulps_apart
 from wnsurgery.reparam import Axes, compose
 from wnsurgery.states import every_tensor
@@ -500,3 +502,55 @@ def test_directories_keep_the_sign_of_negated_tensors(tmp_path: Path) -> None:
     for kind in ("hub", "dcp"):
         fold_checkpoint(tmp_path / kind, tmp_path / f"{kind}.pt")
         assert torch.equal(torch.load(tmp_path / f"{kind}.pt", weights_only=True)["a.weight"], expected)
+
+
+def damaged(source: Path, target: Path, values: bytes) -> None:
+    """The same archive with one byte of some values turned, which their checksum tells."""
+    whole = bytearray(source.read_bytes())
+    assert whole.count(values) == 1
+    whole[whole.find(values)] ^= 1
+    target.write_bytes(whole)
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_damage_in_what_is_only_kept_is_told(tmp_path: Path, dry: bool) -> None:
+    """A wrong checksum is an error also where nothing computed needs the values, and where nothing is written."""
+    bias = torch.tensor([1.5, 2.5, 3.25, 4.125])
+    torch.save({"c.weight_g": torch.ones(4, 1), "c.weight_v": torch.randn(4, 3), "c.bias": bias}, tmp_path / "a.pt")
+    damaged(tmp_path / "a.pt", tmp_path / "b.pt", bias.numpy().tobytes())
+    with pytest.raises(InputError, match="damaged"):
+        fold_checkpoint(tmp_path / "b.pt", tmp_path / "c.pt", dry_run=dry)
+    assert not (tmp_path / "c.pt").exists()
+
+
+def test_a_manifest_never_takes_the_place_of_a_file_of_the_input(tmp_path: Path) -> None:
+    """Not even where files may be replaced, and the input is a directory."""
+    source = tmp_path / "model"
+    source.mkdir()
+    torch.save(content()["sd"], source / "pytorch_model.bin")
+    (source / "config.json").write_text("{}")
+    with pytest.raises(OutputExistsError, match="this is the input"):
+        fold_checkpoint(source, tmp_path / "out", manifest=source / "config.json", force=True)
+    assert (source / "config.json").read_text() == "{}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_holds_values_not_how_they_are_kept() -> None:
+    """A tensor that is conjugated or negated without a copy has the hash of its values."""
+    z = torch.tensor([1 + 2j, 3 - 4j])
+    for lazy, values in ((z.conj(), [1 - 2j, 3 + 4j]), (torch._neg_view(z), [-1 - 2j, -3 + 4j])):
+        assert tensor_digest(lazy) == hashlib.sha256(np.array(values, np.complex64).tobytes()).hexdigest()
+
+
+def test_the_worst_weight_is_named_wherever_it_stands() -> None:
+    """The distance in the report is the largest, and that of a pair that stores log g, too, is one of rounding."""
+    state = {}
+    for name, v in (("a", [[3.0, 4.0]]), ("b", [[0.1, 0.7]]), ("c", [[3.0, 4.0]])):
+        state |= {f"{name}.weight_g": torch.tensor([[10.0]]), f"{name}.weight_v": torch.tensor(v)}
+    logs = {"weight_g": torch.tensor([[0.5]]), "weight_v": torch.tensor([[0.1, 0.7]])}
+    for content_, worst in ((state, "b.weight"), (logs | {"weight_log_scale": torch.ones((), dtype=bool)}, "weight")):
+        maker = AtOnce(judge=True)
+        fold_state(dict(content_), maker=maker)
+        assert maker.worst == worst
+        assert maker.max_ulp is not None
+        assert 0 < maker.max_ulp < 1.5
