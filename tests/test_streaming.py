@@ -301,6 +301,54 @@ def test_optimizer_state_of_other_parameters_survives_there_and_back(tmp_path: P
         assert torch.equal(left["state"][number]["exp_avg"], optimizer.state[parameter]["exp_avg"])
 
 
+def beside_a_net(optimizer: dict, **nets: dict) -> tuple[dict, tuple[str, ...]]:
+    """What folding leaves of an optimizer's state dict in a checkpoint with these nets, and what it says."""
+    pair = {"a.weight_g": torch.ones(3, 1), "a.weight_v": torch.ones(3, 3)}
+    whole = {**(nets or {"net": pair | {"a.bias": torch.ones(3)}}), "optimizer": optimizer}
+    warnings = fold_state(whole).warnings
+    return whole["optimizer"], warnings
+
+
+def moments(*shapes: tuple[int, ...]) -> dict:
+    return {n: {"exp_avg": torch.ones(shape)} for n, shape in enumerate(shapes)}
+
+
+@pytest.mark.parametrize("state", [None, {0: {"exp_avg": torch.ones(3, 1)}}], ids=["none", "some"])
+@pytest.mark.parametrize("groups", [5, [{"params": [0, 1, 2]}, 3], [None]], ids=str)
+def test_what_only_has_the_keys_of_an_optimizer_is_left_alone(state: object, groups: object) -> None:
+    """Somebody else's entries called `state` and `param_groups` stay as they are, whatever they are."""
+    given = {"state": state, "param_groups": groups}
+    left, warnings = beside_a_net(dict(given))
+    assert left == given
+    assert warnings == ()
+
+
+@pytest.mark.parametrize("numbers", [[0, 0, 1], [0, "a"], []], ids=str)
+def test_numbers_that_are_none_tell_nothing(numbers: list) -> None:
+    """Twice the same, a name among numbers, none at all: the state goes, where there is any, else nothing is said."""
+    left, warnings = beside_a_net({"state": moments((3, 1), (3, 3), (3,)), "param_groups": [{"params": numbers}]})
+    assert left["state"] == {}
+    assert "all of its state is dropped" in warnings[0]
+    assert beside_a_net({"state": {}, "param_groups": [{"params": numbers}]})[1] == ()
+
+
+def test_two_nets_that_a_state_fits_in_two_ways_tell_nothing() -> None:
+    """Where by one net the first halves are replaced and by the other the last, shapes do not say which."""
+    pair = {"w_g": torch.ones(3, 1), "w_v": torch.ones(3, 3)}
+    plain = {"p": torch.ones(3, 1), "q": torch.ones(3, 3)}
+    optimizer = {"state": moments((3, 1), (3, 3), (3, 1), (3, 3)), "param_groups": [{"params": [0, 1, 2, 3]}]}
+    assert list(beside_a_net(dict(optimizer), net=pair | plain)[0]["state"]) == [2, 3]
+    assert list(beside_a_net(dict(optimizer), net=pair | plain, average=plain | pair)[0]["state"]) == []
+
+
+def test_buffers_of_batch_norm_are_no_parameters() -> None:
+    """Running statistics between parameters of the same shapes do not keep numbers from being told."""
+    net = {"c.weight_g": torch.ones(3, 1), "c.weight_v": torch.ones(3, 3), "bn.weight": torch.ones(3)}
+    net |= {"bn.running_mean": torch.ones(3), "bn.running_var": torch.ones(3), "d.bias": torch.ones(3)}
+    optimizer = {"state": moments((3, 1), (3, 3), (3,), (3,)), "param_groups": [{"params": [0, 1, 2, 3]}]}
+    assert list(beside_a_net(optimizer, net=net)[0]["state"]) == [2, 3]
+
+
 @pytest.mark.parametrize("numbers", [[1, 2, 3], [0, 2], [2, 3], [0, 1, 3, 4]])
 def test_gaps_that_fit_no_earlier_surgery_tell_nothing(tmp_path: Path, numbers: list[int]) -> None:
     """Where numbers are too many or too few, or a gap would be a bias, the whole state goes."""
