@@ -13,14 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import wnsurgery as wn
-from wnsurgery.errors import ModeError
+from wnsurgery import fused
+from wnsurgery.errors import ModeError, PairError
 
 MODES: list[Any] = ["parametrized", "deferred"]
+LAID = (torch.channels_last, torch.contiguous_format)
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, 0.1),
     "adam": lambda parameters: torch.optim.Adam(parameters, 0.01),
@@ -443,6 +446,29 @@ def test_a_step_between_forward_and_backward_of_another_layer(kind: str) -> None
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
+def test_a_step_that_leaves_no_trace_where_one_would_look() -> None:
+    """Fused optimizers count no version, and of a large table most rows stay: whoever had a gradient is made anew."""
+    table: Any = wn.apply_weight_norm(nn.Embedding(5000, 64), include=nn.Embedding, mode="deferred")
+    optimizer = torch.optim.SGD(table.parameters(), lr=0.1, fused=True)
+    table(torch.arange(3)).square().sum().backward()
+    optimizer.step()
+    g, v = table.parametrizations.weight.original0.detach(), table.parametrizations.weight.original1.detach()
+    torch.testing.assert_close(table.weight.detach(), g * v / v.norm(dim=1, keepdim=True))
+
+
+def test_a_weight_written_over_tells_nothing_of_the_pair_before() -> None:
+    """A gradient waits, g moves, and the weight is written over: dL/dg is that along the v there is."""
+    layer: Any = wn.apply_weight_norm(nn.Linear(5, 3, bias=False).double(), mode="deferred")
+    g, v = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
+    up = torch.arange(15.0, dtype=torch.float64).view(3, 5)
+    w = layer.weight
+    (w * up).sum().backward()
+    with torch.no_grad():
+        g.mul_(2)
+        w.fill_(1.0)
+    torch.testing.assert_close(g.grad, (up * v).sum(1, keepdim=True) / v.norm(dim=1, keepdim=True))
+
+
 @pytest.mark.parametrize("move", [lambda net: net.cpu(), lambda net: net.to("cpu"), lambda net: net.double()])
 def test_a_move_to_where_it_is_between_forward_and_backward(move: Callable[[nn.Module], Any]) -> None:
     net = perceptron("deferred")
@@ -463,6 +489,49 @@ def test_another_type_through_data(dtype: torch.dtype) -> None:
         found.append([p.grad for p in net.parameters()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(6, 1), (1, 1), (3,), (3, 5)], ids=str)
+def test_a_magnitude_of_another_shape_is_refused(shape: tuple[int, ...], mode: Any) -> None:
+    """Put under g through `.data`, whatever broadcasting would make of it; also where the mode is entered with it."""
+    layer: Any = wn.apply_weight_norm(nn.Linear(5, 3), mode=mode)
+    layer(torch.ones(2, 5)).sum().backward()
+    layer.parametrizations.weight.original0.data = torch.ones(shape)
+    for _ in range(2):
+        with pytest.raises(PairError, match="magnitude of shape"):
+            layer(torch.ones(2, 5))
+        wn.set_weight_norm_mode(layer, "parametrized")
+        wn.set_weight_norm_mode(layer, mode)
+
+
+def weight_by_numpy(layer: Any) -> Tensor:
+    """g v / ||v|| with axis 0 kept, in float64."""
+    g, v = (p.detach().double().numpy() for p in layer.parametrizations.weight._parameters.values())
+    return torch.from_numpy(g * v / np.sqrt((v * v).sum(axis=tuple(range(1, v.ndim)), keepdims=True))).float()
+
+
+def test_other_memory_under_the_direction_again_and_again() -> None:
+    """A weight made by the compiled kernels is made of the memory that is there, not of what they were told once."""
+    fused.start()
+    layer: Any = wn.apply_weight_norm(nn.Linear(5, 3), mode="deferred")
+    kept = []  # so that none of the memory is given out again
+    for step in range(3):
+        kept.append(layer.parametrizations.weight.original1.data)
+        layer.parametrizations.weight.original1.data = torch.linspace(-1, step, 15).view(3, 5)
+        torch.testing.assert_close(layer.weight.detach(), weight_by_numpy(layer))
+
+
+@pytest.mark.parametrize("channels", [(4, 6), (64, 128)], ids=["small", "large"])
+@pytest.mark.parametrize("formats", [LAID, LAID[::-1]], ids=str)
+def test_a_direction_laid_out_in_another_way(channels: tuple[int, int], formats: Any) -> None:
+    """Through `.data`: the weight, in memory laid out as v was, has each element in its place."""
+    fused.start()
+    net = nn.Sequential(nn.Conv2d(*channels, 3), nn.Conv2d(4, 4, 3)).to(memory_format=formats[0])
+    layer: Any = wn.apply_weight_norm(net, mode="deferred")[0]
+    v = layer.parametrizations.weight.original1
+    v.data = torch.randn(v.shape).contiguous(memory_format=formats[1])
+    torch.testing.assert_close(layer.weight.detach(), weight_by_numpy(layer))
 
 
 def test_a_loop_inside_autocast_trains() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pickle
@@ -410,6 +411,22 @@ def test_two_writers_do_not_mix(tmp_path: Path) -> None:
         with staging.file("x") as file:
             file.write(b"1")
     assert contents(tmp_path / "b") == {"x": b"1"}
+
+
+def test_a_lock_on_what_is_no_longer_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends takes its lock's file with it, and another may have made one since: that is not locked."""
+    real = fcntl.flock
+
+    def slow(handle: int, operation: int) -> None:
+        lock = tmp_path / ".out.partial" / "lock"
+        lock.unlink()
+        lock.touch()
+        real(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with pytest.raises(OutputError, match="another run"), staged(tmp_path / "out", "work", force=False, resume=False):
+        pass
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_other_work_left_is_not_resumed(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import io
 import os
 import pickle
+import pkgutil
 import subprocess
 import sys
 import threading
@@ -285,6 +286,19 @@ def test_training_mode_and_frozen_weights_survive(tmp_path):
         assert not any(p.requires_grad for p in loaded[0].parameters())
         assert all(p.requires_grad for p in loaded[4].parameters())
         assert torch.equal(loaded(x_in()), net(x_in()))
+
+
+def test_torch_loads_a_converted_module_whose_classes_it_was_told_of(tmp_path):
+    """With what torch names as missing on its list, its restricted loading makes the module; converting one without
+    that puts nothing there."""
+    before = torch.serialization.get_safe_globals()
+    net = apply_weight_norm(plain_net())
+    assert torch.serialization.get_safe_globals() == before
+    torch.save(net, tmp_path / "m.pt")
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "m.pt")
+    with torch.serialization.safe_globals([pkgutil.resolve_name(name) for name in names]):
+        loaded = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert torch.equal(loaded(x_in()), net(x_in()))
 
 
 def test_loading_a_module_leaves_torchs_allow_list_as_it_was(tmp_path):

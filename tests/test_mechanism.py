@@ -577,6 +577,19 @@ def test_weight_norm_of_two_makers_on_one_module(registry: None) -> None:
     assert not model._load_state_dict_pre_hooks
 
 
+def test_folding_takes_the_hooks_that_torch_left_behind() -> None:
+    """Those that rename old keys, of the weight folded and of one that torch itself has folded; others stay."""
+    model, seen = Pair(), []
+    parametrizations.weight_norm(model, "a")
+    parametrizations.weight_norm(model, "b")
+    parametrize.remove_parametrizations(model, "b")
+    model.register_load_state_dict_pre_hook(lambda *_: seen.append(1))
+    wn.fold_weight_norm(model)
+    assert len(model._load_state_dict_pre_hooks) == 1
+    model.load_state_dict(model.state_dict())
+    assert seen == [1]
+
+
 # Other machinery of torch --------------------------------------------------------------------------------
 
 

@@ -295,6 +295,7 @@ def test_a_step_that_fails_leaves_a_net_that_goes_on(runs: list[int], monkeypatc
     optimizer.zero_grad()
     optimizer.step()
     other.step()
+    assert model.conv.parametrizations.weight.original1.grad is None
     assert torch.equal(model.conv.weight, now)
     w = wn.fold_weight_norm(copy.deepcopy(model)).conv.weight
     assert torch.equal(w, now)
@@ -397,6 +398,113 @@ def test_memory_that_moved(runs: list[int]) -> None:
             p.data = p.data.clone() * 0.9
         same(ours, theirs)
     assert isinstance(next(iter(ours.parameters())), deferred.DeferredParameter)
+
+
+MOMENTA: dict[str, Callable[[Tensor], Tensor]] = {
+    "float64": lambda m: m.double(),
+    "bfloat16": lambda m: m.bfloat16(),
+    "other strides": lambda m: m.t().contiguous().t(),
+    "negated": lambda m: torch._neg_view(-m),
+}
+
+
+@pytest.mark.parametrize("kind", MOMENTA)
+def test_momenta_that_the_kernels_cannot_read_are_torchs_to_move(kind: str, runs: list[int]) -> None:
+    """Those of a net that was of another type before, or laid out in another way: the course is torch's."""
+    ours, theirs = (made(1, lambda: nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 3))) for _ in range(2))
+    a, b = (torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (ours, theirs))
+    by_torch(b)
+    for model, optimizer in ((ours, a), (theirs, b)):
+        for step in range(3):
+            torch.manual_seed(step)
+            model(torch.randn(5, 6)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 1:
+                for state in optimizer.state.values():
+                    if state["momentum_buffer"].ndim == 2:
+                        state["momentum_buffer"] = MOMENTA[kind](state["momentum_buffer"])
+    assert len(runs) == 1
+    same(ours, theirs)
+
+
+@pytest.mark.parametrize("how", ["differentiable", "momentum of another shape", "momentum made in inference mode"])
+def test_a_step_that_torch_refuses_is_refused(how: str, runs: list[int]) -> None:
+    """A differentiable step of leaves, and momenta that are not to be written: torch says so, and nothing has moved."""
+    layer = made(1, lambda: nn.Linear(6, 3, bias=False))
+    options = {"differentiable": True} if how == "differentiable" else {"momentum": 0.9}
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, **options)  # type: ignore[arg-type]
+    before = copy.deepcopy(layer.state_dict())
+    for p in layer.parameters() if "momentum" in options else ():
+        with torch.inference_mode("inference" in how):
+            optimizer.state[p]["momentum_buffer"] = torch.zeros(p.shape if "inference" in how else p.shape[:1])
+    layer(torch.ones(2, 6)).sum().backward()
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert not runs
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_a_gradient_with_a_graph_is_refused(runs: list[int]) -> None:
+    """After `backward(create_graph=True)` a step says that there are no second derivatives, and moves nothing."""
+    layer = made(1, lambda: nn.Linear(6, 3, bias=False))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    before = copy.deepcopy(layer.state_dict())
+    layer(torch.ones(2, 6)).square().sum().backward(create_graph=True)
+    with pytest.raises(wn.ModeError, match="second derivatives"):
+        optimizer.step()
+    assert not runs
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("which", ["weight", "g", "v", "momentum of g", "momentum of v"])
+def test_a_graph_made_before_the_step_notices_it(which: str, runs: list[int]) -> None:
+    """What was saved for a backward pass and has moved since is refused, as after torch's own step."""
+    layer: Any = made(1, lambda: nn.Linear(6, 3, bias=False))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+
+    def step() -> None:
+        layer(torch.ones(2, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    g, v = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
+    moved = {"weight": layer.weight, "g": g, "v": v}
+    moved |= {f"momentum of {n}": optimizer.state[p]["momentum_buffer"] for n, p in (("g", g), ("v", v))}
+    x = torch.ones_like(moved[which], requires_grad=True)
+    loss = (x * moved[which]).sum()
+    runs.clear()
+    step()
+    assert runs == [1]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_magnitude_that_another_net_has_taken_too(runs: list[int]) -> None:
+    """A net whose weights the kernels have moved before, and one g of which is a second net's now: it moves once."""
+    pairs = []
+    for _ in range(2):
+        first: Any = made(1, lambda: nn.Linear(6, 3))
+        second: Any = made(2, lambda: nn.Linear(6, 3))
+        optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+        pairs.append((first, second, optimizer))
+    by_torch(pairs[1][2])
+    for first, second, optimizer in pairs:
+        first(torch.ones(2, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        wn.set_weight_norm_mode(second, "parametrized")
+        second.parametrizations.weight._parameters["original0"] = first.parametrizations.weight.original0
+        wn.set_weight_norm_mode(second, "deferred")
+        for _ in range(2):
+            (first(torch.ones(2, 6)).square().sum() + second(torch.ones(2, 6)).square().sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert runs
+    for ours, theirs in zip(pairs[0][:2], pairs[1][:2], strict=True):
+        same(ours, theirs)
 
 
 class _Twins:

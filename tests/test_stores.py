@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import stat
 import struct
 import subprocess
@@ -555,6 +556,18 @@ def test_a_full_disk_is_an_output_error(tmp_path, name):
     )
     assert ran.returncode == 5, ran.stderr
     assert "too large" in ran.stdout
+    assert listing(tmp_path) == []
+
+
+def test_the_last_write_is_whole_or_an_error(tmp_path):
+    """Where the system takes only a part of what is written last, nothing appears under the output's name."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OutputError, match="too large"), committed(tmp_path / "out", force=False) as file:
+            file.write(bytes(100_001))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert listing(tmp_path) == []
 
 

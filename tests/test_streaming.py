@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -17,9 +18,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from wnsurgery.checkpoint import AtOnce, fold_state
-from wnsurgery.errors import InputError, OutputError, PairError, VerificationError, WnsurgeryError
+from wnsurgery.errors import InputError, OutputError, OutputExistsError, PairError, VerificationError, WnsurgeryError
 from wnsurgery.files import convert_checkpoint, fold_checkpoint
 from wnsurgery.loading import load_tensors
+from wnsurgery.manifest import tensor_digest
 from wnsurgery.proof import ulps_apart
 from wnsurgery.reparam import Axes, compose
 from wnsurgery.states import every_tensor
@@ -299,6 +301,54 @@ def test_optimizer_state_of_other_parameters_survives_there_and_back(tmp_path: P
         assert torch.equal(left["state"][number]["exp_avg"], optimizer.state[parameter]["exp_avg"])
 
 
+def beside_a_net(optimizer: dict, **nets: dict) -> tuple[dict, tuple[str, ...]]:
+    """What folding leaves of an optimizer's state dict in a checkpoint with these nets, and what it says."""
+    pair = {"a.weight_g": torch.ones(3, 1), "a.weight_v": torch.ones(3, 3)}
+    whole = {**(nets or {"net": pair | {"a.bias": torch.ones(3)}}), "optimizer": optimizer}
+    warnings = fold_state(whole).warnings
+    return whole["optimizer"], warnings
+
+
+def moments(*shapes: tuple[int, ...]) -> dict:
+    return {n: {"exp_avg": torch.ones(shape)} for n, shape in enumerate(shapes)}
+
+
+@pytest.mark.parametrize("state", [None, {0: {"exp_avg": torch.ones(3, 1)}}], ids=["none", "some"])
+@pytest.mark.parametrize("groups", [5, [{"params": [0, 1, 2]}, 3], [None]], ids=str)
+def test_what_only_has_the_keys_of_an_optimizer_is_left_alone(state: object, groups: object) -> None:
+    """Somebody else's entries called `state` and `param_groups` stay as they are, whatever they are."""
+    given = {"state": state, "param_groups": groups}
+    left, warnings = beside_a_net(dict(given))
+    assert left == given
+    assert warnings == ()
+
+
+@pytest.mark.parametrize("numbers", [[0, 0, 1], [0, "a"], []], ids=str)
+def test_numbers_that_are_none_tell_nothing(numbers: list) -> None:
+    """Twice the same, a name among numbers, none at all: the state goes, where there is any, else nothing is said."""
+    left, warnings = beside_a_net({"state": moments((3, 1), (3, 3), (3,)), "param_groups": [{"params": numbers}]})
+    assert left["state"] == {}
+    assert "all of its state is dropped" in warnings[0]
+    assert beside_a_net({"state": {}, "param_groups": [{"params": numbers}]})[1] == ()
+
+
+def test_two_nets_that_a_state_fits_in_two_ways_tell_nothing() -> None:
+    """Where by one net the first halves are replaced and by the other the last, shapes do not say which."""
+    pair = {"w_g": torch.ones(3, 1), "w_v": torch.ones(3, 3)}
+    plain = {"p": torch.ones(3, 1), "q": torch.ones(3, 3)}
+    optimizer = {"state": moments((3, 1), (3, 3), (3, 1), (3, 3)), "param_groups": [{"params": [0, 1, 2, 3]}]}
+    assert list(beside_a_net(dict(optimizer), net=pair | plain)[0]["state"]) == [2, 3]
+    assert list(beside_a_net(dict(optimizer), net=pair | plain, average=plain | pair)[0]["state"]) == []
+
+
+def test_buffers_of_batch_norm_are_no_parameters() -> None:
+    """Running statistics between parameters of the same shapes do not keep numbers from being told."""
+    net = {"c.weight_g": torch.ones(3, 1), "c.weight_v": torch.ones(3, 3), "bn.weight": torch.ones(3)}
+    net |= {"bn.running_mean": torch.ones(3), "bn.running_var": torch.ones(3), "d.bias": torch.ones(3)}
+    optimizer = {"state": moments((3, 1), (3, 3), (3,), (3,)), "param_groups": [{"params": [0, 1, 2, 3]}]}
+    assert list(beside_a_net(optimizer, net=net)[0]["state"]) == [2, 3]
+
+
 @pytest.mark.parametrize("numbers", [[1, 2, 3], [0, 2], [2, 3], [0, 1, 3, 4]])
 def test_gaps_that_fit_no_earlier_surgery_tell_nothing(tmp_path: Path, numbers: list[int]) -> None:
     """Where numbers are too many or too few, or a gap would be a bias, the whole state goes."""
@@ -500,3 +550,55 @@ def test_directories_keep_the_sign_of_negated_tensors(tmp_path: Path) -> None:
     for kind in ("hub", "dcp"):
         fold_checkpoint(tmp_path / kind, tmp_path / f"{kind}.pt")
         assert torch.equal(torch.load(tmp_path / f"{kind}.pt", weights_only=True)["a.weight"], expected)
+
+
+def damaged(source: Path, target: Path, values: bytes) -> None:
+    """The same archive with one byte of some values turned, which their checksum tells."""
+    whole = bytearray(source.read_bytes())
+    assert whole.count(values) == 1
+    whole[whole.find(values)] ^= 1
+    target.write_bytes(whole)
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_damage_in_what_is_only_kept_is_told(tmp_path: Path, dry: bool) -> None:
+    """A wrong checksum is an error also where nothing computed needs the values, and where nothing is written."""
+    bias = torch.tensor([1.5, 2.5, 3.25, 4.125])
+    torch.save({"c.weight_g": torch.ones(4, 1), "c.weight_v": torch.randn(4, 3), "c.bias": bias}, tmp_path / "a.pt")
+    damaged(tmp_path / "a.pt", tmp_path / "b.pt", bias.numpy().tobytes())
+    with pytest.raises(InputError, match="damaged"):
+        fold_checkpoint(tmp_path / "b.pt", tmp_path / "c.pt", dry_run=dry)
+    assert not (tmp_path / "c.pt").exists()
+
+
+def test_a_manifest_never_takes_the_place_of_a_file_of_the_input(tmp_path: Path) -> None:
+    """Not even where files may be replaced, and the input is a directory."""
+    source = tmp_path / "model"
+    source.mkdir()
+    torch.save(content()["sd"], source / "pytorch_model.bin")
+    (source / "config.json").write_text("{}")
+    with pytest.raises(OutputExistsError, match="this is the input"):
+        fold_checkpoint(source, tmp_path / "out", manifest=source / "config.json", force=True)
+    assert (source / "config.json").read_text() == "{}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_holds_values_not_how_they_are_kept() -> None:
+    """A tensor that is conjugated or negated without a copy has the hash of its values."""
+    z = torch.tensor([1 + 2j, 3 - 4j])
+    for lazy, values in ((z.conj(), [1 - 2j, 3 + 4j]), (torch._neg_view(z), [-1 - 2j, -3 + 4j])):
+        assert tensor_digest(lazy) == hashlib.sha256(np.array(values, np.complex64).tobytes()).hexdigest()
+
+
+def test_the_worst_weight_is_named_wherever_it_stands() -> None:
+    """The distance in the report is the largest, and that of a pair that stores log g, too, is one of rounding."""
+    state = {}
+    for name, v in (("a", [[3.0, 4.0]]), ("b", [[0.1, 0.7]]), ("c", [[3.0, 4.0]])):
+        state |= {f"{name}.weight_g": torch.tensor([[10.0]]), f"{name}.weight_v": torch.tensor(v)}
+    logs = {"weight_g": torch.tensor([[0.5]]), "weight_v": torch.tensor([[0.1, 0.7]])}
+    for content_, worst in ((state, "b.weight"), (logs | {"weight_log_scale": torch.ones((), dtype=bool)}, "weight")):
+        maker = AtOnce(judge=True)
+        fold_state(dict(content_), maker=maker)
+        assert maker.worst == worst
+        assert maker.max_ulp is not None
+        assert 0 < maker.max_ulp < 1.5

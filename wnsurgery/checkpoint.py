@@ -258,7 +258,7 @@ def _renewed(state: StateDict, steps: list[Step], maker: Maker, known: dict[Any,
             entries[key] = value
         elif step.targets[0] not in entries:
             sources = [state.entries[k] for k in step.sources]
-            same = (step.action, step.axes, *(identity(t) for t in sources))
+            same = (step.axes, *(identity(t) for t in sources))
             if same not in known:
                 known[same] = maker.make(step, sources)
             entries.update(zip(step.targets, known[same], strict=True))

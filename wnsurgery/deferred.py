@@ -163,8 +163,8 @@ class DeferredWeight:
     """One (g, v) in deferred mode with the leaf weight the net runs on.
 
     A use gets `shown`: the leaf, or where neither g nor v is to be trained its memory without a gradient, while graphs
-    of earlier uses still end at the leaf. `leaf` is None where there are no values to compute (meta device) or the pair
-    is not made of ordinary tensors; the weight is then computed from g and v by `compose`, as in the default mode.
+    of earlier uses still end at the leaf. `leaf` is None where there are no values to compute (meta device), or g and v
+    are not ordinary tensors, or do not fit; the weight is then computed from them by `compose`, as in the default mode.
     """
 
     g: nn.Parameter
@@ -193,7 +193,7 @@ class DeferredWeight:
                 _set_plain(old)
         self.g, self.v, self.kept, self.norms, self.lengths, self.then = g, v, None, None, None, None
         self.group.forget()
-        if not _can_defer(g, v):
+        if not (_can_defer(g, v) and self.rule.axes.fit(g, v)):
             self.leaf = self.shown = None
             return
         for half in (g, v):
@@ -249,7 +249,8 @@ class DeferredWeight:
             return None
         if self.kept is None or not self.kept.is_of(g, v) or self.has_strayed():
             self.settle()
-            if not _is_like(leaf, v) or is_plain_pair(g, v):  # another type through `.data`; `swap_tensors`
+            fits = _is_like(leaf, v) and self.rule.axes.fit(g, v)  # no other type or shape through `.data`
+            if not fits or is_plain_pair(g, v):  # by `swap_tensors`
                 self.adopt(self.g, self.v)
             self.group.renew([self])
         return self.shown

@@ -358,11 +358,7 @@ def _is_copied_plainly(base: Any) -> bool:
     """Whether a class leaves all of how it is copied and pickled to nn.Module."""
     names = ("__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__getnewargs__", "__getnewargs_ex__")
     same = all(getattr(base, name, None) is getattr(nn.Module, name, None) for name in names)
-    return same and base.__new__ is object.__new__ and not hasattr(base, "__deepcopy__") and not _has_slots(base)
-
-
-def _has_slots(base: Any) -> bool:
-    return any(c.__dict__.get("__slots__") for c in base.__mro__)
+    return same and base.__new__ is object.__new__ and not hasattr(base, "__deepcopy__")
 
 
 class _Copied:

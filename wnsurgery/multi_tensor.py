@@ -50,7 +50,7 @@ class ManyWeights:
         self._items = items
         self._small = [i for i, item in enumerate(items) if is_small(item.g, item.v, item.axes, item.magnitude)]
         self._side_by_side: SmallWeights | None = None
-        self.lengths: dict[int, Tensor] = {}  # ||v|| per row where the last `compose` gave None
+        self.lengths: dict[int, Tensor] = {}  # ||v|| per row where `compose` gave None, as of then
 
     def compose(self) -> list[Tensor | None]:
         """Write w = g * v / ||v|| into each item's memory, in the bits of `compose`.
@@ -58,7 +58,6 @@ class ManyWeights:
         Returns ||v|| per row for each weight where that serves the gradients, in float32, or float64 for such weights
         that the kernels take; None where rows are extreme.
         """
-        self.lengths.clear()
         if fused.started():
             return self._in_one_pass()
         found: list[Ready | None] = [None] * len(self._items)
@@ -121,11 +120,7 @@ class ManyWeights:
     @cached_property
     def _for_one_call(self) -> tuple[list[int], SmallWeights | None]:
         """The weights that the kernels take together, each by one of torch's threads."""
-        at = [
-            i
-            for i, item in enumerate(self._items)
-            if is_small(item.g, item.v, item.axes, item.magnitude, LARGE) and item.axes.fit(item.g, item.v)
-        ]
+        at = [i for i, item in enumerate(self._items) if is_small(item.g, item.v, item.axes, item.magnitude, LARGE)]
         return at, SmallWeights([(self._items[i].g, self._items[i].v) for i in at]) if at else None
 
     def gradients(

@@ -53,7 +53,9 @@ def without_states(optimizer: Mapping[Any, Any], states: Sequence[Parameters]) -
     state, groups = optimizer["state"], optimizer["param_groups"]
     if not isinstance(state, Mapping) or not isinstance(groups, list | tuple):
         return None
-    numbers = [p for group in groups if isinstance(group, Mapping) for p in _listed(group)]
+    if not all(isinstance(group, Mapping) for group in groups):
+        return None
+    numbers = [p for group in groups for p in _listed(group)]
     names = _matched(numbers, state, states)
     if names is None:
         if not state:

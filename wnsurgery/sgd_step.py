@@ -80,14 +80,14 @@ def rules_of(optimizer: Any, arguments: tuple[Any, ...], options: Mapping[str, A
 
 
 def _is_observed(optimizer: Any) -> bool:
-    """Whether somebody may look at gradients or weights between the parts of a step, or scales its gradients."""
+    """Whether somebody may look at gradients or weights between the parts of a step."""
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return True
     for hooks in (optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks):
         for hook in hooks.values():
             if not str(getattr(hook, "__module__", "")).startswith("wnsurgery."):
                 return True
-    return getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
+    return False  # who scales gradients has looked at them
 
 
 def _rule_of(group: Mapping[str, Any]) -> Rule | None:

@@ -440,18 +440,9 @@ def _remove_parametrized(slot: Slot, weight: nn.Parameter) -> Any:
     if slot.form == "torch":
         reorder_parameters(module, (name, *order))
         for key, hook in list(module._load_state_dict_pre_hooks.items()):
-            if _is_compat_hook(hook, name):
-                del module._load_state_dict_pre_hooks[key]
+            if getattr(getattr(hook, "hook", hook), "__name__", "") == "_weight_norm_compat_hook":
+                del module._load_state_dict_pre_hooks[key]  # which torch leaves behind to rename old keys on loading
     return entry
-
-
-def _is_compat_hook(hook: Any, name: str) -> bool:
-    """Torch's weight norm leaves a hook behind that renames old keys on loading."""
-    function = getattr(hook, "hook", hook)
-    if getattr(function, "__name__", "") != "_weight_norm_compat_hook":
-        return False
-    values = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
-    return "name" not in values or values["name"].cell_contents == name
 
 
 def _remove_legacy(slot: Slot, weight: nn.Parameter) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import io
 import os
@@ -228,8 +227,6 @@ def is_same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
 
 
 def _reason(error: OSError | ValueError) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "no space left on the device"
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
