@@ -215,6 +215,26 @@ def test_who_looks_on_or_wants_something_else_gets_torchs_step(how: str, runs: l
     assert {type(p.grad) for p in model.parameters()} == {Tensor}
 
 
+@pytest.mark.parametrize("what", ["grad_scale", "found_inf"])
+def test_what_a_scaler_tells_an_optimizer_is_heeded(what: str, runs: list[int]) -> None:
+    """torch's fused SGD divides by `grad_scale` and moves nothing where `found_inf` is set, whoever looked or not."""
+    nets = []
+    for mode in ("parametrized", "deferred"):
+        net = wn.set_weight_norm_mode(made(), mode)
+        optimizer: Any = torch.optim.SGD(net.parameters(), 0.1, fused=True)
+        setattr(optimizer, what, torch.tensor(4.0 if what == "grad_scale" else 1.0))
+        if what == "found_inf":
+            optimizer.grad_scale = torch.tensor(1.0)
+        before = [p.detach().clone() for p in net.parameters()]
+        net(torch.arange(12).view(2, 6)).square().sum().backward()
+        optimizer.step()
+        assert any(map(torch.equal, before, net.parameters())) is (what == "found_inf")
+        nets.append(net)
+    assert not sum(runs)
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def test_a_magnitude_of_two_weights_takes_the_gradients_of_both(runs: list[int]) -> None:
     """Where two weights have one g, it moves once by the sum, momentum and all."""
 

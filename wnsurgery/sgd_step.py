@@ -83,11 +83,9 @@ def _is_observed(optimizer: Any) -> bool:
     """Whether somebody may look at gradients or weights between the parts of a step."""
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return True
-    for hooks in (optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks):
-        for hook in hooks.values():
-            if not str(getattr(hook, "__module__", "")).startswith("wnsurgery."):
-                return True
-    return False  # who scales gradients has looked at them
+    everywhere = optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks
+    hooks = (hook for hooks in everywhere for hook in hooks.values())
+    return any(not str(getattr(hook, "__module__", "")).startswith("wnsurgery.") for hook in hooks)
 
 
 def _rule_of(group: Mapping[str, Any]) -> Rule | None:
