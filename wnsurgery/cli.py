@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from wnsurgery import __version__
 from wnsurgery.arguments import parse_axes, parse_dims, parse_scales
 from wnsurgery.completion import SHELLS, script
-from wnsurgery.errors import SelectionError
+from wnsurgery.errors import InputError, SelectionError
 from wnsurgery.leaving import leave
 from wnsurgery.report import counting, escape, quiet, show, speak, working
 
@@ -530,6 +530,9 @@ def bench(model: Path | None, as_json: bool, suite: bool, deploy: bool, no_compi
         if deploy:
             from wnsurgery.deployment import bench_deployment
 
+    if model.suffix.lower() == ".onnx" and model.is_file():
+        hint = "wnsurgery run GRAPH --input FILE -o OUTPUT --time N times a graph"
+        raise InputError.of(model, "an ONNX graph; bench takes the model that it was made of", hint)
             report = bench_deployment(module, inputs, compiled=not no_compile, **options)
         else:
             from wnsurgery.benchmark import bench as measure

@@ -235,7 +235,7 @@ def _refuse(file: BinaryIO, path: Path, start: bytes, trust_pickle: bool) -> Non
     if not start:
         raise InputError.of(path, "empty")
     if path.suffix.lower() == ".onnx":
-        raise InputError.of(path, "an ONNX graph, not a checkpoint", "fold it with fold_onnx")
+        raise InputError.of(path, "an ONNX graph, not a checkpoint", "fold_onnx (wnsurgery fold) takes graphs")
     if not trust_pickle:
         refuse_pickle(path, scan(file), [])
     if start.startswith(b"\x80"):
