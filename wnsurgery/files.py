@@ -39,7 +39,7 @@ from wnsurgery.directory import deliver_directory
 from wnsurgery.entries import only_tensors, shown_names, taken
 from wnsurgery.errors import InputError, PairError, SelectionError, printable
 from wnsurgery.flat_magnitudes import spread_magnitudes
-from wnsurgery.keys import Layout
+from wnsurgery.keys import Layout, pair_of
 from wnsurgery.loading import (
     WEIGHT_NORM,
     Arch,
@@ -270,7 +270,8 @@ def _fold_module(where: str, module: nn.Module, maker: AtOnce) -> CheckpointRepo
             own = rule[slot.parameter][0] if slot.form == "ours" else None
             axes = own.axes if own else Axes.of_pair(slot.magnitude.shape, shape)
             log = own is not None and own.magnitude == "log"
-            step = Step("folded", name, (name,), (name,), axes, shape, _type(slot.tensor), log)
+            pair = pair_of(slot.fqn, "legacy" if slot.form == "legacy" else "parametrized", log=log)
+            step = Step("folded", name, pair.keys, (slot.fqn,), axes, shape, _type(slot.tensor), log, where)
             found.append((slot, step, slot.magnitude.detach(), slot.tensor.detach()))
     lost = [rows_without_direction(g, v, step.axes, _scale(step)) for _, step, g, v in found]
     for (_, step, _, _), rows in zip(found, lost, strict=True):
@@ -425,11 +426,12 @@ def _convert(
 
 def _convert_module(where: str, module: nn.Module, selection: Options, setup: Options) -> CheckpointReport:
     with without_batch_norm(module, setup["batch_norm"], setup["inputs"], data=setup["data"]) as done:
-        plan = _plan(module, selection)
+        plan, log = _plan(module, selection), selection["magnitude"] == "log"
         steps = []
         for site in plan.sites:
             name, shape = _joined(where, site.fqn), tuple(site.weight.shape)
-            steps.append(Step("converted", name, (name,), (name,), site.axes, shape, _type(site.weight)))
+            keys, kind = pair_of(site.fqn, "parametrized", log=log).keys, _type(site.weight)
+            steps.append(Step("converted", name, (site.fqn,), keys, site.axes, shape, kind, log, where))
         large = [s for s in plan.skipped if s.shape is None or len(s.shape) > 1]
         apply_weight_norm(module, **selection)
     left = tuple(Skip(_joined(where, s.name), s.shape or (), s.reason) for s in large)
