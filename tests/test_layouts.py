@@ -125,3 +125,16 @@ def test_directions_of_another_shape_are_named(tmp_path):
     torch.save(made("transposed 1d", "legacy", 0).state_dict(), tmp_path / "net.pt")
     with pytest.raises(InputError, match=r"do not fit the model.*original1"):
         wn.load_model(tmp_path / "net.pt", arch=lambda: nn.Sequential(LAYOUTS["ours"](nn.ConvTranspose1d(8, 4, 5))))
+
+
+@pytest.mark.parametrize("mode", ["parametrized", "deferred"])
+@pytest.mark.parametrize(("kernel", "told"), [(4, True), (5, False)])
+def test_load_state_dict_says_that_the_axes_differ(mode, kernel, told):
+    """Beside torch's own message about the shape of g stands what to do; not where the weight is another one."""
+    model = wn.apply_weight_norm(nn.Sequential(nn.ConvTranspose1d(8, 4, 4)), mode=mode)
+    other = nn.Sequential(LAYOUTS["torch"](nn.ConvTranspose1d(8, 4, kernel)))
+    with pytest.raises(RuntimeError, match="size mismatch") as caught:
+        model.load_state_dict(other.state_dict())
+    assert ("0.parametrizations.weight.original0 keeps other axes there" in str(caught.value)) == told
+    alike = wn.apply_weight_norm(nn.Sequential(nn.ConvTranspose1d(8, 4, kernel)), mode=mode, dim={"0": 0})
+    alike.load_state_dict(other.state_dict())
