@@ -251,7 +251,7 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
     Examples:
       wnsurgery fold model.wn.pt -o model.pt
       wnsurgery fold generator.safetensors
-      wnsurgery fold checkpoint.pth --entry generator -o generator.safetensors
+      wnsurgery fold checkpoint.pth --entry generator -o plain.safetensors
       wnsurgery fold exported.onnx -o clean.onnx
       torchrun --nproc-per-node 4 -m wnsurgery fold sharded-model -o plain-model
     """
