@@ -123,6 +123,40 @@ def test_did_you_mean(words: list[str], said: str, file: Path, capsys: pytest.Ca
     assert said.format(folder=file.parent) in capsys.readouterr().err
 
 
+def test_a_name_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The two halves of a pair are one name."""
+    net = wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
+    torch.save(net.state_dict(), tmp_path / "step9000.pt")
+    assert run("convert", tmp_path / "step9000.pt", "--dim", "ups.*=1") == 2
+    assert "hint: near names: 0.weight, 2.weight\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bench", "GRAPH"], "hint: wnsurgery run GRAPH --input FILE -o OUTPUT --time N times a graph"),
+        (["bench", "none.onnx", "--input-shape", "1x3"], "no such file"),
+        (["convert", "GRAPH", "-o", "x.pt"], "hint: fold_onnx (wnsurgery fold) takes graphs"),
+        (["export", "GRAPH", "-o", "x.onnx", "--input-shape", "1x3"], "hint: fold_onnx (wnsurgery fold) takes graphs"),
+        (
+            ["run", "GRAPH", "--input", "x.npy", "-o", "y.npz", "--provider", "gpu"],
+            "hint: providers (--provider): cpu, ",
+        ),
+    ],
+)
+def test_hints_speak_of_the_command(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a command does not take is answered with the command that does."""
+    monkeypatch.chdir(tmp_path)
+    wn.export_onnx(nn.Linear(3, 4), torch.ones(1, 3), "graph.onnx")
+    np.save("x.npy", np.ones((1, 3), np.float32))
+    assert run(*(word.replace("GRAPH", "graph.onnx") for word in words)) in (2, 3)
+    err = capsys.readouterr().err
+    assert said in err
+    assert "provider=" not in err
+
+
 @pytest.mark.parametrize("command", ["fold", "convert", "inspect", "verify"])
 @pytest.mark.parametrize(
     ("name", "said"),

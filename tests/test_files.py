@@ -158,9 +158,26 @@ def test_suffix_decides_the_format_and_losses_are_said(tmp_path):
     with safetensors.safe_open(tmp_path / "noext", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     torch.save({"sd": {"a": w}, "epoch": 1}, tmp_path / "nested.pt")
-    with pytest.raises(InputError, match="epoch"):
-        fold_checkpoint(tmp_path / "nested.pt", tmp_path / "nested.safetensors")
-    assert "nested.safetensors" not in listing(tmp_path)
+    report = fold_checkpoint(tmp_path / "nested.pt", tmp_path / "nested.safetensors")
+    assert any("epoch" in text for text in report.warnings)
+    assert safetensors.torch.load_file(tmp_path / "nested.safetensors").keys() == {"a"}
+
+
+@pytest.mark.parametrize("magnitude", ["linear", "log"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_steps_tell_the_keys_that_go_and_come(whole, magnitude, tmp_path):
+    """Sources and targets are keys of state dicts, before and after, also of a module saved whole."""
+    net = plain_net()
+    torch.save({"net": net if whole else net.state_dict()}, tmp_path / "plain.pt")
+    files = [tmp_path / name for name in ("plain.pt", "wn.pt", "folded.pt")]
+    reports = [convert_checkpoint(*files[:2], magnitude=magnitude), fold_checkpoint(*files[1:])]
+    keys = [set(load_tensors(file)) for file in files]
+    for report, before, after in zip(reports, keys[:-1], keys[1:], strict=True):
+        steps = report.to_json()["steps"]
+        assert {step["path"] for step in steps} == {"net"}
+        assert {f"net.{key}" for step in steps for key in step["sources"]} == before - after
+        assert {f"net.{key}" for step in steps for key in step["targets"]} == after - before
+        assert [step["name"] for step in steps] == [s["name"] for s in reports[0].to_json()["steps"]]
 
 
 def test_outputs_are_protected(legacy_file, tmp_path):

@@ -42,7 +42,7 @@ LAYERS = [
         "sgd_step",
     }
     | {"onnx_layout", "onnx_functions", "onnx_guard", "moments", "outputs", "onnx_weights", "graph_inputs"},
-    {"graph_matching", "parity", "choice", "carried_state", "multi_tensor", "straight", "joint_norm"},
+    {"graph_matching", "parity", "choice", "carried_state", "multi_tensor", "straight", "joint_norm"} | {"entries"},
     {"graph", "walk", "steps", "flat_magnitudes", "deferred", "preparation", "following"},
     {"plan", "mechanism", "checkpoint", "tracing", "tied_names", "resizing"},
     {"affine", "directions", "own_passes", "pairs", "targets", "promises", "manifest"},

@@ -158,6 +158,7 @@ def make(folder: Path, net: Callable[[], nn.Module], x: Tensor) -> Path:
     torch.save(wn.apply_weight_norm(copy.deepcopy(plain)), folder / "model.wn.pt")
     theirs = normed(copy.deepcopy(plain), 1.5)
     torch.save(theirs.state_dict(), folder / "generator.pth")
+    torch.save({"generator": theirs.state_dict(), "steps": 9000}, folder / "checkpoint.pth")
     save_file(theirs.state_dict(), folder / "generator.safetensors")
     torch.save(normed(copy.deepcopy(plain)).state_dict(), folder / "step0.pt")
     torch.save(theirs.state_dict(), folder / "step9000.pt")

@@ -292,8 +292,9 @@ def translate(
         magnitude: how `state` stores g in pairs that do not say.
         wanted: how `template` stores g, by plain key; default: as its own keys say.
 
-    Keys the template does not know pass unchanged, so that a strict load can name them. Raises PairError for a weight
-    that does not fit its pair in the template.
+    A pair whose g is stored in the same way along the same axes is copied, bit for bit; any other is folded and split
+    again as the template has it. Keys the template does not know pass unchanged, so that a strict load can name them.
+    Raises PairError for a weight that does not fit its pair in the template.
     """
     targets = {pair.plain_key: pair for pair in found_in(template).pairs}
     halves = {key: pair for pair in found_in(state).pairs for key in pair.keys}
@@ -309,9 +310,8 @@ def translate(
             out[name] = plain
             continue
         asked = (wanted or {}).get(target.plain_key, "log" if target.log else stored)
-        if pair is not None and asked == stored:
-            halves_of = (state.entries[pair.g_key], tensor)
-        else:
+        halves_of = _halves_like(template, target, state, pair) if pair and asked == stored else None
+        if halves_of is None:
             plain = _folded(state, pair, magnitude)[1] if pair else tensor
             halves_of = _split_like(template, target, plain, asked)
         out.update(zip(target.keys, (*halves_of, torch.ones((), dtype=torch.bool)), strict=False))
@@ -323,16 +323,32 @@ def _folded(state: StateDict, pair: Pair, magnitude: Magnitude) -> tuple[str, Te
     return pair.plain_key, run_step(step, [state.entries[key] for key in pair.keys], magnitude)[0]
 
 
+def _halves_like(template: StateDict, target: Pair, state: StateDict, pair: Pair) -> tuple[Tensor, Tensor] | None:
+    """A pair as it is, g in the shape that a pair of the template has; None where the two keep other axes.
+
+    Of directions that differ in shape, nothing is said here: a strict load names them.
+    """
+    (g, v), shape = (state.entries[key] for key in pair.keys[:2]), shape_of(template.entries[target.v_key])
+    if shape_of(v) != shape:
+        return g, v
+    as_wanted = shape_of(template.entries[target.g_key])
+    if shape_of(g) == as_wanted:
+        return g, v
+    same = Axes.of_pair(shape_of(g), shape) == Axes.of_pair(as_wanted, shape)
+    return (g.detach().reshape(as_wanted), v) if same else None
+
+
 def _split_like(template: StateDict, target: Pair, plain: Tensor, magnitude: Magnitude) -> tuple[Tensor, Tensor]:
-    """A plain weight as (g, v) with the axes a pair of the template has."""
+    """A plain weight as (g, v) with the axes, and the shape of g, that a pair of the template has."""
     shape = shape_of(template.entries[target.v_key])
     if shape_of(plain) != shape or refusal(plain):
         raise PairError(f"{printable(target.plain_key)}: {shape_of(plain)} where the model has {shape}")
-    axes = Axes.of_pair(template.entries[target.g_key].shape, shape)
+    as_wanted = shape_of(template.entries[target.g_key])
+    axes = Axes.of_pair(as_wanted, shape)
     keys = (target.g_key, target.v_key)
     step = Step("converted", target.plain_key, (target.plain_key,), keys, axes, shape, dtype_name(plain))
     g, v = run_step(step, (plain,), magnitude)
-    return g, v
+    return g.reshape(as_wanted), v  # a single magnitude is (1, 1) as well as 0-d
 
 
 # How it reads --------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from wnsurgery import __version__
 from wnsurgery.arguments import parse_axes, parse_dims, parse_scales
 from wnsurgery.completion import SHELLS, script
-from wnsurgery.errors import SelectionError
+from wnsurgery.errors import InputError, SelectionError
 from wnsurgery.leaving import leave
 from wnsurgery.report import counting, escape, quiet, show, speak, working
 
@@ -108,6 +108,11 @@ _filing = _options(
     click.option("--resume", is_flag=True, help="Go on where a killed run on a directory left off."),
 )
 _entry = click.option("--entry", metavar="PATH", help="Which state dict or module to take, where several fit: ema.")
+_alone = click.option(
+    "--entry",
+    metavar="PATH",
+    help="Write this state dict or module of MODEL alone: generator. A .safetensors output takes the only one.",
+)
 _model = click.argument("model", type=_PATH)
 
 
@@ -161,6 +166,7 @@ def cli() -> None:
     show_default=True,
     help="Store g, or s with g = e^s.",
 )
+@_alone
 @click.option(
     "--batch-norm",
     type=click.Choice(["keep", "fold", "mean-only"]),
@@ -232,6 +238,7 @@ def convert(model: Path, as_json: bool, **options: Any) -> None:
     metavar="[PATTERN=]AXIS",
     help="The axis of magnitudes stored as a plain list, which does not tell; repeat.",
 )
+@_alone
 @_filing
 @_common
 def fold(model: Path, as_json: bool, **options: Any) -> None:
@@ -244,6 +251,7 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
     Examples:
       wnsurgery fold model.wn.pt -o model.pt
       wnsurgery fold generator.safetensors
+      wnsurgery fold checkpoint.pth --entry generator -o plain.safetensors
       wnsurgery fold exported.onnx -o clean.onnx
       torchrun --nproc-per-node 4 -m wnsurgery fold sharded-model -o plain-model
     """
@@ -251,7 +259,7 @@ def fold(model: Path, as_json: bool, **options: Any) -> None:
     if model.suffix.lower() == ".onnx":
         from wnsurgery.graph import fold_onnx
 
-        own = "dry_run", "strict", "manifest", "resume", "dims", "magnitude", "arch", "trust_pickle"
+        own = "dry_run", "strict", "manifest", "resume", "dims", "magnitude", "arch", "trust_pickle", "entry"
         _refuse_given("ONNX files", *own)
         keywords = {name: options[name] for name in ("zero_norm", "force", "in_place")}
         report = fold_onnx(model, output, **keywords)
@@ -434,6 +442,7 @@ def verify(a: Path, b: Path, as_json: bool, **options: Any) -> None:
 @cli.command()
 @_model
 @_loading
+@_entry
 @_stored
 @click.option("--lr", type=float, default=1.0, show_default=True, help="Learning rate to give the effective steps for.")
 @click.option("--reference", type=_PATH, help="The same net earlier: print ||v|| and |g| against it.")
@@ -521,6 +530,9 @@ def bench(model: Path | None, as_json: bool, suite: bool, deploy: bool, no_compi
         return
     if model is None or any(own.values()):
         raise SelectionError("bench needs a MODEL" if model is None else "--work, --threads, --fault-free need --suite")
+    if model.suffix.lower() == ".onnx" and model.is_file():
+        hint = "wnsurgery run GRAPH --input FILE -o OUTPUT --time N times a graph"
+        raise InputError.of(model, "an ONNX graph; bench takes the model that it was made of", hint)
     inputs = _inputs(options.pop("input_file"), options.pop("input_shape"))
     if inputs is None:
         raise SelectionError("bench needs inputs", hint="--input-shape 16x3x32x32 or --input FILE")

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wnsurgery.errors import InputError
+from wnsurgery.entries import all_entries, taken
+from wnsurgery.errors import InputError, SelectionError
 from wnsurgery.plan import Skipped, plan_weight_norm
 from wnsurgery.reparam import Axes, Magnitude
 from wnsurgery.states import identity, shape_of
 from wnsurgery.walk import Slot, slots
 
-__all__ = ["Contents", "Normed", "Plain", "opened"]
+__all__ = ["Contents", "Normed", "Plain", "opened", "refuse_unknown"]
 
 Path_ = str | os.PathLike[str]
 
@@ -55,22 +56,30 @@ class Contents:
         weights: the pairs, ties once.
         others: the other tensors of 2 or more dimensions.
         parameters, bytes: of all tensors, memory shared counted once.
+        entered: whether this is what `entry` names in a file that has it.
     """
 
     weights: list[Normed]
     others: list[Plain]
     parameters: int = 0
     bytes: int = 0
+    entered: bool = False
 
 
 @contextmanager
 def opened(
-    target: nn.Module | Path_, *, arch: str | None = None, trust_pickle: bool = False, magnitude: Magnitude = "linear"
+    target: nn.Module | Path_,
+    *,
+    arch: str | None = None,
+    trust_pickle: bool = False,
+    magnitude: Magnitude = "linear",
+    entry: str | None = None,
 ) -> Iterator[Contents]:
     """What a module or a file holds, for as long as the block lasts; a checkpoint's values stay in it until asked for.
 
-    Args as of `inspect`. Raises InputError, UnsafeFileError as the readers do, SelectionError for a magnitude that is
-    none.
+    Args as of `inspect`; an `entry` that the file does not have is left to the other side.
+
+    Raises InputError, UnsafeFileError as the readers do, SelectionError for a magnitude that is none.
     """
     from wnsurgery.checkpoint import known_magnitude
 
@@ -94,15 +103,31 @@ def opened(
         stored = map_store(path)
     if stored is not None and stored.source is not None:
         try:
-            yield _of_checkpoint(stored.content, path, magnitude, stored.source.fetch)
+            content, entered = _entered(path, stored.content, entry)
+            yield replace(_of_checkpoint(content, path, magnitude, stored.source.fetch), entered=entered)
         finally:
             stored.source.close()
         return
+    content = None if arch and entry is None else load_object(path, trust_pickle=trust_pickle)
+    content, entered = _entered(path, content, entry)
     if arch:
-        content = load_model(path, arch=arch, trust_pickle=trust_pickle, magnitude=magnitude)
-    else:
-        content = load_object(path, trust_pickle=trust_pickle)
-    yield _of_module(content) if isinstance(content, nn.Module) else _of_checkpoint(content, path, magnitude)
+        own = entry if entered else None
+        content = load_model(path, arch=arch, trust_pickle=trust_pickle, magnitude=magnitude, entry=own)
+    found = _of_module(content) if isinstance(content, nn.Module) else _of_checkpoint(content, path, magnitude)
+    yield replace(found, entered=entered)
+
+
+def _entered(path: Path, content: Any, entry: str | None) -> tuple[Any, bool]:
+    """What `entry` names in a file, and whether it names anything there; all of the file where it does not."""
+    if entry is None or not any(where == entry for where, _ in all_entries(content)):
+        return content, False
+    return taken(path, content, entry)[0], True
+
+
+def refuse_unknown(entry: str | None, *sides: Contents) -> None:
+    """Raise SelectionError where none of the sides has what `entry` names."""
+    if entry is not None and not any(side.entered for side in sides):
+        raise SelectionError(f"entry={entry!r}: no state dict or module of this name in it")
 
 
 # A live module -------------------------------------------------------------------------------------------

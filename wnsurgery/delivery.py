@@ -50,6 +50,7 @@ class Output:
         progress: told (bytes done, bytes in all).
         started: when the operation began.
         ranks: the processes that write a directory together.
+        entry: the one state dict or module that is written alone; None where the whole file is, if its format can.
     """
 
     path: Path_
@@ -63,6 +64,7 @@ class Output:
     progress: Progress | None = None
     started: float = field(default_factory=time.perf_counter)
     ranks: Ranks = field(default_factory=Ranks)
+    entry: str | None = None
 
     def is_directory(self, src: Path_) -> bool:
         """Whether the output is a directory: the input is one, and the output has no file's name."""
@@ -78,6 +80,13 @@ class Output:
             hint = "export_onnx (wnsurgery export) makes an ONNX graph of a model"
             raise SelectionError(f"{self.path}: would be a checkpoint, and is called an ONNX graph", hint=hint)
         whole = self.is_directory(src)
+        if self.entry is not None and whole:
+            hint = f"-o {Path(self.path).name}.safetensors writes it into one"
+            raise SelectionError(f"{src}: entry (--entry) takes one state dict of a directory into a file", hint=hint)
+        if self.entry is not None and self.in_place:
+            raise SelectionError(
+                f"{src}: entry (--entry) writes one state dict alone; in place, the rest would be lost"
+            )
         if self.resume and not whole:
             raise SelectionError(f"{self.path}: resume (--resume) is for directories; a file is written at one go")
         if whole:

@@ -95,7 +95,7 @@ class SelectionError(WnsurgeryError, ValueError):
         cls, option: str, wanted: str, names: Iterable[str], what: str = "weight of the model"
     ) -> SelectionError:
         """`include`/`exclude`/`dim` named something that is not there: list the nearest names that are."""
-        known = list(names)
+        known = list(dict.fromkeys(names))  # each once: both halves of a pair go by the name of their weight
         near = get_close_matches(wanted.strip("*."), known, n=5, cutoff=0.4) or known[:5]
         shown = ", ".join(near) if near else "none: the model has no tensors of 2 or more dimensions"
         return cls(f"{option}={wanted!r} matches no {what}", hint=f"near names: {shown}")

@@ -36,9 +36,10 @@ from wnsurgery.checkpoint import (
 from wnsurgery.checkpoint_directory import Folder, map_directory
 from wnsurgery.delivery import Output, Progress, deliver
 from wnsurgery.directory import deliver_directory
+from wnsurgery.entries import only_tensors, shown_names, taken
 from wnsurgery.errors import InputError, PairError, SelectionError, printable
 from wnsurgery.flat_magnitudes import spread_magnitudes
-from wnsurgery.keys import Layout
+from wnsurgery.keys import Layout, pair_of
 from wnsurgery.loading import (
     WEIGHT_NORM,
     Arch,
@@ -100,6 +101,7 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
     resume: bool = False,
     progress: Progress | None = None,
     process_group: Any = False,
+    entry: str | None = None,
 ) -> CheckpointReport:
     """Write a copy of a checkpoint with every (g, v) folded into a plain weight; all else stays as it is.
 
@@ -129,6 +131,9 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
         process_group: None or a group of torch.distributed, all of whose processes make this call, to share the files
             of a directory among them; a single file is written by the first of them, and the others wait for its
             report. False works alone. The output is the same to the byte.
+        entry: dotted path of the one state dict or module to write, alone ("generator"); of a directory, into a file.
+            None writes the whole file. Into `.safetensors`, which holds one state dict and nothing else, goes the only
+            one there is, a module's as `save_model` writes it. Whatever is left out is named in a warning.
 
     Raises:
         InputMissingError, InputError, UnsafeFileError: about the input, see `load_object`.
@@ -139,7 +144,8 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
     if zero_norm not in ("error", "zero", "nan"):
         raise SelectionError(f'zero_norm must be "error", "zero" or "nan", not {zero_norm!r}')
     ranks = Ranks.of(process_group)
-    output = Output(dst, "fold", force, in_place, not dry_run, strict, manifest, resume, progress, ranks=ranks)
+    write = not dry_run
+    output = Output(dst, "fold", force, in_place, write, strict, manifest, resume, progress, ranks=ranks, entry=entry)
     options = magnitude, zero_norm, dim, arch, trust_pickle
     with ranks.telling():
         if ranks.size == 1 or output.is_directory(src):
@@ -161,14 +167,15 @@ def _fold_file(
 ) -> CheckpointReport:
     output.check(src)
     whole = trust_pickle or arch is not None
-    with named(src), _open(src, magnitude, zero_norm, whole=whole, trust=trust_pickle) as (stored, maker, folder):
-        _refuse_empty(src, stored.content)
+    opened = _open(output, src, magnitude, zero_norm, whole=whole, trust=trust_pickle)
+    with named(src), opened as (stored, maker, folder, left):
         if dim != "auto":
             choose, states = ByName(dim=dim), state_dicts(stored.content)
             if not spread_magnitudes(states, choose):
                 raise SelectionError("dim (--dim) is for magnitudes stored as a plain list; there are none here")
             choose.check(states)
         report = fold_state(stored.content, magnitude=magnitude, maker=maker)
+        report = replace(report, warnings=(*report.warnings, *left))
         for where, module in modules_in(stored.content):
             with _surgery_on(src):
                 report = _merged(report, _fold_module(where, module, maker))
@@ -185,6 +192,17 @@ def _fold_file(
 
 @contextmanager
 def _open(
+    output: Output, src: Path_, magnitude: Magnitude, zero_norm: ZeroNorm, *, whole: bool, trust: bool
+) -> Iterator[tuple[Stored, AtOnce, Folder | None, tuple[str, ...]]]:
+    """What is to be written of a checkpoint, what makes its new tensors, and a warning of what is left out."""
+    with _open_whole(src, magnitude, zero_norm, whole=whole, trust=trust) as (stored, maker, folder):
+        _refuse_empty(src, stored.content)
+        chosen, left = _alone(output, src, stored, folder)
+        yield chosen, maker, folder if output.entry is None else None, left
+
+
+@contextmanager
+def _open_whole(
     src: Path_, magnitude: Magnitude, zero_norm: ZeroNorm, *, whole: bool, trust: bool
 ) -> Iterator[tuple[Stored, AtOnce, Folder | None]]:
     """A checkpoint with its tensors still in the file, where that will do, and what makes the new ones."""
@@ -207,6 +225,20 @@ def _open(
         stored.source.close()
 
 
+def _alone(output: Output, src: Path_, stored: Stored, folder: Folder | None) -> tuple[Stored, tuple[str, ...]]:
+    """A checkpoint reduced to one state dict or module, where no more is to be written, and a warning of the rest."""
+    into_file = folder is None or is_file_name(output.path)
+    flat = into_file and format_for(output.path, stored.format) == "safetensors"
+    if folder is not None and isinstance(folder.layout, Distributed) and output.entry is None:
+        return stored, ()  # its names are flat ones, of everything in it
+    if output.entry is None and not flat:
+        return stored, ()
+    content, left = taken(src, stored.content, output.entry, flat=flat)
+    if left and output.in_place:
+        raise SelectionError(f"{src}: in place, what does not fit into .safetensors would be lost: {shown_names(left)}")
+    return replace(stored, content=content), (f"left out of the output: {shown_names(left)}",) if left else ()
+
+
 def _deliver(
     output: Output, src: Path_, stored: Stored, report: CheckpointReport, maker: AtOnce, folder: Folder | None
 ) -> CheckpointReport:
@@ -218,6 +250,11 @@ def _deliver(
         stored = replace(stored, content={key: value for key, value in flat.items() if key not in set(other)})
         left = f"{len(other)} entries that are no tensors are left out: {printable(', '.join(map(str, other[:5])))}"
         report = replace(report, warnings=(*report.warnings, left)) if other else report
+    if isinstance(stored.content, nn.Module) and format_for(output.path, stored.format) == "safetensors":
+        tensors, extra = only_tensors(stored.content.state_dict())
+        stored = replace(stored, content=tensors)
+        left = f"left out of the output: {shown_names(extra)}"
+        report = replace(report, warnings=(*report.warnings, left)) if extra else report
     if folder is None or is_file_name(output.path):
         return deliver(output, src, stored, report, maker)
     assert isinstance(maker, Promises)
@@ -233,7 +270,8 @@ def _fold_module(where: str, module: nn.Module, maker: AtOnce) -> CheckpointRepo
             own = rule[slot.parameter][0] if slot.form == "ours" else None
             axes = own.axes if own else Axes.of_pair(slot.magnitude.shape, shape)
             log = own is not None and own.magnitude == "log"
-            step = Step("folded", name, (name,), (name,), axes, shape, _type(slot.tensor), log)
+            pair = pair_of(slot.fqn, "legacy" if slot.form == "legacy" else "parametrized", log=log)
+            step = Step("folded", name, pair.keys, (slot.fqn,), axes, shape, _type(slot.tensor), log, where)
             found.append((slot, step, slot.magnitude.detach(), slot.tensor.detach()))
     lost = [rows_without_direction(g, v, step.axes, _scale(step)) for _, step, g, v in found]
     for (_, step, _, _), rows in zip(found, lost, strict=True):
@@ -284,6 +322,7 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
     manifest: Path_ | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    entry: str | None = None,
 ) -> CheckpointReport:
     """Write a copy of a checkpoint with its weights under weight norm, bit for bit the same function.
 
@@ -294,7 +333,8 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
     >>> print(convert_checkpoint("plain.pt", "wn.pt", dim={"ups.*": 1}))  # doctest: +SKIP
 
     Args:
-        src, dst, force, in_place, trust_pickle, dry_run, strict, manifest, resume, progress: as in `fold_checkpoint`.
+        src, dst, force, in_place, trust_pickle, dry_run, strict, manifest, resume, progress, entry: as in
+            `fold_checkpoint`.
         layout: "parametrized" (torch's present keys) or "legacy" (`weight_g`, `weight_v`); for state dicts.
         include, exclude, dim: which weights and which kept axes; globs or `re:` patterns on names, see `ByName`.
         magnitude: "linear" stores g, "log" its logarithm; pairs already in a state dict that do not say are taken
@@ -313,14 +353,16 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
         NonFiniteWeightError: a weight to convert holds NaN or infinity; named.
         and as `fold_checkpoint`.
     """
-    output = Output(dst, "convert", force, in_place, not dry_run, strict, manifest, resume, progress)
+    write = not dry_run
+    output = Output(dst, "convert", force, in_place, write, strict, manifest, resume, progress, entry=entry)
     output.check(src)
     whole = trust_pickle or arch is not None or init != "preserve" or batch_norm != "keep"
     selection = {"include": include, "exclude": exclude, "dim": dim, "magnitude": magnitude}
     setup = {"init": init, "data": data, "init_scale": init_scale, "batch_norm": batch_norm, "inputs": inputs}
-    with named(src), _open(src, magnitude, "error", whole=whole, trust=trust_pickle) as (stored, maker, folder):
-        _refuse_empty(src, stored.content)
+    opened = _open(output, src, magnitude, "error", whole=whole, trust=trust_pickle)
+    with named(src), opened as (stored, maker, folder, left):
         report = _convert(src, stored.content, layout, arch, selection, setup, maker)
+        report = replace(report, warnings=(*report.warnings, *left))
         if not report.steps and not _holds_weight_norm(stored.content):
             reasons = "; ".join(f"{printable(s.name)}: {s.reason}" for s in report.skipped[:3])
             raise SelectionError(
@@ -384,11 +426,12 @@ def _convert(
 
 def _convert_module(where: str, module: nn.Module, selection: Options, setup: Options) -> CheckpointReport:
     with without_batch_norm(module, setup["batch_norm"], setup["inputs"], data=setup["data"]) as done:
-        plan = _plan(module, selection)
+        plan, log = _plan(module, selection), selection["magnitude"] == "log"
         steps = []
         for site in plan.sites:
             name, shape = _joined(where, site.fqn), tuple(site.weight.shape)
-            steps.append(Step("converted", name, (name,), (name,), site.axes, shape, _type(site.weight)))
+            keys, kind = pair_of(site.fqn, "parametrized", log=log).keys, _type(site.weight)
+            steps.append(Step("converted", name, (site.fqn,), keys, site.axes, shape, kind, log, where))
         large = [s for s in plan.skipped if s.shape is None or len(s.shape) > 1]
         apply_weight_norm(module, **selection)
     left = tuple(Skip(_joined(where, s.name), s.shape or (), s.reason) for s in large)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from wnsurgery.contents import Contents, Normed, Plain, opened
+from wnsurgery.contents import Contents, Normed, Plain, opened, refuse_unknown
 from wnsurgery.csv_text import csv_text
 from wnsurgery.dtensors import gathered
 from wnsurgery.errors import InputError, SelectionError, printable
@@ -129,6 +129,7 @@ def inspect(
     lr: float = 1.0,
     reference: nn.Module | str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    entry: str | None = None,
 ) -> Inspection:
     """List the weight norm in a live module, a checkpoint, a whole-module file or an ONNX file.
 
@@ -144,17 +145,21 @@ def inspect(
         lr: the learning rate that the effective steps lr |g| / ||v||^2 are given for.
         reference: the same net at an earlier time, converted or plain, to compare ||v|| and |g| with.
         progress: told (bytes of directions looked at, bytes in all).
+        entry: dotted path of the state dict or module to look at alone, where a side holds several ("ema").
 
     Raises InputError, UnsafeFileError as the readers do; InputError when the reference has none of the weights,
-    SelectionError for a learning rate that is no positive number, or a magnitude that is none.
+    SelectionError for a learning rate that is no positive number, a magnitude that is none, or an entry that no side
+    has.
     """
     if not 0 < lr < float("inf"):
         raise SelectionError(f"lr must be a positive number, not {lr!r}")
-    options = {"arch": arch, "trust_pickle": trust_pickle}
+    options = {"arch": arch, "trust_pickle": trust_pickle, "entry": entry}
     with opened(target, magnitude=magnitude, **options) as contents:  # type: ignore[arg-type]
         if reference is None:
+            refuse_unknown(entry, contents)
             return _inspected(contents, {}, lr, progress)
         with opened(reference, magnitude=magnitude, **options) as before:  # type: ignore[arg-type]
+            refuse_unknown(entry, contents, before)
             known: dict[str, Normed | Plain] = {p.name: p for p in before.others}
             known |= {name: w for w in before.weights for name in (w.name, *w.also)}
             if not any(w.name in known for w in contents.weights):

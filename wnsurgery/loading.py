@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from wnsurgery.checkpoint import StateDict, flat_tensors, known_magnitude, plain_keys, state_dicts, translate
 from wnsurgery.checkpoint_directory import read_directory
+from wnsurgery.entries import the_only
 from wnsurgery.errors import (
     InputError,
     NonFiniteWeightError,
@@ -95,7 +96,8 @@ def load_model(
     """The model in a file: a whole module, or a state dict, of a file or a directory, loaded strictly into what `arch`
     builds.
 
-    A state dict in another layout than the model's is folded, converted or re-keyed on the way in.
+    A state dict in another layout than the model's is folded, converted or re-keyed on the way in; a pair that keeps
+    other axes (torch's on a ConvTranspose, ours) is folded and split again along the model's.
 
     >>> load_model("weights.safetensors", arch="torchvision.models:resnet18")  # doctest: +SKIP
 
@@ -119,7 +121,7 @@ def load_model(
     if modules:
         if arch is not None:
             raise SelectionError(f"{path}: holds a whole module; arch is for state dicts", hint="leave out --arch")
-        model: nn.Module = _only(path, [(w, m) for w, m in modules if entry in (None, w)], "module")
+        model: nn.Module = the_only(path, [(w, m) for w, m in modules if entry in (None, w)], "module")
         return model
     if arch is None:
         raise InputError.of(
@@ -130,14 +132,6 @@ def load_model(
         state, prefix = state_for(path, content, model, entry)
         load_into(model, stripped(state, prefix), path, magnitude)
     return model
-
-
-def _only(path: Path_, found: Sequence[tuple[str, Any]], kind: str) -> Any:
-    if len(found) == 1:
-        return found[0][1]
-    names = ", ".join(printable(where or "the file itself") for where, _ in found[:5])
-    reason = f"several could be meant: {names}" if found else f"no such {kind} in it"
-    raise InputError.of(path, reason, "entry='...' names the one to take")
 
 
 # Models and their state dicts ----------------------------------------------------------------------------
@@ -194,7 +188,7 @@ def state_for(path: Path_, content: Any, model: nn.Module, entry: str | None) ->
         nearest = max(states, key=lambda s: len(wanted & set(plain_keys(s))))
         keys = set(plain_keys(nearest))
         raise InputError.of(path, _difference(keys, _required(wanted) | (wanted & keys)))
-    state, prefix = _only(path, fitting, "state dict")
+    state, prefix = the_only(path, fitting, "state dict")
     return state, prefix
 
 

@@ -568,8 +568,21 @@ class WeightNormList(LeanModule, ParametrizationList):
         self.absorb()
         if not self._load_pair(*arguments[:3]):
             self.__dict__.pop("_way", None)  # which would keep a pair in memory that another takes the place of
+            told: list[str] = arguments[6]
+            before = len(told)
             super()._load_from_state_dict(*arguments)
+            if len(told) > before and self._keeps_other_axes(*arguments[:2]):
+                told.append(
+                    f"{arguments[1]}original0 keeps other axes there than in this model: load_model (wnsurgery) loads "
+                    "either, and apply_weight_norm takes dim= to keep the axes of a state dict"
+                )
         self._refresh()
+
+    def _keeps_other_axes(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Whether what was to be loaded is a pair for this very weight with a magnitude for each of other rows."""
+        (g, v), names = self.pair(), ("original0", "original1")
+        given = [getattr(state_dict.get(prefix + name), "shape", None) for name in names]
+        return given[0] is not None and given[0] != g.shape and given[1] == v.shape
 
     def _load_pair(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> bool:
         """Copy g and v where the entries are just these and fit: what torch's method comes to, in half the time."""

@@ -174,7 +174,8 @@ def _known(provider: str) -> str:
     if short in _OTHERS:
         reason = "runs nothing here" if short == "azure" else "this package does not know how to prove that it is used"
         raise ProviderError(f"{provider}: {reason}", hint=f"providers: {', '.join((*PROVIDERS, 'auto'))}")
-    raise SelectionError(f"provider={provider!r} is none of {', '.join((*PROVIDERS, 'auto'))}")
+    known = f"{', '.join(PROVIDERS)} and auto"
+    raise SelectionError(f"there is no provider {printable(provider)!r}", hint=f"providers (--provider): {known}")
 
 
 def _is_tensor(value: ir.Value) -> bool:

@@ -40,7 +40,8 @@ class Step:
     Attributes:
         action: "folded", "converted" or "rekeyed".
         name: the plain weight's name with its path in the file.
-        sources, targets: keys in its state dict that go and that come, magnitude before direction.
+        sources, targets: keys in its state dict that go and that come, magnitude before direction; of a module saved
+            whole, in what its `state_dict()` gives.
         axes: the kept axes.
         shape, dtype: of the weight.
         log: whether the pair says, or is to say, that it stores the logarithm of g.

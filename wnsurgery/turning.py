@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wnsurgery.contents import Contents, Normed, Plain, opened
+from wnsurgery.contents import Contents, Normed, Plain, opened, refuse_unknown
 from wnsurgery.csv_text import csv_text
 from wnsurgery.errors import InputError, printable
 from wnsurgery.reparam import Axes, Magnitude
@@ -80,6 +80,7 @@ def compare_weight_norm(
     trust_pickle: bool = False,
     magnitude: Magnitude = "linear",
     progress: Callable[[int, int], None] | None = None,
+    entry: str | None = None,
 ) -> TurnReport:
     """Which directions turned and which magnitudes moved between two moments of training, weight by weight.
 
@@ -91,13 +92,14 @@ def compare_weight_norm(
     Args:
         after, before: modules or paths, as `inspect` takes them; a plain weight counts as g = ||w||, v = w, and
             is compared with a pair through the weight that the pair stands for.
-        arch, trust_pickle, magnitude: as of `inspect`.
+        arch, trust_pickle, magnitude, entry: as of `inspect`.
         progress: told (tensors looked at, tensors in all).
 
     Raises InputError when the two have no weight in common; as `inspect` does.
     """
-    options = {"arch": arch, "trust_pickle": trust_pickle, "magnitude": magnitude}
+    options = {"arch": arch, "trust_pickle": trust_pickle, "magnitude": magnitude, "entry": entry}
     with opened(after, **options) as new, opened(before, **options) as old, torch.no_grad():  # type: ignore[arg-type]
+        refuse_unknown(entry, new, old)
         return _compared(new, old, progress)
 
 

@@ -196,7 +196,9 @@ def _refuse_unflat(content: Any, path: Path) -> None:
     else:
         other = [k for k, v in content.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
         if other:
-            reason = f"entries that are no tensors ({printable(', '.join(map(str, other[:5])))}) do not fit"
+            nested = all(isinstance(content[key], dict) for key in other)
+            kind = "nested dicts" if nested else "entries that are no tensors"
+            reason = f"{kind} ({printable(', '.join(map(str, other[:5])))}) do not fit"
     if reason:
         raise InputError.of(path, f"{reason} into a .safetensors file", "write a .pt file instead")
 
@@ -235,7 +237,7 @@ def _refuse(file: BinaryIO, path: Path, start: bytes, trust_pickle: bool) -> Non
     if not start:
         raise InputError.of(path, "empty")
     if path.suffix.lower() == ".onnx":
-        raise InputError.of(path, "an ONNX graph, not a checkpoint", "fold it with fold_onnx")
+        raise InputError.of(path, "an ONNX graph, not a checkpoint", "fold_onnx (wnsurgery fold) takes graphs")
     if not trust_pickle:
         refuse_pickle(path, scan(file), [])
     if start.startswith(b"\x80"):
