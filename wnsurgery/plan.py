@@ -19,7 +19,7 @@ from wnsurgery.kept import extent
 from wnsurgery.layers import Layer, layer_of
 from wnsurgery.reparam import Axes
 from wnsurgery.text import by, columns
-from wnsurgery.walk import Slot, has_own_parametrizations, slots
+from wnsurgery.walk import Slot, has_own_parametrizations, is_watched, slots
 
 __all__ = ["Dim", "Pattern", "Plan", "Site", "Skipped", "matches", "patterns", "plan_weight_norm"]
 
@@ -375,8 +375,8 @@ def _refusal(slot: Slot) -> str:
         return f"a tensor subclass ({type(t if type(t.data) is Tensor else t.data).__name__})"
     if t.is_inference():
         return "made under inference_mode: it cannot be trained"
-    if t._backward_hooks or t._post_accumulate_grad_hooks:
-        return "a hook on its gradient, registered on the Parameter, would be lost"
+    if is_watched(t):
+        return "a hook on its gradient, or its optimizer in the backward pass, would be lost: set that up afterwards"
     return ""
 
 
