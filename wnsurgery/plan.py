@@ -66,6 +66,13 @@ class Plan:
     Attributes:
         sites: the weights to convert.
         skipped: every other tensor of the model, with the reason; vectors and scalars included.
+
+    >>> print(wn.plan_weight_norm(nn.Sequential(nn.Linear(3, 2))))
+    1 weights to convert (6 elements)
+      weight    layer   shape  kept  magnitudes  note
+      0.weight  Linear  2x3    0     2
+    <BLANKLINE>
+    1 vectors and scalars (biases, norms, counters) are never converted
     """
 
     sites: tuple[Site, ...]
@@ -100,7 +107,7 @@ def plan_weight_norm(
 ) -> Plan:
     """What `apply_weight_norm` would change, without changing it; look before you cut.
 
-    >>> plan = plan_weight_norm(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm((2, 2))))
+    >>> plan = wn.plan_weight_norm(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm((2, 2))))
     >>> [(site.fqn, site.axes.kept) for site in plan.sites], plan.skipped[-1].reason
     ([('0.weight', (0,))], 'LayerNorm: not in the layer table; register_layer adds it')
 

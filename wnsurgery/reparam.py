@@ -59,9 +59,9 @@ class Axes:
     `groups > 1` is the grouped transposed convolution, weight (in, out/groups, k...): axis 0 is `groups`
     blocks of inputs and an output channel is one (block, axis-1 index).
 
-    >>> Axes((0,)).magnitude_shape((8, 3, 5))
+    >>> wn.Axes((0,)).magnitude_shape((8, 3, 5))
     (8, 1, 1)
-    >>> Axes((1,), groups=2).magnitude_shape((8, 3, 5))
+    >>> wn.Axes((1,), groups=2).magnitude_shape((8, 3, 5))
     (2, 3, 1)
     """
 
@@ -101,7 +101,7 @@ class Axes:
         """Why a weight of this shape is left alone, "" if it is not. Along several axes a g of the shape of v is no
         norm, and in a file only its name would tell it from v.
 
-        >>> Axes((0, 1)).fault((3, 4)), Axes((0,)).fault((3, 1))
+        >>> wn.Axes((0, 1)).fault((3, 4)), wn.Axes((0,)).fault((3, 1))
         ('each element would be a row of its own, without a direction', '')
         """
         several = sum(size != 1 for size in weight_shape) > 1
@@ -116,7 +116,7 @@ class Axes:
     def of_pair(cls, g_shape: Sequence[int], v_shape: Sequence[int]) -> Axes:
         """Read the axes off the shape of g: kept where g has the size of v, reduced where it has size 1.
 
-        >>> Axes.of_pair((1, 1, 128), (768, 48, 128))
+        >>> wn.Axes.of_pair((1, 1, 128), (768, 48, 128))
         Axes(kept=(2,), groups=1)
 
         Raises PairError when g fits v in no way.
@@ -160,7 +160,7 @@ def kept_axes(told: Axes | int | Sequence[int] | None) -> Axes:
     kept = () if told is None else tuple(told) if isinstance(told, tuple | list) else (told,)
     if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in kept):
         raise SelectionError(f"kept axes are an int, a tuple of ints, None or Axes((0,)), not {told!r}")
-    return Axes(kept)  # type: ignore[arg-type]
+    return Axes(kept)
 
 
 def magnitude_dtype_for(weight_dtype: torch.dtype) -> torch.dtype:
@@ -692,11 +692,23 @@ def _extreme(norms: Tensor) -> bool:
 class WeightNorm(LeanModule):
     """The parametrization: forward(g, v) -> w, right_inverse(w) -> (g, v), as `torch.nn.utils.parametrize` asks.
 
+    Equation 2: w = g v / ||v||, row by row. Equation 3: dL/dg = (dL/dw . v) / ||v||,
+    dL/dv = (g / ||v||) dL/dw - (g dL/dg / ||v||^2) v. v has the shape of w, (out, in, ...); g has size 1 on every axis
+    that the norm sums over, (out, 1, ...) with axis 0 kept. `apply_weight_norm` puts one on each weight, where it is
+    `module.parametrizations.weight[0]`, with g = original0 and v = original1.
+
+    >>> rule = wn.WeightNorm(wn.Axes((0,)))
+    >>> g, v = rule.right_inverse(torch.tensor([[3.0, 4.0]]))
+    >>> g, rule(2 * g, v)
+    (tensor([[5.]]), tensor([[6., 8.]]))
+
     Args:
         axes: kept axes of the weight.
         magnitude: "linear" (original0 is g) or "log" (original0 is s with g = e^s; a buffer `log_scale` then says so
             in every state dict, and a model that knows only the linear g does not take it by mistake).
         magnitude_dtype: type of g; None for float32 (float64 for float64 weights).
+
+    Source: Salimans & Kingma 2016, "Weight Normalization", section 2 (arXiv 1602.07868).
     """
 
     axes: Axes
