@@ -128,6 +128,7 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
     `torch.onnx.export(dynamo=True)`. Source paths and stack traces are left out of the file, so exporting twice gives
     the same bytes. Weights go into the file; beyond 1.9 GB into `PATH.data` beside it.
 
+    >>> model = wn.apply_weight_norm(nn.Sequential(nn.Conv2d(3, 8, 3)))
     >>> wn.export_onnx(model, torch.randn(1, 3, 32, 32), "model.onnx").parity.ok  # doctest: +SKIP
     True
 

@@ -221,7 +221,7 @@ def _session(
 def run_onnx(path: Path_, inputs: Mapping[str, Any] | Sequence[Any] | Any, provider: str = "cpu") -> dict[str, Array]:
     """Run an ONNX file once; the outputs by name.
 
-    >>> wn.run_onnx("model.onnx", [x])["output"].shape  # doctest: +SKIP
+    >>> wn.run_onnx("model.onnx", [torch.randn(1, 3, 32, 32)])["output"].shape  # doctest: +SKIP
     (1, 10)
 
     Args:
