@@ -47,7 +47,8 @@ class WeightNormCallback(pl.Callback):
             wn.renormalize_(pl_module, optimizer=trainer.optimizers)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        wn.fold_weight_norm(pl_module, optimizer=trainer.optimizers or None)
+        optimizers = trainer.optimizers if stage == "fit" else None  # other stages have made none for their g and v
+        wn.fold_weight_norm(pl_module, optimizer=optimizers or None)
 
 
 class Digits(pl.LightningModule):

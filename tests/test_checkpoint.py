@@ -348,7 +348,7 @@ def test_default_selection_and_reasons():
 )
 def test_include_and_exclude(include, exclude, expected):
     """Globs, dotted beginnings and re: patterns select, with or without the path in the file."""
-    report = convert_state({"model": zoo()}, ByName(include, exclude))
+    report = convert_state({"model": zoo()}, include=include, exclude=exclude)
     assert [s.name for s in report.converted] == [f"model.{name}" for name in expected]
 
 
@@ -366,7 +366,7 @@ def test_dim(dim, kept, shape):
     """The kept axes can be set for all weights, or per pattern, and g has the shape they say."""
     for option in (dim, {"conv*": dim}):
         sd = {"conv.weight": torch.randn(4, 3, 2), "lin.weight": torch.randn(3, 3)}
-        report = convert_state(sd, ByName("conv*" if not isinstance(option, dict) else None, dim=option))
+        report = convert_state(sd, include=None if isinstance(option, dict) else "conv*", dim=option)
         assert report.converted[0].axes.kept == kept
         assert sd["conv.parametrizations.weight.original0"].shape == shape
     assert report.converted[1].axes.kept == (0,)
@@ -389,14 +389,14 @@ def test_options_that_fit_nothing_are_selection_errors(options):
     sd = zoo()
     before = list(sd)
     with pytest.raises(SelectionError):
-        convert_state(sd, ByName(**options))
+        convert_state(sd, **options)
     assert list(sd) == before
 
 
 def test_a_pattern_without_match_names_near_names():
     """The error lists what the pattern may have meant."""
     with pytest.raises(SelectionError) as caught:
-        convert_state({"net": zoo()}, ByName(include="cnov"))
+        convert_state({"net": zoo()}, include="cnov")
     assert "net.conv.weight" in caught.value.hint
     with pytest.raises(SelectionError):
         convert_state(zoo(), layout="plain")
@@ -411,7 +411,7 @@ def test_a_table_tied_to_a_converted_weight_goes_with_it():
     convert_state(sd)
     assert sd["emb.parametrizations.weight.original1"] is sd["head.parametrizations.weight.original1"]
     sd = {"emb.weight": w, "head.weight": w}
-    report = convert_state(sd | {"x.weight": torch.randn(2, 2)}, ByName(exclude="emb*"))
+    report = convert_state(sd | {"x.weight": torch.randn(2, 2)}, exclude="emb*")
     assert {s.name: s.reason for s in report.skipped} == {
         "emb.weight": "excluded",
         "head.weight": "tied to emb.weight, which is excluded",
@@ -556,7 +556,7 @@ def test_half_a_pair_without_values_is_an_error(half):
 def test_an_axis_for_every_element_converts_nothing():
     """g with the shape of v would be no norm, and nobody could tell it from v."""
     state = {"a.weight": torch.randn(3, 4), "b.weight": torch.randn(5, 1)}
-    report = convert_state(state, ByName(dim=(0, 1)))
+    report = convert_state(state, dim=(0, 1))
     assert [step.name for step in report.converted] == ["b.weight"]
     assert [skip.name for skip in report.skipped if "a row of its own" in skip.reason] == ["a.weight"]
     assert [step.name for step in fold_state(state).folded] == ["b.weight"]

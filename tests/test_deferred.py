@@ -322,6 +322,12 @@ def test_what_it_cannot_do_raises() -> None:
     for register in (g.register_hook, g.register_post_accumulate_grad_hook):
         with pytest.raises(wn.ModeError, match="once a step"):
             register(lambda _: None)
+    for node in (lambda: g.view_as(g), lambda: g.expand_as(g), lambda: torch.autograd.graph.get_gradient_edge(g)):
+        with pytest.raises(wn.ModeError, match="once a step"):
+            node()
+    with torch.no_grad():
+        assert torch.equal(g.view_as(g).expand_as(g), g)
+    assert g.view_as(g.detach()).expand_as(g.detach()).requires_grad
     with pytest.raises(wn.SelectionError, match="mode must be"):
         wn.set_weight_norm_mode(model, "lazy")  # type: ignore[arg-type]
     with pytest.raises(wn.SelectionError, match="mode must be"):
@@ -334,6 +340,33 @@ def test_what_it_cannot_do_raises() -> None:
     model.zero_grad()
     loss_of(model, 0).backward()
     assert g.grad.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_optimizer_in_the_backward_pass() -> None:
+    """An optimizer that steps as soon as its gradient is there trains the default mode; deferred mode, in which it
+    would train nothing, refuses it, set up before or after; a weight that has one already is left alone."""
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    def hang_on(model: nn.Module) -> None:
+        _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+
+    model = wn.apply_weight_norm(made(), mode="deferred")
+    with pytest.raises(wn.ModeError, match="no optimizer within the backward pass"):
+        hang_on(model[3])
+    model = wn.apply_weight_norm(made())
+    hang_on(model)
+    before = model[3].weight.detach().clone()
+    loss_of(model, 0).backward()
+    assert not torch.equal(model[3].weight, before)
+    with pytest.raises(wn.ModeError, match="optimizer in the backward pass"):
+        wn.set_weight_norm_mode(model, "deferred")
+    assert not any(isinstance(p, DeferredParameter) for p in model.parameters())
+    plain = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    hang_on(plain[0])
+    plan = wn.plan_weight_norm(plain)
+    assert [site.fqn for site in plan.sites] == ["1.weight"]
+    assert "optimizer in the backward pass" in plan.skipped[0].reason
 
 
 # Everything around it ------------------------------------------------------------------------------------

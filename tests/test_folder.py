@@ -126,6 +126,21 @@ def test_outputs_without_the_batch_are_not_taken_apart(tmp_path: Path, inputs: P
         run_folder(tmp_path / "m.onnx", inputs, tmp_path / "out", batch=4)
 
 
+def test_a_fixed_batch_says_what_to_do(tmp_path: Path) -> None:
+    """A graph whose first axis is fixed runs file by file, and says so where files are to be joined; of other misfits
+    it says nothing like it."""
+    export_onnx(nn.Conv1d(2, 3, 1), torch.randn(1, 2, 5), tmp_path / "m.onnx")
+    for folder, channels in (("in", 2), ("wrong", 3)):
+        (tmp_path / folder).mkdir()
+        for i in range(2):
+            np.save(tmp_path / folder / f"x{i}.npy", np.zeros((1, channels, 5), np.float32))
+    with pytest.raises(InputError, match=r"1x2x5, not float32 2x2x5\nhint: .*--batch 1\), or export .*--dynamic"):
+        run_folder(tmp_path / "m.onnx", tmp_path / "in", tmp_path / "out", batch=4)
+    assert run_folder(tmp_path / "m.onnx", tmp_path / "in", tmp_path / "out").runs == 2
+    with pytest.raises(InputError, match=r"not float32 1x3x5$"):
+        run_folder(tmp_path / "m.onnx", tmp_path / "wrong", tmp_path / "no", batch=1)
+
+
 def test_inputs_that_are_all_scalars_run_alone(tmp_path: Path) -> None:
     """Scalars have no axis to be joined along, so a batch of them is run file by file, equal ones too."""
 

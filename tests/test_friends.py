@@ -125,9 +125,12 @@ def test_lightning_after_an_error(lightning: Any, tmp_path: Path) -> None:
     assert not wn.is_weight_normed(model)
 
 
-def test_lightning_example(lightning: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """The script says that the net is plain and the checkpoint folds to it."""
+def test_lightning_example(
+    lightning: Any, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The script says that the net is plain and the checkpoint folds to it, and has nothing to warn of."""
     lightning.main()
+    assert [record for record in caplog.records if record.name == "wnsurgery"] == []
     said = capsys.readouterr().out
     assert "the net is plain" in said
     assert "3 weights of the checkpoint folded, equal to the net's to the bit: True" in said

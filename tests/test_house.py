@@ -116,7 +116,7 @@ def test_light_modules_stay_light(module: str, heavy: set[str]) -> None:
 
 
 def test_public_functions_show_an_example() -> None:
-    """Every public function and class but the exceptions and reports documents itself, functions with an example."""
+    """Every public function and class documents itself, with an example but for exceptions, and each parameter."""
     import inspect
 
     import wnsurgery as wn
@@ -124,29 +124,56 @@ def test_public_functions_show_an_example() -> None:
     for name in wn.__all__[1:]:
         thing = getattr(wn, name)
         assert thing.__doc__, name
-        if inspect.isfunction(thing):
+        if not (isinstance(thing, type) and issubclass(thing, Exception)):
             assert ">>>" in thing.__doc__, name
+        if inspect.isfunction(thing):
+            told = re.findall(r"^ +([\w, ]+): ", thing.__doc__, flags=re.MULTILINE)
+            known = {one for line in told for one in line.split(", ")}
+            plain = [p.name for p in inspect.signature(thing).parameters.values() if p.kind is not p.VAR_KEYWORD]
+            assert set(plain) <= known, (name, set(plain) - known)
+
+
+def test_public_docstrings_speak_of_public_names() -> None:
+    """What a docstring refers to can be had from the package: no name that only a module inside of it knows."""
+    import wnsurgery as wn
+
+    inside = set()
+    for path in modules():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inside |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    inside -= {*wn.__all__, "forward", "backward"}  # everybody's
+    stems = "|".join({path.stem for path in modules()} - {"__init__"})
+    for name in wn.__all__[1:]:
+        text = getattr(wn, name).__doc__
+        assert not inside & set(re.findall(r"`(\w+)(?:\([^`]*\))?`", text)), name
+        assert not re.search(rf"`({stems})\.", text), name
 
 
 @pytest.mark.parametrize("path", [p for p in modules() if p.stem != "__main__"], ids=lambda p: p.stem)
 def test_examples_in_docstrings(path: Path) -> None:
-    """Every example in a docstring gives what it says, with the public names, torch and nn at hand."""
+    """Every example in a docstring gives what it says: those of public names after `import torch`, `from torch import
+    nn` and `import wnsurgery as wn` alone, others with all public names and those of their module."""
     import torch
 
     import wnsurgery as wn
 
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     module = importlib.import_module(name)
-    names = {n: getattr(wn, n) for n in wn.__all__} | {"torch": torch, "nn": torch.nn, "wn": wn}
+    three = {"torch": torch, "nn": torch.nn, "wn": wn, "__name__": name}
+    names = {n: getattr(wn, n) for n in wn.__all__} | vars(module) | three
+    runner = doctest.DocTestRunner()
     kept = dict(layers._by_type), dict(layers._by_name)
     torch.manual_seed(0)
     try:
-        results = doctest.testmod(module, extraglobs=names | {"__name__": name})
+        for example in doctest.DocTestFinder().find(module, name):
+            first = example.name.removeprefix(name).split(".")[1:2]
+            example.globs = dict(three if not first or first[0] in wn.__all__ else names)
+            runner.run(example)
     finally:
         for table, before in zip((layers._by_type, layers._by_name), kept, strict=True):
             table.clear()
             table.update(before)  # type: ignore[attr-defined]
-    assert results.failed == 0
+    assert runner.summarize().failed == 0
 
 
 def test_readme_has_exactly_two_commands() -> None:

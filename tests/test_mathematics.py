@@ -14,7 +14,7 @@ import torch
 from hypothesis import example, given, settings
 from torch import Tensor
 
-from wnsurgery import Axes, NonFiniteWeightError, PairError, compose, decompose
+from wnsurgery import Axes, NonFiniteWeightError, PairError, SelectionError, compose, decompose
 
 from nets import same_bits
 
@@ -281,6 +281,31 @@ def test_shapes_that_do_not_fit(g: tuple[int, ...], v: tuple[int, ...]) -> None:
         compose(torch.ones(g), torch.ones(v))
     with pytest.raises(PairError):
         compose(torch.ones(g), torch.ones(v), Axes((0,)))
+
+
+@pytest.mark.parametrize(
+    ("told", "axes"),
+    [(0, (0,)), (-1, (2,)), ((0, 2), (0, 2)), ([1, 0], (0, 1)), ([], ()), (None, ()), (Axes((-1,)), (2,))],
+)
+def test_axes_are_told_as_dim_is(told: Any, axes: tuple[int, ...]) -> None:
+    """An int, a tuple or list of ints and None mean what they do for `dim`: the axes kept."""
+    w = torch.randn(3, 4, 2)
+    g, v = decompose(w, told)
+    assert g.shape == Axes(axes).magnitude_shape(w.shape)
+    if not isinstance(told, Axes):
+        assert same_bits(compose(g, v, told), w)
+
+
+@pytest.mark.parametrize("told", ["auto", True, 1.0, (0, "1"), {0: 1}])
+def test_axes_that_are_none(told: Any) -> None:
+    """What names no axes is an error that shows what does; an axis the weight has not is one about the pair."""
+    w = torch.randn(3, 4)
+    for call in (lambda: decompose(w, told), lambda: compose(torch.ones(3, 1), w, told)):
+        with pytest.raises(SelectionError, match=r"Axes\(\(0,\)\)"):
+            call()
+    for call in (lambda: decompose(w, 2), lambda: compose(torch.ones(3, 1), w, (0, 2))):
+        with pytest.raises(PairError, match="do not exist"):
+            call()
 
 
 def test_errors_of_decompose() -> None:

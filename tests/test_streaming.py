@@ -17,7 +17,7 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from wnsurgery.checkpoint import AtOnce, fold_state
+from wnsurgery.checkpoint import AtOnce, fold_state, fold_with
 from wnsurgery.errors import InputError, OutputError, OutputExistsError, PairError, VerificationError, WnsurgeryError
 from wnsurgery.files import convert_checkpoint, fold_checkpoint
 from wnsurgery.loading import load_tensors
@@ -406,7 +406,7 @@ def test_the_figures_stand_in_the_report(tmp_path: Path) -> None:
         assert 0 < proof.max_ulp < 1.5
         assert proof.bytes_out == (0 if dry else (tmp_path / "b.pt").stat().st_size)
     maker = AtOnce(judge=True)
-    fold_state(content(), maker=maker)
+    fold_with(maker, content())
     assert maker.max_ulp == proof.max_ulp
 
 

@@ -8,7 +8,35 @@
     model = wn.fold_weight_norm(model)       # plain weights again
     wn.export_onnx(model, inputs, "model.onnx")
 
-Names load on first use: `import wnsurgery` imports nothing heavy.
+Questions people ask:
+
+What is g for, and where does it come from? A neuron's weight vector has a length and a direction. g is the length, one
+    number per output, and is learned like any other parameter. `apply_weight_norm` sets g = ||w||, which changes
+    nothing; `data_dependent_init` sets g = 1 / std and b = -mean / std of the pre-activation over a batch (equation 6).
+
+Is w the normalized weight? No: v / ||v|| is. w is that direction stretched to length |g|, whatever the length of v.
+
+How does it work? The gradient of v is that of w, scaled by g / ||v|| and without its part along w (equation 3): steps
+    of v only turn w, steps of g alone change its length.
+
+Why would it converge faster? Steps of v are at right angles to v, so plain gradient descent only ever lengthens it.
+    A step that is too large makes ||v|| grow and later turns smaller, so that a wide range of learning rates works
+    (section 2.1; with momentum or Adam only roughly). What it wins is speed, not final error: alone, 8.46 % against
+    8.43 % on CIFAR-10 in the paper.
+
+How does it compare with an L2 penalty? The penalty pulls weights to zero and moves the optimum. Weight norm moves no
+    optimum, only the path there. A penalty on v leaves the function as it is and raises the effective step; penalise g
+    for smaller weights.
+
+What if the magnitude is fixed? `apply_weight_norm(model, freeze_magnitude=True)`: rows keep their norm and only turn.
+
+Can it have its own learning rate? g and v are parameters of their own, `original0` and `original1`;
+    `weight_norm_param_groups(model, lr=1e-3, magnitude_lr=1e-2)` makes the groups for an optimizer. With
+    `magnitude="log"` s is trained, g = e^s.
+
+Every error that a function here raises on purpose is a `WnsurgeryError`, and the built-in error one would catch, too
+(ValueError, RuntimeError, OSError, ImportError, AssertionError); `.exit_code` is what the command ends with, `.hint`
+what to do. Names load on first use: `import wnsurgery` imports nothing heavy.
 """
 
 from __future__ import annotations

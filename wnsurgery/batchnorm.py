@@ -78,6 +78,10 @@ class BatchNormPlan:
     Attributes:
         steps: the BatchNorms that go, in the order they are taken.
         kept: those that stay, each with the reason.
+
+    >>> plan = wn.plan_batch_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    >>> plan.steps[0].name, plan.steps[0].layer, plan.steps[0].how, plan.kept
+    ('1', '0', 'before', ())
     """
 
     steps: tuple[BatchNormStep, ...] = ()
@@ -111,7 +115,7 @@ def plan_batch_norm(
     stand between. All others are kept, with the reason.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8))
-    >>> print(plan_batch_norm(model))
+    >>> print(wn.plan_batch_norm(model))
     1 BatchNorms taken, 1 kept
       1: folded into 0
       3: kept: its input comes from 2 (ReLU), not from a layer

@@ -59,7 +59,7 @@ def bench(model: nn.Module, inputs: Any, *, repeats: int = 20) -> BenchReport:
     The model is copied; a weight-normalized one counts as the plain net it stands for. The variants take turns
     in every round, so that a busy machine slows all alike.
 
-    >>> report = bench(nn.Linear(8, 8), torch.randn(4, 8), repeats=3)
+    >>> report = wn.bench(nn.Linear(8, 8), torch.randn(4, 8), repeats=3)
     >>> [row.variant for row in report.rows[:4]]
     ['plain', 'torch', 'ours', 'folded']
 

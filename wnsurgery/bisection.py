@@ -77,13 +77,13 @@ def first_difference(
     >>> a = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     >>> b = copy.deepcopy(a)
     >>> _ = b[2].bias.data.add_(1)
-    >>> first_difference(a, b, torch.ones(1, 2)).layer
+    >>> wn.first_difference(a, b, torch.ones(1, 2)).layer
     '2'
 
     Args:
         a, b: modules, or paths of ONNX files.
         inputs: a tensor, a sequence of positional arguments, or a mapping by name.
-        rtol, atol: tolerance on each layer's output, see `differences.tolerance`.
+        rtol, atol: tolerance on each layer's output; None goes by type, see `verify`.
 
     Raises ExportError or InputError where a side does not run on the inputs, SelectionError for tolerances that are
     none.

@@ -45,9 +45,11 @@ __all__ = [
     "Skip",
     "StateDict",
     "Step",
+    "convert_chosen",
     "convert_state",
     "flat_tensors",
     "fold_state",
+    "fold_with",
     "known_magnitude",
     "plain_keys",
     "plan_convert",
@@ -110,57 +112,72 @@ class CheckpointReport:
 # Whole checkpoints ---------------------------------------------------------------------------------------
 
 
-def fold_state(content: Any, *, magnitude: Magnitude = "linear", maker: Maker | None = None) -> CheckpointReport:
+def fold_state(content: Any, *, magnitude: Magnitude = "linear") -> CheckpointReport:
     """Fold every (g, v) in the state dicts of a loaded checkpoint, in place.
 
     The plain weight stands where the pair stood. Ties stay ties: one folded tensor for all names of a pair.
     Either every pair is folded or, on an error, none. A checkpoint without pairs stays as it is.
 
     >>> sd = {"generator": {"c.weight_g": torch.full((1, 1), 10.0), "c.weight_v": torch.tensor([[3.0, 4.0]])}}
-    >>> fold_state(sd).folded[0].name, sd
+    >>> wn.fold_state(sd).folded[0].name, sd
     ('generator.c.weight', {'generator': {'c.weight': tensor([[6., 8.]])}})
 
     Args:
         content: what `torch.load` returned: a state dict, or any nesting of dicts and lists around some.
         magnitude: "log" when g is stored as its logarithm.
-        maker: makes the new tensors; default: at once, a row with v = 0 folding to zeros.
+
+    A row with v = 0 folds to zeros.
 
     Raises PairError, naming the key, for broken pairs, and SelectionError for a magnitude that is none.
     """
-    known = known_magnitude(magnitude)
-    return _carry_out(content, plan_fold, maker or AtOnce(known), ())
+    return fold_with(AtOnce(known_magnitude(magnitude)), content)
+
+
+def fold_with(maker: Maker, content: Any) -> CheckpointReport:
+    """`fold_state` with tensors that somebody else makes."""
+    return _carry_out(content, plan_fold, maker, ())
 
 
 def convert_state(
     content: Any,
-    choose: Choice | None = None,
     *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    dim: DimOption | Mapping[str, DimOption] = "auto",
     layout: Layout = "parametrized",
     magnitude: Magnitude = "linear",
-    maker: Maker | None = None,
 ) -> CheckpointReport:
     """Bring the chosen weights of a loaded checkpoint under weight norm, in place; re-key pairs already there.
 
     >>> sd = {"fc.weight": torch.tensor([[3.0, 4.0]]), "fc.bias": torch.zeros(1)}
-    >>> report = convert_state(sd, layout="legacy")
+    >>> report = wn.convert_state(sd, layout="legacy")
     >>> list(sd), report.converted[0].axes.kept
     (['fc.weight_g', 'fc.weight_v', 'fc.bias'], (0,))
 
     Args:
         content: what `torch.load` returned.
-        choose: which weights; default `ByName()`.
+        include, exclude: globs on key names or on any dotted beginning of them ("decoder" takes everything under it),
+            `re:` before a regular expression, or sequences of these. Without `include`: the names torch's layers use,
+            lookup tables left out.
+        dim: kept axis or axes: "auto" (axis 0), an int, a tuple, None (one magnitude per tensor), or a mapping from
+            patterns to these; the first pattern that matches decides.
         layout: how to name the halves, "parametrized" (torch's present) or "legacy" (`weight_g`, `weight_v`).
         magnitude: "log" stores the logarithm of g, and says that pairs already there do.
-        maker: makes the new tensors; default: at once.
 
     Raises:
         SelectionError: a pattern matches nothing, or an option makes no sense.
         NonFiniteWeightError: a weight to convert holds NaN or infinity; named.
         PairError: broken pairs; named.
     """
+    return convert_chosen(content, ByName(include, exclude, dim), layout=layout, magnitude=magnitude)
+
+
+def convert_chosen(
+    content: Any, choose: Choice, *, layout: Layout, magnitude: Magnitude, maker: Maker | None = None
+) -> CheckpointReport:
+    """`convert_state` with any choice of weights, and tensors that somebody else makes."""
     if layout not in ("parametrized", "legacy"):
         raise SelectionError(f'layout must be "parametrized" or "legacy", not {layout!r}')
-    choose = choose or ByName()
     if isinstance(choose, ByName):
         choose.check(state_dicts(content))
     plan = with_ties(choose)

@@ -122,7 +122,8 @@ _model = click.argument("model", type=_PATH)
 def cli() -> None:
     """Put a neural network into weight normalization, take it out, and ship it.
 
-    Results go to stdout, messages and progress to stderr. `wnsurgery COMMAND --help` shows examples.
+    Results go to stdout, messages and progress to stderr. `wnsurgery COMMAND --help` shows examples. What weight
+    normalization is, and what people ask about it: python -c "import wnsurgery; help(wnsurgery)"
 
     \b
     Exit codes: 0 done; 1 a bug of ours; 2 usage; 3 input missing, damaged, unsupported or ambiguous; 4 refused as

@@ -182,8 +182,8 @@ def data_dependent_init(  # noqa: PLR0913 - one call with the options of one rec
     pass per batch; with torch.distributed, the batches of all ranks. BatchNorm in training mode normalises over all
     batches together. Dropout draws differ from those of one large batch.
 
-    >>> model = apply_weight_norm(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)))
-    >>> report = data_dependent_init(model, [torch.randn(500, 3), torch.randn(20, 3)])
+    >>> model = wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1)))
+    >>> report = wn.data_dependent_init(model, [torch.randn(500, 3), torch.randn(20, 3)])
     >>> [layer.name for layer in report.initialised]
     ['0.weight', '2.weight']
 

@@ -108,6 +108,20 @@ class DeferredParameter(nn.Parameter):
     def register_post_accumulate_grad_hook(self, hook: Any) -> Any:
         raise _no_hooks()
 
+    def view_as(self, other: Tensor) -> Tensor:
+        """Of itself, it is asked for to reach its node of the graph and hang a hook there, as an optimizer in the
+        backward pass does; so is `expand_as`."""
+        self._refuse_node(other)
+        return super().view_as(other)
+
+    def expand_as(self, other: Tensor) -> Tensor:
+        self._refuse_node(other)
+        return super().expand_as(other)
+
+    def _refuse_node(self, other: Tensor) -> None:
+        if other is self and torch.is_grad_enabled() and _is_wanted(self):
+            raise _no_hooks()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
             memo[id(self)] = _plain(self, self.data.clone(memory_format=torch.preserve_format))
@@ -147,7 +161,8 @@ def _plain(half: DeferredParameter, data: Tensor) -> nn.Parameter:
 
 def _no_hooks() -> ModeError:
     return ModeError(
-        "in deferred mode g and v get their gradients once a step, outside of the backward pass: no hook on them runs",
+        "in deferred mode g and v get their gradients once a step, outside of the backward pass: no hook on them runs, "
+        "and no optimizer within the backward pass",
         hint='set_weight_norm_mode(model, "parametrized")',
     )
 

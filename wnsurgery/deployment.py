@@ -87,7 +87,7 @@ def bench_deployment(model: nn.Module, inputs: Inputs, *, repeats: int = 20, com
     graph as exporters write it with weight norm on. On a machine with CUDA, torch is measured there too, and so is
     onnxruntime if it has the provider.
 
-    >>> report = bench_deployment(nn.Linear(8, 8), torch.randn(4, 8), repeats=3, compiled=False)
+    >>> report = wn.bench_deployment(nn.Linear(8, 8), torch.randn(4, 8), repeats=3, compiled=False)
     >>> [row.variant for row in report.rows]
     ['torch plain', 'torch weight norm', 'onnxruntime folded', 'onnxruntime unfolded']
 

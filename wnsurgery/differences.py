@@ -400,7 +400,7 @@ class OutputsReport:
     def __str__(self) -> str:
         lines = [f"outputs: {len(self.outputs)} compared: {'passed' if self.ok else 'FAILED'}"]
         if self.outputs:
-            head = ("max abs", "mean abs", "99 %", "max rel", "allowed rel", "would pass")
+            head = ("max abs", "mean abs", "99 %", "max rel", "allowed rel", "rtol needed")
             rows: list[tuple[str, ...]] = [("output", "shape", "type", *head)]
             rows += [_output_row(o) for o in self.outputs[:_SHOWN]]
             lines += columns(rows)
@@ -520,7 +520,7 @@ def _output_row(o: OutputDifference) -> tuple[str, ...]:
 
 
 def _enough(smallest: float | None) -> str:
-    return "nothing" if smallest is None else f"{smallest:.2e}"
+    return "none" if smallest is None else f"{smallest:.2e}"
 
 
 def _problem_lines(problems: Sequence[str]) -> list[str]:

@@ -108,7 +108,8 @@ class NonFiniteWeightError(WnsurgeryError, ValueError):
 
 
 class ModeError(WnsurgeryError, RuntimeError):
-    """Asked of a weight in deferred mode what only the default mode gives: second derivatives, hooks on g and v."""
+    """Asked of a weight in deferred mode what only the default mode gives: second derivatives, hooks on g and v,
+    an optimizer within the backward pass."""
 
     exit_code = 2
 

@@ -128,7 +128,8 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
     `torch.onnx.export(dynamo=True)`. Source paths and stack traces are left out of the file, so exporting twice gives
     the same bytes. Weights go into the file; beyond 1.9 GB into `PATH.data` beside it.
 
-    >>> export_onnx(model, torch.randn(1, 3, 32, 32), "model.onnx").parity.ok  # doctest: +SKIP
+    >>> model = wn.apply_weight_norm(nn.Sequential(nn.Conv2d(3, 8, 3)))
+    >>> wn.export_onnx(model, torch.randn(1, 3, 32, 32), "model.onnx").parity.ok  # doctest: +SKIP
     True
 
     Args:
@@ -146,7 +147,7 @@ def export_onnx(  # noqa: PLR0913 - what is exported, how, and how it is proved;
             cannot; branches that depend on values are then fixed, which the check with one input cannot see.
         force: overwrite an existing output.
         check: compare with onnxruntime on the CPU.
-        rtol, atol: tolerance on outputs, see `differences.tolerance`.
+        rtol, atol: tolerance on outputs; None goes by type, see `verify`.
 
     Raises:
         SelectionError: there is no such opset or exporter, a tolerance is none, or `path` is called a checkpoint.

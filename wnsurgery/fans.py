@@ -83,8 +83,8 @@ def fan_init(
     come from a matrix with orthonormal columns and are scaled to norm 1. Biases are set to zero, but for frozen and
     shared ones. A tied pair is set once, as the first of its layers.
 
-    >>> model = apply_weight_norm(nn.Sequential(nn.Linear(8, 2), nn.ReLU(), nn.Linear(2, 4)))
-    >>> report = fan_init(model, generator=torch.Generator().manual_seed(0))
+    >>> model = wn.apply_weight_norm(nn.Sequential(nn.Linear(8, 2), nn.ReLU(), nn.Linear(2, 4)))
+    >>> report = wn.fan_init(model, generator=torch.Generator().manual_seed(0))
     >>> [(layer.fan_in, layer.fan_out, layer.magnitude) for layer in report.initialised]
     [(8, 2, 2.8284271247461903), (2, 4, 1.0)]
 

@@ -26,8 +26,9 @@ from wnsurgery.checkpoint import (
     Skip,
     StateDict,
     Step,
-    convert_state,
-    fold_state,
+    convert_chosen,
+    fold_with,
+    known_magnitude,
     plain_keys,
     plan_fold,
     state_dicts,
@@ -109,7 +110,7 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
     those of `fold_weight_norm` on the live module. A file without pairs is copied, and the report says so. State
     dicts of any size go through one tensor at a time.
 
-    >>> print(fold_checkpoint("generator.pth", "plain.pth"))  # doctest: +SKIP
+    >>> print(wn.fold_checkpoint("generator.pth", "plain.pth"))  # doctest: +SKIP
 
     Args:
         src: `.pt .pth .bin .ckpt .safetensors`, told by content; a directory of such files as the Hugging Face hub has
@@ -136,7 +137,7 @@ def fold_checkpoint(  # noqa: PLR0913 - the options of the command, one by one
             one there is, a module's as `save_model` writes it. Whatever is left out is named in a warning.
 
     Raises:
-        InputMissingError, InputError, UnsafeFileError: about the input, see `load_object`.
+        InputMissingError, InputError, UnsafeFileError: about the input, see `load_tensors`.
         PairError: broken pairs, named.
         OutputExistsError, OutputError: about the output.
         VerificationError: warnings, with `strict`.
@@ -174,7 +175,8 @@ def _fold_file(
             if not spread_magnitudes(states, choose):
                 raise SelectionError("dim (--dim) is for magnitudes stored as a plain list; there are none here")
             choose.check(states)
-        report = fold_state(stored.content, magnitude=magnitude, maker=maker)
+        known_magnitude(magnitude)
+        report = fold_with(maker, stored.content)
         report = replace(report, warnings=(*report.warnings, *left))
         for where, module in modules_in(stored.content):
             with _surgery_on(src):
@@ -330,13 +332,13 @@ def convert_checkpoint(  # noqa: PLR0913 - the options of the command, one by on
     model's layers say which weights and axes. A module saved whole is converted as a module. Pairs in another
     layout are re-keyed.
 
-    >>> print(convert_checkpoint("plain.pt", "wn.pt", dim={"ups.*": 1}))  # doctest: +SKIP
+    >>> print(wn.convert_checkpoint("plain.pt", "wn.pt", dim={"ups.*": 1}))  # doctest: +SKIP
 
     Args:
         src, dst, force, in_place, trust_pickle, dry_run, strict, manifest, resume, progress, entry: as in
             `fold_checkpoint`.
         layout: "parametrized" (torch's present keys) or "legacy" (`weight_g`, `weight_v`); for state dicts.
-        include, exclude, dim: which weights and which kept axes; globs or `re:` patterns on names, see `ByName`.
+        include, exclude, dim: which weights and which kept axes; globs or `re:` patterns on names, see `convert_state`.
         magnitude: "linear" stores g, "log" its logarithm; pairs already in a state dict that do not say are taken
             to do the same.
         init: "data" sets g and biases from `data`, "fan" sets g, v and biases without; both need a model (`arch`, or a
@@ -421,7 +423,7 @@ def _convert(
         raise SelectionError(reason, hint="arch='package.module:factory' (--arch)")
     choose = ByName(selection["include"], selection["exclude"], selection["dim"])
     spread_magnitudes(state_dicts(content), choose)
-    return convert_state(content, choose, layout=layout, magnitude=selection["magnitude"], maker=maker)
+    return convert_chosen(content, choose, layout=layout, magnitude=selection["magnitude"], maker=maker)
 
 
 def _convert_module(where: str, module: nn.Module, selection: Options, setup: Options) -> CheckpointReport:
@@ -472,7 +474,7 @@ def _convert_with_model(
         plan = _plan(model, selection)
     axes = {name: site.axes for site in plan.sites for slot in site.owners for name in slot.names}
     choose = ByModel(state.path, prefix, axes, {s.name: s.reason for s in plan.skipped})
-    report = convert_state(content, choose, layout=layout, magnitude=selection["magnitude"])
+    report = convert_chosen(content, choose, layout=layout, magnitude=selection["magnitude"])
     report = replace(report, batch_norm=_norm_report(_joined(state.path, prefix.rstrip(".")), done, setup))
     if setup["init"] != "preserve":
         # the file has its new keys; the model, initialised in memory, gives them new values
@@ -512,7 +514,13 @@ def _cut_state(
 def save_model(model: nn.Module, path: Path_, *, force: bool = False, state_only: bool = False) -> None:
     """Save a module whole, or its state dict (`state_only`, or a `.safetensors` path); whole or not at all.
 
-    >>> save_model(nn.Linear(3, 2), "linear.pt")  # doctest: +SKIP
+    >>> wn.save_model(nn.Linear(3, 2), "linear.pt")  # doctest: +SKIP
+
+    Args:
+        model: any module; a whole one is pickled, which asks who loads it to trust the file.
+        path: the output; its suffix decides the format, `.safetensors` or torch's own.
+        force: overwrite an existing output.
+        state_only: save the state dict alone.
 
     Raises OutputExistsError unless `force`; OutputError when it cannot be written or pickled.
     """

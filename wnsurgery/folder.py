@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from wnsurgery.declared import Declared
 from wnsurgery.differences import as_array
 from wnsurgery.errors import InputError, InputMissingError, OutputError, OutputExistsError, SelectionError, printable
 from wnsurgery.inout import read_arrays, write_arrays
@@ -25,6 +26,8 @@ __all__ = ["FolderReport", "run_folder"]
 
 Path_ = str | os.PathLike[str]
 Array = np.ndarray[Any, Any]
+
+_FIXED = "its first axis is fixed: run with batch=1 (--batch 1), or export with dynamic=True (--dynamic)"
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def run_folder(
     graph's first axes must be open, and its outputs must have the joined axis first. Inputs that are all scalars have
     no axis to join and run alone.
 
-    >>> run_folder("model.onnx", "inputs", "outputs", batch=8).runs  # doctest: +SKIP
+    >>> wn.run_folder("model.onnx", "inputs", "outputs", batch=8).runs  # doctest: +SKIP
     13
 
     Args:
@@ -178,13 +181,24 @@ def _run(session: Any, group: list[Any], model: Path_) -> list[dict[str, Array]]
     if any(len(set(size)) > 1 for size in sizes):
         raise InputError.of(model, "inputs of several first axes cannot be batched", hint="run with batch=1")
     inputs = dict(zip(keys, joined, strict=True)) if isinstance(first, dict) else joined
-    found = run_session(session, inputs, model)
+    try:
+        found = run_session(session, inputs, model)
+    except InputError as error:
+        if any(_has_other_batch(declared, sum(rows)) for declared in Declared.needed(session)):
+            raise InputError(error.message, hint=_FIXED) from error
+        raise
     for name, value in found.items():
         if not value.ndim or len(value) != sum(rows):
             raise InputError.of(model, f"{printable(name)} does not have the batch first", hint="run with batch=1")
     ends = np.cumsum(rows)[:-1]
     parts = {name: np.split(value, ends) for name, value in found.items()}
     return [{name: part[i] for name, part in parts.items()} for i in range(len(group))]
+
+
+def _has_other_batch(declared: Declared, size: int) -> bool:
+    """Whether the first axis of an input is fixed, to another size than this."""
+    first = declared.shape[0] if declared.shape else None
+    return isinstance(first, int) and first != size
 
 
 def _joined(arrays: list[Array]) -> Array:

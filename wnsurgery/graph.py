@@ -93,7 +93,6 @@ def fold_onnx(
     zero_norm: ZeroNorm = "error",
     force: bool = False,
     in_place: bool = False,
-    compose: Compose | None = None,
 ) -> OnnxFoldReport:
     """Write a copy of an ONNX file with every g * v / ||v|| of constants replaced by the plain weight.
 
@@ -102,7 +101,7 @@ def fold_onnx(
     `X.weight` if that name is free. A graph without weight norm is copied byte for byte (unless its weights live in
     a second file, whose name must change).
 
-    >>> print(fold_onnx("generator.onnx", "generator.plain.onnx"))  # doctest: +SKIP
+    >>> print(wn.fold_onnx("generator.onnx", "generator.plain.onnx"))  # doctest: +SKIP
     78 weights folded, 661 -> 427 nodes
 
     Args:
@@ -112,7 +111,6 @@ def fold_onnx(
         zero_norm: what a row with v = 0 and g != 0 becomes, for which the graph gives 0 / 0: "error", "zero" or "nan".
         force: overwrite an existing output.
         in_place: let the output be the input.
-        compose: (g, v, magnitude) -> weight on numpy arrays; default: this package's `compose`.
 
     Raises:
         InputMissingError, InputError: `src` or its weights are missing or damaged.
@@ -135,7 +133,7 @@ def fold_onnx(
         if not is_same_file(src, dst):
             refuse_sources(dst, (src, *weights))
         try:
-            report = fold_model(model, zero_norm=zero_norm, compose=compose)
+            report = fold_model(model, zero_norm=zero_norm)
         except PairError as error:
             raise PairError(f"{src}: {error.message}", hint=error.hint) from error
         if not report.found and is_same_file(src, dst):

@@ -133,8 +133,8 @@ def inspect(
 ) -> Inspection:
     """List the weight norm in a live module, a checkpoint, a whole-module file or an ONNX file.
 
-    >>> model = apply_weight_norm(nn.Sequential(nn.Linear(3, 2)))
-    >>> [(w.name, w.form, w.kept) for w in inspect(model).weights]
+    >>> model = wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 2)))
+    >>> [(w.name, w.form, w.kept) for w in wn.inspect(model).weights]
     [('0.weight', 'ours', (0,))]
 
     Args:

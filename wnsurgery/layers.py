@@ -154,8 +154,8 @@ def register_layer(
     """Teach the package a layer of your own; replaces the row of the same name if there is one.
 
     >>> class Scale(nn.Module): ...
-    >>> register_layer(Scale, {"kernel": 1}, bias="shift", output_axis=-1)
-    >>> register_layer("mypackage.layers.Experts", {"w1": (0, 1), "w2": (0, 1)})
+    >>> wn.register_layer(Scale, {"kernel": 1}, bias="shift", output_axis=-1)
+    >>> wn.register_layer("mypackage.layers.Experts", {"w1": (0, 1), "w2": (0, 1)})
 
     Args:
         layer: class (subclasses included), or its dotted name, which may hold `*`, so that the package it

@@ -76,7 +76,13 @@ def load_tensors(path: Path_, *, trust_pickle: bool = False) -> dict[str, Tensor
     >>> sorted(load_tensors("generator.pth"))  # doctest: +SKIP
     ['generator.conv_pre.bias', 'generator.conv_pre.weight_g', 'generator.conv_pre.weight_v']
 
-    Raises as `load_object`.
+    Args:
+        path: what `torch.save` or safetensors wrote, or a directory of state dicts.
+        trust_pickle: let the file's pickle run code.
+
+    Raises:
+        InputMissingError, InputError: not there, damaged, or no checkpoint.
+        UnsafeFileError: it needs more than tensors, plain containers and torch.nn modules.
     """
     content = load_object(path, trust_pickle=trust_pickle)
     tensors = flat_tensors(content)

@@ -34,7 +34,7 @@ def freeze_magnitude(
     go on holding g and skips it. Which g are frozen is not part of a state dict: freeze the fresh model too before
     resuming.
 
-    >>> model = freeze_magnitude(apply_weight_norm(nn.Linear(3, 2)), at="unit")
+    >>> model = wn.freeze_magnitude(wn.apply_weight_norm(nn.Linear(3, 2)), at="unit")
     >>> g = model.parametrizations.weight.original0
     >>> g.requires_grad, g.flatten().tolist()
     (False, [1.0, 1.0])
@@ -68,9 +68,13 @@ def unfreeze_magnitude(model: M, *, include: Pattern | None = None, exclude: Pat
     momentum fails at any parameter that comes later than others of its group: thaw before its first step, or hand it
     over to an `apply_weight_norm(freeze_magnitude=True)` in the middle of training.
 
-    >>> model = apply_weight_norm(nn.Linear(3, 2), freeze_magnitude=True)
-    >>> unfreeze_magnitude(model).parametrizations.weight.original0.requires_grad
+    >>> model = wn.apply_weight_norm(nn.Linear(3, 2), freeze_magnitude=True)
+    >>> wn.unfreeze_magnitude(model).parametrizations.weight.original0.requires_grad
     True
+
+    Args:
+        model: a module tree under weight norm.
+        include, exclude: patterns as in `plan_weight_norm`.
 
     Raises SelectionError when nothing is selected.
     """
@@ -93,9 +97,14 @@ def clamp_magnitude_(
     A log-scale magnitude is held in [log min, log max], so the bounds hold to
     rounding. g = 0 becomes +min. Frozen magnitudes are clamped too.
 
-    >>> model = clamp_magnitude_(apply_weight_norm(nn.Linear(3, 2)), max=0.25)
+    >>> model = wn.clamp_magnitude_(wn.apply_weight_norm(nn.Linear(3, 2)), max=0.25)
     >>> bool((model.weight.norm(dim=1) < 0.2501).all())
     True
+
+    Args:
+        model: a module tree under weight norm.
+        min, max: bounds of |g|, 0 or more; None leaves that side open. One of them must be given.
+        include, exclude: patterns as in `plan_weight_norm`.
 
     Raises SelectionError when no bound is given, a bound is negative, min exceeds max, a bound is beyond what some g
     can be (but for a max that none can reach), or nothing is selected.
@@ -122,13 +131,19 @@ def keep_magnitude_within(
     touched, so that training resumes from a checkpoint in the same bits: load, then call this again. Remove the handle
     before folding.
 
-    >>> model = apply_weight_norm(nn.Linear(3, 2))
+    >>> model = wn.apply_weight_norm(nn.Linear(3, 2))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
-    >>> with keep_magnitude_within(model, optimizer, max=1.0):
+    >>> with wn.keep_magnitude_within(model, optimizer, max=1.0):
     ...     model(torch.ones(1, 3)).sum().backward()
     ...     optimizer.step()
     >>> bool((model.parametrizations.weight.original0.abs() <= 1).all())
     True
+
+    Args:
+        model: a module tree under weight norm; converted before this call.
+        optimizer: one or several; the bounds are restored after each one's step.
+        min, max: as of `clamp_magnitude_`.
+        include, exclude: patterns as in `plan_weight_norm`.
 
     Returns a handle with `remove()`, also a context manager. Raises as `clamp_magnitude_`, and for LBFGS.
     """

@@ -119,7 +119,7 @@ _DOC = """Mean-only batch normalization of {shapes}, channels on axis 1.
     layer under weight norm, which supplies the scale. Its gradient is dL/dt = dL/dt~ - mean[dL/dt~].
     `fold_weight_norm` moves the running mean and b into the bias of the layer before it and leaves an `nn.Identity`.
 
-    >>> norm = {name}(3)
+    >>> norm = wn.{name}(3)
     >>> out = norm(torch.randn({example}) + 5)
     >>> bool(out.mean({axes}).abs().max() < 1e-5), norm.num_batches_tracked.item()
     (True, 1)
@@ -134,6 +134,7 @@ _DOC = """Mean-only batch normalization of {shapes}, channels on axis 1.
         sync: take the mean over all ranks of `torch.distributed` in training, gradients included, as SyncBatchNorm
             does; every rank must take part in every step.
         process_group: the ranks to take it over, None for all; giving one implies `sync`.
+        device, dtype: of b and the running mean; default: torch's.
 
     The mean of 16-bit input is taken in float32; the output has the type of the input.
 

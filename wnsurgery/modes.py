@@ -12,7 +12,7 @@ from wnsurgery.errors import ModeError, SelectionError
 from wnsurgery.loans import outstanding
 from wnsurgery.mechanism import WeightNormList
 from wnsurgery.pairs import pairs
-from wnsurgery.walk import slots
+from wnsurgery.walk import is_watched, slots
 
 __all__ = ["Mode", "check_can_defer", "check_mode", "set_weight_norm_mode"]
 
@@ -32,26 +32,27 @@ def set_weight_norm_mode(model: M, mode: Mode) -> M:
     outside of `model`, too. Parameters, state dicts, copies, folding are
     the same in both modes; training takes the same course to rounding.
 
-    >>> model = set_weight_norm_mode(apply_weight_norm(nn.Linear(3, 2)), "deferred")
+    >>> model = wn.set_weight_norm_mode(wn.apply_weight_norm(nn.Linear(3, 2)), "deferred")
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> model(torch.ones(1, 3)).sum().backward()
     >>> model.weight.is_leaf, model.parametrizations.weight.original0.grad is None
     (True, False)
 
     What deferred mode cannot do raises ModeError: second derivatives through g and v
-    (`backward(create_graph=True)`) and hooks on the gradients of g and v. g and v are not in the graph:
-    `torch.autograd.grad` with respect to them finds them unused, which torch reports (`allow_unused=True` gives None),
-    and in `backward(inputs=[...])` it takes `module.weight` to reach them, for torch passes over g and v there in
-    silence. Penalties on the gradient with respect to inputs work. Copies and pickles of the model, and what FSDP,
-    exporters, and `functional_call` with other tensors than its own make of it, run in the default mode. Under
-    `torch.compile`, a write into g or v by other means than an optimizer or `load_state_dict` is seen at the next
-    eager use of the layer; call this function again after it.
+    (`backward(create_graph=True)`), hooks on the gradients of g and v, and optimizers that step within the backward
+    pass. g and v are not in the graph: `torch.autograd.grad` with respect to them finds them unused, which torch
+    reports (`allow_unused=True` gives None), and in `backward(inputs=[...])` it takes `module.weight` to reach them,
+    for torch passes over g and v there in silence. Penalties on the gradient with respect to inputs work. Copies and
+    pickles of the model, and what FSDP, exporters, and `functional_call` with other tensors than its own make of it,
+    run in the default mode. Under `torch.compile`, a write into g or v by other means than an optimizer or
+    `load_state_dict` is seen at the next eager use of the layer; call this function again after it.
 
     Args:
         model: a module tree under our weight norm. Torch's own has only its one mode and is left as it is.
         mode: "parametrized" or "deferred".
 
-    Raises SelectionError for another mode or a model without weight norm, ModeError when g or v has a gradient hook.
+    Raises SelectionError for another mode or a model without weight norm, ModeError when g or v has a gradient hook
+    or an optimizer in the backward pass.
     """
     check_mode(mode)
     entries = _entries(model)
@@ -88,8 +89,10 @@ def check_can_defer(model: nn.Module) -> None:
 
 
 def _check_hooks(pair: Iterable[Tensor]) -> None:
-    if any(half._backward_hooks or half._post_accumulate_grad_hooks for half in pair):
-        raise ModeError("g or v has a hook on its gradient, which deferred mode would not run")
+    if any(is_watched(half) for half in pair):
+        raise ModeError(
+            "g or v has a hook on its gradient, or an optimizer in the backward pass: deferred mode runs none"
+        )
 
 
 def check_mode(mode: str) -> None:

@@ -61,9 +61,9 @@ class WeightNormMonitor:
     It changes nothing: training takes the same course to the last bit. Both modes, ours, torch's and torch's legacy
     weight norm, logarithmic magnitudes and ties (once, under the first name) are served.
 
-    >>> model = apply_weight_norm(nn.Linear(3, 2))
+    >>> model = wn.apply_weight_norm(nn.Linear(3, 2))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> with WeightNormMonitor(model, optimizer, every=1) as monitor:
+    >>> with wn.WeightNormMonitor(model, optimizer, every=1) as monitor:
     ...     model(torch.ones(1, 3)).sum().backward()
     ...     optimizer.step()
     >>> [(one.step, one.name, one.angle is None) for one in monitor.records]
@@ -80,7 +80,7 @@ class WeightNormMonitor:
         include, exclude: patterns as in `plan_weight_norm`.
 
     Attributes:
-        records: a deque of `Observed`.
+        records: a deque of observations, one for each weight and moment.
         steps: optimizer steps seen.
 
     One copy of every v is held, for the angles. Raises SelectionError (nothing selected, no optimizer, `every` below

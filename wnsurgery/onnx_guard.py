@@ -55,6 +55,9 @@ class GraphLimits:
     Attributes:
         seconds: of wall-clock time.
         memory: bytes of address space, on top of four times the size of the file and its weights.
+
+    >>> limits = wn.GraphLimits(seconds=10, memory=1 << 30)
+    >>> session = wn.open_session("from_elsewhere.onnx", limits=limits)  # doctest: +SKIP
     """
 
     seconds: float = 120.0

@@ -30,8 +30,8 @@ def weight_norm_param_groups(
     effective step (van Laarhoven 2017, arXiv 1706.05350). v, biases and all other vectors and scalars get no decay; g,
     the norm of the weight, gets `magnitude_weight_decay`.
 
-    >>> model = apply_weight_norm(nn.Sequential(nn.Embedding(9, 3), nn.Linear(3, 2)))
-    >>> groups = weight_norm_param_groups(model, lr=1e-3, magnitude_lr=1e-2, weight_decay=0.1)
+    >>> model = wn.apply_weight_norm(nn.Sequential(nn.Embedding(9, 3), nn.Linear(3, 2)))
+    >>> groups = wn.weight_norm_param_groups(model, lr=1e-3, magnitude_lr=1e-2, weight_decay=0.1)
     >>> [(group["name"], group["lr"], group["weight_decay"]) for group in groups]
     [('directions', 0.001, 0.0), ('magnitudes', 0.01, 0.0), ('vectors', 0.001, 0.0), ('weights', 0.001, 0.1)]
     >>> optimizer = torch.optim.AdamW(groups)
@@ -97,6 +97,11 @@ class StaleReport:
     Attributes:
         gone: parameters the optimizer holds and the model no longer has: steps on them change nothing.
         untrained: names of trainable parameters of the model that no group holds: no step reaches them.
+
+    >>> model = nn.Linear(3, 2)
+    >>> report = wn.stale_parameters(model, torch.optim.SGD([model.weight], lr=0.1))
+    >>> bool(report), report.gone, report.untrained
+    (True, (), ('bias',))
     """
 
     gone: tuple[StaleParameter, ...]
@@ -119,9 +124,9 @@ def stale_parameters(model: nn.Module, optimizer: Optimizers) -> StaleReport:
 
     >>> model = nn.Linear(3, 2)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> bool(stale_parameters(apply_weight_norm(model), optimizer))
+    >>> bool(wn.stale_parameters(wn.apply_weight_norm(model), optimizer))
     True
-    >>> print(stale_parameters(model, optimizer))
+    >>> print(wn.stale_parameters(model, optimizer))
     1 parameters in the optimizer that the model does not have
       optimizer 0, group 0, place 0: 2x3
     2 trainable parameters of the model in no optimizer

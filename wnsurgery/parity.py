@@ -104,7 +104,7 @@ def open_session(
     The graph is first tried in a child process with limits on time and memory, because a small file can keep
     onnxruntime busy for ever; `trusted=True` leaves that out.
 
-    >>> open_session("model.onnx").get_providers()  # doctest: +SKIP
+    >>> wn.open_session("model.onnx").get_providers()  # doctest: +SKIP
     ['CPUExecutionProvider']
 
     Args:
@@ -222,7 +222,7 @@ def _session(
 def run_onnx(path: Path_, inputs: Mapping[str, Any] | Sequence[Any] | Any, provider: str = "cpu") -> dict[str, Array]:
     """Run an ONNX file once; the outputs by name.
 
-    >>> run_onnx("model.onnx", [x])["output"].shape  # doctest: +SKIP
+    >>> wn.run_onnx("model.onnx", [torch.randn(1, 3, 32, 32)])["output"].shape  # doctest: +SKIP
     (1, 10)
 
     Args:

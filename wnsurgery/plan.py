@@ -19,7 +19,7 @@ from wnsurgery.kept import extent
 from wnsurgery.layers import Layer, layer_of
 from wnsurgery.reparam import Axes
 from wnsurgery.text import by, columns
-from wnsurgery.walk import Slot, has_own_parametrizations, slots
+from wnsurgery.walk import Slot, has_own_parametrizations, is_watched, slots
 
 __all__ = ["Dim", "Pattern", "Plan", "Site", "Skipped", "matches", "patterns", "plan_weight_norm"]
 
@@ -66,6 +66,13 @@ class Plan:
     Attributes:
         sites: the weights to convert.
         skipped: every other tensor of the model, with the reason; vectors and scalars included.
+
+    >>> print(wn.plan_weight_norm(nn.Sequential(nn.Linear(3, 2))))
+    1 weights to convert (6 elements)
+      weight    layer   shape  kept  magnitudes  note
+      0.weight  Linear  2x3    0     2
+    <BLANKLINE>
+    1 vectors and scalars (biases, norms, counters) are never converted
     """
 
     sites: tuple[Site, ...]
@@ -100,7 +107,7 @@ def plan_weight_norm(
 ) -> Plan:
     """What `apply_weight_norm` would change, without changing it; look before you cut.
 
-    >>> plan = plan_weight_norm(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm((2, 2))))
+    >>> plan = wn.plan_weight_norm(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm((2, 2))))
     >>> [(site.fqn, site.axes.kept) for site in plan.sites], plan.skipped[-1].reason
     ([('0.weight', (0,))], 'LayerNorm: not in the layer table; register_layer adds it')
 
@@ -375,8 +382,8 @@ def _refusal(slot: Slot) -> str:
         return f"a tensor subclass ({type(t if type(t.data) is Tensor else t.data).__name__})"
     if t.is_inference():
         return "made under inference_mode: it cannot be trained"
-    if t._backward_hooks or t._post_accumulate_grad_hooks:
-        return "a hook on its gradient, registered on the Parameter, would be lost"
+    if is_watched(t):
+        return "a hook on its gradient, or its optimizer in the backward pass, would be lost: set that up afterwards"
     return ""
 
 

@@ -42,6 +42,12 @@ class RenormReport:
 
     Attributes:
         weights: one entry per weight, ties once.
+
+    >>> model = wn.apply_weight_norm(nn.Linear(4, 3))
+    >>> _ = model.parametrizations.weight.original1.data.mul_(8)
+    >>> report = wn.renormalize_(model)
+    >>> report.rescaled, round(report.growth)
+    (3, 8)
     """
 
     weights: tuple[Renormalized, ...]
@@ -80,9 +86,9 @@ def renormalize_(
     aim is |g|, and weights on the meta device stay as they are. Ours, torch's and torch's legacy weight norm are
     served; gradients accumulated in v are scaled along.
 
-    >>> model = apply_weight_norm(nn.Linear(3, 2))
+    >>> model = wn.apply_weight_norm(nn.Linear(3, 2))
     >>> w = model.weight.clone()
-    >>> report = renormalize_(model, "unit")
+    >>> report = wn.renormalize_(model, "unit")
     >>> torch.equal(model.weight, w), report.weights[0].rows
     (True, 2)
 
@@ -141,9 +147,9 @@ def keep_unit_norm(
     rounding is not touched, so that training resumes from a checkpoint in the same bits: load, then call this again.
     Remove the handle before folding.
 
-    >>> model = apply_weight_norm(nn.Linear(3, 2))
+    >>> model = wn.apply_weight_norm(nn.Linear(3, 2))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> with keep_unit_norm(model, optimizer):
+    >>> with wn.keep_unit_norm(model, optimizer):
     ...     model(torch.ones(1, 3)).sum().backward()
     ...     optimizer.step()
     >>> v = model.parametrizations.weight.original1

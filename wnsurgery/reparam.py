@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from wnsurgery import fused, other_types
 from wnsurgery.compiled import compose_compiled, is_for_compiler
 from wnsurgery.dtensors import count_not_finite, is_spread, local_rows, spread_over
-from wnsurgery.errors import NonFiniteWeightError, PairError
+from wnsurgery.errors import NonFiniteWeightError, PairError, SelectionError
 from wnsurgery.kept import LARGE, Rooms
 from wnsurgery.lean_modules import LeanModule, blank_module, shared_by_copies
 from wnsurgery.norms import (
@@ -59,9 +59,9 @@ class Axes:
     `groups > 1` is the grouped transposed convolution, weight (in, out/groups, k...): axis 0 is `groups`
     blocks of inputs and an output channel is one (block, axis-1 index).
 
-    >>> Axes((0,)).magnitude_shape((8, 3, 5))
+    >>> wn.Axes((0,)).magnitude_shape((8, 3, 5))
     (8, 1, 1)
-    >>> Axes((1,), groups=2).magnitude_shape((8, 3, 5))
+    >>> wn.Axes((1,), groups=2).magnitude_shape((8, 3, 5))
     (2, 3, 1)
     """
 
@@ -101,7 +101,7 @@ class Axes:
         """Why a weight of this shape is left alone, "" if it is not. Along several axes a g of the shape of v is no
         norm, and in a file only its name would tell it from v.
 
-        >>> Axes((0, 1)).fault((3, 4)), Axes((0,)).fault((3, 1))
+        >>> wn.Axes((0, 1)).fault((3, 4)), wn.Axes((0,)).fault((3, 1))
         ('each element would be a row of its own, without a direction', '')
         """
         several = sum(size != 1 for size in weight_shape) > 1
@@ -116,7 +116,7 @@ class Axes:
     def of_pair(cls, g_shape: Sequence[int], v_shape: Sequence[int]) -> Axes:
         """Read the axes off the shape of g: kept where g has the size of v, reduced where it has size 1.
 
-        >>> Axes.of_pair((1, 1, 128), (768, 48, 128))
+        >>> wn.Axes.of_pair((1, 1, 128), (768, 48, 128))
         Axes(kept=(2,), groups=1)
 
         Raises PairError when g fits v in no way.
@@ -147,34 +147,56 @@ def _checked(axes: Axes, shape: tuple[int, ...]) -> Axes:
 _ROWS, _COLUMNS = Axes((0,)), Axes((1,))
 
 
+def kept_axes(told: Axes | int | Sequence[int] | None) -> Axes:
+    """Kept axes however they were told: an axis, several, or None for one magnitude per tensor.
+
+    >>> kept_axes(0), kept_axes([0, 1]), kept_axes(None)
+    (Axes(kept=(0,), groups=1), Axes(kept=(0, 1), groups=1), Axes(kept=(), groups=1))
+
+    Raises SelectionError for anything else.
+    """
+    if isinstance(told, Axes):
+        return told
+    kept = () if told is None else tuple(told) if isinstance(told, tuple | list) else (told,)
+    if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in kept):
+        raise SelectionError(f"kept axes are an int, a tuple of ints, None or Axes((0,)), not {told!r}")
+    return Axes(kept)
+
+
 def magnitude_dtype_for(weight_dtype: torch.dtype) -> torch.dtype:
     """The type g needs to reproduce a weight of this type bit for bit: float32 for 16-bit weights."""
     return torch.promote_types(weight_dtype, torch.float32)
 
 
 def decompose(
-    w: Tensor, axes: Axes, *, magnitude: Magnitude = "linear", magnitude_dtype: torch.dtype | None = None
+    w: Tensor,
+    axes: Axes | int | Sequence[int] | None,
+    *,
+    magnitude: Magnitude = "linear",
+    magnitude_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Split a weight into magnitude and direction such that `compose` returns it bit for bit.
 
     v is w itself (same storage) with g = ||w||, so no bit moves. Rows of zeros get g = 0 and a fixed
     direction of norm one, so that they can still learn; v is then a copy.
 
-    >>> g, v = decompose(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), Axes((0,)))
+    >>> g, v = wn.decompose(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 0)
     >>> g.flatten().tolist()
     [5.0, 0.0]
 
     Args:
         w: weight of any shape, float64, float32, bfloat16 or float16.
-        axes: kept axes; g has shape `axes.magnitude_shape(w.shape)`.
+        axes: the axis or axes kept, one norm for each index along them: an int, a tuple of ints, None (one magnitude
+            per tensor), or `Axes`. g has shape `axes.magnitude_shape(w.shape)`: (out, 1, ...) for axis 0.
         magnitude: "linear" stores g; "log" stores s with g = e^s (a row of zeros then stays zero: e^s never is).
         magnitude_dtype: type of g; default float32, float64 for float64 weights.
 
     Raises:
         NonFiniteWeightError: w holds NaN or infinity.
         PairError: the axes do not fit w.
+        SelectionError: the axes are none.
     """
-    axes = axes.check(w.shape)
+    axes = kept_axes(axes).check(w.shape)
     dtype = magnitude_dtype or magnitude_dtype_for(w.dtype)
     shape = axes.magnitude_shape(w.shape)
     with torch.no_grad():
@@ -208,7 +230,7 @@ def _decompose_spread(w: Tensor, axes: Axes, magnitude: Magnitude, dtype: torch.
 
 
 def compose(
-    g: Tensor, v: Tensor, axes: Axes | None = None, *, magnitude: Magnitude = "linear", rooms: Rooms | None = None
+    g: Tensor, v: Tensor, axes: Axes | int | Sequence[int] | None = None, *, magnitude: Magnitude = "linear"
 ) -> Tensor:
     """The plain weight w = g * v / ||v||, in v's shape, type and memory format; differentiable to any order.
 
@@ -217,19 +239,19 @@ def compose(
     paper's: dL/dg = (dL/dw . v)/||v||, dL/dv = (g/||v||) dL/dw - (g dL/dg/||v||^2) v. A row with v = 0 gives w = 0
     and gradients 0.
 
-    >>> compose(torch.tensor([[10.0]]), torch.tensor([[3.0, 4.0]]))
+    >>> wn.compose(torch.tensor([[10.0]]), torch.tensor([[3.0, 4.0]]))
     tensor([[6., 8.]])
 
     Args:
         g: magnitude, any shape `Axes.of_pair` accepts; with magnitude="log", its logarithm.
         v: direction, the shape of the weight.
-        axes: kept axes; None reads them from g's shape.
-        rooms: memory to take for large results, lent again when nobody holds them.
+        axes: kept axes as `decompose` takes them; None reads them from g's shape.
+        magnitude: "linear" or "log", how g is stored.
 
-    Raises PairError when g does not fit v.
+    Raises PairError when g does not fit v, SelectionError for axes that are none.
     """
-    if axes is None:
-        axes = Axes.of_pair(g.shape, v.shape)
+    if not isinstance(axes, Axes):
+        axes = Axes.of_pair(g.shape, v.shape) if axes is None else kept_axes(axes).check(v.shape)
     if is_spread(v):
         gather, _ = spread_over(v, axes.kept, axes.groups, g.shape)
         part, back = local_rows(v, axes.kept, axes.groups)
@@ -238,6 +260,13 @@ def compose(
         raise PairError(f"a magnitude of shape {tuple(g.shape)} does not fit {axes} of {tuple(v.shape)}")
     if _needs_plain_operations(g, v):
         return _compose_traceable(g, v, axes, magnitude)
+    return compose_eagerly(g, v, axes, magnitude)
+
+
+def compose_into(rooms: Rooms | None, g: Tensor, v: Tensor, axes: Axes, magnitude: Magnitude) -> Tensor:
+    """`compose` with memory to take for large results, lent again when nobody holds them."""
+    if rooms is None or is_spread(v) or _needs_plain_operations(g, v) or not axes.fit(g, v):
+        return compose(g, v, axes, magnitude=magnitude)
     return compose_eagerly(g, v, axes, magnitude, rooms)
 
 
@@ -663,11 +692,23 @@ def _extreme(norms: Tensor) -> bool:
 class WeightNorm(LeanModule):
     """The parametrization: forward(g, v) -> w, right_inverse(w) -> (g, v), as `torch.nn.utils.parametrize` asks.
 
+    Equation 2: w = g v / ||v||, row by row. Equation 3: dL/dg = (dL/dw . v) / ||v||,
+    dL/dv = (g / ||v||) dL/dw - (g dL/dg / ||v||^2) v. v has the shape of w, (out, in, ...); g has size 1 on every axis
+    that the norm sums over, (out, 1, ...) with axis 0 kept. `apply_weight_norm` puts one on each weight, where it is
+    `module.parametrizations.weight[0]`, with g = original0 and v = original1.
+
+    >>> rule = wn.WeightNorm(wn.Axes((0,)))
+    >>> g, v = rule.right_inverse(torch.tensor([[3.0, 4.0]]))
+    >>> g, rule(2 * g, v)
+    (tensor([[5.]]), tensor([[6., 8.]]))
+
     Args:
         axes: kept axes of the weight.
         magnitude: "linear" (original0 is g) or "log" (original0 is s with g = e^s; a buffer `log_scale` then says so
             in every state dict, and a model that knows only the linear g does not take it by mistake).
         magnitude_dtype: type of g; None for float32 (float64 for float64 weights).
+
+    Source: Salimans & Kingma 2016, "Weight Normalization", section 2 (arXiv 1602.07868).
     """
 
     axes: Axes

@@ -14,7 +14,7 @@ from wnsurgery.dtensors import count_not_finite, is_spread
 from wnsurgery.errors import NonFiniteWeightError, PairError, printable
 from wnsurgery.kept import Rooms
 from wnsurgery.keys import Layout, Pair, pair_of
-from wnsurgery.reparam import Axes, Magnitude, compose, decompose
+from wnsurgery.reparam import Axes, Magnitude, compose_into, decompose
 from wnsurgery.states import StateDict, dtype_name, found_in, refusal, shape_of
 
 __all__ = [
@@ -143,7 +143,7 @@ def _folded_weight(
             )
         if notes is not None:
             notes.append(f"{printable(step.name)}: {count}; folded to {zero_norm}")
-    w = compose(g, v, step.axes, magnitude=stored, rooms=rooms)
+    w = compose_into(rooms, g, v, step.axes, stored)
     if lost is not None and zero_norm == "nan":
         set_rows_nan(w, lost, step.axes)
     if notes is not None and not _is_finite(w):

@@ -134,7 +134,7 @@ def bench_suite(
 ) -> SuiteReport:
     """Time weight norm on a fixed set of nets: plain, torch's parametrization, torch's legacy hook, ours in both modes.
 
-    >>> report = bench_suite(models=["tiny"], works=["train"], threads=[1], repeats=3, layers=[], megabytes=0)
+    >>> report = wn.bench_suite(models=["tiny"], works=["train"], threads=[1], repeats=3, layers=[], megabytes=0)
     >>> [row.variant for row in report.rows if row.part == "step"]
     ['plain', 'torch', 'legacy', 'ours', 'deferred']
 

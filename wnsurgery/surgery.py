@@ -63,7 +63,7 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
 ) -> M:
     """Replace weights w by g * v / ||v||, in place, keeping the function in every bit; returns the model.
 
-    >>> model = apply_weight_norm(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)))
+    >>> model = wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)))
     >>> [name for name, _ in model.named_parameters()][:3]
     ['0.bias', '0.parametrizations.weight.original0', '0.parametrizations.weight.original1']
 
@@ -95,11 +95,13 @@ def apply_weight_norm(  # noqa: PLR0913 - what becomes of weights, of BatchNorms
             out its groups and state, as accelerate does, will do.
         batch_norm: what becomes of each BatchNorm, see `plan_batch_norm`; the evaluation function stays the same to
             rounding. "fold" folds it into the layer beside it, which then gets its weight norm; "mean-only" puts a
-            `MeanOnlyBatchNorm` in its place, its scale going into g. Those kept are logged as "wnsurgery", with the
-            reason.
+            `MeanOnlyBatchNorm2d` or its like in its place, its scale going into g. Those kept are logged as
+            "wnsurgery", with the reason.
         inputs: example arguments that show the data flow for `batch_norm`; the first batch of `data` serves, too.
         mode: "deferred" runs the net on plain leaf weights and does the work of weight norm once per optimizer step:
-            the same training at nearly the price of the plain net; see `set_weight_norm_mode`.
+            the same training. It pays with gradient accumulation, under `torch.compile` and for large convolutional
+            nets, which then train at nearly the price of the plain net; for nets of tiny layers, and for large Linear
+            layers at small batches, the default mode is faster. See `set_weight_norm_mode`.
 
     Raises:
         SelectionError: a pattern matches nothing, the model holds no weight to convert, a layer's class cannot be
@@ -260,8 +262,11 @@ def _check_class(owner: Slot) -> None:
 def is_weight_normed(model: nn.Module) -> bool:
     """Whether any weight of a module tree is under weight norm: ours, torch's new or torch's legacy one.
 
-    >>> is_weight_normed(apply_weight_norm(nn.Linear(3, 2)))
+    >>> wn.is_weight_normed(wn.apply_weight_norm(nn.Linear(3, 2)))
     True
+
+    Args:
+        model: any module tree.
     """
     return any(
         slot.form in _WEIGHT_NORM or (slot.form == "other" and _is_stacked(slot)) for slot in slots(model, plain=False)
@@ -281,7 +286,7 @@ def fold_weight_norm(model: M, *, optimizer: Optimizers | None = None) -> M:
 
     >>> layer = nn.Linear(3, 2)
     >>> before = layer.weight.clone()
-    >>> torch.equal(fold_weight_norm(apply_weight_norm(layer)).weight, before), type(layer).__name__
+    >>> torch.equal(wn.fold_weight_norm(wn.apply_weight_norm(layer)).weight, before), type(layer).__name__
     (True, 'Linear')
 
     A mean-only batch normalization goes into the bias of the layer before it and leaves an `nn.Identity`: the layer

@@ -85,8 +85,8 @@ def compare_weight_norm(
     """Which directions turned and which magnitudes moved between two moments of training, weight by weight.
 
     >>> import copy
-    >>> start = apply_weight_norm(nn.Sequential(nn.Linear(3, 2)))
-    >>> compare_weight_norm(start, copy.deepcopy(start)).weights[0].angle
+    >>> start = wn.apply_weight_norm(nn.Sequential(nn.Linear(3, 2)))
+    >>> wn.compare_weight_norm(start, copy.deepcopy(start)).weights[0].angle
     Spread(min=0.0, median=0.0, max=0.0)
 
     Args:

@@ -146,21 +146,22 @@ def verify(  # noqa: PLR0913 - what is compared, how, and how it is loaded; all 
     return tensors alone, and in float64 its norms may have their eps in float32, as graphs hold it. Both run in eval
     mode, on copies.
 
-    >>> verify(nn.Linear(2, 2), nn.Linear(2, 2)).ok
+    >>> wn.verify(nn.Linear(2, 2), nn.Linear(2, 2)).ok
     False
 
     Args:
         a, b: a module, or the path of a whole-module file, a checkpoint, a directory of one, or an ONNX file.
         inputs: a tensor, a sequence, or a mapping by name; None makes `n_inputs` random sets from what an ONNX
             graph declares.
-        rtol, atol: tolerance on outputs; None goes by type, see `differences.tolerance`.
+        rtol, atol: tolerance on outputs; None goes by type. rtol: 256 eps of float32 and float64 (3.1e-5, 5.7e-14), 8
+            eps of 16-bit types; atol: one eps, at most half of an output's largest element. Integers must be equal.
         n_inputs: how many random sets are made. Integers that index a table of the graph go through its rows, from set
             to set, as far as there is room; others are 0 or 1.
         more: further sets of inputs.
-        bisect: if the outputs differ, find the layer where the two part, see `bisection.first_difference`.
+        bisect: if the outputs differ, find the layer where the two part, see `first_difference`.
         any_dtype: let the two sides be of different types, say a net in float16 and its float32 original: outputs are
             judged by the coarser type, and weights are not compared bit for bit.
-        arch: what builds the model for a checkpoint, see `files.load_model`.
+        arch: what builds the model for a checkpoint, see `load_model`.
         trust_pickle: let a file's pickle run code.
         entry: dotted path of the state dict or module to take, where a side holds several ("ema").
         magnitude: "log" when pairs store the logarithm of g without saying so, as our own do.

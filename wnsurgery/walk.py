@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from wnsurgery.reparam import WeightNorm
 
-__all__ = ["Slot", "check_module", "has_own_parametrizations", "legacy_hooks", "modules_of", "slots"]
+__all__ = ["Slot", "check_module", "has_own_parametrizations", "is_watched", "legacy_hooks", "modules_of", "slots"]
 
 _KINDS: dict[Any, str] = {WeightNorm: "ours", TorchWeightNorm: "torch"}
 _MAX_NAMES = 16  # names kept per shared module; deep diamonds of sharing have exponentially many
@@ -172,6 +172,13 @@ def has_own_parametrizations(module: nn.Module) -> bool:
 
 
 _Tensor = tuple[str, str, Tensor | None, Tensor | None]  # parameter, form, tensor, magnitude
+
+
+def is_watched(tensor: Tensor) -> bool:
+    """Whether somebody is called in the backward pass when its gradient is there: a hook, or an optimizer that steps
+    there (`torch.distributed.optim`)."""
+    hooks = tensor._backward_hooks or tensor._post_accumulate_grad_hooks
+    return bool(hooks) or "_in_backward_optimizers" in tensor.__dict__
 
 
 def _under_parametrization(module: nn.Module, entries: _Entries) -> list[_Tensor]:
