@@ -94,7 +94,10 @@ def test_safetensors_agrees_with_the_safetensors_package(tmp_path, dtype):
     cases["scalar"] = raw[: dtype.itemsize].clone().view(dtype).reshape(())
     if dtype == torch.bool:
         cases = {k: v.view(torch.uint8).remainder(2).bool() for k, v in cases.items()}
-    safetensors.torch.save_file(cases, tmp_path / "ref.safetensors", {"format": "pt"})
+    try:
+        safetensors.torch.save_file(cases, tmp_path / "ref.safetensors", {"format": "pt"})
+    except KeyError:
+        pytest.skip(f"safetensors {safetensors.__version__} does not know the type")
     stored = read_store(tmp_path / "ref.safetensors")
     assert stored.metadata == {"format": "pt"}
     write_store(tmp_path / "ours.safetensors", stored)
