@@ -34,6 +34,7 @@ from wnsurgery.stores.commit import committed
 from wnsurgery.stores.pickles import scan
 from wnsurgery.stores.safetensors_file import DTYPES
 from wnsurgery.stores.staging import staged
+from wnsurgery.stores.torch_file import Sink
 
 
 def state():
@@ -649,6 +650,17 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path):
     with pytest.raises(OutputError, match="cannot be saved"):
         write_store(tmp_path / "x.pt", Stored({"f": lambda: 0}, "torch"))
     assert listing(tmp_path) == []
+
+
+def test_a_sink_ends_without_its_file(tmp_path):
+    """Python 3.13 prints what goes wrong when a forgotten sink closes itself, after its file or on a full disk."""
+    with (tmp_path / "x").open("wb") as file:
+        kept, gone = Sink(file), Sink(file)
+        gone.write(b"a")
+        gone.close()
+        file.write(b"b")
+    kept.close()
+    assert (kept.closed, gone.closed, (tmp_path / "x").read_bytes()) == (True, True, b"ab")
 
 
 @pytest.mark.parametrize("old", [False, True])
