@@ -148,7 +148,9 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", _DECODER, _IDS),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _DECODER, _IDS),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _DECODER, _IDS),
-    "phi": ("PhiForCausalLM", "PhiConfig", {**_TEXT, "bos_token_id": 1, "eos_token_id": 2}, _IDS),
+    "phi": (
+        "PhiForCausalLM", "PhiConfig", {**_TEXT, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}, _IDS,
+    ),
     "falcon": ("FalconForCausalLM", "FalconConfig", {**_TEXT, "bos_token_id": 1, "eos_token_id": 2}, _IDS),
     "bloom": (
         "BloomForCausalLM", "BloomConfig", {"vocab_size": 32, "hidden_size": 16, "n_layer": 2, "n_head": 2}, _IDS,
@@ -175,7 +177,8 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "jetmoe": (
         "JetMoeForCausalLM", "JetMoeConfig",
         {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_key_value_heads": 2, "kv_channels": 8,
-         "intermediate_size": 12, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 32},
+         "intermediate_size": 12, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 32,
+         "pad_token_id": None},
         _IDS,
     ),
     "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", {**_MOE, "intermediate_size_mlp": 16}, _IDS),

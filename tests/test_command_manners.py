@@ -109,9 +109,9 @@ def test_every_help_has_examples_and_describes_every_option(name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["flod", "x"], "Did you mean 'fold'?"),
-        (["fold", "x", "--outptu", "y"], "Did you mean '--output'?"),
-        (["convert", "x", "--init", "dta"], "'preserve', 'data', 'fan'"),
+        (["flod", "x"], "Did you mean fold?"),
+        (["fold", "x", "--outptu", "y"], "Did you mean --output?"),
+        (["convert", "x", "--init", "dta"], "preserve, data, fan"),
         (["fold", "{folder}/n.safetensor"], "near names: {folder}/n.safetensors"),
         (["inspect", "{folder}/m.safetensors"], "near names: {folder}/n.safetensors"),
     ],
@@ -120,7 +120,8 @@ def test_did_you_mean(words: list[str], said: str, file: Path, capsys: pytest.Ca
     """A slip in a command, an option, a value or a file's name is answered with what is like it."""
     code = run(*(word.format(folder=file.parent) for word in words))
     assert code == (3 if "near" in said else 2)
-    assert said.format(folder=file.parent) in capsys.readouterr().err
+    plain = capsys.readouterr().err.replace("'", "")  # which names click puts in quotes differs from version to version
+    assert said.format(folder=file.parent) in plain
 
 
 def test_a_name_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -460,6 +460,7 @@ def test_a_run_that_ends_does_not_clear_up_after_the_next(tmp_path: Path, monkey
 
     for name in ("unlink", "remove"):
         monkeypatch.setattr(os, name, meanwhile)
+    monkeypatch.setattr(Path, "unlink", meanwhile)  # Python 3.10 looked it up when it started
     with second:
         with staged(out, "work", force=False, resume=False) as staging:
             with staging.file("x") as file:

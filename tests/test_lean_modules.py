@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 from typing import Any
 
 import pytest
@@ -84,4 +85,5 @@ def test_a_converted_layer_costs_the_collector_little() -> None:
         return (len(gc.get_objects()) - before) // len(held)
 
     converted()
-    assert objects(converted) < 2 * objects(lambda: nn.Linear(5, 3))
+    most = 2 if sys.version_info >= (3, 11) else 2.2  # until then every object has a dictionary from the start
+    assert objects(converted) < most * objects(lambda: nn.Linear(5, 3))

@@ -23,13 +23,17 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-import tomllib
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import wnsurgery as wn
 from wnsurgery import cli
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

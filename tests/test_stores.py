@@ -35,6 +35,7 @@ from wnsurgery.stores.commit import committed
 from wnsurgery.stores.pickles import scan
 from wnsurgery.stores.safetensors_file import DTYPES
 from wnsurgery.stores.staging import staged
+from wnsurgery.stores.torch_file import Sink
 
 
 def state():
@@ -95,7 +96,10 @@ def test_safetensors_agrees_with_the_safetensors_package(tmp_path, dtype):
     cases["scalar"] = raw[: dtype.itemsize].clone().view(dtype).reshape(())
     if dtype == torch.bool:
         cases = {k: v.view(torch.uint8).remainder(2).bool() for k, v in cases.items()}
-    safetensors.torch.save_file(cases, tmp_path / "ref.safetensors", {"format": "pt"})
+    try:
+        safetensors.torch.save_file(cases, tmp_path / "ref.safetensors", {"format": "pt"})
+    except KeyError:
+        pytest.skip(f"safetensors {safetensors.__version__} does not know the type")
     stored = read_store(tmp_path / "ref.safetensors")
     assert stored.metadata == {"format": "pt"}
     write_store(tmp_path / "ours.safetensors", stored)
@@ -659,6 +663,17 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path):
     with pytest.raises(OutputError, match="cannot be saved"):
         write_store(tmp_path / "x.pt", Stored({"f": lambda: 0}, "torch"))
     assert listing(tmp_path) == []
+
+
+def test_a_sink_ends_without_its_file(tmp_path):
+    """Python 3.13 prints what goes wrong when a forgotten sink closes itself, after its file or on a full disk."""
+    with (tmp_path / "x").open("wb") as file:
+        kept, gone = Sink(file), Sink(file)
+        gone.write(b"a")
+        gone.close()
+        file.write(b"b")
+    kept.close()
+    assert (kept.closed, gone.closed, (tmp_path / "x").read_bytes()) == (True, True, b"ab")
 
 
 @pytest.mark.parametrize("old", [False, True])

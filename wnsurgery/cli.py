@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -34,6 +35,18 @@ class _Path(click.Path):
         if "\0" in os.fspath(value):
             self.fail("no path holds a NUL", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class _Commands(click.Group):
+    """A slip in a command's name is answered with the names like it, which click itself does from 8.4 on alone."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        near = [] if args[0] in self.commands else get_close_matches(args[0], self.commands)
+        if near and not ctx.resilient_parsing:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {' or '.join(map(repr, near))}?")
+        return super().resolve_command(ctx, args)
 
 
 _PATH = _Path(readable=False, path_type=Path)
@@ -116,7 +129,7 @@ _alone = click.option(
 _model = click.argument("model", type=_PATH)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @_manner
 def cli() -> None:

@@ -116,6 +116,11 @@ class Sink(io.RawIOBase):
         if not (self.closed or self.silent):
             self.file.flush()
 
+    def close(self) -> None:
+        """The file is another's: at the end of a sink, which a traceback may keep for long, it may be closed."""
+        self.silent = True
+        super().close()
+
 
 @contextmanager
 def _allowed(extra: Sequence[tuple[Callable[..., Any], str]]) -> Iterator[None]:
