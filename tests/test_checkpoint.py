@@ -422,7 +422,7 @@ def test_one_tensor_under_two_kept_axes_in_two_state_dicts():
     """What is tied from one state dict to another is made once for each rule, not with the axes that came first."""
     w = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 5.0]])
     both = {"rows": {"fc.weight": w}, "columns": {"fc.weight": w}}
-    convert_state(both, ByName(dim={"rows.*": 0, "columns.*": 1}), layout="legacy")
+    convert_state(both, dim={"rows.*": 0, "columns.*": 1}, layout="legacy")
     assert both["rows"]["fc.weight_g"].tolist() == [[5.0], [5.0]]
     assert both["columns"]["fc.weight_g"].tolist() == [[3.0, 4.0, 5.0]]
 

@@ -598,7 +598,7 @@ def test_the_worst_weight_is_named_wherever_it_stands() -> None:
     logs = {"weight_g": torch.tensor([[0.5]]), "weight_v": torch.tensor([[0.1, 0.7]])}
     for content_, worst in ((state, "b.weight"), (logs | {"weight_log_scale": torch.ones((), dtype=bool)}, "weight")):
         maker = AtOnce(judge=True)
-        fold_state(dict(content_), maker=maker)
+        fold_with(maker, dict(content_))
         assert maker.worst == worst
         assert maker.max_ulp is not None
         assert 0 < maker.max_ulp < 1.5
