@@ -905,7 +905,7 @@ def test_a_failing_compose_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Mo
         return compose(torch.from_numpy(g), torch.from_numpy(v)).numpy()
 
     path = _simple(tmp_path / "a.onnx")
-    monkeypatch.setattr(graph_matching, "_default_compose", flaky)
+    monkeypatch.setattr(graph_matching, "_composed", flaky)
     with pytest.raises(RuntimeError, match="second"):
         fold_onnx(path, tmp_path / "b.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]

@@ -129,7 +129,7 @@ def test_our_own_errors_are_not_blamed_on_the_file(tmp_path: Path, monkeypatch: 
     def broken(g: np.ndarray, v: np.ndarray, magnitude: str) -> np.ndarray:
         raise KeyError(magnitude)
 
-    monkeypatch.setattr(graph_matching, "_default_compose", broken)
+    monkeypatch.setattr(graph_matching, "_composed", broken)
     with pytest.raises(KeyError):
         fold_onnx(path, tmp_path / "b.onnx")
     with pytest.raises(ZeroDivisionError), blamed_on(path):

@@ -229,8 +229,7 @@ def _open_whole(
 
 def _alone(output: Output, src: Path_, stored: Stored, folder: Folder | None) -> tuple[Stored, tuple[str, ...]]:
     """A checkpoint reduced to one state dict or module, where no more is to be written, and a warning of the rest."""
-    into_file = folder is None or is_file_name(output.path)
-    flat = into_file and format_for(output.path, stored.format) == "safetensors"
+    flat = _is_into_safetensors(output, stored, folder)
     if folder is not None and isinstance(folder.layout, Distributed) and output.entry is None:
         return stored, ()  # its names are flat ones, of everything in it
     if output.entry is None and not flat:
@@ -238,16 +237,25 @@ def _alone(output: Output, src: Path_, stored: Stored, folder: Folder | None) ->
     content, left = taken(src, stored.content, output.entry, flat=flat)
     if left and output.in_place:
         raise SelectionError(f"{src}: in place, what does not fit into .safetensors would be lost: {shown_names(left)}")
-    return replace(stored, content=content), (f"left out of the output: {shown_names(left)}",) if left else ()
+    return replace(stored, content=content), _left_out(left)
+
+
+def _is_into_safetensors(output: Output, stored: Stored, folder: Folder | None) -> bool:
+    """Whether the output is one `.safetensors` file, which holds nothing but tensors."""
+    into_file = folder is None or is_file_name(output.path)
+    return into_file and format_for(output.path, stored.format) == "safetensors"
+
+
+def _left_out(names: Sequence[str]) -> tuple[str, ...]:
+    """A warning of what the output does not hold, if there is anything."""
+    return (f"left out of the output: {shown_names(names)}",) if names else ()
 
 
 def _deliver(
     output: Output, src: Path_, stored: Stored, report: CheckpointReport, maker: AtOnce, folder: Folder | None
 ) -> CheckpointReport:
-    if folder is not None and format_for(output.path, "torch") == "safetensors" and is_file_name(output.path):
-        flat = stored.content
-        if isinstance(folder.layout, Distributed):
-            flat = folder.layout.flattened(flat)[0]
+    if folder is not None and isinstance(folder.layout, Distributed) and _is_into_safetensors(output, stored, folder):
+        flat = folder.layout.flattened(stored.content)[0]
         other = [key for key, value in flat.items() if not isinstance(value, Tensor | dict)]
         stored = replace(stored, content={key: value for key, value in flat.items() if key not in set(other)})
         left = f"{len(other)} entries that are no tensors are left out: {printable(', '.join(map(str, other[:5])))}"
@@ -255,8 +263,7 @@ def _deliver(
     if isinstance(stored.content, nn.Module) and format_for(output.path, stored.format) == "safetensors":
         tensors, extra = only_tensors(stored.content.state_dict())
         stored = replace(stored, content=tensors)
-        left = f"left out of the output: {shown_names(extra)}"
-        report = replace(report, warnings=(*report.warnings, left)) if extra else report
+        report = replace(report, warnings=(*report.warnings, *_left_out(extra)))
     if folder is None or is_file_name(output.path):
         return deliver(output, src, stored, report, maker)
     assert isinstance(maker, Promises)

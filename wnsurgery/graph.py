@@ -18,7 +18,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from wnsurgery.errors import PairError, SelectionError
-from wnsurgery.graph_matching import Compose, Found, Match, Matcher, ZeroNorm, origin, quietly
+from wnsurgery.graph_matching import Found, Match, Matcher, ZeroNorm, origin, quietly
 from wnsurgery.onnx_checks import blamed_on
 from wnsurgery.onnx_file import read_onnx, refuse_sources, weight_files, write_onnx
 from wnsurgery.onnx_functions import open_norm_functions
@@ -26,7 +26,7 @@ from wnsurgery.onnx_layout import drop_unused, put_initializer, settle
 from wnsurgery.onnx_nodes import all_graphs
 from wnsurgery.text import by, columns
 
-__all__ = ["Compose", "Found", "OnnxFoldReport", "find_weight_norms", "fold_model", "fold_onnx"]
+__all__ = ["Found", "OnnxFoldReport", "find_weight_norms", "fold_model", "fold_onnx"]
 
 Path_ = str | os.PathLike[str]
 
@@ -63,7 +63,7 @@ class OnnxFoldReport:
 
 
 @quietly
-def find_weight_norms(model: Path_ | ir.Model, *, compose: Compose | None = None) -> list[Found]:
+def find_weight_norms(model: Path_ | ir.Model) -> list[Found]:
     """Every weight that an ONNX graph computes as g * v / ||v|| from constants, whatever operations it uses.
 
     >>> find_weight_norms("generator.onnx")[0].v  # doctest: +SKIP
@@ -71,7 +71,6 @@ def find_weight_norms(model: Path_ | ir.Model, *, compose: Compose | None = None
 
     Args:
         model: path of an ONNX file, or an `onnx_ir.Model`, which is not changed.
-        compose: (g, v, magnitude) -> weight on numpy arrays; default: this package's `compose`.
 
     Raises InputMissingError, InputError or UnsafeFileError for a file that cannot be read.
     """
@@ -79,10 +78,10 @@ def find_weight_norms(model: Path_ | ir.Model, *, compose: Compose | None = None
         with blamed_on(model):
             opened = read_onnx(model)
             open_norm_functions(opened)
-            return list(Matcher(opened, compose).found)
+            return list(Matcher(opened).found)
     opened = ir.from_proto(ir.to_proto(model)) if model.functions else model
     open_norm_functions(opened)
-    return list(Matcher(opened, compose).found)
+    return list(Matcher(opened).found)
 
 
 @quietly
@@ -149,7 +148,7 @@ def fold_onnx(
 
 
 @quietly
-def fold_model(model: ir.Model, *, zero_norm: ZeroNorm = "zero", compose: Compose | None = None) -> OnnxFoldReport:
+def fold_model(model: ir.Model, *, zero_norm: ZeroNorm = "zero") -> OnnxFoldReport:
     """`fold_onnx` on a model in memory, in place.
 
     >>> fold_model(ir.load("generator.onnx")).nodes_after  # doctest: +SKIP
@@ -157,7 +156,7 @@ def fold_model(model: ir.Model, *, zero_norm: ZeroNorm = "zero", compose: Compos
     """
     before = _count(model)
     open_norm_functions(model)
-    matcher = Matcher(model, compose, zero_norm)
+    matcher = Matcher(model, zero_norm)
     warnings = matcher.settle_rows_without_direction()
     sources = dict.fromkeys(v for match in matcher.matches for v in matcher.constants.cone(match.value))
     taken = _names(model)

@@ -22,12 +22,11 @@ from wnsurgery.onnx_nodes import all_graphs
 from wnsurgery.onnx_own_types import FLOATS, Evaluated, Unknown, resolution
 from wnsurgery.onnx_values import Constants, Memo, is_large
 
-__all__ = ["Compose", "Found", "Match", "Matcher", "ZeroNorm", "origin", "quietly"]
+__all__ = ["Found", "Match", "Matcher", "ZeroNorm", "origin", "quietly"]
 
 Array = np.ndarray[Any, Any]
 
 # (g, v, "linear" or "log") -> the plain weight, of v's type and shape; ValueError where they do not fit
-Compose = Callable[[Array, Array, str], Array]
 ZeroNorm = Literal["error", "zero", "nan"]
 
 _LAYOUT = frozenset(("Cast", "CastLike", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
@@ -115,7 +114,7 @@ class Match:
 class Matcher:
     """All the weight norms of one model."""
 
-    def __init__(self, model: ir.Model, compose: Compose | None, zero_norm: ZeroNorm = "zero") -> None:
+    def __init__(self, model: ir.Model, zero_norm: ZeroNorm = "zero") -> None:
         self.model = model
         self.zero_norm = zero_norm
         self.holes: dict[ir.Value, Array] = {}
@@ -123,7 +122,6 @@ class Matcher:
         self._squares: dict[ir.Value, float] = {}
         self._unknown: dict[ir.Value, str] = {}  # weights that would be found, but for this
         self.constants = Constants(model)
-        self.compose = compose or _default_compose
         self._position = _position(model)
         self.matches = self._search()
         self.dead = self._dead_nodes()
@@ -227,7 +225,7 @@ class Matcher:
         try:
             g = match.magnitude_array(self.constants, memo)
             pair = [_as_type(m.direction_array(self.constants, memo), m.wide) for m in (match, other)]
-            first, second = (self.compose(_as_type(g, match.wide), v, match.magnitude) for v in pair)
+            first, second = (_composed(_as_type(g, match.wide), v, match.magnitude) for v in pair)
             return not _difference(first, second, match.dtype)[0] <= _SAME + _slack(match)
         except (Unknown, PairError, ValueError):
             return True
@@ -299,7 +297,7 @@ class Matcher:
             g, v = match.magnitude_array(self.constants, memo), match.direction_array(self.constants, memo)
             slack = _slack(match)
             for rows, magnitude in _rows(g, v):
-                expected = self.compose(_as_type(magnitude, match.wide), _as_type(v[rows], match.wide), match.magnitude)
+                expected = _composed(_as_type(magnitude, match.wide), _as_type(v[rows], match.wide), match.magnitude)
                 off, nothing = _difference(weight[rows], expected, match.dtype)
                 misfit, empty = float(np.maximum(misfit, off)), empty + nothing  # NaN stays NaN
                 if not misfit <= slack:
@@ -318,7 +316,7 @@ class Matcher:
         for match in (match for match in self.matches if match.empty):
             value, memo = printable(match.value.name), Memo()
             g = _as_type(match.magnitude_array(self.constants, memo), match.wide)
-            scaled = self.compose(g, np.ones(match.shape, match.wide), match.magnitude)
+            scaled = _composed(g, np.ones(match.shape, match.wide), match.magnitude)
             holes = np.isnan(self._weight(match)) & (scaled != 0)
             rows = math.prod(match.g_shape)
             lost = int(np.count_nonzero(holes)) * rows // holes.size
@@ -345,7 +343,7 @@ class Matcher:
         def weight() -> Array:
             v = match.direction_array(self.constants, Memo()) if held is None else held
             exact = v.dtype == match.dtype.numpy()
-            w = _as_type(self.compose(g if exact else _as_type(g, v.dtype), v, match.magnitude), match.dtype.numpy())
+            w = _as_type(_composed(g if exact else _as_type(g, v.dtype), v, match.magnitude), match.dtype.numpy())
             return w if holes is None else np.where(holes, w.dtype.type(np.nan), w)
 
         return weight
@@ -578,7 +576,7 @@ def _exactly(array: Array, dtype: np.dtype[Any]) -> Array | None:
     return narrow
 
 
-def _default_compose(g: Array, v: Array, magnitude: str) -> Array:
+def _composed(g: Array, v: Array, magnitude: str) -> Array:
     """This package's `compose` on numpy arrays, bfloat16 included."""
     import torch
 

@@ -409,16 +409,19 @@ class WeightNormList(LeanModule, ParametrizationList):
 
     def is_written(self) -> bool:
         """Whether somebody wrote into a weight that is kept or handed out."""
-        state = self.__dict__
-        loans = (state.get("_kept"), state.get("_again"), *state.get("_handed_out", ()))
-        return any(loan.is_written() for loan in loans if loan is not None)
+        kept = self._kept
+        return (kept is not None and kept.is_written()) or any(loan.is_written() for loan in self._loans())
+
+    def _loans(self) -> list[Loan]:
+        """The weights handed out, but for the one that is kept."""
+        handed_out = self.__dict__.get("_handed_out", ())
+        return [*handed_out] if self._again is None else [self._again, *handed_out]
 
     def _is_written_beside(self) -> bool:
         """Whether somebody wrote into a weight beside the kept one: another owner's of its pair, or an earlier one."""
-        state, others = self.__dict__, outstanding.beside(self, self.pair()[1])
-        loans = [loan for loan in (state.get("_again"), *state.get("_handed_out", ())) if loan is not None]
+        loans, others = self._loans(), outstanding.beside(self, self.pair()[1])
         if not (others or loans):
-            state.pop("_beside", None)
+            self.__dict__.pop("_beside", None)
         return any(loan.is_written() for loan in loans) or any(other.is_written() for other in others)
 
     def unwatch(self, gone: Loan) -> None:
